@@ -1,0 +1,1 @@
+//! nitro: an instant-messaging server for trading floors, thread-per-core and shared-nothing.
