@@ -1,0 +1,20 @@
+//! The protocol, without sockets and clocks: streams, SASL, binding, sessions, routing, and one file per feature.
+//!
+//! Flow: [`negotiation`] carries a connection from its first byte to a bound session; from then on [`slice`] takes each
+//! element of it and returns effects (output per session, batches to other shards, requests to the tiers).
+
+pub mod accept;
+pub mod batch;
+pub mod error;
+pub mod feature;
+pub mod iq;
+pub mod jid;
+pub mod message;
+pub mod meta;
+pub mod negotiation;
+pub mod sasl;
+pub mod session;
+pub mod slice;
+
+pub const NS_CLIENT: &str = "jabber:client";
+pub const NS_STREAM: &str = "http://etherx.jabber.org/streams";
