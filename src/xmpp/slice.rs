@@ -22,7 +22,7 @@ use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
 use crate::store::record::{Record, UserRecord};
 use crate::store::ring::Ring;
-use crate::store::tier::{Answer, Op, Query, Request, Ticket, WriteError};
+use crate::store::tier::{Answer, Last, Op, Query, ReadError, Request, Ticket, WriteError};
 use crate::xml::dom::Element;
 use crate::xml::framer;
 use crate::xml::view::View;
@@ -95,8 +95,8 @@ pub struct User {
     /// Messages for the next resource that becomes available, oldest first (XEP-0160); the tier holds the same.
     pub offline: VecDeque<(u64, Box<[u8]>)>,
     pub offline_bytes: usize,
-    /// Last unavailable: unix seconds and status (XEP-0012).
-    pub last: Option<(u64, Box<str>)>,
+    /// The last log-out (XEP-0012).
+    pub last: Option<Last>,
 }
 
 /// What the slice's table holds under a name.
@@ -146,8 +146,16 @@ pub struct Effects {
     overflown: Vec<SessionId>,
 }
 
-/// What goes on when the tier has answered.
-pub type Then = Box<dyn FnOnce(&mut Slice, Result<Option<Box<[u8]>>, WriteError>)>;
+/// What goes on when a write is durable, or has failed.
+pub type Then = Box<dyn FnOnce(&mut Slice, Result<(), WriteError>)>;
+
+/// What goes on when a document was read; `Err`: the tier cannot say.
+pub type ThenRead = Box<dyn FnOnce(&mut Slice, Result<Option<Box<[u8]>>, ReadError>)>;
+
+enum Wait {
+    Write(Then),
+    Read(ThenRead),
+}
 
 /// Counters of one slice; read by whoever renders metrics.
 #[derive(Default, Debug, Clone)]
@@ -181,7 +189,7 @@ pub struct Slice {
     /// The inbound stanza at work, when its session has stream management.
     pub current: Option<Receipt>,
     pub parked: usize,
-    waits: FnvHashMap<Ticket, (Rc<str>, Then)>,
+    waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     ticket: Ticket,
     timers: BinaryHeap<Reverse<(u64, u32, u32, Timer)>>,
     /// Output buffers at rest; a session owns one only while it has output.
@@ -306,18 +314,23 @@ impl Slice {
                     self.loaded(&name, slot);
                 }
                 Answer::LoadFailed { name, .. } => self.load_failed(&name),
-                Answer::Written { ticket, result } => self.answered(ticket, result.map(|()| None)),
-                Answer::Read { ticket, result } => self.answered(ticket, result),
+                Answer::Written { ticket, result } => {
+                    if let Some((name, Wait::Write(then))) = self.waits.remove(&ticket) {
+                        then(self, result);
+                        self.users.unpin(&name);
+                    }
+                }
+                Answer::Read { ticket, result } => {
+                    if let Some((name, Wait::Read(then))) = self.waits.remove(&ticket) {
+                        then(self, result);
+                        self.users.unpin(&name);
+                    }
+                }
+                // asked for nowhere: a user is loaded together with it
+                Answer::ReadLast { .. } => {}
             }
         }
         self.evict();
-    }
-
-    fn answered(&mut self, ticket: Ticket, result: Result<Option<Box<[u8]>>, WriteError>) {
-        if let Some((name, then)) = self.waits.remove(&ticket) {
-            then(self, result);
-            self.users.unpin(&name);
-        }
     }
 
     /// The shard calls it about twice a second.
@@ -747,7 +760,7 @@ impl Slice {
         user.revision += 1;
         let revision = user.revision;
         let bytes = user_bytes(user);
-        let op = Op::PutUser { name: name.into(), record: user.record.bytes().into() };
+        let op = Op::PutUser { name: name.into(), record: user.record.clone() };
         self.users.set_bytes(name, bytes);
         let who: Rc<str> = name.into();
         self.write(
@@ -768,14 +781,14 @@ impl Slice {
     /// Writes something of a user; the user stays in the cache until it is durable.
     pub fn write(&mut self, name: &str, op: Op, then: Then) {
         self.ticket += 1;
-        self.waits.insert(self.ticket, (name.into(), then));
+        self.waits.insert(self.ticket, (name.into(), Wait::Write(then)));
         self.users.pin(name);
         self.fx.requests.push(Request::Write { ticket: self.ticket, op });
     }
 
-    pub fn read(&mut self, name: &str, query: Query, then: Then) {
+    pub fn read(&mut self, name: &str, query: Query, then: ThenRead) {
         self.ticket += 1;
-        self.waits.insert(self.ticket, (name.into(), then));
+        self.waits.insert(self.ticket, (name.into(), Wait::Read(then)));
         self.users.pin(name);
         self.fx.requests.push(Request::Read { ticket: self.ticket, query });
     }
@@ -796,7 +809,9 @@ impl Slice {
         };
         match self.users.get_mut(name) {
             Some(place) => *place = slot,
-            None => self.users.insert(name, slot, USER_BYTES),
+            None => {
+                self.users.insert(name, slot, USER_BYTES);
+            }
         }
     }
 
