@@ -18,3 +18,10 @@ pub mod slice;
 
 pub const NS_CLIENT: &str = "jabber:client";
 pub const NS_STREAM: &str = "http://etherx.jabber.org/streams";
+
+/// 128 random bits in hexadecimal: resources, stream ids, resumption ids, ids of the server's own requests.
+pub fn random_id() -> String {
+    let mut bytes = [0; 16];
+    aws_lc_rs::rand::fill(&mut bytes).expect("the system gives random bytes");
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

@@ -391,6 +391,9 @@ impl Slice {
         for hook in self.hooks.ended.clone().iter() {
             hook(self, &mut session);
         }
+        if let Some(mut sm) = session.sm.take() {
+            feature::sm::redirect(self, sm.unacknowledged());
+        }
         self.users.unpin(&name);
     }
 
@@ -452,6 +455,11 @@ impl Slice {
         if session.csi.inactive && feature::csi::hold(session, parts, meta) {
             return;
         }
+        if session.out.capacity() == 0
+            && let Some(buffer) = self.buffers.pop()
+        {
+            session.out = buffer;
+        }
         session.push(parts, meta);
         self.touched(sid);
     }
@@ -489,26 +497,20 @@ impl Slice {
 
     /// What the session has to say now; give the buffer back by [`Slice::reuse`].
     pub fn take_out(&mut self, sid: SessionId) -> Option<(u64, Vec<u8>)> {
-        let next = self.buffers.pop();
-        let Some(session) = self.sessions.get_mut(sid) else {
-            self.buffers.extend(next);
-            return None;
-        };
+        let session = self.sessions.get_mut(sid)?;
         session.dirty = false;
-        if let Some(sm) = &mut session.sm
-            && session.link.is_some()
-        {
+        let link = session.link.filter(|_| !session.out.is_empty())?;
+        if let Some(sm) = &mut session.sm {
             sm.ask(&mut session.out);
         }
-        let Some(link) = session.link.filter(|_| !session.out.is_empty()) else {
-            self.buffers.extend(next);
-            return None;
-        };
-        self.buffers.extend(next);
         Some((link, std::mem::take(&mut session.out)))
     }
 
-    /// A buffer for a session's output of the coming turn.
+    /// An empty buffer; give it back by [`Slice::reuse`].
+    pub fn buffer(&mut self) -> Vec<u8> {
+        self.buffers.pop().unwrap_or_default()
+    }
+
     pub fn reuse(&mut self, mut buffer: Vec<u8>) {
         if self.buffers.len() < BUFFERS_MAX && buffer.capacity() <= BUFFER_BYTES_MAX {
             buffer.clear();

@@ -24,7 +24,7 @@ pub mod version;
 use std::rc::Rc;
 
 use super::error::{StanzaError, StreamError};
-use super::iq::Iq;
+pub use super::iq::Iq;
 use super::jid::Jid;
 use super::meta::Meta;
 use super::session::{Session, SessionId};
