@@ -1,1 +1,2 @@
 //! nitro: an instant-messaging server for trading floors, thread-per-core and shared-nothing.
+pub mod store;
