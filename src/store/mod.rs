@@ -1,0 +1,9 @@
+//! The tiers: a shard's cache, and behind it SQL on its own thread.
+//!
+//! In: requests of the shards ([`tier`]). Out: answers, and records that are read in place ([`record`]). Promise: a
+//! write that was answered is durable, and a cold login costs at most one round trip. Nothing here builds a stanza.
+
+pub mod cache;
+pub mod record;
+pub mod ring;
+pub mod tier;
