@@ -2,3 +2,4 @@
 //! values with no socket and no clock of their own.
 
 pub mod jid;
+pub mod sasl;
