@@ -24,6 +24,10 @@ pub const JID_BYTES_MAX: usize = 3 * PART_BYTES_MAX + 2;
 /// work that a stranger's address can cause.
 const RAW_PART_BYTES_MAX: usize = 3 * PART_BYTES_MAX;
 
+/// The most characters of one part that PRECIS allows only in a context (zero-width joiners, Arabic digits, ...). Each makes
+/// the profile look through the whole part, so this too bounds the work.
+const CONTEXTUAL_MAX: usize = 64;
+
 /// In place of an offset: the part is missing.
 const NONE: u16 = u16::MAX;
 
@@ -381,6 +385,9 @@ fn stable(
     enforce: for<'x> fn(&'x str) -> Result<Cow<'x, str>, precis_profiles::precis_core::Error>,
 ) -> Result<Cow<'_, str>, JidError> {
     part.check_raw(s)?;
+    if s.chars().filter(|&c| is_contextual(c)).count() > CONTEXTUAL_MAX {
+        return Err(part.error(Reason::Forbidden));
+    }
     let refused = |_| part.error(Reason::Forbidden);
     let mut text = enforce(s).map_err(refused)?;
     let mut rounds = 3;
@@ -398,6 +405,15 @@ fn stable(
     }
     part.check_result(&text)?;
     Ok(text)
+}
+
+/// RFC 5892, appendix A.
+fn is_contextual(c: char) -> bool {
+    matches!(
+        c,
+        '\u{b7}' | '\u{375}' | '\u{5f3}' | '\u{5f4}' | '\u{660}'..='\u{669}' | '\u{6f0}'..='\u{6f9}'
+            | '\u{200c}' | '\u{200d}' | '\u{30fb}'
+    )
 }
 
 /// Visible ASCII without capitals: unchanged by UsernameCaseMapped.
