@@ -1,0 +1,494 @@
+//! A zero-copy view of one complete stanza.
+//!
+//! In: the bytes of one element frame and the namespaces of its stream. Out: the stanza's name, attributes, inner bytes and
+//! direct children, all as slices of the frame.
+//! Promise: what is accepted is well-formed XML 1.0, namespace-well-formed and restricted (RFC 6120 §11.1) through and
+//! through, not only where the view looks, so that its bytes may be sent to anybody. [`View::standalone`] says when they need
+//! nothing from the stream they came from. A usual stanza costs no allocation of ours; quick-xml makes two small ones.
+
+use std::borrow::Cow;
+
+use memchr::{memchr, memchr_iter};
+use quick_xml::events::Event;
+use quick_xml::reader::Reader;
+use smallvec::SmallVec;
+
+use super::dom::Element;
+use super::escape::{check_references, unescape, unescape_attr};
+use super::framer::Limits;
+use super::header::StreamNs;
+use super::tag::{Attr, QName, TagReader};
+use super::{NS_CLIENT, NS_SERVER, NS_STREAMS, NS_XML, NS_XMLNS, XmlError, is_space};
+
+/// Prefix declarations in force at one place of a stanza: a bound on the work per name.
+const PREFIXES_MAX: usize = 64;
+
+/// One stanza, checked, as slices of its frame.
+#[derive(Clone, Debug)]
+pub struct View<'a> {
+    raw: &'a str,
+    name: &'a str,
+    ns: Cow<'a, str>,
+    inner: &'a str,
+    attrs: SmallVec<[Attr<'a>; 6]>,
+    children: SmallVec<[Child<'a>; 4]>,
+    standalone: bool,
+    /// The stream's default namespace.
+    outer_default: Cow<'a, str>,
+    /// The stream's prefixes that the stanza uses.
+    outer_prefixes: Vec<(&'a str, Box<str>)>,
+}
+
+/// A direct child element of a stanza.
+#[derive(Clone, Debug)]
+pub struct Child<'a> {
+    /// Local name.
+    pub name: &'a str,
+    pub ns: Cow<'a, str>,
+    /// The whole child.
+    pub raw: &'a str,
+    /// Bytes of its start tag.
+    tag_len: usize,
+}
+
+impl<'a> View<'a> {
+    /// Checks a whole element and looks at its first two levels. `stream` is what the stream's header declared.
+    pub fn parse(
+        frame: &'a [u8],
+        stream: &StreamNs,
+        limits: &Limits,
+    ) -> Result<View<'a>, XmlError> {
+        let raw = std::str::from_utf8(frame).map_err(|_| XmlError::Encoding)?;
+        check_chars(raw)?;
+        if raw.as_bytes().first() != Some(&b'<') {
+            return Err(XmlError::NotWellFormed("an element begins with '<'"));
+        }
+        let mut check = Check::new(raw, stream, limits);
+        check.run()?;
+        Ok(check.view)
+    }
+
+    /// The whole element.
+    pub fn raw(&self) -> &'a str {
+        self.raw
+    }
+
+    /// Local name of the top element.
+    pub fn name(&self) -> &'a str {
+        self.name
+    }
+
+    /// Namespace of the top element.
+    pub fn ns(&self) -> &str {
+        &self.ns
+    }
+
+    /// The value of an attribute without prefix, or of `xml:lang` by that name; unescaped.
+    pub fn attr(&self, name: &str) -> Option<Cow<'a, str>> {
+        let attr = self.attrs.iter().find(|a| a.name == name)?;
+        Some(unescape_attr(attr.raw).unwrap_or(Cow::Borrowed(attr.raw)))
+    }
+
+    /// All attributes but namespace declarations, as written.
+    pub fn attrs(&self) -> impl Iterator<Item = Attr<'a>> {
+        self.attrs.iter().copied()
+    }
+
+    /// The bytes between start tag and end tag; empty for an empty element.
+    pub fn inner(&self) -> &'a str {
+        self.inner
+    }
+
+    /// Direct child elements, in order.
+    pub fn children(&self) -> &[Child<'a>] {
+        &self.children
+    }
+
+    /// The first direct child with this local name and namespace.
+    pub fn child(&self, name: &str, ns: &str) -> Option<&Child<'a>> {
+        self.children.iter().find(|c| c.name == name && c.ns == ns)
+    }
+
+    /// May `inner` be put, byte for byte, between `<message …>` and `</message>` of a stream whose default namespace is
+    /// `jabber:client`? True if the top element and its attributes have no prefix (but `xml:`), the default namespace at
+    /// `inner` is `jabber:client`, and every prefix used in `inner` is declared in `inner`.
+    pub fn standalone(&self) -> bool {
+        self.standalone
+    }
+
+    /// The stanza as an owned tree.
+    pub fn to_element(&self) -> Element {
+        let prefixes = self.outer_prefixes.iter().map(|(p, ns)| (*p, &**ns));
+        Element::from_checked(self.raw, &self.outer_default, prefixes)
+    }
+}
+
+impl<'a> Child<'a> {
+    /// The value of an attribute without prefix, or of `xml:lang` by that name; unescaped.
+    pub fn attr(&self, name: &str) -> Option<Cow<'a, str>> {
+        let (_, mut tag) = TagReader::open(&self.raw[..self.tag_len]).ok()?;
+        while let Ok(Some((qname, attr))) = tag.next() {
+            if qname.full == name {
+                return unescape_attr(attr.raw).ok();
+            }
+        }
+        None
+    }
+
+    /// The bytes between start tag and end tag; empty for an empty element.
+    pub fn inner(&self) -> &'a str {
+        inner_of(self.raw, self.tag_len)
+    }
+
+    /// The text directly in this child, without that of its own children; unescaped.
+    pub fn text(&self) -> Cow<'a, str> {
+        let inner = self.inner();
+        if memchr(b'<', inner.as_bytes()).is_none() {
+            return unescape(inner).unwrap_or(Cow::Borrowed(inner));
+        }
+        // CDATA sections or child elements: seldom.
+        Cow::Owned(Element::from_checked(self.raw, "", std::iter::empty()).text_content())
+    }
+}
+
+/// `raw` is a whole checked element whose start tag has `tag_len` bytes.
+fn inner_of(raw: &str, tag_len: usize) -> &str {
+    if tag_len == raw.len() {
+        return "";
+    }
+    let end = raw.rfind("</").unwrap_or(raw.len());
+    &raw[tag_len..end]
+}
+
+/// A prefix declared by an element that is still open.
+struct Declared<'a> {
+    prefix: &'a str,
+    raw: &'a str,
+    depth: usize,
+}
+
+/// One pass over a stanza.
+struct Check<'a, 's> {
+    stream: &'s StreamNs,
+    limits: &'s Limits,
+    view: View<'a>,
+    /// Default namespace at the stanza's inner, escaped; None if the stanza does not declare one.
+    inner_default: Cow<'a, str>,
+    /// Names of open elements.
+    open: SmallVec<[&'a str; 8]>,
+    declared: SmallVec<[Declared<'a>; 4]>,
+    /// Where the direct child that is open begins.
+    child_start: usize,
+}
+
+impl<'a, 's> Check<'a, 's> {
+    fn new(raw: &'a str, stream: &'s StreamNs, limits: &'s Limits) -> Self {
+        let outer_default = intern(&stream.default);
+        Self {
+            stream,
+            limits,
+            inner_default: outer_default.clone(),
+            view: View {
+                raw,
+                name: "",
+                ns: Cow::Borrowed(""),
+                inner: "",
+                attrs: SmallVec::new(),
+                children: SmallVec::new(),
+                standalone: true,
+                outer_default,
+                outer_prefixes: Vec::new(),
+            },
+            open: SmallVec::new(),
+            declared: SmallVec::new(),
+            child_start: 0,
+        }
+    }
+
+    fn run(&mut self) -> Result<(), XmlError> {
+        let raw = self.view.raw;
+        let may_hold_cdata_end = memchr(b']', raw.as_bytes()).is_some();
+        let mut reader = Reader::from_str(raw);
+        let config = reader.config_mut();
+        config.check_end_names = false; // we keep the names anyway, as slices
+        config.trim_markup_names_in_closing_tags = false;
+        let mut inner_start = 0;
+        loop {
+            let start = reader.buffer_position() as usize;
+            let event = reader.read_event().map_err(tokenizer_error)?;
+            let end = reader.buffer_position() as usize;
+            match event {
+                Event::Start(_) => {
+                    self.start(start, end, false)?;
+                    if self.open.len() == 1 {
+                        inner_start = end;
+                    }
+                }
+                Event::Empty(_) => {
+                    self.start(start, end, true)?;
+                    if self.open.is_empty() {
+                        return at_end(raw, end);
+                    }
+                }
+                Event::End(_) => {
+                    self.end(start, end)?;
+                    if self.open.is_empty() {
+                        self.view.inner = &raw[inner_start..start];
+                        return at_end(raw, end);
+                    }
+                }
+                Event::Text(_) => {
+                    if may_hold_cdata_end && raw[start..end].contains("]]>") {
+                        return Err(XmlError::NotWellFormed("']]>' in text"));
+                    }
+                }
+                Event::GeneralRef(_) => check_references(&raw.as_bytes()[start..end])?,
+                Event::CData(_) => {}
+                Event::Comment(_) => return Err(XmlError::Restricted("comment")),
+                Event::Decl(_) | Event::PI(_) => {
+                    return Err(XmlError::Restricted("processing instruction"));
+                }
+                Event::DocType(_) => return Err(XmlError::Restricted("document type declaration")),
+                Event::Eof => return Err(XmlError::NotWellFormed("element without an end")),
+            }
+        }
+    }
+
+    fn start(&mut self, start: usize, end: usize, empty: bool) -> Result<(), XmlError> {
+        let depth = self.open.len() + 1;
+        if depth > usize::from(self.limits.depth_max) {
+            return Err(XmlError::TooBig("depth"));
+        }
+        let (name, mut tag) = TagReader::open(&self.view.raw[start..end])?;
+        if tag.empty != empty {
+            return Err(XmlError::NotWellFormed("tag"));
+        }
+        let mut attrs: SmallVec<[(QName<'a>, Attr<'a>); 6]> = SmallVec::new();
+        let mut count = 0;
+        let mut default = None;
+        while let Some((name, attr)) = tag.next()? {
+            count += 1;
+            if count > self.limits.attributes_max {
+                return Err(XmlError::TooBig("attributes"));
+            }
+            if name.full == "xmlns" {
+                check_declaration(name, attr.raw)?;
+                if default.replace(attr.raw).is_some() {
+                    return Err(DUPLICATE);
+                }
+            } else if name.prefix() == Some("xmlns") {
+                check_declaration(name, attr.raw)?;
+                let prefix = name.local();
+                if self
+                    .declared
+                    .iter()
+                    .any(|d| d.depth == depth && d.prefix == prefix)
+                {
+                    return Err(DUPLICATE);
+                }
+                if self.declared.len() == PREFIXES_MAX {
+                    return Err(XmlError::TooBig("namespace declarations"));
+                }
+                self.declared.push(Declared {
+                    prefix,
+                    raw: attr.raw,
+                    depth,
+                });
+            } else {
+                attrs.push((name, attr));
+            }
+        }
+        for (name, _) in &attrs {
+            if let Some(prefix) = name.prefix() {
+                self.resolve(prefix, depth)?;
+            }
+        }
+        if attrs.len() > 1 {
+            let this = &*self;
+            check_unique(&attrs, |prefix| this.lookup(prefix).map(|(ns, _)| ns))?;
+        }
+        let ns = match name.prefix() {
+            Some(prefix) => Some(self.resolve(prefix, depth)?),
+            None => None,
+        };
+        match depth {
+            1 => {
+                if let Some(raw) = default {
+                    self.inner_default = unescape_attr(raw)?;
+                }
+                let prefixed = |n: &QName<'_>| n.prefix().is_some_and(|p| p != "xml");
+                if ns.is_some()
+                    || self.inner_default != NS_CLIENT
+                    || attrs.iter().any(|(n, _)| prefixed(n))
+                {
+                    self.view.standalone = false;
+                }
+                self.view.name = name.local();
+                self.view.ns = ns.unwrap_or_else(|| self.inner_default.clone());
+                self.view.attrs.extend(attrs.iter().map(|(_, attr)| *attr));
+            }
+            2 => {
+                let ns = match (ns, default) {
+                    (Some(ns), _) => ns,
+                    (None, Some(raw)) => unescape_attr(raw)?,
+                    (None, None) => self.inner_default.clone(),
+                };
+                self.child_start = start;
+                self.view.children.push(Child {
+                    name: name.local(),
+                    ns,
+                    raw: &self.view.raw[start..end],
+                    tag_len: end - start,
+                });
+            }
+            _ => {}
+        }
+        if empty {
+            self.leave(depth);
+        } else {
+            self.open.push(name.full);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, start: usize, end: usize) -> Result<(), XmlError> {
+        let depth = self.open.len();
+        let name = self
+            .open
+            .pop()
+            .ok_or(XmlError::NotWellFormed("end tag without a start tag"))?;
+        let found = self.view.raw[start + 2..end - 1]
+            .trim_end_matches(|c: char| c.is_ascii() && is_space(c as u8));
+        if found != name {
+            return Err(XmlError::NotWellFormed(
+                "end tag does not match its start tag",
+            ));
+        }
+        if depth == 2 {
+            let child = self
+                .view
+                .children
+                .last_mut()
+                .expect("the child was pushed by its start tag");
+            child.raw = &self.view.raw[self.child_start..end];
+        }
+        self.leave(depth);
+        Ok(())
+    }
+
+    /// Forgets what the element at `depth` declared.
+    fn leave(&mut self, depth: usize) {
+        while self.declared.last().is_some_and(|d| d.depth >= depth) {
+            self.declared.pop();
+        }
+    }
+
+    /// The namespace of a prefix that is used at `depth`; notes what the stanza's inner takes from outside.
+    fn resolve(&mut self, prefix: &'a str, depth: usize) -> Result<Cow<'a, str>, XmlError> {
+        let (ns, declared_at) = self.lookup(prefix)?;
+        let inside = declared_at.is_none_or(|at| at >= 2);
+        if depth >= 2 && !inside {
+            self.view.standalone = false;
+        }
+        if declared_at == Some(0) && !self.view.outer_prefixes.iter().any(|(p, _)| *p == prefix) {
+            self.view.outer_prefixes.push((prefix, (*ns).into()));
+        }
+        Ok(ns)
+    }
+
+    /// The namespace of a prefix and the depth that declared it: 0 is the stream, None is XML itself.
+    fn lookup(&self, prefix: &str) -> Result<(Cow<'a, str>, Option<usize>), XmlError> {
+        if prefix == "xml" {
+            return Ok((Cow::Borrowed(NS_XML), None));
+        }
+        if let Some(d) = self.declared.iter().rev().find(|d| d.prefix == prefix) {
+            return Ok((unescape_attr(d.raw)?, Some(d.depth)));
+        }
+        let ns = self.stream.resolve(prefix).ok_or(XmlError::BadPrefix)?;
+        Ok((intern(ns), Some(0)))
+    }
+}
+
+const DUPLICATE: XmlError = XmlError::NotWellFormed("attribute given twice");
+
+/// The element ended at `end`; nothing may follow.
+fn at_end(raw: &str, end: usize) -> Result<(), XmlError> {
+    if end == raw.len() {
+        Ok(())
+    } else {
+        Err(XmlError::NotWellFormed("bytes after the element's end"))
+    }
+}
+
+/// A namespace that outlives the stream's header without an allocation, if it is one of the usual.
+fn intern<'a>(ns: &str) -> Cow<'a, str> {
+    for known in [NS_CLIENT, NS_STREAMS, NS_SERVER, ""] {
+        if ns == known {
+            return Cow::Borrowed(known);
+        }
+    }
+    Cow::Owned(ns.to_owned())
+}
+
+fn tokenizer_error(error: quick_xml::Error) -> XmlError {
+    match error {
+        quick_xml::Error::Encoding(_) => XmlError::Encoding,
+        _ => XmlError::NotWellFormed("markup"),
+    }
+}
+
+/// Only characters that XML 1.0 allows (production 2)? Surrogates cannot occur in a `str`.
+pub(super) fn check_chars(text: &str) -> Result<(), XmlError> {
+    let bytes = text.as_bytes();
+    let control = bytes.iter().fold(false, |bad, &b| {
+        bad | (b < 0x20 && !matches!(b, b'\t' | b'\n' | b'\r'))
+    });
+    // U+FFFE and U+FFFF are EF BF BE and EF BF BF.
+    let noncharacter =
+        || memchr_iter(0xEF, bytes).any(|at| matches!(bytes[at..], [_, 0xBF, 0xBE | 0xBF, ..]));
+    if control || (!text.is_ascii() && noncharacter()) {
+        return Err(XmlError::NotWellFormed("forbidden character"));
+    }
+    Ok(())
+}
+
+/// A namespace declaration must leave `xml` and `xmlns` alone and must not undeclare a prefix (Namespaces in XML §2.2, §3).
+/// Attributes that declare nothing pass.
+pub(super) fn check_declaration(name: QName<'_>, raw: &str) -> Result<(), XmlError> {
+    const RESERVED: XmlError =
+        XmlError::NotWellFormed("reserved prefix or namespace in a declaration");
+    let prefix = match name.prefix() {
+        None if name.full == "xmlns" => "",
+        Some("xmlns") => name.local(),
+        _ => return Ok(()),
+    };
+    let ns = unescape_attr(raw)?;
+    if prefix == "xmlns" || ns == NS_XMLNS || (prefix == "xml") != (ns == NS_XML) {
+        return Err(RESERVED);
+    }
+    if ns.is_empty() && !prefix.is_empty() {
+        return Err(XmlError::NotWellFormed("prefix declared as no namespace"));
+    }
+    Ok(())
+}
+
+/// No name twice, neither as written nor as namespace and local name (Namespaces in XML §6.3).
+pub(super) fn check_unique<'n>(
+    attrs: &[(QName<'_>, Attr<'_>)],
+    resolve: impl Fn(&str) -> Result<Cow<'n, str>, XmlError>,
+) -> Result<(), XmlError> {
+    for (n, (a, _)) in attrs.iter().enumerate() {
+        for (b, _) in &attrs[..n] {
+            if a.full == b.full {
+                return Err(DUPLICATE);
+            }
+            if let (Some(p), Some(q)) = (a.prefix(), b.prefix())
+                && a.local() == b.local()
+                && resolve(p)? == resolve(q)?
+            {
+                return Err(DUPLICATE);
+            }
+        }
+    }
+    Ok(())
+}
