@@ -1,1 +1,3 @@
 //! nitro: an instant-messaging server for trading floors, thread-per-core and shared-nothing.
+
+pub mod config;
