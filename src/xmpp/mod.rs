@@ -5,6 +5,7 @@
 
 pub mod accept;
 pub mod batch;
+pub mod bind;
 pub mod error;
 pub mod feature;
 pub mod iq;
