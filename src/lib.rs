@@ -1,2 +1,6 @@
 //! nitro: an instant-messaging server for trading floors, thread-per-core and shared-nothing.
+
+pub mod config;
+pub mod store;
 pub mod xml;
+pub mod xmpp;

@@ -1,0 +1,153 @@
+//! The one place that decides when a stanza may be acknowledged (XEP-0198 `h`).
+//!
+//! Stanzas in -> numbers; fates in (durable, delivered or refused) -> the longest prefix whose fate is decided. A stanza whose
+//! handling is over at once costs one increment. One that waits (for another shard, for a user to be loaded, for a write)
+//! holds `h` back until the last part of it is settled. The journal's group commits will settle stanzas through here too.
+
+use std::collections::VecDeque;
+
+#[derive(Debug, Default)]
+pub struct Acceptance {
+    /// Stanzas read, modulo 2^32 (XEP-0198 section 4).
+    received: u32,
+    /// Those without a decided fate, oldest first, and how many parts of it are open.
+    open: VecDeque<(u32, u16)>,
+    /// The client asked (`<r/>`) when it had sent that many; not answered yet.
+    asked: VecDeque<u32>,
+}
+
+impl Acceptance {
+    /// Counts a stanza; its number.
+    pub fn receive(&mut self) -> u32 {
+        self.received = self.received.wrapping_add(1);
+        self.received
+    }
+
+    /// One more part of stanza `seq` is open.
+    pub fn defer(&mut self, seq: u32) {
+        match self.open.back_mut() {
+            Some((last, parts)) if *last == seq => *parts += 1,
+            _ => self.open.push_back((seq, 1)),
+        }
+    }
+
+    /// A part of stanza `seq` is decided.
+    pub fn settle(&mut self, seq: u32) {
+        let Some(front) = self.open.front().map(|(s, _)| *s) else { return };
+        // numbers ascend, but a stanza without open parts has no entry
+        let guess = (seq.wrapping_sub(front) as usize).min(self.open.len().saturating_sub(1));
+        let Some(at) = (0..=guess).rev().find(|i| self.open[*i].0 == seq) else { return };
+        self.open[at].1 = self.open[at].1.saturating_sub(1);
+        while self.open.front().is_some_and(|(_, parts)| *parts == 0) {
+            self.open.pop_front();
+        }
+        if self.open.is_empty() {
+            self.open.shrink_to_fit();
+        }
+    }
+
+    /// The count that may be acknowledged: the longest prefix of decided stanzas.
+    pub fn h(&self) -> u32 {
+        match self.open.front() {
+            Some((seq, _)) => seq.wrapping_sub(1),
+            None => self.received,
+        }
+    }
+
+    /// Stanzas read, decided or not.
+    pub fn received(&self) -> u32 {
+        self.received
+    }
+
+    /// `<r/>` came. `false`: too many are waiting for their answer.
+    #[must_use]
+    pub fn ask(&mut self, waiting_max: usize) -> bool {
+        if self.asked.len() >= waiting_max {
+            return false;
+        }
+        self.asked.push_back(self.received);
+        true
+    }
+
+    /// The next answer that is due: all that was read before its `<r/>` is decided.
+    pub fn answer(&mut self) -> Option<u32> {
+        let asked = *self.asked.front()?;
+        let h = self.h();
+        if (h.wrapping_sub(asked) as i32) < 0 {
+            return None;
+        }
+        self.asked.pop_front();
+        if self.asked.is_empty() {
+            self.asked.shrink_to_fit();
+        }
+        Some(h)
+    }
+
+    pub fn forget_asked(&mut self) {
+        self.asked.clear();
+    }
+
+    pub fn waiting(&self) -> usize {
+        self.open.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn h_is_the_longest_decided_prefix() {
+        let mut a = Acceptance::default();
+        for _ in 0..5 {
+            let seq = a.receive();
+            if seq == 2 || seq == 4 {
+                a.defer(seq);
+                a.defer(seq);
+            }
+        }
+        assert_eq!(a.h(), 1);
+        a.settle(4);
+        a.settle(4);
+        assert_eq!(a.h(), 1);
+        a.settle(2);
+        assert_eq!(a.h(), 1);
+        a.settle(2);
+        assert_eq!(a.h(), 5);
+    }
+
+    #[test]
+    fn an_answer_waits_for_what_was_asked_about_and_no_longer() {
+        let mut a = Acceptance::default();
+        let seq = a.receive();
+        a.defer(seq);
+        assert!(a.ask(8));
+        assert_eq!(a.answer(), None);
+        let later = a.receive();
+        a.defer(later);
+        a.settle(seq);
+        assert_eq!(a.answer(), Some(1));
+        assert_eq!(a.answer(), None);
+    }
+
+    #[test]
+    fn counts_wrap() {
+        let mut a = Acceptance { received: u32::MAX, ..Default::default() };
+        let seq = a.receive();
+        assert_eq!(seq, 0);
+        a.defer(seq);
+        assert_eq!(a.h(), u32::MAX);
+        a.settle(0);
+        assert_eq!(a.h(), 0);
+    }
+
+    #[test]
+    fn settling_what_is_not_open_changes_nothing() {
+        let mut a = Acceptance::default();
+        a.settle(7);
+        let seq = a.receive();
+        a.defer(seq);
+        a.settle(99);
+        assert_eq!(a.h(), 0);
+    }
+}

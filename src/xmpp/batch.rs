@@ -1,0 +1,70 @@
+//! What one shard tells another: a batch of items over one shared byte arena, collected during a turn of the loop and sent
+//! as one mesh message. An item names its strings by [`Span`], so a chat message to another core costs one copy and no
+//! allocation beyond the batch's own growth.
+
+use super::meta::Meta;
+use super::session::SessionId;
+
+/// A range of [`Batch::bytes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    start: u32,
+    len: u32,
+}
+
+/// Names an inbound stanza whose acceptance somebody else decides: session on shard, and the stanza's number in its stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    pub shard: u16,
+    pub session: SessionId,
+    /// XEP-0198 count of the stanza, modulo 2^32.
+    pub seq: u32,
+}
+
+#[derive(Debug)]
+pub enum Item {
+    /// A stanza for one local address (bare or full). `receipt`: the sender waits for its fate.
+    Stanza { to: Span, from: Span, stanza: Span, meta: Meta, receipt: Option<Receipt> },
+    /// Presence of full JID `from` for many users (local parts, each ended by a line feed), `to` not yet stamped.
+    Presence { from: Span, stanza: Span, meta: Meta, names: Span },
+    /// Who of these users (local parts, each ended by a line feed) is online, asks full JID `from`.
+    Probe { from: Span, names: Span },
+    /// The fate of a stanza is decided: durable, delivered or refused.
+    Settled(Receipt),
+}
+
+/// One mesh message.
+#[derive(Debug, Default)]
+pub struct Batch {
+    pub bytes: Vec<u8>,
+    pub items: Vec<Item>,
+}
+
+impl Batch {
+    pub fn is_empty(&self) -> bool {
+        self.items.is_empty()
+    }
+
+    pub fn put(&mut self, bytes: &[u8]) -> Span {
+        let start = self.bytes.len() as u32;
+        self.bytes.extend_from_slice(bytes);
+        Span { start, len: bytes.len() as u32 }
+    }
+
+    /// Opens a span that grows until [`Batch::close`].
+    pub fn open(&self) -> u32 {
+        self.bytes.len() as u32
+    }
+
+    pub fn close(&self, start: u32) -> Span {
+        Span { start, len: self.bytes.len() as u32 - start }
+    }
+
+    pub fn get(&self, span: Span) -> &[u8] {
+        &self.bytes[span.start as usize..(span.start + span.len) as usize]
+    }
+
+    pub fn text(&self, span: Span) -> &str {
+        std::str::from_utf8(self.get(span)).expect("a sender puts whole strings")
+    }
+}

@@ -1,0 +1,183 @@
+//! The table of features: one file, one row. Disco, dispatch, stream features and the README's table of specifications all
+//! come from [`FEATURES`], so that they cannot disagree.
+
+pub mod blocking;
+pub mod caps;
+pub mod carbons;
+pub mod csi;
+pub mod disco;
+pub mod hints;
+pub mod last;
+pub mod offline;
+pub mod ping;
+pub mod presence;
+pub mod private;
+pub mod register;
+pub mod roster;
+pub mod sm;
+pub mod stable_id;
+pub mod subscription;
+pub mod time;
+pub mod vcard;
+pub mod version;
+
+use std::rc::Rc;
+
+use super::error::{StanzaError, StreamError};
+pub use super::iq::Iq;
+use super::jid::Jid;
+use super::meta::Meta;
+use super::session::{Session, SessionId};
+use super::slice::{Env, Slice};
+use crate::xml::view::View;
+
+/// One row: what a feature adds to the server.
+pub struct Feature {
+    /// As people call it.
+    pub name: &'static str,
+    /// "RFC 6121 2", "XEP-0280": the specification; version as implemented ("" for an RFC).
+    pub spec: &'static str,
+    pub version: &'static str,
+    /// Disco features of the server's domain.
+    pub server: &'static [&'static str],
+    /// Disco features of an account's bare JID.
+    pub account: &'static [&'static str],
+    /// Elements in `<stream:features/>` after authentication.
+    pub stream: Option<fn(&Env) -> String>,
+    pub iq: &'static [IqRoute],
+    pub nonza: &'static [NonzaRoute],
+    /// A client's message leaves, before it is routed; may refuse it.
+    pub message_out: Option<MessageOut>,
+    /// May a stanza of any kind come in to a user? Runs at the recipient's owner.
+    pub admit: Option<Admit>,
+    /// A message was delivered to (or stored for) a user of this slice; the sessions that have got it.
+    pub message_in: Option<MessageIn>,
+    /// A session sent its initial presence (RFC 6121 4.2), after the broadcast.
+    pub available: Option<fn(&mut Slice, SessionId)>,
+    /// A session ended for good; it is out of the tables already.
+    pub ended: Option<fn(&mut Slice, &mut Session)>,
+}
+
+pub type MessageOut = fn(&mut Slice, SessionId, &Outgoing<'_>) -> Result<(), StanzaError>;
+pub type Admit = fn(&Slice, user: &str, from: &Jid<'_>, meta: Meta) -> Result<(), Refusal>;
+pub type MessageIn = fn(&mut Slice, user: &str, message: &Incoming<'_>, taken: &[SessionId]);
+pub type NonzaHandler = fn(&mut Slice, SessionId, &View<'_>) -> Result<(), StreamError>;
+
+/// Nothing; rows name what they have.
+pub const NONE: Feature = Feature {
+    name: "",
+    spec: "",
+    version: "",
+    server: &[],
+    account: &[],
+    stream: None,
+    iq: &[],
+    nonza: &[],
+    message_out: None,
+    admit: None,
+    message_in: None,
+    available: None,
+    ended: None,
+};
+
+/// A message on its way out of its sender's owner.
+pub struct Outgoing<'a> {
+    pub to: &'a Jid<'a>,
+    /// Full JID of the sender.
+    pub from: &'a str,
+    /// As the recipient will get it.
+    pub stanza: &'a [u8],
+    pub meta: Meta,
+}
+
+/// A message at its recipient's owner.
+pub struct Incoming<'a> {
+    pub to: &'a Jid<'a>,
+    pub from: &'a str,
+    pub stanza: &'a [u8],
+    pub meta: Meta,
+}
+
+/// How a stanza is kept out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Refusal {
+    Silent,
+    Error(StanzaError),
+}
+
+/// To whom an IQ request is addressed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// The server's domain.
+    Server,
+    /// A bare JID of this slice, handled on behalf of its user; requests without `to` are the sender's own account.
+    Account,
+    /// Either.
+    Both,
+}
+
+pub struct IqRoute {
+    pub name: &'static str,
+    pub ns: &'static str,
+    pub target: Target,
+    pub handle: fn(&mut Slice, Iq),
+}
+
+pub struct NonzaRoute {
+    pub name: &'static str,
+    pub ns: &'static str,
+    pub handle: NonzaHandler,
+}
+
+/// All that nitro speaks beside the core of streams and stanzas.
+pub static FEATURES: &[&Feature] = &[
+    &disco::FEATURE,
+    &roster::FEATURE,
+    &subscription::FEATURE,
+    &presence::FEATURE,
+    &blocking::FEATURE,
+    &carbons::FEATURE,
+    &offline::FEATURE,
+    &stable_id::FEATURE,
+    &hints::FEATURE,
+    &sm::FEATURE,
+    &csi::FEATURE,
+    &ping::FEATURE,
+    &caps::FEATURE,
+    &vcard::FEATURE,
+    &private::FEATURE,
+    &register::FEATURE,
+    &last::FEATURE,
+    &time::FEATURE,
+    &version::FEATURE,
+];
+
+/// The rows' hooks, collected once, so that a message only meets those that exist.
+#[derive(Clone)]
+pub struct Hooks {
+    pub iq: Rc<[&'static IqRoute]>,
+    nonzas: Rc<[&'static NonzaRoute]>,
+    pub message_out: Rc<[MessageOut]>,
+    pub admit: Rc<[Admit]>,
+    pub message_in: Rc<[MessageIn]>,
+    pub available: Rc<[fn(&mut Slice, SessionId)]>,
+    pub ended: Rc<[fn(&mut Slice, &mut Session)]>,
+}
+
+impl Hooks {
+    pub fn collect() -> Hooks {
+        Hooks {
+            iq: FEATURES.iter().flat_map(|f| f.iq).collect(),
+            nonzas: FEATURES.iter().flat_map(|f| f.nonza).collect(),
+            message_out: FEATURES.iter().filter_map(|f| f.message_out).collect(),
+            admit: FEATURES.iter().filter_map(|f| f.admit).collect(),
+            message_in: FEATURES.iter().filter_map(|f| f.message_in).collect(),
+            available: FEATURES.iter().filter_map(|f| f.available).collect(),
+            ended: FEATURES.iter().filter_map(|f| f.ended).collect(),
+        }
+    }
+
+    pub fn nonza(&self, name: &str, ns: &str) -> Option<NonzaHandler> {
+        self.nonzas.iter().find(|r| r.name == name && r.ns == ns).map(|r| r.handle)
+    }
+}

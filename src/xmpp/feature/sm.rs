@@ -1,0 +1,283 @@
+//! Stream management (XEP-0198): what was sent is kept until the client has it; a session whose connection broke waits
+//! for its client and goes on without loss. What may be acknowledged to the client is decided in [`super::super::accept`].
+
+use std::collections::VecDeque;
+
+use super::{Feature, NONE, NonzaRoute};
+use crate::xmpp::error::StreamError;
+use crate::xmpp::jid::Jid;
+use crate::xmpp::message;
+use crate::xmpp::meta::{Kind, Meta};
+use crate::xmpp::session::SessionId;
+use crate::xmpp::slice::Slice;
+use crate::xml::view::View;
+
+pub const NS: &str = "urn:xmpp:sm:3";
+
+pub static FEATURE: Feature = Feature {
+    name: "Stream management",
+    spec: "XEP-0198",
+    version: "1.6.1",
+    stream: Some(|_| format!("<sm xmlns='{NS}'/>")),
+    nonza: &[
+        NonzaRoute { name: "enable", ns: NS, handle: enable },
+        NonzaRoute { name: "r", ns: NS, handle: asked },
+        NonzaRoute { name: "a", ns: NS, handle: acknowledged },
+        NonzaRoute { name: "resume", ns: NS, handle: resume_too_late },
+    ],
+    ..NONE
+};
+
+/// `<r/>` of a client that may wait for their answer.
+const ASKED_MAX: usize = 1024;
+
+/// The state of one session with stream management.
+#[derive(Debug)]
+pub struct Sm {
+    /// `previd` of a resumption; empty: cannot be resumed.
+    pub id: Box<str>,
+    /// How long it waits for its client; 0: it does not.
+    pub resume_ms: u64,
+    /// Stanzas sent, modulo 2^32.
+    sent: u32,
+    /// The last `h` of the client.
+    acked: u32,
+    kept: Kept,
+    /// An `<r/>` is on its way.
+    requested: bool,
+}
+
+impl Sm {
+    fn new(id: Box<str>, resume_ms: u64) -> Sm {
+        Sm { id, resume_ms, sent: 0, acked: 0, kept: Kept::default(), requested: false }
+    }
+
+    /// A stanza goes out: counted and kept.
+    pub fn sent(&mut self, parts: &[&[u8]], meta: Meta) {
+        self.sent = self.sent.wrapping_add(1);
+        self.kept.push(parts, meta);
+    }
+
+    /// Is more kept than a client may leave unacknowledged?
+    pub fn over(&self, bytes_max: usize, stanzas_max: usize) -> bool {
+        self.kept.bytes() > bytes_max || self.kept.entries.len() > stanzas_max
+    }
+
+    /// Asks for an acknowledgement behind what goes out now, unless one is on its way.
+    pub fn ask(&mut self, out: &mut Vec<u8>) {
+        if !self.requested && !self.kept.entries.is_empty() && !out.is_empty() {
+            self.requested = true;
+            out.extend_from_slice(b"<r xmlns='urn:xmpp:sm:3'/>");
+        }
+    }
+
+    /// The client has `h` stanzas. `Err`: it was never sent so many.
+    fn acknowledge(&mut self, h: u32) -> Result<(), u32> {
+        let new = h.wrapping_sub(self.acked);
+        if new as usize > self.kept.entries.len() {
+            return Err(self.sent);
+        }
+        for _ in 0..new {
+            self.kept.pop();
+        }
+        self.acked = h;
+        Ok(())
+    }
+
+    /// Takes out everything that was not acknowledged.
+    pub fn unacknowledged(&mut self) -> Vec<(Box<[u8]>, Meta)> {
+        let mut all = Vec::with_capacity(self.kept.entries.len());
+        while let Some(front) = self.kept.front() {
+            all.push((front.0.into(), front.1));
+            self.kept.pop();
+        }
+        all
+    }
+}
+
+/// Sent stanzas in one buffer, oldest first; owns nothing when empty.
+#[derive(Debug, Default)]
+struct Kept {
+    bytes: Vec<u8>,
+    head: usize,
+    entries: VecDeque<(u32, Meta)>,
+}
+
+impl Kept {
+    fn push(&mut self, parts: &[&[u8]], meta: Meta) {
+        let before = self.bytes.len();
+        for part in parts {
+            self.bytes.extend_from_slice(part);
+        }
+        self.entries.push_back(((self.bytes.len() - before) as u32, meta));
+    }
+
+    fn front(&self) -> Option<(&[u8], Meta)> {
+        let (len, meta) = *self.entries.front()?;
+        Some((&self.bytes[self.head..self.head + len as usize], meta))
+    }
+
+    fn pop(&mut self) {
+        let Some((len, _)) = self.entries.pop_front() else { return };
+        self.head += len as usize;
+        if self.entries.is_empty() {
+            *self = Kept::default();
+        } else if self.head > 16 * 1024 && self.head * 2 > self.bytes.len() {
+            self.bytes.drain(..self.head);
+            self.head = 0;
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes.len() - self.head
+    }
+
+    fn all(&self) -> &[u8] {
+        &self.bytes[self.head..]
+    }
+}
+
+fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), StreamError> {
+    let resume = matches!(view.attr("resume").as_deref(), Some("true" | "1"));
+    let wanted_ms = view.attr("max").and_then(|max| max.parse::<u64>().ok()).map(|s| s.saturating_mul(1000));
+    let most_ms = slice.env.limits.resume_ms_max;
+    let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
+    if session.sm.is_some() {
+        slice.send_raw(sid, &failed("unexpected-request", None));
+        return Ok(());
+    }
+    let resume_ms = if resume { wanted_ms.unwrap_or(most_ms).min(most_ms) } else { 0 };
+    let id: Box<str> = if resume_ms > 0 { crate::xmpp::random_id().into() } else { "".into() };
+    let answer = if resume_ms > 0 {
+        format!("<enabled xmlns='{NS}' id='{id}' resume='true' max='{}'/>", resume_ms / 1000)
+    } else {
+        format!("<enabled xmlns='{NS}'/>")
+    };
+    session.sm = Some(Box::new(Sm::new(id, resume_ms)));
+    // XEP-0198 section 4: counting starts with <enable/>
+    session.accept = Default::default();
+    slice.send_raw(sid, answer.as_bytes());
+    Ok(())
+}
+
+fn asked(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {
+    let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
+    if session.sm.is_none() {
+        return Err(StreamError::text("unsupported-stanza-type", "stream management is not enabled"));
+    }
+    if !session.accept.ask(ASKED_MAX) {
+        return Err(StreamError::text("policy-violation", "too many unanswered requests for acknowledgement"));
+    }
+    answer_asked(slice, sid);
+    Ok(())
+}
+
+/// Sends the acknowledgements that are due.
+pub fn answer_asked(slice: &mut Slice, sid: SessionId) {
+    let Some(session) = slice.sessions.get_mut(sid) else { return };
+    while let Some(h) = session.accept.answer() {
+        if session.link.is_some() {
+            push_ack(h, &mut session.out);
+        }
+    }
+    slice.touched(sid);
+}
+
+fn push_ack(h: u32, out: &mut Vec<u8>) {
+    use std::io::Write;
+    write!(out, "<a xmlns='{NS}' h='{h}'/>").expect("writing to memory succeeds");
+}
+
+fn acknowledged(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), StreamError> {
+    let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
+    let (Some(sm), Some(h)) = (&mut session.sm, view.attr("h").and_then(|h| h.parse::<u32>().ok())) else {
+        return Err(StreamError::text("policy-violation", "an acknowledgement without enabled stream management or h"));
+    };
+    sm.requested = false;
+    match sm.acknowledge(h) {
+        Ok(()) => {
+            // what came out meanwhile is asked for at the end of the turn
+            if !sm.kept.entries.is_empty() {
+                session.out.extend_from_slice(b"<r xmlns='urn:xmpp:sm:3'/>");
+                sm.requested = true;
+                slice.touched(sid);
+            }
+            Ok(())
+        }
+        Err(_) => Err(StreamError::text("undefined-condition", "h is higher than what was sent")),
+    }
+}
+
+fn resume_too_late(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {
+    slice.send_raw(sid, &failed("unexpected-request", None));
+    Ok(())
+}
+
+/// `<failed/>` with a stanza error condition and the count where it is known.
+pub fn failed(condition: &str, h: Option<u32>) -> Vec<u8> {
+    let h = h.map(|h| format!(" h='{h}'")).unwrap_or_default();
+    format!("<failed xmlns='{NS}'{h}><{condition} xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></failed>").into_bytes()
+}
+
+/// The session of `name` that `previd` names, whether it waits or its old connection still stands.
+pub fn find(slice: &Slice, name: &str, previd: &str) -> Option<SessionId> {
+    slice.user(name)?.sessions.iter().copied().find(|sid| {
+        let sm = slice.sessions.get(*sid).and_then(|s| s.sm.as_ref());
+        sm.is_some_and(|sm| sm.resume_ms > 0 && *sm.id == *previd)
+    })
+}
+
+/// The client is back on a new connection with `h` stanzas: `<resumed/>`, then what it has not got.
+/// The old connection must be closed before. `Err`: the client claims more than it was sent; the session ended.
+pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<(), StreamError> {
+    let ms = slice.now.ms;
+    let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
+    super::csi::activate(session);
+    let Some(sm) = &mut session.sm else { return Ok(()) };
+    if sm.acknowledge(h).is_err() {
+        slice.end(sid, None);
+        return Err(StreamError::text("undefined-condition", "h is higher than what was sent"));
+    }
+    if session.link.replace(link).is_none() {
+        slice.parked = slice.parked.saturating_sub(1);
+    }
+    session.heard_ms = ms;
+    session.pinged = false;
+    session.unsent = 0;
+    session.out.clear();
+    session.accept.forget_asked();
+    let resumed = format!("<resumed xmlns='{NS}' previd='{}' h='{}'/>", sm.id, session.accept.h());
+    session.out.extend_from_slice(resumed.as_bytes());
+    session.out.extend_from_slice(sm.kept.all());
+    sm.requested = false;
+    slice.counters.resumptions += 1;
+    slice.touched(sid);
+    Ok(())
+}
+
+/// Nobody came back in time: the session ends, and what it was not known to have goes where it would go now.
+pub fn expire(slice: &mut Slice, sid: SessionId) {
+    if slice.sessions.get(sid).is_some_and(|s| s.link.is_none()) {
+        slice.end(sid, None);
+    }
+}
+
+/// What a session that ends for good leaves unacknowledged (XEP-0198 section 5, RFC 6121 8.5.2): messages find another
+/// session or the offline queue, requests are answered by an error, everything else is dropped.
+pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
+    for (stanza, meta) in left {
+        let wanted = matches!(meta.kind, Kind::Chat | Kind::Normal | Kind::IqGet | Kind::IqSet);
+        if !wanted || meta.has(Meta::COPY) || meta.has(Meta::SERVER) {
+            continue;
+        }
+        let Some(element) = crate::xmpp::parse_stanza(&stanza) else { continue };
+        let (Some(to), Some(from)) = (element.get("to"), element.get("from")) else { continue };
+        let Ok(to) = Jid::parse(to) else { continue };
+        if meta.kind.is_iq() {
+            slice.bounce(&to, from, &stanza, meta, &crate::xmpp::error::StanzaError::SERVICE_UNAVAILABLE);
+            continue;
+        }
+        // as to the bare JID: the resource is gone
+        message::redeliver(slice, &to.to_bare(), &stanza, meta);
+    }
+}

@@ -1,0 +1,83 @@
+//! Unique and stable stanza ids (XEP-0359): a message that a user may keep gets `<stanza-id by='his bare JID'/>` from his
+//! owner; ids that claim to be from him are taken out where a message enters. An id tells strangers nothing: it is a keyed
+//! permutation of a counter.
+
+use std::io::Write;
+
+use super::{Feature, NONE};
+use crate::xml::dom::Element;
+use crate::xml::escape::escape_attr;
+use crate::xml::view::View;
+use crate::xmpp::meta::{Kind, Meta};
+use crate::xmpp::slice::Slice;
+
+pub const NS: &str = "urn:xmpp:sid:0";
+
+pub static FEATURE: Feature = Feature {
+    name: "Unique and stable stanza ids",
+    spec: "XEP-0359",
+    version: "0.7.0",
+    server: &[NS],
+    account: &[NS],
+    ..NONE
+};
+
+/// Does a stanza carry a stable id that somebody gave it?
+pub fn present(view: &View<'_>) -> bool {
+    view.children().iter().any(|c| c.name == "stanza-id" && &*c.ns == NS)
+}
+
+/// Takes out the ids that claim to be given by `by` (XEP-0359 section 3.1: an entity removes those that name itself).
+pub fn strip(element: &mut Element, by: &str) {
+    element.remove_children(|c| c.name == "stanza-id" && c.ns == NS && c.get("by") == Some(by));
+}
+
+/// The stanza with the id of the recipient's account, if it is one that he may keep.
+/// Give the buffer back by [`Slice::reuse`].
+pub fn stamp(slice: &mut Slice, by: &str, stanza: &[u8], meta: Meta) -> Option<Vec<u8>> {
+    let kept = matches!(meta.kind, Kind::Chat | Kind::Normal) && (meta.has(Meta::BODY) || meta.has(Meta::STORE));
+    if !kept || meta.has(Meta::COPY) || !stanza.ends_with(b"</message>") {
+        return None;
+    }
+    let id = slice.next_id();
+    let id = permute(id, slice.env.id_key);
+    let mut out = slice.buffer();
+    let inner = stanza.len() - b"</message>".len();
+    out.reserve(stanza.len() + 96);
+    out.extend_from_slice(&stanza[..inner]);
+    out.extend_from_slice(b"<stanza-id xmlns='urn:xmpp:sid:0' by='");
+    escape_attr(by, &mut out);
+    write!(out, "' id='{id:016x}'/></message>").expect("writing to memory succeeds");
+    Some(out)
+}
+
+/// A keyed bijection of 64 bits: a balanced Feistel network of eight rounds over two halves.
+pub fn permute(value: u64, key: [u64; 2]) -> u64 {
+    let (mut left, mut right) = ((value >> 32) as u32, value as u32);
+    for round in 0..8u64 {
+        let mixed = mix(u64::from(right) ^ key[(round & 1) as usize].rotate_left(7 * round as u32) ^ (round << 40));
+        (left, right) = (right, left ^ (mixed >> 32) as u32);
+    }
+    (u64::from(left) << 32) | u64::from(right)
+}
+
+/// splitmix64's finalizer.
+fn mix(mut x: u64) -> u64 {
+    x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_of_neighbours_are_distinct_and_unlike() {
+        let key = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210];
+        let ids: std::collections::HashSet<u64> = (0..100_000).map(|i| permute(i, key)).collect();
+        assert_eq!(ids.len(), 100_000);
+        let bits: u32 = (0..1000u64).map(|i| (permute(i, key) ^ permute(i + 1, key)).count_ones()).sum();
+        assert!((28_000..36_000).contains(&bits), "{bits}");
+    }
+}

@@ -1,0 +1,137 @@
+//! What routing must know of a stanza, found once where it entered and carried beside its bytes, so that nobody parses it again.
+
+/// Stanza kind and type (RFC 6121 sections 5.2.2 and 4.7.1, RFC 6120 section 8.2.3).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Kind {
+    Chat,
+    Normal,
+    Headline,
+    GroupChat,
+    MessageError,
+    Available,
+    Unavailable,
+    Subscribe,
+    Subscribed,
+    Unsubscribe,
+    Unsubscribed,
+    Probe,
+    PresenceError,
+    IqGet,
+    IqSet,
+    IqResult,
+    IqError,
+}
+
+impl Kind {
+    pub fn message(typ: Option<&str>) -> Kind {
+        match typ {
+            Some("chat") => Kind::Chat,
+            Some("headline") => Kind::Headline,
+            Some("groupchat") => Kind::GroupChat,
+            Some("error") => Kind::MessageError,
+            // RFC 6121 5.2.2: anything unknown counts as normal
+            _ => Kind::Normal,
+        }
+    }
+
+    /// `None`: not a type of RFC 6121 4.7.1.
+    pub fn presence(typ: Option<&str>) -> Option<Kind> {
+        Some(match typ {
+            None => Kind::Available,
+            Some("unavailable") => Kind::Unavailable,
+            Some("subscribe") => Kind::Subscribe,
+            Some("subscribed") => Kind::Subscribed,
+            Some("unsubscribe") => Kind::Unsubscribe,
+            Some("unsubscribed") => Kind::Unsubscribed,
+            Some("probe") => Kind::Probe,
+            Some("error") => Kind::PresenceError,
+            Some(_) => return None,
+        })
+    }
+
+    /// `None`: not a type of RFC 6120 8.2.3.
+    pub fn iq(typ: Option<&str>) -> Option<Kind> {
+        Some(match typ {
+            Some("get") => Kind::IqGet,
+            Some("set") => Kind::IqSet,
+            Some("result") => Kind::IqResult,
+            Some("error") => Kind::IqError,
+            _ => return None,
+        })
+    }
+
+    pub fn is_message(self) -> bool {
+        (self as u8) <= Kind::MessageError as u8
+    }
+
+    pub fn is_presence(self) -> bool {
+        (self as u8) > Kind::MessageError as u8 && (self as u8) <= Kind::PresenceError as u8
+    }
+
+    pub fn is_iq(self) -> bool {
+        (self as u8) >= Kind::IqGet as u8
+    }
+
+    pub fn is_subscription(self) -> bool {
+        matches!(self, Kind::Subscribe | Kind::Subscribed | Kind::Unsubscribe | Kind::Unsubscribed)
+    }
+
+    /// Name of the stanza element.
+    pub fn stanza(self) -> &'static str {
+        if self.is_message() {
+            "message"
+        } else if self.is_presence() {
+            "presence"
+        } else {
+            "iq"
+        }
+    }
+
+    /// An error must never be answered by an error (RFC 6120 8.3.1), nor a result.
+    pub fn may_bounce(self) -> bool {
+        !matches!(
+            self,
+            Kind::MessageError | Kind::PresenceError | Kind::IqResult | Kind::IqError | Kind::Headline
+        )
+    }
+}
+
+/// Kind plus the facts about the payload that decide storing, copying and deferring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Meta {
+    pub kind: Kind,
+    pub flags: u16,
+}
+
+impl Meta {
+    /// Has a non-empty `<body/>`.
+    pub const BODY: u16 = 1;
+    /// XEP-0334 `<no-store/>` or `<no-permanent-store/>`: not for the offline queue.
+    pub const NO_STORE: u16 = 2;
+    /// XEP-0334 `<store/>`.
+    pub const STORE: u16 = 4;
+    /// XEP-0280 `<private/>` or XEP-0334 `<no-copy/>`: no carbons.
+    pub const NO_COPY: u16 = 8;
+    /// XEP-0280 says it may be copied (body, or a payload listed there).
+    pub const CARBON: u16 = 16;
+    /// Already a carbon copy: never copied, stored or rerouted.
+    pub const COPY: u16 = 32;
+    /// XEP-0352: may wait while the client is inactive (chat states, presence).
+    pub const LAZY: u16 = 64;
+    /// Is made by the server itself.
+    pub const SERVER: u16 = 128;
+
+    pub fn new(kind: Kind) -> Meta {
+        Meta { kind, flags: 0 }
+    }
+
+    pub fn with(mut self, flags: u16) -> Meta {
+        self.flags |= flags;
+        self
+    }
+
+    pub fn has(self, flag: u16) -> bool {
+        self.flags & flag != 0
+    }
+}

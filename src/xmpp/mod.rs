@@ -1,0 +1,33 @@
+//! The protocol, without sockets and clocks: streams, SASL, binding, sessions, routing, and one file per feature.
+//!
+//! Flow: [`negotiation`] carries a connection from its first byte to a bound session; from then on [`slice`] takes each
+//! element of it and returns effects (output per session, batches to other shards, requests to the tiers).
+
+pub mod accept;
+pub mod batch;
+pub mod bind;
+pub mod error;
+pub mod feature;
+pub mod iq;
+pub mod jid;
+pub mod message;
+pub mod meta;
+pub mod negotiation;
+pub mod sasl;
+pub mod session;
+pub mod slice;
+
+pub const NS_CLIENT: &str = "jabber:client";
+pub const NS_STREAM: &str = "http://etherx.jabber.org/streams";
+
+/// 128 random bits in hexadecimal: resources, stream ids, resumption ids, ids of the server's own requests.
+pub fn random_id() -> String {
+    let mut bytes = [0; 16];
+    aws_lc_rs::rand::fill(&mut bytes).expect("the system gives random bytes");
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The tree of a stanza that stands in a client's stream (default namespace `jabber:client`).
+pub fn parse_stanza(stanza: &[u8]) -> Option<crate::xml::Element> {
+    crate::xml::Element::parse_in(stanza, &crate::xml::StreamNs::client(), &crate::xml::Limits::default()).ok()
+}

@@ -1,0 +1,471 @@
+//! From a connection's first byte to the point where a session begins: stream headers, STARTTLS, SASL, in-band
+//! registration, binding or resumption (RFC 6120 sections 4 to 7, XEP-0077, XEP-0198).
+//!
+//! Sans-IO: frames in, bytes into `out` and a [`Step`] back; who drives it does what the step says. It may move to another
+//! core between two frames: everything here is `Send`.
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+
+use super::error::{StanzaError, StreamError};
+use super::feature::{FEATURES, sm};
+use super::jid;
+use super::sasl::{self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck};
+use super::slice::Env;
+use super::{NS_CLIENT, NS_STREAM, random_id};
+use crate::xml::dom::Element;
+use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs};
+use crate::xml::view::View;
+
+pub const NS_TLS: &str = "urn:ietf:params:xml:ns:xmpp-tls";
+pub const NS_SASL: &str = "urn:ietf:params:xml:ns:xmpp-sasl";
+pub const NS_BIND: &str = "urn:ietf:params:xml:ns:xmpp-bind";
+pub const NS_REGISTER: &str = "jabber:iq:register";
+
+/// What this connection may do, as the configuration and its address say.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// STARTTLS can be had (not on a port that begins with TLS).
+    pub tls_offered: bool,
+    pub tls_required: bool,
+    pub mechanisms: Vec<Mechanism>,
+    pub register: bool,
+    pub attempts_max: u32,
+    pub xml: Limits,
+}
+
+/// What has to happen next.
+pub enum Step {
+    /// Send `out`, read on.
+    Continue,
+    /// Send `out`, then the client begins the TLS handshake, then a new stream.
+    StartTls,
+    /// The connection belongs to the owner of this user; there, with the user loaded, call [`Negotiation::credentials`].
+    Login { name: Box<str> },
+    /// Slow: run it elsewhere, then call [`Negotiation::checked`].
+    CheckPassword(PasswordCheck),
+    /// Authentication failed: hold `out` back for a moment. `close`: it was the last attempt.
+    Refused { name: Option<Box<str>>, condition: &'static str, close: bool },
+    /// Send `out`; a new stream begins.
+    Authenticated,
+    /// The connection belongs to the owner of this new user; there, call [`Negotiation::registered`] with the outcome.
+    Register { name: Box<str>, password: String },
+    /// Begin a session with this resource (prepared; `None`: the server makes one), then [`Negotiation::bound`].
+    Bind { resource: Option<String> },
+    /// Resume the session, or [`Negotiation::not_resumed`].
+    Resume { previd: String, h: u32 },
+    /// The client ended the stream: send `out`, close.
+    End,
+}
+
+enum Stage {
+    /// Waits for a stream header.
+    Header,
+    /// Waits for STARTTLS, authentication or registration.
+    Open,
+    /// Waits for the initial response of this mechanism.
+    Initial(Mechanism),
+    /// Waits for a SASL response.
+    Exchange(Box<Exchange>),
+    /// Authenticated, waits for binding or resumption.
+    Bind,
+}
+
+pub struct Negotiation {
+    stage: Stage,
+    pub encrypted: bool,
+    bindings: ChannelBindings,
+    offered: Vec<Mechanism>,
+    ns: StreamNs,
+    pub lang: Option<Box<str>>,
+    /// Authenticated local part.
+    user: Option<Box<str>>,
+    /// Named by the exchange at work.
+    candidate: Option<Box<str>>,
+    attempts: u32,
+    /// Id of the IQ that is answered later (bind, registration).
+    iq: String,
+    policy: Policy,
+    domain: Box<str>,
+}
+
+impl Negotiation {
+    pub fn new(domain: &str, policy: Policy) -> Negotiation {
+        Negotiation {
+            stage: Stage::Header,
+            encrypted: false,
+            bindings: ChannelBindings::default(),
+            offered: Vec::new(),
+            ns: StreamNs::client(),
+            lang: None,
+            user: None,
+            candidate: None,
+            attempts: 0,
+            iq: String::new(),
+            policy,
+            domain: domain.into(),
+        }
+    }
+
+    /// The TLS handshake is done; a new stream header comes.
+    pub fn encrypted(&mut self, bindings: ChannelBindings) {
+        self.encrypted = true;
+        self.bindings = bindings;
+        self.stage = Stage::Header;
+    }
+
+    /// The authenticated user's local part.
+    pub fn user(&self) -> Option<&str> {
+        self.user.as_deref()
+    }
+
+    pub fn stream_ns(&self) -> &StreamNs {
+        &self.ns
+    }
+
+    /// Takes one frame. An error ends the stream: [`Negotiation::refuse`] writes it.
+    pub fn frame(&mut self, kind: FrameKind, frame: &[u8], env: &Env, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        match (kind, &self.stage) {
+            (FrameKind::Whitespace, _) => Ok(Step::Continue),
+            (FrameKind::Header, Stage::Header) => self.header(frame, env, out),
+            (FrameKind::End, _) => {
+                out.extend_from_slice(b"</stream:stream>");
+                Ok(Step::End)
+            }
+            (FrameKind::Element, Stage::Open | Stage::Initial(_) | Stage::Exchange(_) | Stage::Bind) => {
+                let ns = self.ns.clone();
+                let view = View::parse(frame, &ns, &self.policy.xml)?;
+                self.element(&view, out)
+            }
+            _ => Err(StreamError::new("not-well-formed")),
+        }
+    }
+
+    /// Writes a stream error, with the server's header before it if there was none yet.
+    pub fn refuse(&self, error: &StreamError, out: &mut Vec<u8>) {
+        if matches!(self.stage, Stage::Header) {
+            self.write_header(out);
+        }
+        error.write(out);
+    }
+
+    fn write_header(&self, out: &mut Vec<u8>) {
+        out.extend_from_slice(
+            format!(
+                "<?xml version='1.0'?><stream:stream xmlns='{NS_CLIENT}' xmlns:stream='{NS_STREAM}' id='{}' from='{}' \
+                 version='1.0' xml:lang='en'>",
+                random_id(),
+                self.domain
+            )
+            .as_bytes(),
+        );
+    }
+
+    fn header(&mut self, frame: &[u8], env: &Env, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        let header = StreamHeader::parse(frame).map_err(|e| StreamError::new(e.condition()))?;
+        if &*header.ns.default != NS_CLIENT {
+            return Err(StreamError::new("invalid-namespace"));
+        }
+        let major = header.version.as_deref().and_then(|v| v.split('.').next()).and_then(|v| v.parse::<u32>().ok());
+        if !major.is_some_and(|v| v >= 1) {
+            return Err(StreamError::new("unsupported-version"));
+        }
+        let to = header.to.as_deref().and_then(|to| jid::domainpart(to).ok());
+        if to.as_deref() != Some(&*env.domain) {
+            return Err(StreamError::new("host-unknown"));
+        }
+        self.lang = header.lang.map(Into::into);
+        self.ns = header.ns;
+        self.write_header(out);
+        self.features(env, out);
+        self.stage = if self.user.is_some() { Stage::Bind } else { Stage::Open };
+        Ok(Step::Continue)
+    }
+
+    fn features(&mut self, env: &Env, out: &mut Vec<u8>) {
+        let mut text = String::from("<stream:features>");
+        if self.user.is_some() {
+            text.push_str(&format!("<bind xmlns='{NS_BIND}'/>"));
+            text.push_str("<session xmlns='urn:ietf:params:xml:ns:xmpp-session'><optional/></session>");
+            for stream in FEATURES.iter().filter_map(|f| f.stream) {
+                text.push_str(&stream(env));
+            }
+        } else {
+            if self.policy.tls_offered && !self.encrypted {
+                let required = if self.policy.tls_required { "<required/>" } else { "" };
+                text.push_str(&format!("<starttls xmlns='{NS_TLS}'>{required}</starttls>"));
+            }
+            self.offered.clear();
+            if self.encrypted || !self.policy.tls_required {
+                self.offered.extend(self.policy.mechanisms.iter().copied().filter(|m| {
+                    match m {
+                        Mechanism::Plain => self.encrypted,
+                        m if m.is_plus() => !self.bindings.is_empty(),
+                        _ => true,
+                    }
+                }));
+                text.push_str(&format!("<mechanisms xmlns='{NS_SASL}'>"));
+                for mechanism in &self.offered {
+                    text.push_str(&format!("<mechanism>{}</mechanism>", mechanism.name()));
+                }
+                text.push_str("</mechanisms>");
+                if self.offered.iter().any(|m| m.is_plus()) {
+                    self.bindings.write_feature(&mut text);
+                }
+                if self.policy.register {
+                    text.push_str("<register xmlns='http://jabber.org/features/iq-register'/>");
+                }
+            }
+        }
+        text.push_str("</stream:features>");
+        out.extend_from_slice(text.as_bytes());
+    }
+
+    fn element(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        match (&mut self.stage, view.name(), view.ns()) {
+            (Stage::Open, "starttls", NS_TLS) if self.policy.tls_offered && !self.encrypted => {
+                out.extend_from_slice(format!("<proceed xmlns='{NS_TLS}'/>").as_bytes());
+                self.stage = Stage::Header;
+                Ok(Step::StartTls)
+            }
+            (Stage::Open, "auth", NS_SASL) => self.auth(view, out),
+            (Stage::Initial(_) | Stage::Exchange(_), "response", NS_SASL) => self.response(view, out),
+            (Stage::Open | Stage::Initial(_) | Stage::Exchange(_), "abort", NS_SASL) => Ok(self.failed(Failure::ABORTED, out)),
+            (Stage::Open, "iq", NS_CLIENT) => self.register(view, out),
+            (Stage::Bind, "iq", NS_CLIENT) => self.bind(view, out),
+            (Stage::Bind, "resume", sm::NS) => {
+                let previd = view.attr("previd").map(|v| v.into_owned()).unwrap_or_default();
+                let h = view.attr("h").and_then(|h| h.parse().ok());
+                let Some(h) = h else {
+                    out.extend_from_slice(&sm::failed("bad-request", None));
+                    return Ok(Step::Continue);
+                };
+                Ok(Step::Resume { previd, h })
+            }
+            (Stage::Bind, _, sm::NS) => {
+                out.extend_from_slice(&sm::failed("unexpected-request", None));
+                Ok(Step::Continue)
+            }
+            _ => Err(StreamError::new("not-authorized")),
+        }
+    }
+
+    // ---- SASL --------------------------------------------------------------------------------------------------
+
+    fn auth(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        let mechanism = view.attr("mechanism").and_then(|m| Mechanism::from_name(&m));
+        let Some(mechanism) = mechanism.filter(|m| self.offered.contains(m)) else {
+            let plain = view.attr("mechanism").as_deref() == Some("PLAIN");
+            let encryption = !self.encrypted && (plain || self.policy.tls_required);
+            return Ok(self.failed(if encryption { Failure::ENCRYPTION_REQUIRED } else { Failure::INVALID_MECHANISM }, out));
+        };
+        let initial = match decode(view) {
+            Ok(initial) => initial,
+            Err(failure) => return Ok(self.failed(failure, out)),
+        };
+        Ok(self.start(mechanism, initial.as_deref(), out))
+    }
+
+    fn start(&mut self, mechanism: Mechanism, initial: Option<&[u8]>, out: &mut Vec<u8>) -> Step {
+        let offer = sasl::Offer {
+            mechanisms: &self.offered,
+            bindings: &self.bindings,
+            encrypted: self.encrypted,
+            domain: &self.domain,
+        };
+        match Exchange::start(mechanism, initial, &offer) {
+            Ok(sasl::Start::NeedInitial) => {
+                sasl_element("challenge", b"", out);
+                self.stage = Stage::Initial(mechanism);
+                Step::Continue
+            }
+            Ok(sasl::Start::User(exchange)) => {
+                let name: Box<str> = exchange.username().into();
+                self.candidate = Some(name.clone());
+                self.stage = Stage::Exchange(Box::new(exchange));
+                Step::Login { name }
+            }
+            Err(failure) => self.failed(failure, out),
+        }
+    }
+
+    fn response(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        let data = match decode(view) {
+            Ok(data) => data.unwrap_or_default(),
+            Err(failure) => return Ok(self.failed(failure, out)),
+        };
+        let step = match &mut self.stage {
+            Stage::Initial(mechanism) => {
+                let mechanism = *mechanism;
+                return Ok(self.start(mechanism, Some(&data), out));
+            }
+            Stage::Exchange(exchange) => exchange.respond(&data),
+            _ => return Err(StreamError::new("not-authorized")),
+        };
+        Ok(self.sasl_step(step, out))
+    }
+
+    /// The owner has loaded the user whom [`Step::Login`] named; `None`: there is none.
+    pub fn credentials(&mut self, credentials: Option<Credentials<'_>>, decoy: &Decoy, out: &mut Vec<u8>) -> Step {
+        let Stage::Exchange(exchange) = &mut self.stage else { return Step::Continue };
+        let mut nonce = [0; 18];
+        aws_lc_rs::rand::fill(&mut nonce).expect("the system gives random bytes");
+        let step = exchange.credentials(credentials, decoy, &nonce);
+        self.sasl_step(step, out)
+    }
+
+    /// The outcome of [`Step::CheckPassword`]; `None`: it could not be computed now.
+    pub fn checked(&mut self, right: Option<bool>, out: &mut Vec<u8>) -> Step {
+        let (Stage::Exchange(exchange), Some(right)) = (&mut self.stage, right) else {
+            return self.failed(Failure::TEMPORARY_AUTH_FAILURE, out);
+        };
+        let step = exchange.verified(right);
+        self.sasl_step(step, out)
+    }
+
+    fn sasl_step(&mut self, step: sasl::Step, out: &mut Vec<u8>) -> Step {
+        match step {
+            sasl::Step::Challenge(data) => {
+                sasl_element("challenge", &data, out);
+                Step::Continue
+            }
+            sasl::Step::Success { additional } => {
+                sasl_element("success", &additional, out);
+                self.user = self.candidate.take();
+                self.stage = Stage::Header;
+                Step::Authenticated
+            }
+            sasl::Step::Failure(failure) => self.failed(failure, out),
+            sasl::Step::CheckPassword(check) => Step::CheckPassword(check),
+        }
+    }
+
+    /// Refuses the attempt at work.
+    pub fn failed(&mut self, failure: Failure, out: &mut Vec<u8>) -> Step {
+        let condition = failure.condition;
+        out.extend_from_slice(format!("<failure xmlns='{NS_SASL}'><{condition}/>").as_bytes());
+        if let Some(text) = failure.text {
+            out.extend_from_slice(b"<text xml:lang='en'>");
+            crate::xml::escape_text(text, out);
+            out.extend_from_slice(b"</text>");
+        }
+        out.extend_from_slice(b"</failure>");
+        self.attempts += 1;
+        self.stage = Stage::Open;
+        self.user = None;
+        let close = self.attempts >= self.policy.attempts_max;
+        if close {
+            StreamError::text("policy-violation", "too many failed attempts to authenticate").write(out);
+        }
+        Step::Refused { name: self.candidate.take(), condition, close }
+    }
+
+    // ---- registration ------------------------------------------------------------------------------------------
+
+    /// XEP-0077 before authentication.
+    fn register(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        let iq = view.to_element();
+        let Some(query) = iq.find("query", NS_REGISTER) else { return Err(StreamError::new("not-authorized")) };
+        self.iq = iq.get("id").unwrap_or_default().to_owned();
+        if !self.policy.register || (self.policy.tls_required && !self.encrypted) {
+            self.iq_error(&StanzaError::NOT_ALLOWED, out);
+            return Ok(Step::Continue);
+        }
+        match iq.get("type") {
+            Some("get") => {
+                let form = Element::new("query", NS_REGISTER)
+                    .child(Element::new("instructions", NS_REGISTER).text("Choose a username and a password."))
+                    .child(Element::new("username", NS_REGISTER))
+                    .child(Element::new("password", NS_REGISTER));
+                self.iq_result(Some(form), out);
+                Ok(Step::Continue)
+            }
+            Some("set") => {
+                let field = |name| query.find(name, NS_REGISTER).map(|e| e.text_content()).unwrap_or_default();
+                let (username, password) = (field("username"), field("password"));
+                if username.is_empty() || password.is_empty() {
+                    self.iq_error(&StanzaError::NOT_ACCEPTABLE, out);
+                    return Ok(Step::Continue);
+                }
+                match jid::localpart(&username) {
+                    Ok(name) => Ok(Step::Register { name: name.into_owned().into(), password }),
+                    Err(_) => {
+                        self.iq_error(&StanzaError::JID_MALFORMED, out);
+                        Ok(Step::Continue)
+                    }
+                }
+            }
+            _ => {
+                self.iq_error(&StanzaError::BAD_REQUEST, out);
+                Ok(Step::Continue)
+            }
+        }
+    }
+
+    /// The outcome of [`Step::Register`].
+    pub fn registered(&mut self, outcome: Result<(), StanzaError>, out: &mut Vec<u8>) {
+        match outcome {
+            Ok(()) => self.iq_result(None, out),
+            Err(error) => self.iq_error(&error, out),
+        }
+    }
+
+    // ---- binding -----------------------------------------------------------------------------------------------
+
+    fn bind(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        let iq = view.to_element();
+        let Some(bind) = iq.find("bind", NS_BIND).filter(|_| iq.get("type") == Some("set")) else {
+            // RFC 6120 7.1: no stanzas before binding
+            return Err(StreamError::new("not-authorized"));
+        };
+        self.iq = iq.get("id").unwrap_or_default().to_owned();
+        let wanted = bind.find("resource", NS_BIND).map(|r| r.text_content()).filter(|r| !r.is_empty());
+        match wanted.as_deref().map(jid::resourcepart).transpose() {
+            Ok(resource) => Ok(Step::Bind { resource: resource.map(|r| r.into_owned()) }),
+            Err(_) => {
+                self.iq_error(&StanzaError::BAD_REQUEST, out);
+                Ok(Step::Continue)
+            }
+        }
+    }
+
+    /// The session has begun, with this full JID, or cannot.
+    pub fn bound(&mut self, outcome: Result<&str, StanzaError>, out: &mut Vec<u8>) {
+        match outcome {
+            Ok(jid) => {
+                let bind = Element::new("bind", NS_BIND).child(Element::new("jid", NS_BIND).text(jid));
+                self.iq_result(Some(bind), out);
+            }
+            Err(error) => self.iq_error(&error, out),
+        }
+    }
+
+    /// There is no such session any more.
+    pub fn not_resumed(&mut self, out: &mut Vec<u8>) {
+        out.extend_from_slice(&sm::failed("item-not-found", None));
+    }
+
+    fn iq_result(&self, payload: Option<Element>, out: &mut Vec<u8>) {
+        let iq = Element::new("iq", NS_CLIENT).attr("type", "result").attr("id", &*self.iq);
+        payload.into_iter().fold(iq, Element::child).write(out, NS_CLIENT);
+    }
+
+    fn iq_error(&self, error: &StanzaError, out: &mut Vec<u8>) {
+        let iq = Element::new("iq", NS_CLIENT).attr("type", "error").attr("id", &*self.iq);
+        iq.child(error.element()).write(out, NS_CLIENT);
+    }
+}
+
+/// The base64 payload: `None` for no data, empty for "=" (RFC 6120 6.4.2).
+fn decode(view: &View<'_>) -> Result<Option<Vec<u8>>, Failure> {
+    match view.inner().trim() {
+        "" => Ok(None),
+        "=" => Ok(Some(Vec::new())),
+        data => BASE64_STANDARD.decode(data).map(Some).map_err(|_| Failure::INCORRECT_ENCODING),
+    }
+}
+
+fn sasl_element(name: &str, data: &[u8], out: &mut Vec<u8>) {
+    let data = BASE64_STANDARD.encode(data);
+    out.extend_from_slice(format!("<{name} xmlns='{NS_SASL}'>{data}</{name}>").as_bytes());
+}
