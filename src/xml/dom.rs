@@ -335,3 +335,89 @@ impl Builder {
             .map_or("", |(_, ns, _)| ns)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn elements_are_built_and_written() {
+        let e = Element::new("iq", "jabber:client")
+            .attr("type", "result")
+            .attr("xml:lang", "en")
+            .child(
+                Element::new("query", "urn:q")
+                    .child(Element::new("item", "urn:q").attr("jid", "a'b")),
+            )
+            .child(Element::new("none", ""))
+            .text("1 < 2");
+        let expected = "<iq type='result' xml:lang='en'>\
+            <query xmlns='urn:q'><item jid='a&apos;b'/></query><none xmlns=''/>1 &lt; 2</iq>";
+        assert_eq!(e.to_xml("jabber:client"), expected);
+        assert!(e.to_xml("").starts_with("<iq xmlns='jabber:client' type="));
+        assert_eq!(Element::parse(&e.to_xml("")), Ok(e));
+    }
+
+    #[test]
+    fn elements_are_looked_into_and_changed() {
+        let mut e = Element::parse(" <a b='1' c='2'>x<d/>y<e xmlns='u'>z</e></a>\n").unwrap();
+        assert_eq!((e.get("b"), e.get("z")), (Some("1"), None));
+        assert_eq!(e.text_content(), "xy");
+        assert_eq!(e.find("e", "u").unwrap().text_content(), "z");
+        assert!(e.find("e", "").is_none());
+        e.set("b", "3");
+        e.set("f", "4");
+        assert_eq!(e.unset("c"), Some("2".to_owned()));
+        e.remove_children(|c| c.is("d", ""));
+        assert_eq!(e.to_xml(""), "<a b='3' f='4'>xy<e xmlns='u'>z</e></a>");
+    }
+
+    #[test]
+    fn prefixes_become_namespaces() {
+        let xml = "<p:a xmlns:p='u' xmlns='v' p:x='1' y='2' xml:lang='en'><b/><p:c xmlns:p='w' p:x='3'/><p:d/></p:a>";
+        let e = Element::parse(xml).unwrap();
+        assert!(e.is("a", "u"));
+        assert_eq!(
+            (e.get("{u}x"), e.get("y"), e.get("xml:lang")),
+            (Some("1"), Some("2"), Some("en"))
+        );
+        assert_eq!(e.get("x"), None);
+        let names: Vec<_> = e
+            .elements()
+            .map(|c| (c.name.as_str(), c.ns.as_str()))
+            .collect();
+        assert_eq!(names, [("b", "v"), ("c", "w"), ("d", "u")]);
+        assert_eq!(e.find("c", "w").unwrap().get("{w}x"), Some("3"));
+        assert_eq!(Element::parse(&e.to_xml("")), Ok(e));
+    }
+
+    #[test]
+    fn prefixes_of_the_stream_reach_the_tree() {
+        let frame = b"<stream:x><stream:y stream:z='1'/><w/></stream:x>";
+        let e = Element::parse_in(frame, &StreamNs::client(), &Limits::default()).unwrap();
+        let ns = crate::xml::NS_STREAMS;
+        assert!(e.is("x", ns));
+        assert_eq!(
+            e.find("y", ns).unwrap().attrs,
+            [(format!("{{{ns}}}z"), "1".to_owned())]
+        );
+        assert!(e.find("w", "jabber:client").is_some());
+    }
+
+    #[test]
+    fn line_ends_and_references_survive() {
+        let e = Element::parse("<a b='1\r\n2&#10;&#13;'>x\r\ny&#13;z<![CDATA[\r]]></a>").unwrap();
+        assert_eq!(e.get("b"), Some("1 2\n\r"));
+        assert_eq!(e.text_content(), "x\ny\rz\n");
+        assert_eq!(Element::parse(&e.to_xml("")), Ok(e));
+    }
+
+    #[test]
+    fn what_is_written_is_well_formed_whatever_the_strings_hold() {
+        let text = "]]>\u{2}\u{FFFE}\0&<";
+        let e = Element::new("a", "u\0'<&")
+            .attr("b", "\u{1}<>&'\"\u{FFFF}")
+            .text(text);
+        Element::parse(&e.to_xml("")).unwrap();
+    }
+}

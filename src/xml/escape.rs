@@ -194,3 +194,95 @@ fn escape(s: &str, table: &Table, out: &mut Vec<u8>) {
     }
     out.extend_from_slice(&bytes[copied..]);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(s: &str) -> String {
+        let mut out = Vec::new();
+        escape_text(s, &mut out);
+        String::from_utf8(out).unwrap()
+    }
+
+    fn attr(s: &str) -> String {
+        let mut out = Vec::new();
+        escape_attr(s, &mut out);
+        String::from_utf8(out).unwrap()
+    }
+
+    #[test]
+    fn markup_is_escaped() {
+        assert_eq!(text("a<b>&'\"]]>"), "a&lt;b&gt;&amp;'\"]]&gt;");
+        assert_eq!(attr("a<b>&'\""), "a&lt;b&gt;&amp;&apos;&quot;");
+        assert_eq!(text("\t\n\r"), "\t\n&#13;");
+        assert_eq!(attr("\t\n\r"), "&#9;&#10;&#13;");
+        assert_eq!(text("grüße 日本 😀 \u{FF21}"), "grüße 日本 😀 \u{FF21}");
+    }
+
+    #[test]
+    fn forbidden_characters_never_leave() {
+        assert_eq!(
+            text("\0a\u{1F}b\u{FFFE}c\u{FFFF}d\u{7F}"),
+            "\u{FFFD}a\u{FFFD}b\u{FFFD}c\u{FFFD}d\u{7F}"
+        );
+        assert_eq!(attr("\u{B}\u{FFFF}"), "\u{FFFD}\u{FFFD}");
+    }
+
+    #[test]
+    fn references_are_resolved() {
+        let all = "&amp;&lt;&gt;&quot;&apos;&#65;&#x42;&#x0000043;&#x1F600;";
+        assert_eq!(unescape(all).unwrap(), "&<>\"'ABC😀");
+        assert_eq!(unescape("a\r\nb\rc\n&#13;").unwrap(), "a\nb\nc\n\r");
+        assert_eq!(
+            unescape_attr("a\r\nb\tc\nd&#10;&amp;lt;").unwrap(),
+            "a b c d\n&lt;"
+        );
+        assert!(matches!(unescape("plain"), Ok(Cow::Borrowed("plain"))));
+    }
+
+    #[test]
+    fn broken_references_are_refused() {
+        for raw in [
+            "&",
+            "& ",
+            "&;",
+            "&amp",
+            "&#;",
+            "&#x;",
+            "&#65",
+            "&#X41;",
+            "&#xG;",
+            "&#1 ;",
+            "&#-1;",
+            "&#+1;",
+            "&amp &amp;",
+        ] {
+            assert_eq!(
+                unescape(raw),
+                Err(XmlError::NotWellFormed("broken reference")),
+                "{raw}"
+            );
+        }
+        for raw in [
+            "&#0;",
+            "&#1;",
+            "&#xB;",
+            "&#x1F;",
+            "&#xD800;",
+            "&#xDFFF;",
+            "&#xFFFE;",
+            "&#65535;",
+            "&#x110000;",
+            "&#99999999999999999999;",
+        ] {
+            let expected = Err(XmlError::NotWellFormed(
+                "reference to a forbidden character",
+            ));
+            assert_eq!(unescape(raw), expected, "{raw}");
+        }
+        for raw in ["&nbsp;", "&AMP;", "&ampx;", "&é;"] {
+            assert_eq!(unescape(raw), Err(XmlError::Restricted("entity")), "{raw}");
+        }
+    }
+}

@@ -416,17 +416,18 @@ impl Framer {
             None => return Ok(None),
             Some(b'-') => return Err(XmlError::Restricted("comment")),
             Some(b'D') => return Err(XmlError::Restricted("document type declaration")),
+            // Decided by its first byte, so that it is the same however the rest arrives.
+            Some(b'[') if self.depth == 0 => {
+                return Err(match self.phase {
+                    Phase::Stream => XmlError::BadFormat("text between stanzas"),
+                    _ => XmlError::NotWellFormed("text outside of the stream"),
+                });
+            }
             Some(_) => {}
         }
         let known = seen.len().min(CDATA.len());
         if seen[..known] != CDATA[..known] {
             return Err(XmlError::NotWellFormed("'<!' that begins no markup"));
-        }
-        if self.depth == 0 {
-            return Err(match self.phase {
-                Phase::Stream => XmlError::BadFormat("text between stanzas"),
-                _ => XmlError::NotWellFormed("text outside of the stream"),
-            });
         }
         if known < CDATA.len() {
             return Ok(None);
@@ -540,6 +541,343 @@ impl Quotes {
     }
 
     fn paired(&self) -> bool {
-        !self.odd && !(self.any_single && self.any_double)
+        !(self.odd || self.any_single && self.any_double)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEADER: &str =
+        "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'>";
+
+    /// A framer that has seen the header.
+    fn in_stream() -> Framer {
+        let mut framer = Framer::new();
+        let frame = framer.next(HEADER.as_bytes(), &Limits::default());
+        assert_eq!(
+            frame,
+            Ok(Some(Frame {
+                kind: FrameKind::Header,
+                len: HEADER.len()
+            }))
+        );
+        framer
+    }
+
+    /// Feeds everything at once.
+    fn frames(framer: &mut Framer, mut input: &[u8]) -> Result<Vec<(FrameKind, String)>, XmlError> {
+        let mut out = Vec::new();
+        while let Some(frame) = framer.next(input, &Limits::default())? {
+            let (head, rest) = input.split_at(frame.len);
+            out.push((frame.kind, String::from_utf8_lossy(head).into_owned()));
+            input = rest;
+        }
+        Ok(out)
+    }
+
+    fn one(input: &str) -> Result<Option<Frame>, XmlError> {
+        in_stream().next(input.as_bytes(), &Limits::default())
+    }
+
+    #[test]
+    fn a_session_is_cut_into_its_frames() {
+        let header = format!("\n<?xml version='1.0'?>\r\n{HEADER}");
+        let input = format!("{header}<a/> \n\t<b><c>x</c><b/></b ><d e='1'/></stream:stream>");
+        let got = frames(&mut Framer::new(), input.as_bytes()).unwrap();
+        let got: Vec<_> = got
+            .iter()
+            .map(|(kind, text)| (*kind, text.as_str()))
+            .collect();
+        let expected = [
+            (FrameKind::Header, header.as_str()),
+            (FrameKind::Element, "<a/>"),
+            (FrameKind::Whitespace, " \n\t"),
+            (FrameKind::Element, "<b><c>x</c><b/></b >"),
+            (FrameKind::Element, "<d e='1'/>"),
+            (FrameKind::End, "</stream:stream>"),
+        ];
+        assert_eq!(got, expected);
+    }
+
+    #[test]
+    fn quotes_and_cdata_hide_markup() {
+        for stanza in [
+            r#"<a b='>' c=">"/>"#,
+            r#"<a b='/>"' c="'>"></a>"#,
+            r#"<a b='"'>"</a>"#,
+            r#"<a b="'" c='"' d='>>'>'</a>"#,
+            "<a><![CDATA[</a>]] ></a>]]]></a>",
+            "<a><![CDATA[]]></a>",
+            "<a><![CDATA[>]]></a>",
+            "<a><![CDATA[<!-- ]]]]><![CDATA[>]]>]]</a>",
+            "<a b='/'></a>",
+            "<a b='/'>x</a>",
+            "<a b='1'/>",
+        ] {
+            let frame = one(&format!("{stanza}<next/>")).unwrap();
+            assert_eq!(
+                frame,
+                Some(Frame {
+                    kind: FrameKind::Element,
+                    len: stanza.len()
+                }),
+                "{stanza}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_restart_expects_a_header_again() {
+        let mut framer = in_stream();
+        framer.restart();
+        let header = format!("<?xml version='1.0'?>{HEADER}");
+        let got = frames(&mut framer, format!("{header}<a/>").as_bytes()).unwrap();
+        assert_eq!(
+            got,
+            [
+                (FrameKind::Header, header),
+                (FrameKind::Element, "<a/>".to_owned())
+            ]
+        );
+    }
+
+    #[test]
+    fn incomplete_input_waits() {
+        for input in [
+            "",
+            "<",
+            "<a",
+            "<a b",
+            "<a b='",
+            "<a b='>",
+            "<a/",
+            "<a>",
+            "<a></",
+            "<a></a",
+            "<a><!",
+            "<a><![CDA",
+            "<a><![CDATA[]]",
+            "<a>&",
+        ] {
+            assert_eq!(one(input), Ok(None), "{input}");
+        }
+        for input in [
+            "",
+            " ",
+            "<",
+            "<?",
+            "<?xm",
+            "<?xml",
+            "<?xml ?",
+            "<?xml version='1.0'?>",
+            "<stream:stream",
+            "<stream:stream a='>'",
+        ] {
+            assert_eq!(
+                Framer::new().next(input.as_bytes(), &Limits::default()),
+                Ok(None),
+                "{input}"
+            );
+        }
+    }
+
+    #[test]
+    fn broken_markup_is_refused_before_the_stanza_ends() {
+        for (input, condition) in [
+            ("<message><body>hi</message>", "not-well-formed"),
+            ("<a><b></c>", "not-well-formed"),
+            ("</a>", "not-well-formed"),
+            ("<a></ a>", "not-well-formed"),
+            ("<a><b></b c>", "not-well-formed"),
+            ("<a><b></b</a>", "not-well-formed"),
+            ("<a>1 < 2", "not-well-formed"),
+            ("<a><>", "not-well-formed"),
+            ("<a><1>", "not-well-formed"),
+            ("<a/ >", "not-well-formed"),
+            ("<a b='<", "not-well-formed"),
+            ("<a b=\"<", "not-well-formed"),
+            ("<a <b>", "not-well-formed"),
+            ("<a b='1\"><c d='", "not-well-formed"),
+            ("<a><![cdata[", "not-well-formed"),
+            ("<a><!x", "not-well-formed"),
+            ("<a><!--", "restricted-xml"),
+            ("<!-", "restricted-xml"),
+            ("<!DOCTYPE", "restricted-xml"),
+            ("<?xml version='1.0'?>", "restricted-xml"),
+            ("<a><?php", "restricted-xml"),
+            ("hello", "bad-format"),
+            ("&amp;", "bad-format"),
+            ("<![CDATA[", "bad-format"),
+            ("\0", "bad-format"),
+        ] {
+            assert_eq!(one(input).unwrap_err().condition(), condition, "{input}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_stream_is_refused() {
+        for (input, condition) in [
+            (&b"GET / HTTP/1.1\r\n"[..], "not-well-formed"),
+            (b"\xEF\xBB\xBF<stream:stream>", "not-well-formed"),
+            (b"\xFF\xFE<\0", "unsupported-encoding"),
+            (b"\xFE\xFF\0<", "unsupported-encoding"),
+            (b"\0<\0?", "unsupported-encoding"),
+            (b"<\0?\0", "unsupported-encoding"),
+            (b"<?php ?>", "restricted-xml"),
+            (b"<?xml-stylesheet ?>", "restricted-xml"),
+            (
+                b"<?xml version='1.0'?><?xml version='1.0'?>",
+                "restricted-xml",
+            ),
+            (b"<?xml version='1.0'>", "not-well-formed"),
+            (b"<?xml version='1.0' <", "not-well-formed"),
+            (b"<!DOCTYPE a>", "restricted-xml"),
+            (b"<!-- -->", "restricted-xml"),
+            (b"</stream:stream>", "not-well-formed"),
+            (b"<![CDATA[", "not-well-formed"),
+            (b"<message/>", "bad-format"),
+            (b"\x16\x03\x01", "not-well-formed"),
+        ] {
+            let got = Framer::new().next(input, &Limits::default()).unwrap_err();
+            assert_eq!(
+                got.condition(),
+                condition,
+                "{}",
+                String::from_utf8_lossy(input)
+            );
+        }
+    }
+
+    #[test]
+    fn nothing_but_white_space_follows_the_end() {
+        let mut framer = in_stream();
+        assert_eq!(frames(&mut framer, b"</stream:stream>\n").unwrap().len(), 2);
+        assert!(framer.next(b"<a/>", &Limits::default()).is_err());
+    }
+
+    #[test]
+    fn a_stanza_is_refused_at_its_limit_and_not_before() {
+        let limits = Limits {
+            stanza_bytes_max: 20,
+            ..Limits::default()
+        };
+        let fits = b"<a>4567890123456</a>";
+        assert_eq!(
+            in_stream().next(fits, &limits),
+            Ok(Some(Frame {
+                kind: FrameKind::Element,
+                len: 20
+            }))
+        );
+        assert_eq!(
+            in_stream().next(b"<a>45678901234567</a>", &limits),
+            Err(XmlError::TooBig("stanza"))
+        );
+        for endless in [
+            "<aaaaaaaaaaaaaaaaaaaaaaaa",
+            "<a bbbbbbbbbbbbbbbbbbbbbbbb",
+            "<a b='ccccccccccccccccc",
+            "<a b='>>>>>>>>>>>>>>>>>",
+            "<a>ttttttttttttttttttttt",
+            "<a><![CDATA[>>>>>>>>>>",
+            "<a></aaaaaaaaaaaaaaaaaa",
+            "<a                    ",
+        ] {
+            let mut framer = in_stream();
+            for len in 1..20 {
+                assert_eq!(
+                    framer.next(&endless.as_bytes()[..len], &limits),
+                    Ok(None),
+                    "{endless} {len}"
+                );
+            }
+            assert_eq!(
+                framer.next(&endless.as_bytes()[..20], &limits),
+                Err(XmlError::TooBig("stanza")),
+                "{endless}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_header_is_refused_at_its_limit() {
+        let limits = Limits {
+            header_bytes_max: 20,
+            ..Limits::default()
+        };
+        for endless in [
+            "                              ",
+            "<?xml version='1.0'                ",
+            "<stream:stream a='                  ",
+        ] {
+            let mut framer = Framer::new();
+            assert_eq!(
+                framer.next(&endless.as_bytes()[..19], &limits),
+                Ok(None),
+                "{endless}"
+            );
+            assert_eq!(
+                framer.next(&endless.as_bytes()[..20], &limits),
+                Err(XmlError::TooBig("stream header")),
+                "{endless}"
+            );
+        }
+    }
+
+    #[test]
+    fn depth_is_refused_at_its_limit_also_beyond_the_name_digests() {
+        let limits = Limits {
+            depth_max: 30,
+            ..Limits::default()
+        };
+        let fits = format!("{}<b/>{}", "<a>".repeat(29), "</a>".repeat(29));
+        assert_eq!(
+            in_stream()
+                .next(fits.as_bytes(), &limits)
+                .unwrap()
+                .unwrap()
+                .len,
+            fits.len()
+        );
+        for deep in ["<a>".repeat(31), "<a>".repeat(30) + "<b/>"] {
+            assert_eq!(
+                in_stream().next(deep.as_bytes(), &limits),
+                Err(XmlError::TooBig("depth"))
+            );
+        }
+    }
+
+    /// Quadratic work would be 10^10 steps here and show as a hanging test.
+    #[test]
+    fn trickled_bytes_are_scanned_once() {
+        const LEN: usize = 150_000;
+        for (start, fill) in [
+            ("<a>", "x"),
+            ("<a>", ">"),
+            ("<a b='", "x"),
+            ("<a b='", ">"),
+            ("<a b='\"", ">"),
+            ("<a b='", "\""),
+            ("<a><![CDATA[", "x"),
+            ("<a><![CDATA[", ">"),
+            ("<a><![CDATA[", "]"),
+            ("<a", "x"),
+            ("<a", " "),
+            ("<a", "/"),
+            ("<a></a", "x"),
+            ("<a></a", " "),
+        ] {
+            let input = start.to_owned() + &fill.repeat(LEN);
+            let mut framer = in_stream();
+            for len in 1..=input.len() {
+                assert_eq!(
+                    framer.next(&input.as_bytes()[..len], &Limits::default()),
+                    Ok(None),
+                    "{start} {fill}"
+                );
+            }
+        }
     }
 }

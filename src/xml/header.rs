@@ -181,3 +181,108 @@ fn check_xml_declaration(text: &str) -> Result<(), XmlError> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NS: &str = "xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'";
+
+    fn condition(header: &str) -> &'static str {
+        StreamHeader::parse(header.as_bytes())
+            .unwrap_err()
+            .condition()
+    }
+
+    #[test]
+    fn a_header_is_read() {
+        let declaration = "<?xml version=\"1.0\" encoding='UTF-8' standalone='yes' ?>";
+        let text = format!(
+            "\n{declaration} <stream:stream {NS} to='a&amp;b' from='x@y' version='1.0' xml:lang='de' id='7' >"
+        );
+        let header = StreamHeader::parse(text.as_bytes()).unwrap();
+        assert_eq!(header.to.as_deref(), Some("a&b"));
+        assert_eq!(header.from.as_deref(), Some("x@y"));
+        assert_eq!(header.version.as_deref(), Some("1.0"));
+        assert_eq!(header.lang.as_deref(), Some("de"));
+        assert_eq!(header.ns, StreamNs::client());
+    }
+
+    #[test]
+    fn prefixes_are_free() {
+        let header = b"<stream xmlns='http://etherx.jabber.org/streams' xmlns:c='jabber:client' xmlns:d='urn:d' d:x='1'>";
+        let ns = StreamHeader::parse(header).unwrap().ns;
+        assert_eq!(&*ns.default, NS_STREAMS);
+        assert_eq!(ns.resolve("c"), Some(NS_CLIENT));
+        assert_eq!(ns.resolve("d"), Some("urn:d"));
+        assert_eq!(ns.resolve("stream"), None);
+    }
+
+    #[test]
+    fn wrong_headers_get_their_condition() {
+        assert_eq!(condition(&format!("<stream:features {NS}>")), "bad-format");
+        assert_eq!(condition(&format!("<stream {NS}>")), "invalid-namespace");
+        assert_eq!(condition("<stream>"), "invalid-namespace");
+        assert_eq!(
+            condition("<stream:stream xmlns='jabber:client' xmlns:stream='urn:other'>"),
+            "invalid-namespace"
+        );
+        assert_eq!(
+            condition("<stream:stream xmlns='jabber:client'>"),
+            "bad-namespace-prefix"
+        );
+        assert_eq!(
+            condition(&format!("<stream:stream {NS} x:y='1'>")),
+            "bad-namespace-prefix"
+        );
+        assert_eq!(condition(&format!("<stream:stream {NS}/>")), "bad-format");
+        let latin = format!("<?xml version='1.0' encoding='ISO-8859-1'?><stream:stream {NS}>");
+        assert_eq!(condition(&latin), "unsupported-encoding");
+        assert_eq!(
+            condition(&format!("<stream:stream {NS} to='\u{FFFF}'>")),
+            "not-well-formed"
+        );
+        let bytes = b"<stream:stream to='\xFF'>";
+        assert_eq!(
+            StreamHeader::parse(bytes).unwrap_err().condition(),
+            "unsupported-encoding"
+        );
+    }
+
+    #[test]
+    fn malformed_headers_are_refused() {
+        for header in [
+            format!("<stream:stream {NS} {NS}>"),
+            format!("<stream:stream {NS} to='a' to='b'>"),
+            format!("<stream:stream {NS} to='a'from='b'>"),
+            format!("<stream:stream {NS} to>"),
+            format!("<stream:stream {NS} to=a>"),
+            format!("<stream:stream {NS} to='&'>"),
+            format!("<stream:stream {NS} xmlns:xml='urn:x'>"),
+            format!("<stream:stream {NS} xmlns:xmlns='urn:x'>"),
+            format!("<stream:stream {NS} xmlns:a=''>"),
+            format!("<stream:stream {NS} xmlns:a='urn:a' xmlns:b='urn:a' a:x='' b:x=''>"),
+            format!("<stream::stream {NS}>"),
+            format!("<:stream {NS}>"),
+            format!("<?xml?><stream:stream {NS}>"),
+            format!("<?xml encoding='utf-8'?><stream:stream {NS}>"),
+            format!("<?xml version='1.1'?><stream:stream {NS}>"),
+            format!("<?xml version='1.0' version='1.0'?><stream:stream {NS}>"),
+            format!("<?xml version='1.0' standalone='maybe'?><stream:stream {NS}>"),
+            format!("<?xml version='1.0' standalone='yes' encoding='utf-8'?><stream:stream {NS}>"),
+            format!("<?xml version='1.0'/?><stream:stream {NS}>"),
+            format!("<?xml version='1.0' x='y'?><stream:stream {NS}>"),
+        ] {
+            assert_eq!(condition(&header), "not-well-formed", "{header}");
+        }
+    }
+
+    #[test]
+    fn many_attributes_are_refused() {
+        let many: String = (0..40).map(|n| format!(" xmlns:p{n}='urn:{n}'")).collect();
+        assert_eq!(
+            condition(&format!("<stream:stream {NS}{many}>")),
+            "policy-violation"
+        );
+    }
+}

@@ -17,6 +17,8 @@ pub mod framer;
 pub mod header;
 mod names;
 mod tag;
+#[cfg(test)]
+mod tests;
 pub mod view;
 
 pub use dom::{Element, Node};

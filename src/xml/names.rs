@@ -110,3 +110,30 @@ static PART_RANGES: &[(u16, u16)] = &[
     (0x0F97, 0x0F97), (0x0F99, 0x0FAD), (0x0FB1, 0x0FB7), (0x0FB9, 0x0FB9), (0x20D0, 0x20DC), (0x20E1, 0x20E1),
     (0x3005, 0x3005), (0x302A, 0x302F), (0x3031, 0x3035), (0x3099, 0x309A), (0x309D, 0x309E), (0x30FC, 0x30FE),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_fourth_edition() {
+        for c in "éÆß你한αЖא".chars() {
+            assert!(starts_name(c) && continues_name(c), "{c}");
+        }
+        for c in "\u{B7}\u{301}\u{660}\u{3005}".chars() {
+            assert!(!starts_name(c) && continues_name(c), "{c:?}");
+        }
+        // The fifth edition allows the last four.
+        for c in "\u{D7}\u{F7}\u{A0}\u{2028}\u{200C}\u{218F}😀\u{10000}".chars() {
+            assert!(!starts_name(c) && !continues_name(c), "{c:?}");
+        }
+    }
+
+    #[test]
+    fn tables_ascend() {
+        for table in [START_RANGES, PART_RANGES] {
+            assert!(table.iter().all(|(first, last)| first <= last));
+            assert!(table.windows(2).all(|w| w[0].1 < w[1].0));
+        }
+    }
+}

@@ -495,3 +495,339 @@ pub(super) fn check_declaration(prefix: &str, ns: &str) -> Result<(), XmlError> 
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(xml: &str) -> Result<View<'_>, XmlError> {
+        View::parse(xml.as_bytes(), &StreamNs::client(), &Limits::default())
+    }
+
+    #[test]
+    fn a_chat_message_is_seen() {
+        let xml = "<message to='bob@localhost' id=\"1\" type='chat' xml:lang='en' note='a&amp;&#10;b\tc'>\
+            <body>1 &lt; 2</body><active xmlns='http://jabber.org/protocol/chatstates'/>\
+            <request xmlns='urn:xmpp:receipts' a='1' ></request ></message>";
+        let view = parse(xml).unwrap();
+        assert_eq!(
+            (view.name(), view.ns(), view.raw()),
+            ("message", "jabber:client", xml)
+        );
+        assert_eq!(view.attr("to").unwrap(), "bob@localhost");
+        assert_eq!(view.attr("xml:lang").unwrap(), "en");
+        assert_eq!(view.attr("note").unwrap(), "a&\nb c");
+        assert_eq!(view.attr("from"), None);
+        let names: Vec<_> = view.attrs().map(|a| (a.name, a.raw, a.quote)).collect();
+        assert_eq!(names[1], ("id", "1", b'"'));
+        assert_eq!(names[4], ("note", "a&amp;&#10;b\tc", b'\''));
+        let children: Vec<_> = view.children().iter().map(|c| (c.name, &*c.ns)).collect();
+        let chat_states = "http://jabber.org/protocol/chatstates";
+        assert_eq!(
+            children,
+            [
+                ("body", NS_CLIENT),
+                ("active", chat_states),
+                ("request", "urn:xmpp:receipts")
+            ]
+        );
+        assert_eq!(view.child("body", NS_CLIENT).unwrap().text(), "1 < 2");
+        assert_eq!(view.child("active", chat_states).unwrap().text(), "");
+        let request = view.child("request", "urn:xmpp:receipts").unwrap();
+        assert_eq!(
+            request.raw,
+            "<request xmlns='urn:xmpp:receipts' a='1' ></request >"
+        );
+        assert_eq!(request.attr("a").unwrap(), "1");
+        assert!(view.inner().starts_with("<body>") && view.inner().ends_with("</request >"));
+        assert!(view.standalone());
+    }
+
+    #[test]
+    fn a_usual_stanza_fits_in_place() {
+        let xml = "<message to='b' from='a' id='1' type='chat' xml:lang='en'>\
+            <body/><a xmlns='x'/><b xmlns='x'/><c xmlns='x'/></message>";
+        let view = parse(xml).unwrap();
+        assert!(!view.attrs.spilled() && !view.children.spilled());
+        assert!(
+            view.children
+                .iter()
+                .all(|c| matches!(c.ns, Cow::Borrowed(_)))
+        );
+        assert!(std::mem::size_of::<View<'_>>() <= 704);
+    }
+
+    #[test]
+    fn texts_are_those_directly_inside() {
+        let view = parse("<a><b>x<![CDATA[<&]]>&#65;<c>no</c>\r\nz</b></a>").unwrap();
+        assert_eq!(view.children()[0].text(), "x<&A\nz");
+        assert_eq!(
+            view.children()[0].inner(),
+            "x<![CDATA[<&]]>&#65;<c>no</c>\r\nz"
+        );
+    }
+
+    #[test]
+    fn empty_elements_are_seen() {
+        let view = parse("<presence/>").unwrap();
+        assert_eq!(
+            (view.name(), view.inner(), view.children().len()),
+            ("presence", "", 0)
+        );
+        assert_eq!(parse("<presence></presence>").unwrap().inner(), "");
+    }
+
+    #[test]
+    fn namespaces_are_resolved() {
+        let view = parse(
+            "<stream:error><p:a xmlns:p='urn:&#x61;'/><b xmlns=''><c/></b><d/></stream:error>",
+        )
+        .unwrap();
+        assert_eq!((view.name(), view.ns()), ("error", NS_STREAMS));
+        let children: Vec<_> = view.children().iter().map(|c| (c.name, &*c.ns)).collect();
+        assert_eq!(children, [("a", "urn:a"), ("b", ""), ("d", NS_CLIENT)]);
+        let view = parse("<a xmlns='urn:x'><b/><x:c xmlns:x='urn:y' xmlns='urn:z'/></a>").unwrap();
+        let children: Vec<_> = view.children().iter().map(|c| (c.name, &*c.ns)).collect();
+        assert_eq!(
+            (view.ns(), children),
+            ("urn:x", vec![("b", "urn:x"), ("c", "urn:y")])
+        );
+    }
+
+    #[test]
+    fn a_stanza_stands_alone_only_if_nothing_hangs_on_its_stream() {
+        for xml in [
+            "<message/>",
+            "<message xmlns='jabber:client'><body/></message>",
+            "<message xmlns='jabber:&#99;lient'><body/></message>",
+            "<message xml:lang='en'><body xml:lang='de'/></message>",
+            "<message xmlns:x='urn:x'><x:y xmlns:x='urn:x' x:z='1'/></message>",
+            "<message xmlns:x='urn:x'><body/></message>",
+            "<message><x:y xmlns:x='urn:x'><x:z><a x:b=''/></x:z></x:y></message>",
+            "<message><y xmlns=''/></message>",
+        ] {
+            assert!(parse(xml).unwrap().standalone(), "{xml}");
+        }
+        for xml in [
+            "<stream:message/>",
+            "<message xmlns='urn:x'/>",
+            "<message xmlns=''><body/></message>",
+            "<message stream:a='1'/>",
+            "<message xmlns:x='urn:x' x:a='1'/>",
+            "<message xmlns:x='urn:x'><x:y/></message>",
+            "<message xmlns:x='urn:x'><y x:z='1'/></message>",
+            "<message><stream:x/></message>",
+            "<message><a><b stream:x='1'/></a></message>",
+            "<message><x:y xmlns:x='urn:x'/><a><stream:b/></a></message>",
+            "<x:message xmlns:x='jabber:client'/>",
+        ] {
+            assert!(!parse(xml).unwrap().standalone(), "{xml}");
+        }
+        let other = StreamNs {
+            default: "jabber:server".into(),
+            ..StreamNs::client()
+        };
+        let alone = |xml: &[u8]| {
+            View::parse(xml, &other, &Limits::default())
+                .unwrap()
+                .standalone()
+        };
+        assert!(!alone(b"<message/>"));
+        assert!(alone(b"<message xmlns='jabber:client'/>"));
+    }
+
+    /// Malformed wherever they stand: as the stanza, as a child, and deep inside.
+    #[rustfmt::skip]
+    const MALFORMED: &[&str] = &[
+        // tags
+        "<a", "<a>", "<>", "< a/>", "<a/ >", "<a / >", "</a>", "<a></b>", "<a></a b>", "<a></ a>", "<a></a/>", "<a></A>",
+        "<a><b></a></b>", "<a></a></a>", "<a//>", "<a/b/>",
+        // names
+        "<1/>", "<-a/>", "<.a/>", "<a\u{D7}/>", "<a!/>", "<\u{301}a/>", "<😀/>", "<a\u{A0}b='1'/>", "<:a/>", "<a:/>", "<a:b:c/>",
+        "<a xmlns:b='u' b::c=''/>", "<a xmlns:b='u' :c=''/>", "<a xmlns:='u'/>", "<a xmlns:1='u'/>", "<a xmlns:b='u'><b:1/></a>",
+        // attributes
+        "<a b/>", "<a b=/>", "<a b=1/>", "<a b='1/>", "<a b='1\"/>", "<a b='1'c='2'/>", "<a b='1' b='2'/>", "<a ='1'/>", "<a b=='1'/>",
+        "<a b='1'=/>", "<a 'b'/>", "<a b='<'/>", "<a b='&'/>", "<a b='&#0;'/>", "<a b='&#xFFFF;'/>", "<a b=''''/>",
+        "<a xml:lang='' xml:lang=''/>",
+        // namespaces
+        "<a xmlns='u' xmlns='v'/>", "<a xmlns:p='u' xmlns:p='u'/>", "<a xmlns:p='u' xmlns:q='u' p:x='' q:x=''/>",
+        "<a xmlns:p='u&#x3A;' xmlns:q='u:' p:x='' q:x=''/>", "<a xmlns:p='u v' xmlns:q='u\nv' p:x='' q:x=''/>", "<a xmlns:p=''/>",
+        "<a xmlns:xml='u'/>", "<a xmlns:xmlns='u'/>", "<a xmlns:xmlns='http://www.w3.org/2000/xmlns/'/>",
+        "<a xmlns:p='http://www.w3.org/XML/1998/namespace'/>", "<a xmlns='http://www.w3.org/XML/1998/namespace'/>",
+        "<a xmlns:p='http://www.w3.org/2000/xmlns/'/>", "<a xmlns='http://www.w3.org/2000/xmlns/'/>",
+        "<a xmlns:p='http://www.w3.org/XML/1998/namespac&#101;'/>",
+        // text
+        "<a>]]></a>", "<a>x]]></a>", "<a>&amp;]]></a>", "<a>]]<![CDATA[]]>></a>]]>", "<a>&</a>", "<a>& </a>", "<a>&;</a>", "<a>&amp</a>",
+        "<a>&#0;</a>", "<a>&#x1F;</a>", "<a>&#xD800;</a>", "<a>&#xFFFE;</a>", "<a>&#x110000;</a>", "<a>&lt<b/>;</a>", "<a><![CDATA[]]</a>",
+        "<a><![CDATA [ ]]></a>", "<a><![cdata[]]></a>",
+        // characters
+        "<a><![CDATA[\u{1}]]></a>", "<a>\0</a>", "<a>\u{B}</a>", "<a>\u{1F}</a>", "<a>\u{FFFE}</a>", "<a>é\u{FFFF}</a>",
+        "<a b='\u{FFFF}'/>", "<a\0/>", "<a>\u{8}</a>", "<a \u{C} b='1'/>",
+    ];
+
+    #[test]
+    fn malformed_stanzas_are_refused_wherever_they_are_malformed() {
+        for xml in MALFORMED {
+            for (before, after) in [
+                ("", ""),
+                ("<s>", "</s>"),
+                ("<s><t><u v='w'>text", "</u></t></s>"),
+            ] {
+                let stanza = format!("{before}{xml}{after}");
+                let got = parse(&stanza);
+                assert!(
+                    matches!(got, Err(XmlError::NotWellFormed(_))),
+                    "{stanza:?}: {got:?}"
+                );
+            }
+        }
+        for xml in [
+            "",
+            " ",
+            "x",
+            " <a/>",
+            "<a/> ",
+            "<a/>x",
+            "<a/><b/>",
+            "<a></a><b/>",
+            "<a></a>x",
+            "\u{FEFF}<a/>",
+            "<![CDATA[x]]>",
+        ] {
+            assert!(
+                matches!(parse(xml), Err(XmlError::NotWellFormed(_))),
+                "{xml:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn restricted_xml_is_refused() {
+        for xml in [
+            "<!-- x -->",
+            "<?x y?>",
+            "<?xml version='1.0'?>",
+            "&nbsp;",
+            "&AMP;",
+            "<!DOCTYPE a>",
+            "<!DOCTYPE a [<!ENTITY b 'c'>]>",
+        ] {
+            let stanza = format!("<a>{xml}</a>");
+            assert_eq!(
+                parse(&stanza).unwrap_err().condition(),
+                "restricted-xml",
+                "{stanza}"
+            );
+        }
+        for stanza in [
+            "<a b='&nbsp;'/>",
+            "<?xml version='1.0'?><a/>",
+            "<!-- --><a/>",
+        ] {
+            assert_eq!(
+                parse(stanza).unwrap_err().condition(),
+                "restricted-xml",
+                "{stanza}"
+            );
+        }
+    }
+
+    #[test]
+    fn undeclared_prefixes_are_refused() {
+        for xml in [
+            "<p:a/>",
+            "<a p:b=''/>",
+            "<a><p:b/></a>",
+            "<a><b p:c=''/></a>",
+            "<a><b xmlns:p='u'/><p:c/></a>",
+            "<a><b xmlns:p='u'></b><p:c/></a>",
+            "<a><b><c xmlns:p='u'/><d p:e=''/></b></a>",
+            "<xmlns:a/>",
+        ] {
+            assert_eq!(parse(xml).unwrap_err(), XmlError::BadPrefix, "{xml}");
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_not_utf8_are_refused() {
+        for bytes in [
+            &b"<a>\xFF</a>"[..],
+            b"<a b='\xC0\x80'/>",
+            b"<a>\xED\xA0\x80</a>",
+            b"<a>\xF4\x90\x80\x80</a>",
+            b"<a>\xC3</a>",
+            b"<\xE9/>",
+        ] {
+            let got = View::parse(bytes, &StreamNs::client(), &Limits::default());
+            assert_eq!(got.unwrap_err(), XmlError::Encoding);
+        }
+    }
+
+    #[test]
+    fn well_formed_oddities_pass() {
+        for xml in [
+            "<a b = '1'\n\tc\r=\r\"2\" />",
+            "<a></a \n>",
+            "<a b='>'/>",
+            "<a b=']]>'/>",
+            "<a b='\"' c=\"'\"/>",
+            "<a>]]</a>",
+            "<a>]>]</a>",
+            "<a>></a>",
+            "<a><![CDATA[]]]]><![CDATA[>&nope;<b>]]></a>",
+            "<a xmlns:xml='http://www.w3.org/XML/1998/namespace'/>",
+            "<a xmlns:p='u' p:x='' x=''/>",
+            "<a xmlns:p='u' xmlns:q='v' p:x='' q:x=''/>",
+            "<a xmlns:p='u'><p:b xmlns:p='v' p:c=''/></a>",
+            "<a.-_1/>",
+            "<_/>",
+            "<é/>",
+            "<a·/>",
+            "<a xmlns=''/>",
+            "<a b=''/>",
+            "<a>\u{7F}\u{85}\u{1FFFE}\u{FFFD}</a>",
+            "<a>&#x10FFFF;&#9;</a>",
+            "<xml/>",
+            "<a xmlx='' xmlnsy=''/>",
+        ] {
+            parse(xml).unwrap_or_else(|e| panic!("{xml}: {e}"));
+        }
+    }
+
+    #[test]
+    fn limits_hold_without_a_framer() {
+        let limits = Limits {
+            depth_max: 3,
+            attributes_max: 2,
+            ..Limits::default()
+        };
+        let parse =
+            |xml: &str| View::parse(xml.as_bytes(), &StreamNs::client(), &limits).map(|_| ());
+        assert_eq!(parse("<a><b><c/></b></a>"), Ok(()));
+        assert_eq!(
+            parse("<a><b><c><d/></c></b></a>"),
+            Err(XmlError::TooBig("depth"))
+        );
+        assert_eq!(parse("<a b='' c=''/>"), Ok(()));
+        assert_eq!(
+            parse("<a b='' xmlns='u' xmlns:c='u'/>"),
+            Err(XmlError::TooBig("attributes"))
+        );
+    }
+
+    #[test]
+    fn namespace_declarations_in_force_are_bounded() {
+        let mut deep = String::new();
+        for level in 0..5 {
+            let many: String = (0..30)
+                .map(|n| format!(" xmlns:p{level}x{n}='urn:{n}'"))
+                .collect();
+            deep += &format!("<a{many}>");
+        }
+        deep += &"</a>".repeat(5);
+        assert_eq!(
+            parse(&deep).unwrap_err(),
+            XmlError::TooBig("namespace declarations")
+        );
+    }
+}
