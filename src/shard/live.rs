@@ -3,9 +3,8 @@
 
 use std::rc::Rc;
 
-use super::doors;
 use super::moves::Parcel;
-use super::{Inbound, Kind, LiveLink, Shard, give_job, limits, login};
+use super::{Inbound, Kind, Shard, give_job, limits, login};
 use crate::net::{Read, Transport};
 use crate::rt;
 use crate::xml::{FrameKind, Framer};
@@ -102,7 +101,7 @@ impl Shard {
     }
 
     /// Reads a live connection and hands its elements to the slice.
-    fn read(&self, link: u64) {
+    pub(super) fn read(&self, link: u64) {
         let mut links = self.links.borrow_mut();
         let Some(Kind::Live(live)) = links.get_mut(link) else { return };
         let mut slice = self.slice.borrow_mut();
@@ -193,6 +192,7 @@ impl Shard {
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
             }
+            Inbound::Nudge => {}
             Inbound::Stop => {
                 self.stopping.set(true);
                 let mut slice = self.slice.borrow_mut();
@@ -382,10 +382,4 @@ fn take_frames(
     }
     rest.extend_from_slice(&bytes[at..]);
     Ok(())
-}
-
-impl Drop for LiveLink {
-    fn drop(&mut self) {
-        doors::left();
-    }
 }
