@@ -1,0 +1,534 @@
+//! The user's record: everything a login needs, in one piece.
+//!
+//! In: bytes from SQL, Redis or a file, or a [`UserRecord`] built by hand. Out: a [`Record`], checked once when it
+//! enters the process and then read in place, without copies. Promise: whoever holds a [`Record`] holds valid bytes
+//! whose roster and block list are sorted, so looking up a contact is a binary search.
+//!
+//! Layout: one version byte, then the rkyv archive of [`UserRecord`]. The archive needs no alignment (rkyv's
+//! `unaligned`), so bytes are used where they lie.
+
+use rkyv::{Archive, Deserialize, Serialize, rancor};
+
+/// The version byte written before each archive. A release reads its own version and its predecessor's.
+pub const RECORD_VERSION: u8 = 1;
+
+/// What the server knows about one account, as a value that can be changed; [`Record`] is its stored form.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
+pub struct UserRecord {
+    /// Unix seconds.
+    pub created_at: u64,
+    /// A disabled account exists but cannot log in.
+    pub disabled: bool,
+    /// Keys for SCRAM-SHA-1, if the account has them.
+    pub sha1: Option<ScramKeys>,
+    /// Keys for SCRAM-SHA-256, if the account has them.
+    pub sha256: Option<ScramKeys>,
+    /// RFC 6121, 2.6: grows with each change of the roster.
+    pub roster_version: u64,
+    /// Sorted by `jid`; at most one item for each.
+    pub roster: Vec<RosterItem>,
+    /// XEP-0191: JIDs of any form (bare, full, domain), sorted.
+    pub blocked: Vec<String>,
+    /// RFC 6121, 3.1.3: inbound subscription requests that the user has not answered, sorted by `jid`.
+    pub requests: Vec<SubscriptionRequest>,
+}
+
+/// RFC 5802: what a server stores instead of a password.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
+pub struct ScramKeys {
+    pub iterations: u32,
+    pub salt: Vec<u8>,
+    pub stored_key: Vec<u8>,
+    pub server_key: Vec<u8>,
+}
+
+/// RFC 6121, 2.1.2: one contact.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
+pub struct RosterItem {
+    /// Usually bare, already prepared (RFC 7622).
+    pub jid: String,
+    /// Empty: none was given.
+    pub name: String,
+    pub groups: Vec<String>,
+    pub subscription: Subscription,
+    /// `ask='subscribe'`: the user's own request is pending.
+    pub ask: bool,
+    /// RFC 6121, 3.4: the contact's request was approved in advance.
+    pub approved: bool,
+}
+
+/// RFC 6121, 2.1.2.5.
+#[derive(
+    Archive,
+    Serialize,
+    Deserialize,
+    Debug,
+    Clone,
+    Copy,
+    Default,
+    PartialEq,
+    Eq,
+    Hash,
+    PartialOrd,
+    Ord,
+)]
+#[rkyv(derive(Debug, Clone, Copy, PartialEq, Eq))]
+#[repr(u8)]
+pub enum Subscription {
+    #[default]
+    None,
+    /// The user sees the contact's presence.
+    To,
+    /// The contact sees the user's presence.
+    From,
+    Both,
+}
+
+/// A subscription request as it came, to be shown again at each login until it is answered.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
+pub struct SubscriptionRequest {
+    /// The bare JID that asks.
+    pub jid: String,
+    /// The whole `<presence type='subscribe'/>`, self-contained.
+    pub stanza: Vec<u8>,
+}
+
+/// Why bytes are not a [`Record`].
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RecordError {
+    #[error("the user record is empty")]
+    Empty,
+    #[error(
+        "the user record has version {found}, this nitro reads version {RECORD_VERSION}: it was written by another release"
+    )]
+    UnknownVersion { found: u8 },
+    #[error("the user record is damaged: {0}")]
+    Damaged(String),
+}
+
+/// A user's record as stored bytes that were checked; see the module's page.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Record(Box<[u8]>);
+
+impl Record {
+    /// Archives `user`. Lists that are not sorted are sorted on the way (of doubles the last one stays).
+    pub fn new(user: &UserRecord) -> Record {
+        if user.is_sorted() {
+            return Record(encode(user));
+        }
+        let mut sorted = user.clone();
+        sorted.sort();
+        Record(encode(&sorted))
+    }
+
+    /// Checks bytes that come from outside: version, structure, UTF-8 and order.
+    pub fn from_bytes(bytes: impl Into<Box<[u8]>>) -> Result<Record, RecordError> {
+        let bytes = bytes.into();
+        match bytes.first() {
+            None => return Err(RecordError::Empty),
+            Some(&RECORD_VERSION) => {}
+            Some(&found) => return Err(RecordError::UnknownVersion { found }),
+        }
+        let user = rkyv::access::<ArchivedUserRecord, rancor::Error>(&bytes[1..])
+            .map_err(|error| RecordError::Damaged(error.to_string()))?;
+        if !user.is_sorted() {
+            return Err(RecordError::Damaged("its lists are not sorted".into()));
+        }
+        Ok(Record(bytes))
+    }
+
+    /// The record, read in place.
+    #[allow(unsafe_code)]
+    pub fn get(&self) -> &ArchivedUserRecord {
+        // SAFETY: a `Record` is only made by `new`, which archived these bytes, or by `from_bytes`, which validated
+        // them; they are never changed after. Checking again on each read would cost more than the read.
+        unsafe { rkyv::access_unchecked::<ArchivedUserRecord>(&self.0[1..]) }
+    }
+
+    /// The stored form, version byte included.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// The stored form, version byte included.
+    pub fn into_bytes(self) -> Box<[u8]> {
+        self.0
+    }
+
+    /// A copy that can be changed and archived again with [`Record::new`].
+    pub fn to_owned(&self) -> UserRecord {
+        rkyv::deserialize::<UserRecord, rancor::Error>(self.get())
+            .expect("a checked record holds no value that cannot be copied")
+    }
+}
+
+impl std::fmt::Debug for Record {
+    // The bytes hold keys: never into a log.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Record({} bytes)", self.0.len())
+    }
+}
+
+fn encode(user: &UserRecord) -> Box<[u8]> {
+    // The serializer appends, so the version byte goes in first and nothing is moved; positions inside an archive are
+    // relative, so one byte before it does no harm where alignment does not matter.
+    rkyv::api::high::to_bytes_in::<_, rancor::Error>(user, vec![RECORD_VERSION])
+        .expect("writing to memory fails only beyond 2 GiB, far above every limit on a roster")
+        .into_boxed_slice()
+}
+
+impl UserRecord {
+    /// Position of a contact in the sorted roster, or where it belongs.
+    pub fn roster_position(&self, jid: &str) -> Result<usize, usize> {
+        self.roster
+            .binary_search_by(|item| item.jid.as_str().cmp(jid))
+    }
+
+    /// The contact, if there is one.
+    pub fn roster_item(&self, jid: &str) -> Option<&RosterItem> {
+        self.roster_position(jid).ok().map(|at| &self.roster[at])
+    }
+
+    /// Adds the contact or replaces it, in order.
+    pub fn put_roster_item(&mut self, item: RosterItem) {
+        match self.roster_position(&item.jid) {
+            Ok(at) => self.roster[at] = item,
+            Err(at) => self.roster.insert(at, item),
+        }
+    }
+
+    /// Takes the contact out.
+    pub fn remove_roster_item(&mut self, jid: &str) -> Option<RosterItem> {
+        self.roster_position(jid)
+            .ok()
+            .map(|at| self.roster.remove(at))
+    }
+
+    /// Blocks a JID; false if it was blocked before.
+    pub fn block(&mut self, jid: &str) -> bool {
+        match self.blocked.binary_search_by(|one| one.as_str().cmp(jid)) {
+            Ok(_) => false,
+            Err(at) => {
+                self.blocked.insert(at, jid.to_owned());
+                true
+            }
+        }
+    }
+
+    /// Unblocks a JID; false if it was not blocked.
+    pub fn unblock(&mut self, jid: &str) -> bool {
+        match self.blocked.binary_search_by(|one| one.as_str().cmp(jid)) {
+            Ok(at) => {
+                self.blocked.remove(at);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    /// Keeps an inbound request; a newer one of the same contact replaces it.
+    pub fn put_request(&mut self, request: SubscriptionRequest) {
+        match self.request_position(&request.jid) {
+            Ok(at) => self.requests[at] = request,
+            Err(at) => self.requests.insert(at, request),
+        }
+    }
+
+    /// Takes an inbound request out, because it was answered or withdrawn.
+    pub fn remove_request(&mut self, jid: &str) -> Option<SubscriptionRequest> {
+        self.request_position(jid)
+            .ok()
+            .map(|at| self.requests.remove(at))
+    }
+
+    fn request_position(&self, jid: &str) -> Result<usize, usize> {
+        self.requests
+            .binary_search_by(|one| one.jid.as_str().cmp(jid))
+    }
+
+    fn is_sorted(&self) -> bool {
+        ascends(self.roster.iter().map(|item| item.jid.as_str()))
+            && ascends(self.blocked.iter().map(String::as_str))
+            && ascends(self.requests.iter().map(|one| one.jid.as_str()))
+    }
+
+    fn sort(&mut self) {
+        // Stable sort of the reversed list puts the last double first, where dedup keeps it.
+        self.roster.reverse();
+        self.roster.sort_by(|a, b| a.jid.cmp(&b.jid));
+        self.roster.dedup_by(|a, b| a.jid == b.jid);
+        self.blocked.sort();
+        self.blocked.dedup();
+        self.requests.reverse();
+        self.requests.sort_by(|a, b| a.jid.cmp(&b.jid));
+        self.requests.dedup_by(|a, b| a.jid == b.jid);
+    }
+}
+
+impl ArchivedUserRecord {
+    /// The contact, by binary search.
+    pub fn roster_item(&self, jid: &str) -> Option<&ArchivedRosterItem> {
+        let at = self
+            .roster
+            .binary_search_by(|item| item.jid.as_str().cmp(jid))
+            .ok()?;
+        Some(&self.roster[at])
+    }
+
+    /// Whether exactly this JID stands on the block list. XEP-0191 matches full, bare, domain/resource and domain
+    /// forms: ask once for each form of the address.
+    pub fn blocks(&self, jid: &str) -> bool {
+        self.blocked
+            .binary_search_by(|one| one.as_str().cmp(jid))
+            .is_ok()
+    }
+
+    /// The pending inbound request of a bare JID.
+    pub fn request(&self, jid: &str) -> Option<&ArchivedSubscriptionRequest> {
+        let at = self
+            .requests
+            .binary_search_by(|one| one.jid.as_str().cmp(jid))
+            .ok()?;
+        Some(&self.requests[at])
+    }
+
+    fn is_sorted(&self) -> bool {
+        ascends(self.roster.iter().map(|item| item.jid.as_str()))
+            && ascends(self.blocked.iter().map(|one| one.as_str()))
+            && ascends(self.requests.iter().map(|one| one.jid.as_str()))
+    }
+}
+
+impl Subscription {
+    /// The user receives the contact's presence (`to` or `both`).
+    pub fn to(self) -> bool {
+        matches!(self, Subscription::To | Subscription::Both)
+    }
+
+    /// The contact receives the user's presence (`from` or `both`).
+    pub fn from(self) -> bool {
+        matches!(self, Subscription::From | Subscription::Both)
+    }
+
+    /// Back from the two directions.
+    pub fn of(to: bool, from: bool) -> Subscription {
+        match (to, from) {
+            (false, false) => Subscription::None,
+            (true, false) => Subscription::To,
+            (false, true) => Subscription::From,
+            (true, true) => Subscription::Both,
+        }
+    }
+
+    /// The attribute's value.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Subscription::None => "none",
+            Subscription::To => "to",
+            Subscription::From => "from",
+            Subscription::Both => "both",
+        }
+    }
+}
+
+impl From<ArchivedSubscription> for Subscription {
+    fn from(archived: ArchivedSubscription) -> Subscription {
+        match archived {
+            ArchivedSubscription::None => Subscription::None,
+            ArchivedSubscription::To => Subscription::To,
+            ArchivedSubscription::From => Subscription::From,
+            ArchivedSubscription::Both => Subscription::Both,
+        }
+    }
+}
+
+impl ArchivedRosterItem {
+    pub fn subscription(&self) -> Subscription {
+        self.subscription.into()
+    }
+}
+
+/// Strictly ascending: sorted and without doubles.
+fn ascends<'a>(mut items: impl Iterator<Item = &'a str>) -> bool {
+    let Some(mut previous) = items.next() else {
+        return true;
+    };
+    items.all(|item| std::mem::replace(&mut previous, item) < item)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    pub(crate) fn keys(fill: u8, hash_len: usize) -> ScramKeys {
+        ScramKeys {
+            iterations: 10_000,
+            salt: vec![fill; 16],
+            stored_key: vec![fill; hash_len],
+            server_key: vec![fill; hash_len],
+        }
+    }
+
+    pub(crate) fn user(contacts: usize) -> UserRecord {
+        UserRecord {
+            created_at: 1_790_000_000,
+            sha1: Some(keys(1, 20)),
+            sha256: Some(keys(2, 32)),
+            roster_version: contacts as u64,
+            roster: (0..contacts)
+                .map(|n| RosterItem {
+                    jid: format!("trader{n:05}@example.com"),
+                    name: format!("Trader {n}"),
+                    groups: vec!["Desk".into()],
+                    subscription: Subscription::Both,
+                    ..RosterItem::default()
+                })
+                .collect(),
+            ..UserRecord::default()
+        }
+    }
+
+    #[test]
+    fn a_record_is_small_because_every_user_on_line_has_one() {
+        let empty = Record::new(&user(0)).bytes().len();
+        assert!(empty <= 300, "{empty} bytes without contacts");
+        let fifty = Record::new(&user(50)).bytes().len();
+        assert!(fifty <= empty + 50 * 80, "{fifty} bytes with 50 contacts");
+    }
+
+    #[test]
+    fn an_unknown_version_is_refused_by_name() {
+        let mut bytes = Record::new(&user(3)).into_bytes();
+        bytes[0] = 9;
+        let error = Record::from_bytes(bytes).unwrap_err();
+        assert_eq!(error, RecordError::UnknownVersion { found: 9 });
+        assert!(error.to_string().contains("version 9"));
+        assert_eq!(Record::from_bytes(vec![]).unwrap_err(), RecordError::Empty);
+    }
+
+    #[test]
+    fn lists_are_sorted_however_they_came() {
+        let mut mixed = user(5);
+        mixed.roster.reverse();
+        mixed.roster.push(RosterItem {
+            name: "newer".into(),
+            ..mixed.roster[0].clone()
+        });
+        mixed.blocked = vec!["b@x".into(), "a@x".into(), "b@x".into()];
+        let record = Record::new(&mixed);
+        assert_eq!(record.get().roster.len(), 5);
+        assert_eq!(
+            record
+                .get()
+                .roster_item("trader00004@example.com")
+                .unwrap()
+                .name
+                .as_str(),
+            "newer"
+        );
+        assert!(
+            record.get().blocks("a@x") && record.get().blocks("b@x") && !record.get().blocks("c@x")
+        );
+        Record::from_bytes(record.bytes()).unwrap();
+        // Bytes from elsewhere whose order is wrong would make lookups miss.
+        let mut unsorted = user(2);
+        unsorted.roster.reverse();
+        assert!(matches!(
+            Record::from_bytes(encode(&unsorted)),
+            Err(RecordError::Damaged(_))
+        ));
+    }
+
+    fn any_user() -> impl Strategy<Value = UserRecord> {
+        let keys = || {
+            proptest::option::of((any::<u32>(), any::<[u8; 4]>(), any::<Vec<u8>>()).prop_map(
+                |(iterations, salt, key)| ScramKeys {
+                    iterations,
+                    salt: salt.into(),
+                    stored_key: key.clone(),
+                    server_key: key,
+                },
+            ))
+        };
+        let item = (
+            ".{0,20}",
+            ".{0,9}",
+            proptest::collection::vec(".{0,12}", 0..3),
+            any::<[bool; 4]>(),
+        )
+            .prop_map(
+                |(jid, name, groups, [to, from, ask, approved])| RosterItem {
+                    jid,
+                    name,
+                    groups,
+                    subscription: Subscription::of(to, from),
+                    ask,
+                    approved,
+                },
+            );
+        let request = (".{0,20}", any::<Vec<u8>>())
+            .prop_map(|(jid, stanza)| SubscriptionRequest { jid, stanza });
+        (
+            any::<(u64, bool, u64)>(),
+            keys(),
+            keys(),
+            proptest::collection::vec(item, 0..20),
+            proptest::collection::vec(".{0,20}", 0..9),
+            proptest::collection::vec(request, 0..4),
+        )
+            .prop_map(
+                |(
+                    (created_at, disabled, roster_version),
+                    sha1,
+                    sha256,
+                    roster,
+                    blocked,
+                    requests,
+                )| {
+                    let mut user = UserRecord {
+                        created_at,
+                        disabled,
+                        sha1,
+                        sha256,
+                        roster_version,
+                        roster,
+                        blocked,
+                        requests,
+                    };
+                    user.sort();
+                    user
+                },
+            )
+    }
+
+    proptest! {
+        #[test]
+        fn what_was_archived_comes_back(user in any_user()) {
+            let record = Record::new(&user);
+            prop_assert_eq!(&record.to_owned(), &user);
+            let again = Record::from_bytes(record.bytes()).unwrap();
+            prop_assert_eq!(again.to_owned(), user.clone());
+            for item in &user.roster {
+                let found = record.get().roster_item(&item.jid).unwrap();
+                prop_assert_eq!(found.subscription(), item.subscription);
+            }
+        }
+
+        #[test]
+        fn damaged_bytes_never_become_a_record_that_panics(
+            user in any_user(), at in any::<prop::sample::Index>(), bit in 0u8..8, cut in any::<prop::sample::Index>(),
+        ) {
+            let mut bytes = Record::new(&user).into_bytes().into_vec();
+            let at = at.index(bytes.len());
+            bytes[at] ^= 1 << bit;
+            if let Ok(record) = Record::from_bytes(bytes.clone()) {
+                let _ = record.to_owned();
+            }
+            bytes.truncate(cut.index(bytes.len()));
+            if let Ok(record) = Record::from_bytes(bytes) {
+                let _ = record.to_owned();
+            }
+        }
+    }
+}
