@@ -1,5 +1,9 @@
 //! nitro: an instant-messaging server for trading floors, thread-per-core and shared-nothing.
 
+pub mod admin;
+pub mod blade;
+pub mod cli;
 pub mod config;
 pub mod store;
+pub mod user_import;
 pub mod xmpp;
