@@ -1323,6 +1323,26 @@ mod tests {
     }
 
     #[test]
+    fn the_domain_and_the_mechanisms_are_those_of_the_protocol() {
+        for domain in [
+            "Chat.Example.com.",
+            "localhost",
+            "B\u{fc}cher.example",
+            "xn--bcher-kva.example",
+            "10.0.0.1",
+        ] {
+            let own = normal_domain(domain).unwrap();
+            assert_eq!(crate::xmpp::jid::domainpart(domain).unwrap(), own);
+            assert_eq!(crate::xmpp::jid::domainpart(&own).unwrap(), own);
+        }
+        let names: Vec<_> = crate::xmpp::sasl::Mechanism::ALL
+            .iter()
+            .map(|m| m.name())
+            .collect();
+        assert_eq!(names, MECHANISMS);
+    }
+
+    #[test]
     fn a_mapped_address_is_exempt_like_its_own() {
         let config = Config::default();
         assert!(config.is_exempt("::ffff:127.0.0.1".parse().unwrap()));

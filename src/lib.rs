@@ -1,6 +1,10 @@
 //! nitro: an instant-messaging server for trading floors, thread-per-core and shared-nothing.
 
+pub mod admin;
+pub mod blade;
+pub mod cli;
 pub mod config;
 pub mod store;
 pub mod xml;
+pub mod user_import;
 pub mod xmpp;
