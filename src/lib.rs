@@ -8,3 +8,6 @@ pub mod store;
 pub mod xml;
 pub mod user_import;
 pub mod xmpp;
+pub mod net;
+pub mod observe;
+pub mod rt;
