@@ -218,11 +218,11 @@ fn open_ports(config: &mut Config) -> Result<Vec<(SocketAddr, Door)>, String> {
 
 fn load_tls(config: &Config) -> Result<(TlsConfig, String), String> {
     let (certificate, key, own) = config.certificate_paths();
-    if own {
-        net::certificate::ensure(&certificate, &key, &config.domain)?;
+    if own && !certificate.exists() && !key.exists() {
+        net::generate_certificate(&config.domain, &certificate, &key)?;
     }
     let tls = TlsConfig::load(&certificate, &key, config.tls.version_min == crate::config::TlsVersion::V1_3)?;
-    let fingerprint = tls.fingerprint();
+    let fingerprint = tls.fingerprint().to_owned();
     Ok((tls, fingerprint))
 }
 

@@ -496,6 +496,16 @@ pub enum LaneCore {
     Core(usize),
 }
 
+impl LaneCore {
+    /// The core, given those in use.
+    pub fn pick(self, cores: &[usize]) -> Option<usize> {
+        match self {
+            LaneCore::Auto => cores.last().copied(),
+            LaneCore::Core(core) => Some(core),
+        }
+    }
+}
+
 /// An enumeration whose values are words in the file.
 macro_rules! choice {
     ($(#[doc = $doc:literal])* $Name:ident { $( $(#[doc = $vdoc:literal])* $Variant:ident = $word:literal, )* }) => {

@@ -25,8 +25,8 @@ pub async fn serve(shard: Rc<Shard>, socket: Socket) {
                 let data = {
                     let mut scratch = shard.scratch.borrow_mut();
                     match transport.read(&mut scratch) {
-                        Ok(Read::Data(data)) => {
-                            head.extend_from_slice(data);
+                        Ok(Read::Data { bytes, .. }) => {
+                            head.extend_from_slice(bytes);
                             true
                         }
                         Ok(Read::WouldBlock) => false,

@@ -9,7 +9,7 @@ use super::doors::{Pass, Shut};
 use super::moves::Parcel;
 use super::{Door, Kind, LiveLink, Shard, http};
 use crate::config::Registration;
-use crate::net::{Listener, Read, Socket, Transport};
+use crate::net::{Listener, Proxied, Read, Socket, Transport, parse_proxy_header};
 use crate::rt::{self, Notify, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::store::tier::{Op, WriteError};
@@ -18,7 +18,7 @@ use crate::xmpp::bind::{self, Arrival};
 use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
-use crate::xmpp::sasl::{Credentials, Mechanism, ScramKeysRef};
+use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
 use crate::xmpp::slice::{Computed, Job, Slot};
 
 /// A connection that has no session yet. It may move to another shard.
@@ -137,7 +137,10 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
         },
     };
     if tls_first {
-        transport.start_tls(&shard.tls.borrow(), &rest);
+        if let Err(error) = transport.start_tls(&shard.tls.borrow(), &rest) {
+            tracing::error!(%error, "TLS cannot be started");
+            return;
+        }
         rest.clear();
     }
     let connecting = Connecting {
@@ -186,7 +189,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
     shard.negotiating.set(shard.negotiating.get() + 1);
     let notify = Rc::new(Notify::new());
     let link = shard.links.borrow_mut().insert(Kind::Waits(notify.clone()));
-    let outcome = match shard.readiness.add(&c.transport, link) {
+    let outcome = match shard.readiness.add(c.transport.socket(), link) {
         Err(_) => Outcome::Gone,
         Ok(()) => {
             let left = c.deadline_ms.saturating_sub(shard.slice.borrow().now.ms);
@@ -215,7 +218,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
         return;
     }
     shard.links.borrow_mut().remove(link);
-    shard.readiness.remove(&c.transport);
+    shard.readiness.remove(c.transport.socket());
     match outcome {
         Outcome::Move(owner, wish) => {
             shard.ways.borrow_mut().send(owner, Parcel::Moved(Box::new(Moved { connecting: c, wish })));
@@ -283,7 +286,9 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
                 out.clear();
                 // RFC 6120 5.4.3.3: nothing may follow <starttls/> in the clear
                 c.rest.clear();
-                c.transport.start_tls(&shard.tls.borrow(), &[]);
+                if c.transport.start_tls(&shard.tls.borrow(), &[]).is_err() {
+                    return Outcome::Gone;
+                }
                 c.framer.restart();
             }
             Step::Login { name } => {
@@ -362,8 +367,8 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Notify) -> Result<(), 
         let handshake_done = {
             let mut scratch = shard.scratch.borrow_mut();
             match c.transport.read(&mut scratch) {
-                Ok(Read::Data(data)) => {
-                    c.rest.extend_from_slice(data);
+                Ok(Read::Data { bytes, .. }) => {
+                    c.rest.extend_from_slice(bytes);
                     return Ok(());
                 }
                 Ok(Read::HandshakeDone) => true,
@@ -376,7 +381,11 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Notify) -> Result<(), 
             }
         };
         if handshake_done {
-            c.negotiation.encrypted(c.transport.channel_bindings());
+            let bound = c.transport.channel_bindings();
+            c.negotiation.encrypted(ChannelBindings {
+                exporter: bound.exporter,
+                server_end_point: bound.end_point.map(Into::into),
+            });
             continue;
         }
         notify.wait().await;
@@ -397,10 +406,14 @@ async fn proxy_header(
 ) -> Option<(Option<SocketAddr>, Vec<u8>)> {
     let mut bytes = Vec::new();
     loop {
-        match crate::net::proxy::parse(&bytes) {
-            Ok(Some(header)) => {
-                let unread = bytes.split_off(header.len);
-                return Some((header.source, unread));
+        match parse_proxy_header(&bytes) {
+            Ok(Some((proxied, len))) => {
+                let unread = bytes.split_off(len);
+                let source = match proxied {
+                    Proxied::Client(source) => Some(source),
+                    Proxied::Unknown | Proxied::Proxy => None,
+                };
+                return Some((source, unread));
             }
             Ok(None) => {}
             Err(error) => {
@@ -411,7 +424,7 @@ async fn proxy_header(
         let more = {
             let mut scratch = shard.scratch.borrow_mut();
             match transport.read(&mut scratch) {
-                Ok(Read::Data(data)) => {
+                Ok(Read::Data { bytes: data, .. }) => {
                     bytes.extend_from_slice(data);
                     true
                 }
@@ -427,7 +440,7 @@ async fn proxy_header(
 
 impl Shard {
     /// Watches a connection for as long as `with` runs, within the deadline.
-    async fn with_readiness<T>(
+    pub(super) async fn with_readiness<T>(
         &self,
         transport: &mut Transport,
         deadline_ms: u64,
@@ -436,10 +449,10 @@ impl Shard {
         let notify = Rc::new(Notify::new());
         let link = self.links.borrow_mut().insert(Kind::Waits(notify.clone()));
         let mut outcome = None;
-        if self.readiness.add(&*transport, link).is_ok() {
+        if self.readiness.add(transport.socket(), link).is_ok() {
             let left = deadline_ms.saturating_sub(self.slice.borrow().now.ms);
             outcome = rt::timeout(Duration::from_millis(left), with(self, transport, &notify)).await.ok();
-            self.readiness.remove(&*transport);
+            self.readiness.remove(transport.socket());
         }
         self.links.borrow_mut().remove(link);
         outcome

@@ -804,7 +804,7 @@ impl Slice {
         }
     }
 
-    fn run_queue(&mut self, queue: Vec<Waiting>) {
+    fn run_queue(&mut self, queue: Vec<Queued>) {
         for waiting in queue {
             match waiting {
                 Queued::Call(call) => call(self),

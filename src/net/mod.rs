@@ -1,1 +1,0 @@
-//! Bytes in and out of the blade.
