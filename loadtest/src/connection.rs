@@ -189,14 +189,15 @@ impl Connection {
                 Ok(Effect::StartTls)
             }
             State::Challenge | State::Success => self.on_sasl(name, stanza, target, account),
-            State::Register => match self.answer(stanza, name, b"register", "registration") {
-                Ok(true) => Ok(Effect::Done),
-                Ok(false) => Ok(Effect::None),
-                Err(Error::Refused { condition, .. }) if condition == "conflict" => {
-                    Ok(Effect::Exists)
-                }
-                Err(error) => Err(error),
-            },
+            State::Register if exists(stanza) => Ok(Effect::Exists),
+            State::Register => {
+                let registered = self.answer(stanza, name, b"register", "registration")?;
+                Ok(if registered {
+                    Effect::Done
+                } else {
+                    Effect::None
+                })
+            }
             State::Bind => {
                 if self.answer(stanza, name, b"bind", "the binding of a resource")? {
                     let jid = find(stanza, b"jid")
@@ -539,6 +540,11 @@ fn session_required(features: &[u8]) -> bool {
         .any(|tag| tag.name == b"optional")
 }
 
+/// XEP-0077, example 5: the name is taken.
+fn exists(stanza: &[u8]) -> bool {
+    attribute(stanza, b"id") == Some(b"register") && find(stanza, b"conflict").is_some()
+}
+
 /// The defined condition inside a SASL failure, a stanza error or a stream error.
 fn condition(stanza: &[u8]) -> String {
     let mut tags = tags(stanza).filter(|tag| !tag.closing).peekable();
@@ -754,7 +760,7 @@ mod tests {
         dialogue.client_says("<username>u0</username><password>secret</password>");
         let effect = dialogue.server_says(
             "<iq type='error' id='register'><query xmlns='jabber:iq:register'><username>u0</username></query>\
-             <error type='cancel'><conflict xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error></iq>",
+             <error type='cancel'><conflict xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/><text>Taken.</text></error></iq>",
         );
         assert!(matches!(effect, Effect::Exists), "{effect:?}");
     }

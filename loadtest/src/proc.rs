@@ -27,6 +27,7 @@ pub struct Snapshot {
     generator: ThreadTimes,
     /// Ticks of all cores: all, idle.
     machine: (u64, u64),
+    cores: f64,
 }
 
 /// What was used between two snapshots.
@@ -41,6 +42,7 @@ pub struct Usage {
     pub generator_busiest_thread: f64,
     /// Share of all cores.
     pub machine_idle: f64,
+    pub cores: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,11 +73,15 @@ impl Processes {
     }
 
     pub fn snapshot(&self) -> Snapshot {
+        let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
         Snapshot {
             at: Instant::now(),
             server: self.pids().into_iter().flat_map(thread_times).collect(),
             generator: thread_times(std::process::id()),
-            machine: machine_ticks(),
+            machine: parse_machine_ticks(stat.lines().next().unwrap_or_default()),
+            // A line for all cores and one for each.
+            cores: (stat.lines().filter(|line| line.starts_with("cpu")).count() as f64 - 1.0)
+                .max(1.0),
         }
     }
 
@@ -124,6 +130,7 @@ impl Snapshot {
             } else {
                 idle as f64 / all as f64
             },
+            cores: later.cores,
         }
     }
 }
@@ -136,34 +143,42 @@ impl Usage {
         match (server_full, generator_full) {
             (true, _) => Bottleneck::Server,
             (false, true) => Bottleneck::Generator,
-            (false, false) if self.machine_idle < MACHINE_IDLE_MIN => {
-                // The cores are full though no thread is: someone else runs too, or server and generator share them.
-                // The server has what it can get as long as it takes most of the machine.
-                Bottleneck::Machine
-            }
+            (false, false) if self.machine_idle < MACHINE_IDLE_MIN => Bottleneck::Machine,
             (false, false) => Bottleneck::None,
         }
     }
 
+    /// Cores that neither server nor generator used.
+    pub fn others(&self) -> f64 {
+        let known = self.server.unwrap_or_default() + self.generator;
+        let busy = (1.0 - self.machine_idle) * self.cores;
+        (busy - known.as_secs_f64() / self.wall.as_secs_f64().max(1e-9)).max(0.0)
+    }
+
     pub fn sentence(&self) -> String {
-        let generator = self.generator_busiest_thread * 100.0;
+        let cores = |time: Duration| time.as_secs_f64() / self.wall.as_secs_f64().max(1e-9);
         let server = match self.server {
-            Some(_) => format!("{:.0} %", self.server_busiest_thread * 100.0),
-            None => "unknown (give --server-pid)".to_owned(),
+            Some(time) => format!(
+                "server {:.2} cores, busiest thread {:.0} %",
+                cores(time),
+                self.server_busiest_thread * 100.0
+            ),
+            None => "server unknown without --server-pid".to_owned(),
         };
-        let idle = self.machine_idle * 100.0;
         let facts = format!(
-            "busiest thread: server {server}, generator {generator:.0} %; machine {idle:.0} % idle"
+            "{server}; generator {:.2} cores, busiest thread {:.0} %; all others {:.2} cores; machine {:.0} % idle",
+            cores(self.generator),
+            self.generator_busiest_thread * 100.0,
+            self.others(),
+            self.machine_idle * 100.0
         );
         match self.bottleneck() {
             Bottleneck::Server => format!("bottleneck: server ({facts})"),
-            Bottleneck::Generator => {
-                format!(
-                    "bottleneck: generator ({facts}): rates and latencies are the generator's; use more --threads"
-                )
-            }
+            Bottleneck::Generator => format!(
+                "bottleneck: generator ({facts}): rates and latencies are its own; use more --threads"
+            ),
             Bottleneck::Machine => {
-                format!("bottleneck: machine ({facts}): server and generator share all cores")
+                format!("bottleneck: machine ({facts}): all cores are full and shared")
             }
             Bottleneck::None => format!("bottleneck: none ({facts})"),
         }
@@ -221,11 +236,6 @@ fn parse_stat_ticks(stat: &str) -> Option<u64> {
     Some(fields.next()?.parse::<u64>().ok()? + fields.next()?.parse::<u64>().ok()?)
 }
 
-fn machine_ticks() -> (u64, u64) {
-    let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
-    parse_machine_ticks(stat.lines().next().unwrap_or_default())
-}
-
 fn parse_machine_ticks(line: &str) -> (u64, u64) {
     // user nice system idle iowait irq softirq steal; guest time is in user already.
     let ticks: Vec<u64> = line
@@ -280,6 +290,7 @@ mod tests {
             generator: Duration::from_secs_f64(generator),
             generator_busiest_thread: generator,
             machine_idle: idle,
+            cores: 2.0,
         }
     }
 
@@ -298,7 +309,7 @@ mod tests {
         assert!(
             unknown
                 .sentence()
-                .starts_with("bottleneck: generator (busiest thread: server unknown")
+                .starts_with("bottleneck: generator (server unknown")
         );
     }
 

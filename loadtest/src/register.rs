@@ -200,7 +200,7 @@ mod tests {
         let mut accounts = Vec::new();
         write_accounts(&mut accounts, &global).unwrap();
         let accounts = String::from_utf8(accounts).unwrap();
-        assert_eq!(accounts.lines().nth(0), Some("username,password"));
+        assert_eq!(accounts.lines().next(), Some("username,password"));
         assert_eq!(accounts.lines().nth(3), Some("load2,\"a,\"\"b\""));
         let mut rosters = Vec::new();
         write_rosters(&mut rosters, &global, 2).unwrap();
