@@ -10,8 +10,22 @@ const SATURATED: f64 = 0.90;
 /// With less idle time than this the machine counts as saturated.
 const MACHINE_IDLE_MIN: f64 = 0.07;
 
-/// CPU nanoseconds by (process, thread).
-type ThreadTimes = BTreeMap<(u32, u32), u64>;
+/// By (process, thread).
+type ThreadTimes = BTreeMap<(u32, u32), ThreadTime>;
+
+/// Nanoseconds on a core, and ready to run without one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct ThreadTime {
+    running: u64,
+    waiting: u64,
+}
+
+/// Shares of the time; the two add up to almost 1 for a thread that always has work.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Busiest {
+    pub running: f64,
+    pub waiting: f64,
+}
 
 /// The processes to watch.
 #[derive(Clone, Debug)]
@@ -36,10 +50,9 @@ pub struct Usage {
     pub wall: Duration,
     /// `None` without a server process to watch.
     pub server: Option<Duration>,
-    /// Shares of one core.
-    pub server_busiest_thread: f64,
+    pub server_busiest: Busiest,
     pub generator: Duration,
-    pub generator_busiest_thread: f64,
+    pub generator_busiest: Busiest,
     /// Share of all cores.
     pub machine_idle: f64,
     pub cores: f64,
@@ -114,17 +127,16 @@ impl Processes {
 impl Snapshot {
     pub fn until(&self, later: &Snapshot) -> Usage {
         let wall = later.at - self.at;
-        let (server, server_busiest) = difference(&self.server, &later.server);
-        let (generator, generator_busiest) = difference(&self.generator, &later.generator);
-        let share = |busiest: u64| busiest as f64 / wall.as_nanos().max(1) as f64;
+        let (server, server_busiest) = difference(&self.server, &later.server, wall);
+        let (generator, generator_busiest) = difference(&self.generator, &later.generator, wall);
         let all = later.machine.0.saturating_sub(self.machine.0);
         let idle = later.machine.1.saturating_sub(self.machine.1);
         Usage {
             wall,
             server: (!later.server.is_empty()).then(|| Duration::from_nanos(server)),
-            server_busiest_thread: share(server_busiest),
+            server_busiest,
             generator: Duration::from_nanos(generator),
-            generator_busiest_thread: share(generator_busiest),
+            generator_busiest,
             machine_idle: if all == 0 {
                 1.0
             } else {
@@ -136,15 +148,21 @@ impl Snapshot {
 }
 
 impl Usage {
-    /// Who kept the work from going faster.
+    /// Who kept the work from going faster: a thread that always ran, else one that always wanted to run and had to
+    /// wait for a core that others used.
     pub fn bottleneck(&self) -> Bottleneck {
-        let generator_full = self.generator_busiest_thread >= SATURATED;
-        let server_full = self.server.is_some() && self.server_busiest_thread >= SATURATED;
-        match (server_full, generator_full) {
-            (true, _) => Bottleneck::Server,
-            (false, true) => Bottleneck::Generator,
-            (false, false) if self.machine_idle < MACHINE_IDLE_MIN => Bottleneck::Machine,
-            (false, false) => Bottleneck::None,
+        let (server, generator) = (self.server_busiest, self.generator_busiest);
+        let wanted = |thread: Busiest| thread.running + thread.waiting >= SATURATED;
+        if server.running >= SATURATED {
+            Bottleneck::Server
+        } else if wanted(server) {
+            Bottleneck::Machine
+        } else if generator.running >= SATURATED {
+            Bottleneck::Generator
+        } else if wanted(generator) || self.machine_idle < MACHINE_IDLE_MIN {
+            Bottleneck::Machine
+        } else {
+            Bottleneck::None
         }
     }
 
@@ -157,18 +175,21 @@ impl Usage {
 
     pub fn sentence(&self) -> String {
         let cores = |time: Duration| time.as_secs_f64() / self.wall.as_secs_f64().max(1e-9);
+        let busiest = |thread: Busiest| {
+            let (running, waiting) = (thread.running * 100.0, thread.waiting * 100.0);
+            format!("busiest thread ran {running:.0} % and waited for a core {waiting:.0} %")
+        };
         let server = match self.server {
-            Some(time) => format!(
-                "server {:.2} cores, busiest thread {:.0} %",
-                cores(time),
-                self.server_busiest_thread * 100.0
-            ),
+            Some(time) => {
+                let busiest = busiest(self.server_busiest);
+                format!("server {:.2} cores, {busiest}", cores(time))
+            }
             None => "server unknown without --server-pid".to_owned(),
         };
         let facts = format!(
-            "{server}; generator {:.2} cores, busiest thread {:.0} %; all others {:.2} cores; machine {:.0} % idle",
+            "{server}; generator {:.2} cores, {}; all others {:.2} cores; machine {:.0} % idle",
             cores(self.generator),
-            self.generator_busiest_thread * 100.0,
+            busiest(self.generator_busiest),
             self.others(),
             self.machine_idle * 100.0
         );
@@ -178,7 +199,7 @@ impl Usage {
                 "bottleneck: generator ({facts}): rates and latencies are its own; use more --threads"
             ),
             Bottleneck::Machine => {
-                format!("bottleneck: machine ({facts}): all cores are full and shared")
+                format!("bottleneck: machine ({facts}): work waits for cores that others use")
             }
             Bottleneck::None => format!("bottleneck: none ({facts})"),
         }
@@ -196,12 +217,24 @@ impl Bottleneck {
     }
 }
 
-/// Sum over all threads, and the most that one thread used.
-fn difference(before: &ThreadTimes, after: &ThreadTimes) -> (u64, u64) {
-    let used = after
-        .iter()
-        .map(|(thread, time)| time.saturating_sub(*before.get(thread).unwrap_or(&0)));
-    used.fold((0, 0), |(sum, most), used| (sum + used, most.max(used)))
+/// Running time of all threads, and the thread that had most to do.
+fn difference(before: &ThreadTimes, after: &ThreadTimes, wall: Duration) -> (u64, Busiest) {
+    let share = |time: u64| time as f64 / wall.as_nanos().max(1) as f64;
+    let mut sum = 0;
+    let mut busiest = Busiest::default();
+    for (thread, time) in after {
+        let earlier = before.get(thread).copied().unwrap_or_default();
+        let running = time.running.saturating_sub(earlier.running);
+        let waiting = time.waiting.saturating_sub(earlier.waiting);
+        sum += running;
+        if share(running + waiting) > busiest.running + busiest.waiting {
+            busiest = Busiest {
+                running: share(running),
+                waiting: share(waiting),
+            };
+        }
+    }
+    (sum, busiest)
 }
 
 /// `schedstat` counts nanoseconds, where `stat` counts ticks of 10 ms.
@@ -214,13 +247,27 @@ fn thread_times(pid: u32) -> ThreadTimes {
         .filter_map(|task| {
             let thread = task.file_name().to_str()?.parse().ok()?;
             let schedstat = fs::read_to_string(task.path().join("schedstat")).ok();
-            let nanoseconds = schedstat.and_then(|text| text.split(' ').next()?.parse().ok());
-            Some((
-                (pid, thread),
-                nanoseconds.or_else(|| stat_nanoseconds(&task.path().join("stat")))?,
-            ))
+            let time = schedstat.and_then(|text| parse_schedstat(&text));
+            let from_ticks = || {
+                let running = stat_nanoseconds(&task.path().join("stat"))?;
+                Some(ThreadTime {
+                    running,
+                    waiting: 0,
+                })
+            };
+            Some(((pid, thread), time.or_else(from_ticks)?))
         })
         .collect()
+}
+
+fn parse_schedstat(text: &str) -> Option<ThreadTime> {
+    let mut fields = text
+        .split_ascii_whitespace()
+        .map(|field| field.parse().ok());
+    Some(ThreadTime {
+        running: fields.next()??,
+        waiting: fields.next()??,
+    })
 }
 
 fn stat_nanoseconds(stat: &std::path::Path) -> Option<u64> {
@@ -282,28 +329,52 @@ fn children(pid: u32) -> Vec<u32> {
 mod tests {
     use super::*;
 
-    fn usage(server: f64, generator: f64, idle: f64) -> Usage {
+    fn usage(server: (f64, f64), generator: (f64, f64), machine_idle: f64) -> Usage {
+        let busiest = |(running, waiting): (f64, f64)| Busiest { running, waiting };
         Usage {
             wall: Duration::from_secs(1),
-            server: Some(Duration::from_secs_f64(server)),
-            server_busiest_thread: server,
-            generator: Duration::from_secs_f64(generator),
-            generator_busiest_thread: generator,
-            machine_idle: idle,
+            server: Some(Duration::from_secs_f64(server.0)),
+            server_busiest: busiest(server),
+            generator: Duration::from_secs_f64(generator.0),
+            generator_busiest: busiest(generator),
+            machine_idle,
             cores: 2.0,
         }
     }
 
     #[test]
     fn the_bottleneck_is_who_is_saturated() {
-        assert_eq!(usage(0.99, 0.5, 0.2).bottleneck(), Bottleneck::Server);
-        assert_eq!(usage(0.5, 0.99, 0.2).bottleneck(), Bottleneck::Generator);
-        assert_eq!(usage(0.7, 0.6, 0.01).bottleneck(), Bottleneck::Machine);
-        assert_eq!(usage(0.3, 0.2, 0.7).bottleneck(), Bottleneck::None);
+        assert_eq!(
+            usage((0.99, 0.0), (0.5, 0.0), 0.2).bottleneck(),
+            Bottleneck::Server
+        );
+        assert_eq!(
+            usage((0.99, 0.0), (0.99, 0.0), 0.0).bottleneck(),
+            Bottleneck::Server
+        );
+        assert_eq!(
+            usage((0.5, 0.0), (0.99, 0.0), 0.2).bottleneck(),
+            Bottleneck::Generator
+        );
+        assert_eq!(
+            usage((0.6, 0.35), (0.95, 0.0), 0.0).bottleneck(),
+            Bottleneck::Machine
+        );
+        assert_eq!(
+            usage((0.8, 0.18), (0.2, 0.0), 0.4).bottleneck(),
+            Bottleneck::Machine
+        );
+        assert_eq!(
+            usage((0.7, 0.0), (0.6, 0.0), 0.01).bottleneck(),
+            Bottleneck::Machine
+        );
+        assert_eq!(
+            usage((0.3, 0.0), (0.2, 0.0), 0.7).bottleneck(),
+            Bottleneck::None
+        );
         let unknown = Usage {
             server: None,
-            server_busiest_thread: 0.0,
-            ..usage(0.0, 0.95, 0.5)
+            ..usage((0.0, 0.0), (0.95, 0.0), 0.5)
         };
         assert_eq!(unknown.bottleneck(), Bottleneck::Generator);
         assert!(
@@ -314,9 +385,19 @@ mod tests {
     }
 
     #[test]
+    fn processes_that_are_neither_are_told() {
+        assert!((usage((0.5, 0.0), (0.25, 0.0), 0.1).others() - 1.05).abs() < 1e-9);
+    }
+
+    #[test]
     fn stat_lines_are_parsed_whatever_the_name() {
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194304 100 0 0 0 250 50 0 0 20 0 4 0 100 1000 200";
         assert_eq!(parse_stat_ticks(stat), Some(300));
+        let time = ThreadTime {
+            running: 12,
+            waiting: 34,
+        };
+        assert_eq!(parse_schedstat("12 34 5\n"), Some(time));
         assert_eq!(parse_machine_ticks("cpu  1 2 3 40 5 6 7 8 9 10"), (72, 45));
     }
 

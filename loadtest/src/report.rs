@@ -116,11 +116,11 @@ impl Report {
             .insert("bottleneck".into(), json!(usage.bottleneck().name()));
         self.json.insert(
             "server_busiest_thread".into(),
-            json!(usage.server_busiest_thread),
+            json!(usage.server_busiest.running),
         );
         self.json.insert(
             "generator_busiest_thread".into(),
-            json!(usage.generator_busiest_thread),
+            json!(usage.generator_busiest.running),
         );
         self.json
             .insert("machine_idle".into(), json!(usage.machine_idle));

@@ -190,7 +190,7 @@ fn rows(report: &mut Report, global: &Global, options: &StormOptions, rounds: &[
     let worst = rounds.iter().max_by_key(|round| {
         (
             round.usage.bottleneck() == Bottleneck::Generator,
-            (round.usage.generator_busiest_thread * 1e6) as u64,
+            (round.usage.generator_busiest.running * 1e6) as u64,
         )
     });
     report.bottleneck(&worst.expect("there is at least one round").usage);
