@@ -1,5 +1,6 @@
 //! `memory`: the server's resident memory per idle logged-in user, as a slope between two numbers of users: fixed
-//! buffers would distort a quotient.
+//! buffers would distort a quotient. The server must be freshly started: memory that it kept from earlier work would
+//! be used again unseen.
 
 use std::time::Duration;
 
@@ -44,6 +45,12 @@ pub fn run(global: &Global, options: &MemoryOptions) -> Result<Report, String> {
     report.number("rss_to_kib", "resident", readings[1] as u64, "KiB");
     report.number("rest_seconds", "rest before each", options.rest, "s");
     report.number("rss_kib_per_user", "resident memory per user", slope, "KiB");
+    if readings[0] <= empty.unwrap_or(0) as f64 {
+        report.fail(
+            "the server did not grow for the first users: it reused memory of earlier work, so the slope means nothing; \
+             restart it first",
+        );
+    }
     report.note_failures(&fleet.disconnections());
     fleet.stop();
     Ok(report)
