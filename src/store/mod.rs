@@ -3,7 +3,13 @@
 //! In: requests of the shards ([`tier`]). Out: answers, and records that are read in place ([`record`]). Promise: a
 //! write that was answered is durable, and a cold login costs at most one round trip. Nothing here builds a stanza.
 
+pub mod admin;
 pub mod cache;
+pub mod lane;
 pub mod record;
 pub mod ring;
+mod sqlite;
 pub mod tier;
+
+#[cfg(test)]
+mod tests;

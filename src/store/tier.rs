@@ -3,8 +3,7 @@
 //! In: batches of [`Request`] from a shard. Out: batches of [`Answer`] to the same shard, in any order, matched by name
 //! or ticket. Everything here is a plain value that may go to another thread. Promises:
 //!
-//! - every `Write` and `Read` is answered exactly once; loads of one name that one shard has waiting at the same time
-//!   may be answered together, by ONE answer;
+//! - every request is answered exactly once (loads of one name that wait together share a query, not an answer);
 //! - writes of one shard are applied in the order they were sent;
 //! - a `Load` or `Read` sees every earlier `Write` of the same name by the same shard;
 //! - `Written` with `Ok` means durable.
