@@ -1,0 +1,563 @@
+//! Presence subscriptions (RFC 6121 section 3 and appendix A, with pre-approval).
+//!
+//! In: presence of type subscribe, subscribed, unsubscribe and unsubscribed, from the user's client ([`outbound`]) and
+//! from contacts ([`inbound`]). Out: the contact's new state in the record, roster pushes, the stanza itself where the
+//! table says so, and the presence that follows from it. [`State`] is the table, without any effect. Promise: nothing
+//! of a change is told to anybody before it is durable, and until then the stanza is not acknowledged.
+//!
+//! Order, as the RFC has it: a subscriber's client gets `subscribed`, then the push, then the contact's presence. Both
+//! may live on different shards and each makes its own side durable, so the presence is not sent along with
+//! `subscribed`: the subscriber's owner asks for it when its own side stands ([`ask`]).
+
+use super::{Feature, NONE, presence, roster};
+use crate::store::record::{
+    ArchivedUserRecord, RosterItem, Subscription, SubscriptionRequest, UserRecord,
+};
+use crate::xml::dom::Element;
+use crate::xml::view::View;
+use crate::xmpp::batch::{Item, Receipt};
+use crate::xmpp::error::StanzaError;
+use crate::xmpp::jid::Jid;
+use crate::xmpp::message::{self, attribute, bounce_out};
+use crate::xmpp::meta::{Kind, Meta};
+use crate::xmpp::session::SessionId;
+use crate::xmpp::slice::{Fate, Slice};
+
+pub static FEATURE: Feature = Feature {
+    name: "Presence subscriptions, with pre-approval",
+    spec: "RFC 6121 3",
+    stream: Some(|_| "<sub xmlns='urn:xmpp:features:pre-approval'/>".to_owned()),
+    ..NONE
+};
+
+/// The most bytes of a request that is kept until it is answered (3.1.3, the security warning).
+pub const REQUEST_BYTES_MAX: usize = 8 * 1024;
+
+// ---- the table ---------------------------------------------------------------------------------------------------
+
+/// What a user's server knows about one contact (A.1), from the user's side; pre-approval (3.4) is a flag beside it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct State {
+    pub subscription: Subscription,
+    /// `ask='subscribe'`.
+    pub pending_out: bool,
+    /// The contact's request waits for the user's answer; not to be seen in the roster.
+    pub pending_in: bool,
+    pub approved: bool,
+}
+
+/// What a subscription stanza does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Step {
+    pub state: State,
+    /// Outbound: the stanza goes to the contact. Inbound: it is delivered to the user.
+    pub pass: bool,
+    /// The server answers the contact on behalf of the user.
+    pub reply: Option<Kind>,
+}
+
+impl State {
+    pub fn of(record: &ArchivedUserRecord, contact: &str) -> State {
+        let pending_in = record.request(contact).is_some();
+        match record.roster_item(contact) {
+            Some(item) => State {
+                subscription: item.subscription(),
+                pending_out: item.ask,
+                pending_in,
+                approved: item.approved,
+            },
+            // A.1: no item is the same as "None"
+            None => State {
+                pending_in,
+                ..State::default()
+            },
+        }
+    }
+
+    /// A.2: the user's client sends it.
+    pub fn outbound(self, kind: Kind) -> Step {
+        let (to, from) = (self.subscription.to(), self.subscription.from());
+        let mut next = self;
+        let pass = match kind {
+            Kind::Subscribe => {
+                next.pending_out |= !to;
+                true
+            }
+            Kind::Unsubscribe => {
+                next.subscription = Subscription::of(false, from);
+                next.pending_out = false;
+                true
+            }
+            Kind::Subscribed if self.pending_in => {
+                next.subscription = Subscription::of(to, true);
+                next.pending_in = false;
+                true
+            }
+            Kind::Subscribed => {
+                next.approved |= !from;
+                false
+            }
+            Kind::Unsubscribed => {
+                next.subscription = Subscription::of(to, false);
+                next.pending_in = false;
+                next.approved = false;
+                from || self.pending_in
+            }
+            _ => false,
+        };
+        Step {
+            state: next,
+            pass,
+            reply: None,
+        }
+    }
+
+    /// A.3: the contact sends it.
+    pub fn inbound(self, kind: Kind) -> Step {
+        let (to, from) = (self.subscription.to(), self.subscription.from());
+        let mut next = self;
+        let mut reply = None;
+        let pass = match kind {
+            Kind::Subscribe if from => {
+                reply = Some(Kind::Subscribed);
+                false
+            }
+            Kind::Subscribe if self.approved => {
+                // 3.4.2 leaves it open whether an approval is used up: it is, who went away has to ask again
+                next.subscription = Subscription::of(to, true);
+                next.approved = false;
+                reply = Some(Kind::Subscribed);
+                false
+            }
+            Kind::Subscribe => {
+                next.pending_in = true;
+                !self.pending_in
+            }
+            Kind::Unsubscribe => {
+                next.subscription = Subscription::of(to, false);
+                next.pending_in = false;
+                let changed = from || self.pending_in;
+                reply = changed.then_some(Kind::Unsubscribed);
+                changed
+            }
+            Kind::Subscribed if self.pending_out => {
+                next.subscription = Subscription::of(true, from);
+                next.pending_out = false;
+                true
+            }
+            Kind::Unsubscribed => {
+                next.subscription = Subscription::of(false, from);
+                next.pending_out = false;
+                to || self.pending_out
+            }
+            _ => false,
+        };
+        Step {
+            state: next,
+            pass,
+            reply,
+        }
+    }
+
+    /// Would a client see the difference in its roster? Only then is there a push and a new version (2.6.3).
+    fn looks_like(self, other: State) -> bool {
+        State {
+            pending_in: other.pending_in,
+            ..self
+        } == other
+    }
+}
+
+// ---- out ---------------------------------------------------------------------------------------------------------
+
+/// A client's subscription stanza. `to` is somebody's, of whatever form.
+pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, to: &Jid<'_>) {
+    let Some(session) = slice.sessions.get(sid) else {
+        return;
+    };
+    let (user, own, jid) = (
+        session.user.clone(),
+        session.bare().to_owned(),
+        session.jid.clone(),
+    );
+    // 3.1.2: a full JID is taken as its bare one
+    let to = to.to_bare();
+    let local = slice.env.is_local(&to);
+    let opens = matches!(kind, Kind::Subscribe | Kind::Subscribed);
+    let refusal = if to.as_str() == own {
+        Some(StanzaError::NOT_ALLOWED.text("one's own presence needs no subscription"))
+    } else if opens && !local {
+        Some(StanzaError::REMOTE_SERVER_NOT_FOUND)
+    } else if opens && to.local().is_none() {
+        Some(StanzaError::SERVICE_UNAVAILABLE)
+    } else {
+        message::may_send(slice, sid, &to).err()
+    };
+    if let Some(error) = refusal {
+        return bounce_out(slice, sid, view, &error);
+    }
+    let Some(record) = slice.user(&user).map(|u| u.record.get()) else {
+        return;
+    };
+    let before = State::of(record, to.as_str());
+    let step = before.outbound(kind);
+    let reaches = step.pass && local && to.local().is_some();
+    let stanza = reaches.then(|| {
+        let lang = slice.sessions.get(sid).and_then(|s| s.lang.as_deref());
+        message::compose(view, &own, Some(&to), lang, Vec::new())
+    });
+    let receipt = slice.current;
+    let meta = Meta::new(kind);
+    if step.state == before {
+        if let Some(stanza) = stanza {
+            slice.route(&to, &own, &stanza, meta, receipt);
+        }
+        return;
+    }
+    let Some(change) = Change::new(slice, &user, to.as_str(), before, step.state, None) else {
+        return bounce_out(slice, sid, view, &roster::FULL);
+    };
+    if let Some(receipt) = receipt {
+        slice.defer(receipt);
+    }
+    let then_user = user.clone();
+    change.make(slice, &user, move |slice, result, push| {
+        match result {
+            Ok(()) => {
+                if kind == Kind::Unsubscribed && before.subscription.from() {
+                    // 3.2.2: while the contact is still subscribed
+                    presence::hide(slice, &then_user, &to);
+                }
+                if let Some(stanza) = stanza {
+                    slice.route(&to, &own, &stanza, meta, receipt);
+                }
+                if let Some(push) = push {
+                    roster::push(slice, &then_user, &push);
+                }
+            }
+            Err(()) => {
+                let error = &StanzaError::INTERNAL_SERVER_ERROR;
+                let stanza = stanza.unwrap_or_else(|| plain(kind, &own, to.as_str(), None));
+                slice.bounce(&to, &jid, &stanza, meta, error);
+            }
+        }
+        if let Some(receipt) = receipt {
+            slice.settle(receipt);
+        }
+    });
+}
+
+/// 2.5.2: the contact was taken out of the roster.
+pub fn dissolve(slice: &mut Slice, user: &str, item: &RosterItem) {
+    let Ok(contact) = Jid::parse(&item.jid) else {
+        return;
+    };
+    let own = format!("{user}@{}", slice.env.domain);
+    if item.subscription.to() || item.ask {
+        say(slice, Kind::Unsubscribe, &own, &contact, None);
+    }
+    if item.subscription.from() {
+        presence::hide(slice, user, &contact);
+        say(slice, Kind::Unsubscribed, &own, &contact, None);
+    }
+}
+
+/// The account goes away: its contacts learn it, as if it had removed each of them and denied each request.
+pub fn dissolve_all(slice: &mut Slice, user: &str) {
+    let Some(record) = slice.user(user).map(|u| u.record.to_owned()) else {
+        return;
+    };
+    for item in &record.roster {
+        dissolve(slice, user, item);
+    }
+    let own = format!("{user}@{}", slice.env.domain);
+    for request in &record.requests {
+        if let Ok(contact) = Jid::parse(&request.jid) {
+            say(slice, Kind::Unsubscribed, &own, &contact, None);
+        }
+    }
+}
+
+// ---- in ----------------------------------------------------------------------------------------------------------
+
+/// A contact's subscription stanza for a user of this slice who is present; admitted already.
+pub fn inbound(
+    slice: &mut Slice,
+    to: &Jid<'_>,
+    from: &Jid<'_>,
+    stanza: &[u8],
+    meta: Meta,
+    receipt: Option<Receipt>,
+) -> Fate {
+    let user: Box<str> = to.local().expect("only users are routed to").into();
+    let Some(record) = slice.user(&user).map(|u| u.record.get()) else {
+        return Fate::Decided;
+    };
+    let kind = meta.kind;
+    let waiting = record.requests.len();
+    let before = State::of(record, from.bare());
+    let step = before.inbound(kind);
+    if step.state == before {
+        if let Some(reply) = step.reply {
+            say(slice, reply, to.bare(), from, id_of(stanza).as_deref());
+        }
+        if kind == Kind::Subscribed && before.subscription.to() {
+            // nothing new here, but the contact says so because its side is new
+            ask(slice, &user, from);
+        }
+        return Fate::Decided;
+    }
+    let asks = step.state.pending_in && !before.pending_in;
+    if asks && stanza.len() > REQUEST_BYTES_MAX {
+        let error = StanzaError::POLICY_VIOLATION.text("the request is too large to be kept");
+        slice.bounce(to, from.as_str(), stanza, meta, &error);
+        return Fate::Decided;
+    }
+    if asks && waiting >= slice.env.limits.subscription_requests_max {
+        let error = StanzaError::RESOURCE_CONSTRAINT.text("too many requests wait for an answer");
+        slice.bounce(to, from.as_str(), stanza, meta, &error);
+        return Fate::Decided;
+    }
+    let change = Change::new(
+        slice,
+        &user,
+        from.bare(),
+        before,
+        step.state,
+        asks.then_some(stanza),
+    );
+    let Some(change) = change else {
+        return Fate::Decided;
+    };
+    let (to, from) = (to.to_bare(), from.borrowed().into_owned());
+    let stanza: Box<[u8]> = stanza.into();
+    let who = user.clone();
+    change.make(slice, &user, move |slice, result, push| {
+        match result {
+            Ok(()) => {
+                if step.pass {
+                    deliver(slice, &who, &stanza, meta);
+                }
+                if let Some(push) = push {
+                    roster::push(slice, &who, &push);
+                }
+                after(slice, &who, &to, &from, before, &stanza, kind, step);
+            }
+            Err(()) => {
+                let error = &StanzaError::INTERNAL_SERVER_ERROR;
+                slice.bounce(&to, from.as_str(), &stanza, meta, error);
+            }
+        }
+        if let Some(receipt) = receipt {
+            slice.settle(receipt);
+        }
+    });
+    Fate::Open
+}
+
+/// What follows from a contact's stanza when the new state stands.
+#[allow(clippy::too_many_arguments)]
+fn after(
+    slice: &mut Slice,
+    user: &str,
+    to: &Jid<'_>,
+    from: &Jid<'_>,
+    before: State,
+    stanza: &[u8],
+    kind: Kind,
+    step: Step,
+) {
+    match kind {
+        Kind::Subscribed => ask(slice, user, from),
+        // 3.3.3
+        Kind::Unsubscribe if before.subscription.from() => {
+            presence::hide(slice, user, &from.to_bare())
+        }
+        _ => {}
+    }
+    match step.reply {
+        // A.3.2, a SHOULD for servers that may have lost their state. Here both sides are ours: it would change
+        // nothing, except that it could cross a new request of the contact's and cancel it
+        Some(Kind::Unsubscribed) if slice.env.is_local(from) => {}
+        Some(reply) => say(slice, reply, to.as_str(), from, id_of(stanza).as_deref()),
+        None => {}
+    }
+}
+
+/// 3.1.3: requests are for available resources; 3.1.6, 3.2.3, 3.3.3: the rest is for interested ones.
+fn deliver(slice: &mut Slice, user: &str, stanza: &[u8], meta: Meta) {
+    for sid in slice.sessions_of(user) {
+        let Some(session) = slice.sessions.get(sid) else {
+            continue;
+        };
+        let takes = match meta.kind {
+            Kind::Subscribe => session.presence.is_some(),
+            _ => session.interested,
+        };
+        if takes {
+            slice.send(sid, &[stanza], meta);
+        }
+    }
+}
+
+/// 3.1.3: a new available resource gets all requests that wait for an answer.
+pub fn deliver_requests(slice: &mut Slice, sid: SessionId) {
+    let Some(session) = slice.sessions.get(sid) else {
+        return;
+    };
+    let name = session.user.clone();
+    let Some(user) = slice.user(&name) else {
+        return;
+    };
+    if user.record.get().requests.is_empty() {
+        return;
+    }
+    let meta = Meta::new(Kind::Subscribe);
+    for request in user.record.to_owned().requests {
+        // blocked since it came?
+        let admitted =
+            Jid::parse(&request.jid).is_ok_and(|jid| presence::admit(slice, &name, &jid, meta));
+        if admitted {
+            slice.send(sid, &[&request.stanza], meta);
+        }
+    }
+}
+
+/// Asks for the contact's presence, on behalf of each available resource of the user.
+fn ask(slice: &mut Slice, user: &str, contact: &Jid<'_>) {
+    let Some(name) = contact.local().filter(|_| slice.env.is_local(contact)) else {
+        return;
+    };
+    let owner = slice.env.owner(name);
+    for sid in slice.sessions_of(user) {
+        let Some(session) = slice.sessions.get(sid).filter(|s| s.presence.is_some()) else {
+            continue;
+        };
+        let full = &session.jid;
+        if owner == slice.env.shard {
+            let full = full.clone();
+            presence::probe_in(slice, name, &full);
+            continue;
+        }
+        let batch = &mut slice.fx.mesh[owner as usize];
+        let from = batch.put(full.as_bytes());
+        let names = batch.put(name.as_bytes());
+        batch.items.push(Item::Probe { from, names });
+    }
+}
+
+// ---- tools -------------------------------------------------------------------------------------------------------
+
+/// A change of one contact's state, ready to be made.
+struct Change {
+    contact: String,
+    /// The item as it will be, and its push.
+    item: Option<(RosterItem, Vec<u8>)>,
+    version: u64,
+    /// `Some(None)`: the request is answered or withdrawn.
+    request: Option<Option<SubscriptionRequest>>,
+}
+
+impl Change {
+    /// `None`: the roster has no room for a new item.
+    fn new(
+        slice: &mut Slice,
+        user: &str,
+        contact: &str,
+        before: State,
+        after: State,
+        request: Option<&[u8]>,
+    ) -> Option<Change> {
+        let version = slice.next_id();
+        let item = if after.looks_like(before) {
+            None
+        } else {
+            let mut item = roster::item_or_room(slice, user, contact)?;
+            item.subscription = after.subscription;
+            item.ask = after.pending_out;
+            item.approved = after.approved;
+            let push = roster::push_query(&item, version);
+            Some((item, push))
+        };
+        let request = (after.pending_in != before.pending_in).then(|| {
+            request.map(|stanza| SubscriptionRequest {
+                jid: contact.to_owned(),
+                stanza: stanza.to_vec(),
+            })
+        });
+        Some(Change {
+            contact: contact.to_owned(),
+            item,
+            version,
+            request,
+        })
+    }
+
+    /// Makes it; `then` gets the push, when the change is durable or has failed.
+    fn make(
+        self,
+        slice: &mut Slice,
+        user: &str,
+        then: impl FnOnce(&mut Slice, Result<(), ()>, Option<Vec<u8>>) + 'static,
+    ) {
+        let Change {
+            contact,
+            item,
+            version,
+            request,
+        } = self;
+        let (item, push) = item.unzip();
+        let change = |record: &mut UserRecord| {
+            if let Some(item) = item {
+                record.put_roster_item(item);
+                record.roster_version = version;
+            }
+            match request {
+                Some(Some(request)) => record.put_request(request),
+                Some(None) => {
+                    record.remove_request(&contact);
+                }
+                None => {}
+            }
+        };
+        let then = move |slice: &mut Slice, result: Result<(), _>| {
+            then(slice, result.map_err(|_| ()), push);
+        };
+        slice.edit(user, change, Box::new(then));
+    }
+}
+
+/// The server speaks for the user: an empty subscription stanza between bare JIDs.
+pub fn say(slice: &mut Slice, kind: Kind, own: &str, contact: &Jid<'_>, id: Option<&str>) {
+    if contact.local().is_none() || !slice.env.is_local(contact) {
+        return;
+    }
+    let contact = contact.to_bare();
+    let stanza = plain(kind, own, contact.as_str(), id);
+    let meta = Meta::new(kind).with(Meta::SERVER);
+    slice.route(&contact, own, &stanza, meta, None);
+}
+
+fn plain(kind: Kind, from: &str, to: &str, id: Option<&str>) -> Vec<u8> {
+    let typ = match kind {
+        Kind::Subscribe => "subscribe",
+        Kind::Subscribed => "subscribed",
+        Kind::Unsubscribe => "unsubscribe",
+        _ => "unsubscribed",
+    };
+    let mut out = b"<presence".to_vec();
+    attribute("from", from, &mut out);
+    attribute("to", to, &mut out);
+    if let Some(id) = id {
+        attribute("id", id, &mut out);
+    }
+    attribute("type", typ, &mut out);
+    out.extend_from_slice(b"/>");
+    out
+}
+
+/// The `id` of a stanza in its own bytes.
+pub fn id_of(stanza: &[u8]) -> Option<String> {
+    let element = Element::parse(std::str::from_utf8(stanza).ok()?).ok()?;
+    element.get("id").map(str::to_owned)
+}
