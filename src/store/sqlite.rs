@@ -747,3 +747,57 @@ fn create_private(path: &Path) -> Result<(), String> {
         _ => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::record::tests::user;
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_told_and_what_was_there_stays() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        runtime.block_on(async {
+            let path = folder.path().join("nitro.db");
+            let mut sql = Sqlite::open(&path, 1 << 20, Default::default())
+                .await
+                .unwrap();
+            let add = Op::AddUser {
+                name: "romeo".into(),
+                record: Record::new(&user(3)),
+            };
+            assert_eq!(sql.write(&[&add]).await.unwrap(), [Ok(())]);
+            // SQLite answers a file that may not grow as it answers a full disk.
+            sql.run("PRAGMA max_page_count = 20").await.unwrap();
+            let put = Op::PutUser {
+                name: "romeo".into(),
+                record: Record::new(&user(4)),
+            };
+            let value = Some(vec![0; 1 << 20].into());
+            let huge = Op::PutDocument {
+                name: "romeo".into(),
+                key: "vcard".into(),
+                value,
+            };
+            let error = sql.write(&[&put, &huge]).await.unwrap_err();
+            assert_eq!(
+                (error.trouble, WriteError::from(error)),
+                (Trouble::Full, WriteError::Full)
+            );
+            let contacts = async |sql: &mut Sqlite| {
+                let found = sql.load(&["romeo"]).await.unwrap().remove(0);
+                found.unwrap().unwrap().record.get().roster.len()
+            };
+            assert_eq!(
+                contacts(&mut sql).await,
+                3,
+                "nothing of a failed transaction is applied"
+            );
+            assert_eq!(sql.write(&[&put]).await.unwrap(), [Ok(())]);
+            assert_eq!(contacts(&mut sql).await, 4);
+        });
+    }
+}

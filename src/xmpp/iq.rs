@@ -153,8 +153,7 @@ pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta:
         return Fate::Decided;
     }
     if matches!(meta.kind, Kind::IqGet | Kind::IqSet)
-        && let Ok(text) = std::str::from_utf8(stanza)
-        && let Ok(element) = Element::parse(text)
+        && let Some(element) = super::parse_stanza(stanza)
         && let Some(payload) = element.elements().next()
     {
         let iq = Iq {

@@ -588,6 +588,19 @@ mod tests {
         );
     }
 
+    #[test]
+    fn characters_that_need_their_context_are_bounded() {
+        let digits = "\u{661}".repeat(CONTEXTUAL_MAX);
+        assert!(resourcepart(&digits).is_ok());
+        assert!(resourcepart(&(digits + "\u{661}")).is_err());
+        assert!(resourcepart("\u{661}\u{6f1}").is_err());
+    }
+
+    #[test]
+    fn a_jid_is_a_text_and_two_offsets() {
+        assert_eq!(size_of::<Jid<'_>>(), size_of::<String>() + 8);
+    }
+
     proptest! {
         #[test]
         fn any_text_parses_or_is_refused_and_the_result_is_stable(s in "\\PC*|[a-zA-Z@/.:ß\\-σſａ０。 ]{0,20}|.*@.*/.*") {

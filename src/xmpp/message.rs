@@ -273,7 +273,7 @@ fn choose(slice: &Slice, to: &Jid<'_>, meta: Meta, taken: &mut SmallVec<[Session
 }
 
 /// Delivers a message that a session left unacknowledged: as to the bare JID, and to the offline queue beyond its limits.
-pub fn redeliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
+pub fn redeliver(slice: &mut Slice, to: &Jid<'_>, stanza: &[u8], meta: Meta) {
     let name = to.local().expect("a session's messages are for its user");
     let mut taken: SmallVec<[SessionId; 4]> = SmallVec::new();
     match choose(slice, to, meta, &mut taken) {

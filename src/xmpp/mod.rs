@@ -5,6 +5,7 @@
 
 pub mod accept;
 pub mod batch;
+pub mod bind;
 pub mod error;
 pub mod feature;
 pub mod iq;
@@ -24,4 +25,9 @@ pub fn random_id() -> String {
     let mut bytes = [0; 16];
     aws_lc_rs::rand::fill(&mut bytes).expect("the system gives random bytes");
     bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The tree of a stanza that stands in a client's stream (default namespace `jabber:client`).
+pub fn parse_stanza(stanza: &[u8]) -> Option<crate::xml::Element> {
+    crate::xml::Element::parse_in(stanza, &crate::xml::StreamNs::client(), &crate::xml::Limits::default()).ok()
 }

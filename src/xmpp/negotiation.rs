@@ -14,7 +14,7 @@ use super::sasl::{self, ChannelBindings, Credentials, Decoy, Exchange, Failure, 
 use super::slice::Env;
 use super::{NS_CLIENT, NS_STREAM, random_id};
 use crate::xml::dom::Element;
-use crate::xml::framer::{FrameKind, Limits, StreamHeader, StreamNs};
+use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs};
 use crate::xml::view::View;
 
 pub const NS_TLS: &str = "urn:ietf:params:xml:ns:xmpp-tls";
@@ -63,6 +63,8 @@ enum Stage {
     Header,
     /// Waits for STARTTLS, authentication or registration.
     Open,
+    /// Waits for the initial response of this mechanism.
+    Initial(Mechanism),
     /// Waits for a SASL response.
     Exchange(Box<Exchange>),
     /// Authenticated, waits for binding or resumption.
@@ -94,7 +96,7 @@ impl Negotiation {
             encrypted: false,
             bindings: ChannelBindings::default(),
             offered: Vec::new(),
-            ns: StreamNs { default: NS_CLIENT.into(), prefixes: Box::default() },
+            ns: StreamNs::client(),
             lang: None,
             user: None,
             candidate: None,
@@ -130,7 +132,7 @@ impl Negotiation {
                 out.extend_from_slice(b"</stream:stream>");
                 Ok(Step::End)
             }
-            (FrameKind::Element, Stage::Open | Stage::Exchange(_) | Stage::Bind) => {
+            (FrameKind::Element, Stage::Open | Stage::Initial(_) | Stage::Exchange(_) | Stage::Bind) => {
                 let ns = self.ns.clone();
                 let view = View::parse(frame, &ns, &self.policy.xml)?;
                 self.element(&view, out)
@@ -207,7 +209,9 @@ impl Negotiation {
                     text.push_str(&format!("<mechanism>{}</mechanism>", mechanism.name()));
                 }
                 text.push_str("</mechanisms>");
-                text.push_str(&sasl::channel_binding_feature(&self.bindings));
+                if self.offered.iter().any(|m| m.is_plus()) {
+                    self.bindings.write_feature(&mut text);
+                }
                 if self.policy.register {
                     text.push_str("<register xmlns='http://jabber.org/features/iq-register'/>");
                 }
@@ -225,8 +229,8 @@ impl Negotiation {
                 Ok(Step::StartTls)
             }
             (Stage::Open, "auth", NS_SASL) => self.auth(view, out),
-            (Stage::Exchange(_), "response", NS_SASL) => self.response(view, out),
-            (Stage::Open | Stage::Exchange(_), "abort", NS_SASL) => Ok(self.failed("aborted", out)),
+            (Stage::Initial(_) | Stage::Exchange(_), "response", NS_SASL) => self.response(view, out),
+            (Stage::Open | Stage::Initial(_) | Stage::Exchange(_), "abort", NS_SASL) => Ok(self.failed(Failure::ABORTED, out)),
             (Stage::Open, "iq", NS_CLIENT) => self.register(view, out),
             (Stage::Bind, "iq", NS_CLIENT) => self.bind(view, out),
             (Stage::Bind, "resume", sm::NS) => {
@@ -253,52 +257,51 @@ impl Negotiation {
         let Some(mechanism) = mechanism.filter(|m| self.offered.contains(m)) else {
             let plain = view.attr("mechanism").as_deref() == Some("PLAIN");
             let encryption = !self.encrypted && (plain || self.policy.tls_required);
-            return Ok(self.failed(if encryption { "encryption-required" } else { "invalid-mechanism" }, out));
+            return Ok(self.failed(if encryption { Failure::ENCRYPTION_REQUIRED } else { Failure::INVALID_MECHANISM }, out));
         };
         let initial = match decode(view) {
             Ok(initial) => initial,
-            Err(condition) => return Ok(self.failed(condition, out)),
+            Err(failure) => return Ok(self.failed(failure, out)),
         };
-        let offer = sasl::Offer { mechanisms: &self.offered, bindings: &self.bindings, domain: &self.domain };
-        match Exchange::start(mechanism, initial.as_deref(), &offer) {
-            Ok(start) => Ok(self.started(start, out)),
-            Err(failure) => Ok(self.refused(failure, out)),
-        }
+        Ok(self.start(mechanism, initial.as_deref(), out))
     }
 
-    fn started(&mut self, start: sasl::Start, out: &mut Vec<u8>) -> Step {
-        match start {
-            sasl::Start::NeedInitial(exchange) => {
-                out.extend_from_slice(format!("<challenge xmlns='{NS_SASL}'/>").as_bytes());
-                self.stage = Stage::Exchange(Box::new(exchange));
+    fn start(&mut self, mechanism: Mechanism, initial: Option<&[u8]>, out: &mut Vec<u8>) -> Step {
+        let offer = sasl::Offer {
+            mechanisms: &self.offered,
+            bindings: &self.bindings,
+            encrypted: self.encrypted,
+            domain: &self.domain,
+        };
+        match Exchange::start(mechanism, initial, &offer) {
+            Ok(sasl::Start::NeedInitial) => {
+                sasl_element("challenge", b"", out);
+                self.stage = Stage::Initial(mechanism);
                 Step::Continue
             }
-            sasl::Start::User { username, exchange } => {
-                let name: Box<str> = username.into();
+            Ok(sasl::Start::User(exchange)) => {
+                let name: Box<str> = exchange.username().into();
                 self.candidate = Some(name.clone());
                 self.stage = Stage::Exchange(Box::new(exchange));
                 Step::Login { name }
             }
+            Err(failure) => self.failed(failure, out),
         }
     }
 
     fn response(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
         let data = match decode(view) {
             Ok(data) => data.unwrap_or_default(),
-            Err(condition) => return Ok(self.failed(condition, out)),
+            Err(failure) => return Ok(self.failed(failure, out)),
         };
-        let Stage::Exchange(mut exchange) = std::mem::replace(&mut self.stage, Stage::Open) else {
-            return Err(StreamError::new("not-authorized"));
+        let step = match &mut self.stage {
+            Stage::Initial(mechanism) => {
+                let mechanism = *mechanism;
+                return Ok(self.start(mechanism, Some(&data), out));
+            }
+            Stage::Exchange(exchange) => exchange.respond(&data),
+            _ => return Err(StreamError::new("not-authorized")),
         };
-        if self.candidate.is_none() {
-            let offer = sasl::Offer { mechanisms: &self.offered, bindings: &self.bindings, domain: &self.domain };
-            return match exchange.initial(&data, &offer) {
-                Ok(start) => Ok(self.started(start, out)),
-                Err(failure) => Ok(self.refused(failure, out)),
-            };
-        }
-        let step = exchange.respond(&data);
-        self.stage = Stage::Exchange(exchange);
         Ok(self.sasl_step(step, out))
     }
 
@@ -313,11 +316,11 @@ impl Negotiation {
 
     /// The outcome of [`Step::CheckPassword`]; `None`: it could not be computed now.
     pub fn checked(&mut self, right: Option<bool>, out: &mut Vec<u8>) -> Step {
-        match right {
-            Some(true) => self.sasl_step(sasl::Step::Success { additional: Vec::new() }, out),
-            Some(false) => self.failed("not-authorized", out),
-            None => self.failed("temporary-auth-failure", out),
-        }
+        let (Stage::Exchange(exchange), Some(right)) = (&mut self.stage, right) else {
+            return self.failed(Failure::TEMPORARY_AUTH_FAILURE, out);
+        };
+        let step = exchange.verified(right);
+        self.sasl_step(step, out)
     }
 
     fn sasl_step(&mut self, step: sasl::Step, out: &mut Vec<u8>) -> Step {
@@ -332,18 +335,21 @@ impl Negotiation {
                 self.stage = Stage::Header;
                 Step::Authenticated
             }
-            sasl::Step::Failure(failure) => self.refused(failure, out),
+            sasl::Step::Failure(failure) => self.failed(failure, out),
             sasl::Step::CheckPassword(check) => Step::CheckPassword(check),
         }
     }
 
-    fn refused(&mut self, failure: Failure, out: &mut Vec<u8>) -> Step {
-        self.failed(failure.condition, out)
-    }
-
-    /// Refuses the attempt at work, for a reason of RFC 6120 6.5.
-    pub fn failed(&mut self, condition: &'static str, out: &mut Vec<u8>) -> Step {
-        out.extend_from_slice(format!("<failure xmlns='{NS_SASL}'><{condition}/></failure>").as_bytes());
+    /// Refuses the attempt at work.
+    pub fn failed(&mut self, failure: Failure, out: &mut Vec<u8>) -> Step {
+        let condition = failure.condition;
+        out.extend_from_slice(format!("<failure xmlns='{NS_SASL}'><{condition}/>").as_bytes());
+        if let Some(text) = failure.text {
+            out.extend_from_slice(b"<text xml:lang='en'>");
+            crate::xml::escape_text(text, out);
+            out.extend_from_slice(b"</text>");
+        }
+        out.extend_from_slice(b"</failure>");
         self.attempts += 1;
         self.stage = Stage::Open;
         self.user = None;
@@ -451,11 +457,11 @@ impl Negotiation {
 }
 
 /// The base64 payload: `None` for no data, empty for "=" (RFC 6120 6.4.2).
-fn decode(view: &View<'_>) -> Result<Option<Vec<u8>>, &'static str> {
+fn decode(view: &View<'_>) -> Result<Option<Vec<u8>>, Failure> {
     match view.inner().trim() {
         "" => Ok(None),
         "=" => Ok(Some(Vec::new())),
-        data => BASE64_STANDARD.decode(data).map(Some).map_err(|_| "incorrect-encoding"),
+        data => BASE64_STANDARD.decode(data).map(Some).map_err(|_| Failure::INCORRECT_ENCODING),
     }
 }
 

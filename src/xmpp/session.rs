@@ -10,7 +10,7 @@ use super::accept::Acceptance;
 use super::feature::csi::Csi;
 use super::feature::sm::Sm;
 use super::meta::Meta;
-use crate::xml::framer::StreamNs;
+use crate::xml::StreamNs;
 
 /// Slot and generation: a slot is reused, its generation never is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -17,6 +17,7 @@ use super::error::{StanzaError, StreamError};
 use super::feature::{self, Hooks, presence};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
+use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
 use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
@@ -24,7 +25,7 @@ use crate::store::record::{Record, UserRecord};
 use crate::store::ring::Ring;
 use crate::store::tier::{Answer, Last, Op, Query, ReadError, Request, Ticket, WriteError};
 use crate::xml::dom::Element;
-use crate::xml::framer;
+use crate::xml;
 use crate::xml::view::View;
 
 /// What a slice knows of its surroundings; fixed from start to stop.
@@ -52,13 +53,15 @@ impl Env {
 /// Bounds on everything a client can grow (design section 7); from the configuration.
 #[derive(Clone, Debug)]
 pub struct Limits {
-    pub xml: framer::Limits,
+    pub xml: xml::Limits,
     pub resources_per_user_max: usize,
     pub roster_items_max: usize,
+    pub roster_item_bytes_max: usize,
     pub blocked_max: usize,
     pub subscription_requests_max: usize,
     pub directed_presence_max: usize,
     pub send_queue_bytes_max: usize,
+    pub deferred_stanzas_max: usize,
     pub offline_messages_max: usize,
     pub offline_bytes_max: usize,
     pub private_bytes_max: usize,
@@ -140,6 +143,8 @@ pub struct Effects {
     pub requests: Vec<Request>,
     /// One batch per shard.
     pub mesh: Vec<Batch>,
+    /// For the helper threads; answered by [`Slice::computed`].
+    pub jobs: Vec<(Ticket, Job)>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
     /// Sessions that have more to get than a slow reader may have.
@@ -152,9 +157,38 @@ pub type Then = Box<dyn FnOnce(&mut Slice, Result<(), WriteError>)>;
 /// What goes on when a document was read; `Err`: the tier cannot say.
 pub type ThenRead = Box<dyn FnOnce(&mut Slice, Result<Option<Box<[u8]>>, ReadError>)>;
 
+/// Slow computing that a shard gives away to a helper thread.
+pub enum Job {
+    /// The keys of a new password.
+    Derive { password: String, iterations: u32 },
+    /// Is it the password of these keys?
+    Check(PasswordCheck),
+}
+
+/// What came of a [`Job`].
+pub enum Computed {
+    /// SHA-1 and SHA-256.
+    Keys(Result<(ScramKeys, ScramKeys), SaslError>),
+    Checked(bool),
+    /// The helpers have too much to do: try again later.
+    Busy,
+}
+
+impl Job {
+    pub fn run(self) -> Computed {
+        match self {
+            Job::Check(check) => Computed::Checked(check.run()),
+            Job::Derive { password, iterations } => Computed::Keys(sasl::new_keys(&password, iterations)),
+        }
+    }
+}
+
+pub type ThenComputed = Box<dyn FnOnce(&mut Slice, Computed)>;
+
 enum Wait {
     Write(Then),
     Read(ThenRead),
+    Compute(ThenComputed),
 }
 
 /// Counters of one slice; read by whoever renders metrics.
@@ -331,6 +365,13 @@ impl Slice {
             }
         }
         self.evict();
+    }
+
+    /// The outcome of a job in [`Effects::jobs`].
+    pub fn computed(&mut self, ticket: Ticket, outcome: Computed) {
+        if let Some((_, Wait::Compute(then))) = self.waits.remove(&ticket) {
+            then(self, outcome);
+        }
     }
 
     /// The shard calls it about twice a second.
@@ -632,8 +673,7 @@ impl Slice {
         if !meta.kind.may_bounce() || meta.has(Meta::COPY) {
             return;
         }
-        let (Ok(back), Ok(text)) = (Jid::parse(from), std::str::from_utf8(stanza)) else { return };
-        let Ok(original) = Element::parse(text) else { return };
+        let (Ok(back), Some(original)) = (Jid::parse(from), super::parse_stanza(stanza)) else { return };
         self.counters.bounces += 1;
         let mut answer = Element::new(meta.kind.stanza(), NS_CLIENT)
             .attr("from", to.as_str())
@@ -793,6 +833,12 @@ impl Slice {
         self.waits.insert(self.ticket, (name.into(), Wait::Read(then)));
         self.users.pin(name);
         self.fx.requests.push(Request::Read { ticket: self.ticket, query });
+    }
+
+    pub fn compute(&mut self, job: Job, then: ThenComputed) {
+        self.ticket += 1;
+        self.waits.insert(self.ticket, ("".into(), Wait::Compute(then)));
+        self.fx.jobs.push((self.ticket, job));
     }
 
     /// A new account is durable, or a removed one is gone: the table follows.

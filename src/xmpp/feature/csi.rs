@@ -50,6 +50,12 @@ pub fn hold(session: &mut Session, parts: &[&[u8]], meta: Meta) -> bool {
     true
 }
 
+/// The client is active (again): what waited goes out.
+pub fn activate(session: &mut Session) {
+    session.csi.inactive = false;
+    release(session);
+}
+
 fn release(session: &mut Session) {
     for (stanza, meta) in std::mem::take(&mut session.csi.held) {
         session.push(&[&stanza], meta);
@@ -67,8 +73,7 @@ fn from_of(stanza: &[u8]) -> Option<&[u8]> {
 
 fn active(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {
     if let Some(session) = slice.sessions.get_mut(sid) {
-        session.csi.inactive = false;
-        release(session);
+        activate(session);
         slice.touched(sid);
     }
     Ok(())

@@ -232,6 +232,7 @@ pub fn find(slice: &Slice, name: &str, previd: &str) -> Option<SessionId> {
 pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<(), StreamError> {
     let ms = slice.now.ms;
     let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
+    super::csi::activate(session);
     let Some(sm) = &mut session.sm else { return Ok(()) };
     if sm.acknowledge(h).is_err() {
         slice.end(sid, None);
@@ -244,7 +245,6 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     session.pinged = false;
     session.unsent = 0;
     session.out.clear();
-    session.csi = Default::default();
     session.accept.forget_asked();
     let resumed = format!("<resumed xmlns='{NS}' previd='{}' h='{}'/>", sm.id, session.accept.h());
     session.out.extend_from_slice(resumed.as_bytes());
@@ -270,8 +270,7 @@ pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
         if !wanted || meta.has(Meta::COPY) || meta.has(Meta::SERVER) {
             continue;
         }
-        let Ok(text) = std::str::from_utf8(&stanza) else { continue };
-        let Ok(element) = crate::xml::dom::Element::parse(text) else { continue };
+        let Some(element) = crate::xmpp::parse_stanza(&stanza) else { continue };
         let (Some(to), Some(from)) = (element.get("to"), element.get("from")) else { continue };
         let Ok(to) = Jid::parse(to) else { continue };
         if meta.kind.is_iq() {
@@ -279,6 +278,6 @@ pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
             continue;
         }
         // as to the bare JID: the resource is gone
-        message::redeliver(slice, &to.to_bare(), from, &stanza, meta);
+        message::redeliver(slice, &to.to_bare(), &stanza, meta);
     }
 }

@@ -5,7 +5,7 @@
 
 use aws_lc_rs::{digest, hkdf};
 
-/// Namespace of XEP-0440 (version 0.4.2).
+/// Namespace of XEP-0440 (version 1.0.0).
 pub const NS_SASL_CHANNEL_BINDING: &str = "urn:xmpp:sasl-cb:0";
 
 const TLS_EXPORTER: &str = "tls-exporter";
@@ -197,4 +197,178 @@ fn der(data: &[u8], tag: u8) -> Option<(&[u8], &[u8])> {
         _ => return None,
     };
     rest.split_at_checked(len)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+    use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection};
+
+    use super::*;
+
+    /// Keeps what rustls logs as the exporter secret.
+    #[derive(Debug, Default)]
+    struct Exporter(Mutex<Vec<u8>>);
+
+    impl rustls::KeyLog for Exporter {
+        fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
+            if label == "EXPORTER_SECRET" {
+                *self.0.lock().unwrap() = secret.to_vec();
+            }
+        }
+    }
+
+    fn certificate(
+        algorithm: &'static rcgen::SignatureAlgorithm,
+    ) -> (CertificateDer<'static>, PrivateKeyDer<'static>) {
+        let key = rcgen::KeyPair::generate_for(algorithm).unwrap();
+        let params = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        let certificate = params.self_signed(&key).unwrap();
+        (certificate.der().clone(), key.into())
+    }
+
+    #[test]
+    fn the_exporter_binding_is_the_one_that_rustls_computes() {
+        use rustls::crypto::aws_lc_rs::{cipher_suite, default_provider};
+        for suite in [
+            cipher_suite::TLS13_AES_128_GCM_SHA256,
+            cipher_suite::TLS13_AES_256_GCM_SHA384,
+            cipher_suite::TLS13_CHACHA20_POLY1305_SHA256,
+        ] {
+            let mut provider = default_provider();
+            provider.cipher_suites = vec![suite];
+            let provider = Arc::new(provider);
+            let (certificate, key) = certificate(&rcgen::PKCS_ECDSA_P256_SHA256);
+            let log = Arc::new(Exporter::default());
+            let mut server = ServerConfig::builder_with_provider(provider.clone())
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .unwrap()
+                .with_no_client_auth()
+                .with_single_cert(vec![certificate.clone()], key)
+                .unwrap();
+            server.key_log = log.clone();
+            let mut roots = RootCertStore::empty();
+            roots.add(certificate).unwrap();
+            let client = ClientConfig::builder_with_provider(provider)
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .unwrap()
+                .with_root_certificates(roots)
+                .with_no_client_auth();
+            let name = ServerName::try_from("localhost").unwrap();
+            let mut client = ClientConnection::new(Arc::new(client), name).unwrap();
+            let mut server = ServerConnection::new(Arc::new(server)).unwrap();
+            for _ in 0..10 {
+                let mut wire = Vec::new();
+                while client.wants_write() {
+                    client.write_tls(&mut wire).unwrap();
+                }
+                server.read_tls(&mut wire.as_slice()).unwrap();
+                server.process_new_packets().unwrap();
+                let mut wire = Vec::new();
+                while server.wants_write() {
+                    server.write_tls(&mut wire).unwrap();
+                }
+                client.read_tls(&mut wire.as_slice()).unwrap();
+                client.process_new_packets().unwrap();
+            }
+            assert!(!client.is_handshaking() && !server.is_handshaking());
+
+            let ours = tls_exporter_from_secret(&log.0.lock().unwrap()).unwrap();
+            let label = b"EXPORTER-Channel-Binding";
+            // TLS 1.3 does not tell an empty context from none.
+            let theirs = server
+                .export_keying_material([0; 32], label, Some(b""))
+                .unwrap();
+            assert_eq!(ours, theirs);
+            let theirs = client.export_keying_material([0; 32], label, None).unwrap();
+            assert_eq!(ours, theirs);
+        }
+        assert_eq!(tls_exporter_from_secret(&[0; 64]), None);
+        assert_eq!(tls_exporter_from_secret(&[]), None);
+    }
+
+    #[test]
+    fn the_end_point_binding_takes_the_hash_of_the_certificates_signature() {
+        for (algorithm, hash) in [
+            (&rcgen::PKCS_ECDSA_P256_SHA256, Some(&digest::SHA256)),
+            (&rcgen::PKCS_ECDSA_P384_SHA384, Some(&digest::SHA384)),
+            (&rcgen::PKCS_ECDSA_P521_SHA512, Some(&digest::SHA512)),
+            (&rcgen::PKCS_RSA_SHA256, Some(&digest::SHA256)),
+            (&rcgen::PKCS_RSA_SHA384, Some(&digest::SHA384)),
+            (&rcgen::PKCS_RSA_SHA512, Some(&digest::SHA512)),
+            (&rcgen::PKCS_ED25519, None),
+        ] {
+            let (certificate, _) = certificate(algorithm);
+            let expected = hash.map(|hash| digest::digest(hash, &certificate).as_ref().into());
+            assert_eq!(tls_server_end_point(&certificate), expected);
+            // Cut anywhere before its signature, it is no certificate, and no reason to panic.
+            for len in 0..certificate.len().min(64) {
+                assert_eq!(tls_server_end_point(&certificate[..len]), None);
+            }
+        }
+    }
+
+    #[test]
+    fn md5_and_sha1_are_replaced_and_pss_names_its_hash_in_its_parameters() {
+        fn wrap(tag: u8, parts: &[&[u8]]) -> Vec<u8> {
+            let content = parts.concat();
+            let mut out = vec![tag, 0x81, content.len() as u8];
+            out.extend(content);
+            out
+        }
+        let of = |oid: &[u8], parameters: &[u8]| {
+            let oid = wrap(OBJECT_IDENTIFIER, &[oid]);
+            let algorithm = wrap(SEQUENCE, &[&oid, parameters]);
+            let certificate = wrap(SEQUENCE, &[&wrap(SEQUENCE, &[]), &algorithm, &[3, 0]]);
+            signature_hash(&certificate)
+        };
+        let rsa = |n| [0x2a, 0x86, 0x48, 0x86, 0xf7, 0x0d, 1, 1, n];
+        let sha2 = |n| [0x60, 0x86, 0x48, 1, 0x65, 3, 4, 2, n];
+        assert_eq!(of(&rsa(4), &[5, 0]), Some(&digest::SHA256));
+        assert_eq!(of(&rsa(5), &[5, 0]), Some(&digest::SHA256));
+        assert_eq!(
+            of(&[0x2a, 0x86, 0x48, 0xce, 0x3d, 4, 1], &[]),
+            Some(&digest::SHA256)
+        );
+        assert_eq!(of(&[0x2b, 0x65, 0x70], &[]), None);
+        assert_eq!(of(&rsa(10), &wrap(SEQUENCE, &[])), Some(&digest::SHA256));
+        for (n, hash) in [
+            (1, &digest::SHA256),
+            (2, &digest::SHA384),
+            (3, &digest::SHA512),
+        ] {
+            let oid = wrap(OBJECT_IDENTIFIER, &[&sha2(n)]);
+            let parameters = wrap(SEQUENCE, &[&wrap(0xa0, &[&wrap(SEQUENCE, &[&oid])])]);
+            assert_eq!(of(&rsa(10), &parameters), Some(hash));
+        }
+    }
+
+    #[test]
+    fn what_is_advertised_is_what_can_be_used() {
+        let mut out = String::new();
+        ChannelBindings::default().write_feature(&mut out);
+        assert_eq!(out, "");
+        let bindings = ChannelBindings {
+            exporter: Some([1; 32]),
+            server_end_point: Some([2; 32].into()),
+        };
+        bindings.write_feature(&mut out);
+        assert_eq!(
+            out,
+            "<sasl-channel-binding xmlns='urn:xmpp:sasl-cb:0'><channel-binding type='tls-exporter'/>\
+             <channel-binding type='tls-server-end-point'/></sasl-channel-binding>"
+        );
+        assert_eq!(bindings.get("tls-exporter"), Some(&[1; 32][..]));
+        assert_eq!(bindings.get("tls-server-end-point"), Some(&[2; 32][..]));
+        assert_eq!(bindings.get("tls-unique"), None);
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_a_certificate_or_not(bytes in proptest::collection::vec(0_u8..0x90, 0..64)) {
+            let _ = tls_server_end_point(&bytes);
+        }
+    }
 }

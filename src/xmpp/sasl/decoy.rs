@@ -172,3 +172,97 @@ pub(super) struct PlainKeys {
     pub(super) salt: Box<[u8]>,
     pub(super) stored_key: [u8; Hash::LEN_MAX],
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shape(iterations: u32, salt_len: u8) -> Option<Shape> {
+        Some(Shape {
+            iterations,
+            salt_len,
+        })
+    }
+
+    const FALLBACK: Shape = Shape {
+        iterations: 10_000,
+        salt_len: 16,
+    };
+
+    fn mixed() -> Decoy {
+        let profile = |sha1, sha256, accounts| Profile {
+            sha1,
+            sha256,
+            accounts,
+        };
+        Decoy::new(
+            &[3; 32],
+            &[
+                profile(shape(10_000, 16), shape(10_000, 16), 700),
+                profile(shape(4096, 12), None, 300),
+                profile(shape(1, 1), shape(1, 1), 0),
+            ],
+            FALLBACK,
+        )
+    }
+
+    #[test]
+    fn made_up_shapes_are_spread_like_the_real_ones() {
+        let decoy = mixed();
+        let mut imported = 0;
+        for i in 0..10_000 {
+            let name = format!("user{i}");
+            let (iterations, salt) = decoy.scram(&name, Hash::Sha1, false);
+            let sha256 = decoy.scram(&name, Hash::Sha256, false);
+            match (iterations, salt.as_bytes().len()) {
+                (10_000, 16) => {}
+                (4096, 12) => imported += 1,
+                other => panic!("{other:?}"),
+            }
+            // An imported account has no such keys, and would be answered with the fallback.
+            assert_eq!((sha256.0, sha256.1.as_bytes().len()), (10_000, 16));
+        }
+        assert!((2_800..3_200).contains(&imported), "{imported}");
+    }
+
+    #[test]
+    fn a_salt_depends_on_secret_name_and_hash_and_on_nothing_else() {
+        let decoy = mixed();
+        let salt = |decoy: &Decoy, name, hash| {
+            let shape = Shape {
+                iterations: 1,
+                salt_len: 255,
+            };
+            decoy.salt(name, hash, shape).as_bytes().to_vec()
+        };
+        let base = salt(&decoy, "a", Hash::Sha1);
+        assert_eq!(base.len(), 255);
+        assert_eq!(base, salt(&mixed(), "a", Hash::Sha1));
+        assert_ne!(base, salt(&decoy, "b", Hash::Sha1));
+        assert_ne!(base, salt(&decoy, "a", Hash::Sha256));
+        let other = Decoy::new(&[4; 32], &[], FALLBACK);
+        assert_ne!(base, salt(&other, "a", Hash::Sha1));
+    }
+
+    #[test]
+    fn an_account_without_keys_gets_the_fallback_as_a_stranger_of_its_kind_does() {
+        let decoy = mixed();
+        for name in ["a", "b", "c", "d", "e", "f"] {
+            let (iterations, salt) = decoy.scram(name, Hash::Sha256, true);
+            assert_eq!((iterations, salt.as_bytes().len()), (10_000, 16));
+        }
+    }
+
+    #[test]
+    fn plain_computes_as_long_for_a_stranger_as_for_an_account_of_his_kind() {
+        let decoy = mixed();
+        let mut seen = std::collections::BTreeSet::new();
+        for i in 0..100 {
+            let keys = decoy.plain_keys(&format!("user{i}"), None);
+            assert!(!keys.real);
+            seen.insert((keys.hash.len(), keys.iterations, keys.salt.len()));
+        }
+        let seen: Vec<_> = seen.into_iter().collect();
+        assert_eq!(seen, [(20, 4096, 12), (32, 10_000, 16)]);
+    }
+}

@@ -183,6 +183,18 @@ impl Failure {
     }
 }
 
+/// The keys of a new password, SHA-1 and SHA-256, each with a fresh salt. Costs milliseconds.
+pub fn new_keys(password: &str, iterations: u32) -> Result<(ScramKeys, ScramKeys), SaslError> {
+    let mut salts = [[0; 16]; 2];
+    for salt in &mut salts {
+        aws_lc_rs::rand::fill(salt).expect("the system gives random bytes");
+    }
+    Ok((
+        derive(Hash::Sha1, password, &salts[0], iterations)?,
+        derive(Hash::Sha256, password, &salts[1], iterations)?,
+    ))
+}
+
 /// One authentication in progress. It is `Send`, so that it moves to the user's owner with its connection.
 pub struct Exchange {
     username: String,

@@ -439,3 +439,242 @@ fn push_number(text: &mut String, number: u32) {
     use std::fmt::Write;
     write!(text, "{number}").expect("a String takes everything");
 }
+
+/// A client, for tests.
+#[cfg(test)]
+pub(super) mod testing {
+    use super::*;
+
+    pub(in super::super) struct Client {
+        hash: Hash,
+        header: String,
+        bare: String,
+        server_final: String,
+    }
+
+    impl Client {
+        pub(in super::super) fn new(hash: Hash, header: &str, name: &str, nonce: &str) -> Client {
+            Client {
+                hash,
+                header: header.to_owned(),
+                bare: format!("n={name},r={nonce}"),
+                server_final: String::new(),
+            }
+        }
+
+        pub(in super::super) fn first(&self) -> String {
+            format!("{}{}", self.header, self.bare)
+        }
+
+        pub(in super::super) fn set_first(&mut self, first: &str) {
+            self.bare = first[self.header.len()..].to_owned();
+        }
+
+        pub(in super::super) fn last(
+            &mut self,
+            server_first: &str,
+            binding: &[u8],
+            password: &str,
+            extensions: &str,
+        ) -> String {
+            let value = |name: &str| {
+                let part = server_first.split(',').find(|part| part.starts_with(name));
+                &part.unwrap()[name.len()..]
+            };
+            let salt = BASE64.decode(value("s=")).unwrap();
+            let iterations = NonZeroU32::new(value("i=").parse().unwrap()).unwrap();
+            let c = BASE64.encode([self.header.as_bytes(), binding].concat());
+            let without_proof = format!("c={c},r={}{extensions}", value("r="));
+            let auth_message = format!("{},{server_first},{without_proof}", self.bare);
+            let mut salted = vec![0; self.hash.len()];
+            let algorithm = self.hash.pbkdf2();
+            pbkdf2::derive(
+                algorithm,
+                iterations,
+                &salt,
+                password.as_bytes(),
+                &mut salted,
+            );
+            let client_key = self.hash.hmac(&salted, b"Client Key");
+            let stored_key = digest::digest(self.hash.digest(), client_key.as_ref());
+            let signature = self.hash.hmac(stored_key.as_ref(), auth_message.as_bytes());
+            let pairs = client_key.as_ref().iter().zip(signature.as_ref());
+            let proof: Vec<u8> = pairs.map(|(a, b)| a ^ b).collect();
+            let server_key = self.hash.hmac(&salted, b"Server Key");
+            let signature = self.hash.hmac(server_key.as_ref(), auth_message.as_bytes());
+            self.server_final = format!("v={}", BASE64.encode(signature));
+            format!("{without_proof},p={}", BASE64.encode(proof))
+        }
+
+        /// As one who knows the stored key, and takes it for the client's.
+        pub(in super::super) fn last_with_stored_key(
+            &mut self,
+            server_first: &str,
+            stored_key: &[u8],
+        ) -> String {
+            let nonce = server_first.split(',').next().unwrap();
+            let without_proof = format!("c={},{nonce}", BASE64.encode(&self.header));
+            let auth_message = format!("{},{server_first},{without_proof}", self.bare);
+            let signature = self.hash.hmac(stored_key, auth_message.as_bytes());
+            let proof: Vec<u8> = signature.as_ref().to_vec();
+            format!("{without_proof},p={}", BASE64.encode(proof))
+        }
+
+        pub(in super::super) fn server_final(&self) -> String {
+            self.server_final.clone()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::Client;
+    use super::*;
+
+    struct Vector {
+        hash: Hash,
+        header: &'static str,
+        client_first_bare: &'static str,
+        server_first: &'static str,
+        binding: &'static [u8],
+        extensions: &'static str,
+        client_final: &'static str,
+        server_final: &'static str,
+    }
+
+    const VECTORS: [Vector; 3] = [
+        // RFC 5802, 5.
+        Vector {
+            hash: Hash::Sha1,
+            header: "n,,",
+            client_first_bare: "n=user,r=fyko+d2lbbFgONRv9qkxdawL",
+            server_first: "r=fyko+d2lbbFgONRv9qkxdawL3rfcNHYJY1ZVvWVs7j,s=QSXCR+Q6sek8bf92,i=4096",
+            binding: b"",
+            extensions: "",
+            client_final: "c=biws,r=fyko+d2lbbFgONRv9qkxdawL3rfcNHYJY1ZVvWVs7j,p=v0X8v3Bz2T0CJGbJQyF0X+HI4Ts=",
+            server_final: "v=rmF9pqV8S7suAoZWja4dJRkFsKQ=",
+        },
+        // RFC 7677, 3.
+        Vector {
+            hash: Hash::Sha256,
+            header: "n,,",
+            client_first_bare: "n=user,r=rOprNGfwEbeRWgbNEkqO",
+            server_first: "r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,s=W22ZaJ0SNY7soEsUEjb6gQ==,i=4096",
+            binding: b"",
+            extensions: "",
+            client_final: "c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ=",
+            server_final: "v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=",
+        },
+        // XEP-0474 0.5.0, "Full Example".
+        Vector {
+            hash: Hash::Sha1,
+            header: "p=tls-exporter,,",
+            client_first_bare: "n=user,r=12C4CD5C-E38E-4A98-8F6D-15C38F51CCC6",
+            server_first: "r=12C4CD5C-E38E-4A98-8F6D-15C38F51CCC6a09117a6-ac50-4f2f-93f1-93799c2bddf6,s=QSXCR+Q6sek8bf92,i=4096,h=G6k/rBLDqgOhRRaCuuatSDFkJ08=",
+            binding: b"THIS IS FAKE CB DATA",
+            extensions: ",x=19C6532F-1CF4-4A27-A18D-DC9CEA41BBB3",
+            client_final: "c=cD10bHMtZXhwb3J0ZXIsLFRISVMgSVMgRkFLRSBDQiBEQVRB,r=12C4CD5C-E38E-4A98-8F6D-15C38F51CCC6a09117a6-ac50-4f2f-93f1-93799c2bddf6,x=19C6532F-1CF4-4A27-A18D-DC9CEA41BBB3,p=M/SIDjT+dfcxUh89jZEypRvFxB4=",
+            server_final: "v=MQrMPvv7yv4x4Cq4W4Ih25EqS2c=",
+        },
+    ];
+
+    #[test]
+    fn the_specifications_exchanges_are_reproduced() {
+        for vector in VECTORS {
+            let keys = {
+                let salt = vector.server_first.split(",s=").nth(1).unwrap();
+                let salt = BASE64.decode(salt.split(',').next().unwrap()).unwrap();
+                derive(vector.hash, "pencil", &salt, 4096).unwrap()
+            };
+            let bare = vector.client_first_bare;
+            let nonce = vector.server_first.split(',').next().unwrap();
+            let header = vector.header.as_bytes();
+            let server_first_at = bare.len() + 1;
+            let mut stored_key = [0; Hash::LEN_MAX];
+            stored_key[..vector.hash.len()].copy_from_slice(&keys.stored_key);
+            let mut server_key = [0; Hash::LEN_MAX];
+            server_key[..vector.hash.len()].copy_from_slice(&keys.server_key);
+            // As after `challenge`, but with the specification's nonce.
+            let server = Server {
+                hash: vector.hash,
+                real: true,
+                stored_key,
+                server_key,
+                offered: digest::digest(vector.hash.digest(), b""),
+                binding: BASE64.encode([header, vector.binding].concat()),
+                auth_message: format!("{bare},{}", vector.server_first),
+                nonce: server_first_at + 2..server_first_at + nonce.len(),
+            };
+            let answer = Box::new(server).finish(vector.client_final).unwrap();
+            assert_eq!(String::from_utf8(answer).unwrap(), vector.server_final);
+
+            // The client of the other tests is right, too.
+            let mut client = Client::new(vector.hash, vector.header, "", "");
+            client.set_first(&format!("{}{bare}", vector.header));
+            let last = client.last(
+                vector.server_first,
+                vector.binding,
+                "pencil",
+                vector.extensions,
+            );
+            assert_eq!(last, vector.client_final);
+            assert_eq!(client.server_final(), vector.server_final);
+        }
+    }
+
+    #[test]
+    fn the_offers_hash_is_that_of_the_specification() {
+        let bindings = ChannelBindings {
+            exporter: Some([0; 32]),
+            server_end_point: Some([0].into()),
+        };
+        let mechanisms = [Mechanism::ScramSha1Plus, Mechanism::ScramSha1];
+        let hash = offered(Hash::Sha1, &mechanisms, &bindings);
+        assert_eq!(BASE64.encode(hash), "G6k/rBLDqgOhRRaCuuatSDFkJ08=");
+
+        let hash = offered(
+            Hash::Sha256,
+            Mechanism::offered(false, true),
+            &Default::default(),
+        );
+        let text = b"PLAIN\x1eSCRAM-SHA-1\x1eSCRAM-SHA-256";
+        assert_eq!(
+            hash.as_ref(),
+            digest::digest(&digest::SHA256, text).as_ref()
+        );
+    }
+
+    #[test]
+    fn the_challenge_carries_both_nonces_the_keys_shape_and_the_offers_hash() {
+        let decoy = Decoy::new(
+            &[0; 32],
+            &[],
+            super::super::decoy::Shape {
+                iterations: 10_000,
+                salt_len: 16,
+            },
+        );
+        let keys = derive(Hash::Sha1, "pencil", b"salt", 4096).unwrap();
+        let account = Credentials {
+            sha1: Some(keys.as_ref()),
+            sha256: None,
+        };
+        let bindings = ChannelBindings {
+            exporter: Some([0; 32]),
+            server_end_point: Some([0].into()),
+        };
+        let offer = Offer {
+            mechanisms: &[Mechanism::ScramSha1Plus, Mechanism::ScramSha1],
+            bindings: &bindings,
+            encrypted: true,
+            domain: "example.com",
+        };
+        let (name, mut server) =
+            Server::start(Hash::Sha1, false, "n,,n=user,r=abc", &offer).unwrap();
+        let challenge = server.challenge(&name, Some(account), &decoy, b"123456");
+        assert_eq!(
+            String::from_utf8(challenge).unwrap(),
+            "r=abcMTIzNDU2,s=c2FsdA==,i=4096,h=G6k/rBLDqgOhRRaCuuatSDFkJ08="
+        );
+    }
+}

@@ -1,0 +1,391 @@
+//! The readiness task of the live queue: one turn takes what sockets, other threads and the clock have brought, and ends by
+//! carrying out all effects at once.
+
+use std::rc::Rc;
+
+use super::doors;
+use super::moves::Parcel;
+use super::{Inbound, Kind, LiveLink, Shard, give_job, limits, login};
+use crate::net::{Read, Transport};
+use crate::rt;
+use crate::xml::{FrameKind, Framer};
+use crate::xmpp::error::StreamError;
+use crate::xmpp::session::SessionId;
+use crate::xmpp::slice::{Computed, Slice};
+
+/// Reads of one connection in one turn.
+const READS_MAX: usize = 4;
+/// How long a connection may take to hear its last words.
+const FAREWELL_MS: u64 = 3000;
+
+impl Shard {
+    /// Turns until the shard has stopped.
+    pub(super) async fn live(self: Rc<Self>) {
+        let mut events = Vec::with_capacity(1024);
+        let mut inbound = Vec::new();
+        loop {
+            events.clear();
+            if let Err(error) = self.readiness.harvest(&mut events) {
+                tracing::error!(%error, "epoll_wait failed");
+            }
+            self.clock();
+            for event in &events {
+                self.ready(event);
+                if rt::need_preempt() {
+                    self.flush();
+                    rt::yield_now().await;
+                }
+            }
+            self.inbox.drain(&mut inbound);
+            for message in inbound.drain(..) {
+                self.inbound(message);
+            }
+            let again = self.unread.borrow().len();
+            for _ in 0..again {
+                if self.ways.borrow().congested() {
+                    break;
+                }
+                let Some(link) = self.unread.borrow_mut().pop_front() else { break };
+                self.read(link);
+                if rt::need_preempt() {
+                    self.flush();
+                    rt::yield_now().await;
+                }
+            }
+            self.flush();
+            if self.stopping.get() && self.all_closed() {
+                return;
+            }
+            let congested = self.ways.borrow().congested();
+            if congested {
+                rt::sleep(std::time::Duration::from_micros(100)).await;
+                self.ways.borrow_mut().retry();
+            } else if self.unread.borrow().is_empty() && events.is_empty() {
+                self.readiness.wait().await;
+            } else {
+                rt::yield_now().await;
+            }
+        }
+    }
+
+    fn ready(&self, event: &rt::Ready) {
+        let link = event.token;
+        let live = {
+            let mut links = self.links.borrow_mut();
+            match links.get_mut(link) {
+                Some(Kind::Waits(notify)) => {
+                    notify.notify();
+                    false
+                }
+                Some(Kind::Live(_)) => true,
+                Some(Kind::Closing { .. }) => {
+                    drop(links);
+                    self.go_on_closing(link);
+                    false
+                }
+                Some(Kind::Inbox) | None => false,
+            }
+        };
+        if !live {
+            return;
+        }
+        if event.writable {
+            self.write_rest(link);
+        }
+        if event.readable || event.closed {
+            if self.ways.borrow().congested() {
+                self.unread.borrow_mut().push_back(link);
+            } else {
+                self.read(link);
+            }
+        }
+    }
+
+    /// Reads a live connection and hands its elements to the slice.
+    fn read(&self, link: u64) {
+        let mut links = self.links.borrow_mut();
+        let Some(Kind::Live(live)) = links.get_mut(link) else { return };
+        let mut slice = self.slice.borrow_mut();
+        let mut scratch = self.scratch.borrow_mut();
+        let sid = live.session;
+        // bytes that came with the end of the login
+        let mut end = Ok(());
+        if !live.rest.is_empty() {
+            let rest = std::mem::take(&mut live.rest);
+            end = take_frames(&mut slice, sid, &mut live.framer, &rest, &mut live.rest);
+        }
+        for turn in 0..=READS_MAX {
+            if end.is_err() {
+                break;
+            }
+            if turn == READS_MAX {
+                self.unread.borrow_mut().push_back(link);
+                break;
+            }
+            end = match live.transport.read(&mut scratch) {
+                Ok(Read::Data(data)) => {
+                    if live.rest.is_empty() {
+                        take_frames(&mut slice, sid, &mut live.framer, data, &mut live.rest)
+                    } else {
+                        let mut all = std::mem::take(&mut live.rest);
+                        all.extend_from_slice(data);
+                        take_frames(&mut slice, sid, &mut live.framer, &all, &mut live.rest)
+                    }
+                }
+                Ok(Read::HandshakeDone) => Ok(()),
+                Ok(Read::WouldBlock) => break,
+                Ok(Read::Eof) => Err(End::Lost),
+                Err(error) => {
+                    tracing::debug!(%error, "a connection broke");
+                    Err(End::Lost)
+                }
+            };
+        }
+        let Err(end) = end else { return };
+        match end {
+            End::Lost => {
+                let gone = links.remove(link);
+                if let Some(Kind::Live(live)) = gone {
+                    self.readiness.remove(&live.transport);
+                    slice.link_lost(sid);
+                }
+            }
+            End::Stream(error) => slice.end(sid, error),
+        }
+    }
+
+    fn write_rest(&self, link: u64) {
+        let mut links = self.links.borrow_mut();
+        let Some(Kind::Live(live)) = links.get_mut(link) else { return };
+        if live.transport.pending() == 0 {
+            return;
+        }
+        let sid = live.session;
+        match live.transport.flush() {
+            Ok(_) => {
+                let unsent = live.transport.pending();
+                if let Some(session) = self.slice.borrow_mut().sessions.get_mut(sid) {
+                    session.unsent = unsent;
+                }
+            }
+            Err(_) => {
+                drop(links);
+                self.lost(link);
+            }
+        }
+    }
+
+    fn lost(&self, link: u64) {
+        if let Some(Kind::Live(live)) = self.links.borrow_mut().remove(link) {
+            self.readiness.remove(&live.transport);
+            self.slice.borrow_mut().link_lost(live.session);
+        }
+    }
+
+    fn inbound(&self, message: Inbound) {
+        match message {
+            Inbound::Answers(answers) => self.slice.borrow_mut().answers(answers),
+            Inbound::Computed(ticket, outcome) => self.slice.borrow_mut().computed(ticket, outcome),
+            Inbound::Admin(call) => super::admin::call(&mut self.slice.borrow_mut(), call),
+            Inbound::Decoy(decoy) => *self.decoy.borrow_mut() = decoy,
+            Inbound::Reload(config, tls) => {
+                self.slice.borrow_mut().env.limits = limits(&config);
+                *self.config.borrow_mut() = config;
+                *self.tls.borrow_mut() = tls;
+            }
+            Inbound::Stop => {
+                self.stopping.set(true);
+                let mut slice = self.slice.borrow_mut();
+                slice.end_all(&StreamError::text("system-shutdown", "the server stops"));
+            }
+        }
+    }
+
+    /// A parcel of another shard.
+    pub(super) fn parcel(self: &Rc<Self>, parcel: Parcel) {
+        match parcel {
+            Parcel::Batch(batch) => self.slice.borrow_mut().batch(&batch),
+            Parcel::Moved(moved) => login::arrived(self.clone(), *moved),
+        }
+    }
+
+    /// Carries out what the slice has decided: output, farewells, requests, batches, jobs.
+    pub(super) fn flush(&self) {
+        let mut slice = self.slice.borrow_mut();
+        slice.cut_slow_readers();
+        while let Some(sid) = slice.fx.dirty.pop() {
+            let Some((link, bytes)) = slice.take_out(sid) else { continue };
+            let sent = {
+                let mut links = self.links.borrow_mut();
+                match links.get_mut(link) {
+                    Some(Kind::Live(live)) => live
+                        .transport
+                        .write(&bytes, &mut self.scratch.borrow_mut())
+                        .map(|()| live.transport.pending()),
+                    _ => Ok(0),
+                }
+            };
+            slice.reuse(bytes);
+            match sent {
+                Ok(0) => {}
+                Ok(unsent) => {
+                    if let Some(session) = slice.sessions.get_mut(sid) {
+                        session.unsent = unsent;
+                    }
+                }
+                Err(_) => {
+                    let gone = self.links.borrow_mut().remove(link);
+                    if let Some(Kind::Live(live)) = gone {
+                        self.readiness.remove(&live.transport);
+                        slice.link_lost(sid);
+                    }
+                }
+            }
+        }
+        let closing = std::mem::take(&mut slice.fx.closing);
+        for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {
+            if !give_job(&self.helpers, &self.own_inbox, ticket, job) {
+                slice.computed(ticket, Computed::Busy);
+            }
+        }
+        let requests = std::mem::take(&mut slice.fx.requests);
+        if !requests.is_empty()
+            && let Err(back) = self.lane.try_send(self.number, requests)
+        {
+            // the lane is full: they wait here, in order, and logins with them
+            slice.fx.requests = back;
+        }
+        let mut ways = self.ways.borrow_mut();
+        ways.retry();
+        for (shard, batch) in slice.fx.mesh.iter_mut().enumerate() {
+            if !batch.is_empty() {
+                ways.send(shard, Parcel::Batch(std::mem::take(batch)));
+            }
+        }
+        let loaded = std::mem::take(&mut slice.fx.loaded);
+        drop((slice, ways));
+        let mut waiting = self.waiting.borrow_mut();
+        for name in loaded {
+            for login in waiting.remove(&*name).into_iter().flatten() {
+                login.set(());
+            }
+        }
+        drop(waiting);
+        for end in closing {
+            self.begin_closing(end.link, &end.bytes);
+        }
+    }
+
+    // ---- farewells ---------------------------------------------------------------------------------------------
+
+    fn begin_closing(&self, link: u64, bytes: &[u8]) {
+        let mut links = self.links.borrow_mut();
+        let Some(Kind::Live(mut live)) = links.remove(link) else { return };
+        let _ = live.transport.write(bytes, &mut self.scratch.borrow_mut());
+        drop(links);
+        self.readiness.remove(&live.transport);
+        self.close_transport(live.transport);
+    }
+
+    /// Lets a connection hear what was written last: a socket that is closed with unread input would take it back.
+    pub(super) fn close_transport(&self, mut transport: Transport) {
+        transport.close_notify(&mut self.scratch.borrow_mut());
+        let until_ms = self.slice.borrow().now.ms + FAREWELL_MS;
+        let mut links = self.links.borrow_mut();
+        let link = links.insert(Kind::Closing { transport: Box::new(transport), until_ms, shut: false });
+        let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else { return };
+        if self.readiness.add(&**transport, link).is_err() {
+            links.remove(link);
+            return;
+        }
+        drop(links);
+        self.go_on_closing(link);
+    }
+
+    fn go_on_closing(&self, link: u64) {
+        let mut links = self.links.borrow_mut();
+        let Some(Kind::Closing { transport, shut, .. }) = links.get_mut(link) else { return };
+        let over = loop {
+            match transport.flush() {
+                Ok(true) if !*shut => {
+                    transport.shutdown_write();
+                    *shut = true;
+                }
+                Ok(true) => {}
+                Ok(false) => break false,
+                Err(_) => break true,
+            }
+            match transport.discard() {
+                Ok(true) => {}
+                Ok(false) => break false,
+                Err(_) => break true,
+            }
+        };
+        if over && let Some(Kind::Closing { transport, .. }) = links.remove(link) {
+            self.readiness.remove(&*transport);
+        }
+    }
+
+    pub(super) fn end_closing(&self, now_ms: u64) {
+        let mut links = self.links.borrow_mut();
+        let late: Vec<usize> = links
+            .slab
+            .iter()
+            .filter(|(_, l)| matches!(l.kind, Kind::Closing { until_ms, .. } if until_ms <= now_ms))
+            .map(|(slot, _)| slot)
+            .collect();
+        for slot in late {
+            if let Kind::Closing { transport, .. } = links.slab.remove(slot).kind {
+                self.readiness.remove(&*transport);
+            }
+        }
+    }
+
+    fn all_closed(&self) -> bool {
+        let links = self.links.borrow();
+        let open = links.slab.iter().any(|(_, l)| matches!(l.kind, Kind::Live(_) | Kind::Closing { .. }));
+        !open && self.negotiating.get() == 0
+    }
+}
+
+/// Why reading ends.
+enum End {
+    /// The connection broke.
+    Lost,
+    /// The stream ends: with an error, or because the client closed it.
+    Stream(Option<StreamError>),
+}
+
+/// Cuts `bytes` into frames and has them handled; the unfinished rest goes to `rest`.
+fn take_frames(
+    slice: &mut Slice,
+    sid: SessionId,
+    framer: &mut Framer,
+    bytes: &[u8],
+    rest: &mut Vec<u8>,
+) -> Result<(), End> {
+    let limits = slice.env.limits.xml;
+    let mut at = 0;
+    loop {
+        let frame = framer.next(&bytes[at..], &limits).map_err(|e| End::Stream(Some(e.into())))?;
+        let Some(frame) = frame else { break };
+        match frame.kind {
+            FrameKind::Element => {
+                let element = &bytes[at..at + frame.len];
+                slice.element(sid, element).map_err(|error| End::Stream(Some(error)))?;
+            }
+            FrameKind::Whitespace => slice.keep_alive(sid),
+            FrameKind::End => return Err(End::Stream(None)),
+            FrameKind::Header => return Err(End::Stream(Some(StreamError::new("not-well-formed")))),
+        }
+        at += frame.len;
+    }
+    rest.extend_from_slice(&bytes[at..]);
+    Ok(())
+}
+
+impl Drop for LiveLink {
+    fn drop(&mut self) {
+        doors::left();
+    }
+}

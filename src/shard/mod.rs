@@ -1,0 +1,281 @@
+//! One core put together: the listeners, the connections, the slice of users, and the ways to the other shards and to the
+//! tiers. Sockets, batches and answers flow in; [`crate::xmpp::slice`] decides; its effects are carried out by
+//! [`Shard::flush`] once per turn, so that one system call, one TLS record and one mesh message carry many stanzas.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `live` | the readiness task: ready sockets, answers, output; connections of sessions |
+//! | `login` | a connection from accept to its session, a task in the login queue; hand-over to the owner |
+//! | `doors` | who may connect, how often, and how fast after failures |
+//! | `moves` | what travels between shards, and what happens when a way is full |
+//! | `http` | `/healthz` |
+//! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
+
+pub mod admin;
+pub mod doors;
+mod http;
+mod live;
+mod login;
+pub mod moves;
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use fnv::FnvHashMap;
+use slab::Slab;
+
+use crate::config::Config;
+use crate::net::{Scratch, TlsConfig, Transport};
+use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
+use crate::store::lane::LaneSender;
+use crate::store::ring::Ring;
+use crate::store::tier::{Answer, Ticket};
+use crate::xml::Framer;
+use crate::xmpp::sasl::Decoy;
+use crate::xmpp::session::SessionId;
+use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice};
+
+use doors::Doors;
+use moves::{Parcel, Ways};
+
+/// From other threads into a shard.
+pub enum Inbound {
+    Answers(Vec<Answer>),
+    Computed(Ticket, Computed),
+    Admin(admin::Call),
+    /// Configuration and certificate were loaded again.
+    Reload(Arc<Config>, TlsConfig),
+    /// What challenges of unknown users must look like has changed.
+    Decoy(Arc<Decoy>),
+    /// Say farewell to everybody and end.
+    Stop,
+}
+
+/// A port and what is spoken there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Door {
+    /// RFC 6120, with STARTTLS.
+    Xmpp,
+    /// XEP-0368.
+    XmppTls,
+    Http,
+}
+
+/// All that a shard is made of; built by the blade, sent to its core.
+pub struct Parts {
+    pub config: Arc<Config>,
+    pub tls: TlsConfig,
+    pub ring: Arc<Ring>,
+    pub decoy: Arc<Decoy>,
+    pub id_key: [u64; 2],
+    pub listen: Vec<(SocketAddr, Door)>,
+    pub mesh: MeshEnd<Parcel>,
+    pub inbox: Inbox<Inbound>,
+    pub lane: LaneSender,
+    pub helpers: crate::blade::Helpers,
+    pub own_inbox: InboxSender<Inbound>,
+    pub doors: Arc<Doors>,
+    pub started: Instant,
+    pub gauges: Arc<crate::blade::Gauges>,
+}
+
+pub struct Shard {
+    number: usize,
+    slice: RefCell<Slice>,
+    links: RefCell<Links>,
+    readiness: Readiness,
+    scratch: RefCell<Scratch>,
+    ways: RefCell<Ways>,
+    inbox: Inbox<Inbound>,
+    own_inbox: InboxSender<Inbound>,
+    lane: LaneSender,
+    helpers: crate::blade::Helpers,
+    config: RefCell<Arc<Config>>,
+    tls: RefCell<TlsConfig>,
+    decoy: RefCell<Arc<Decoy>>,
+    doors: Arc<Doors>,
+    /// Live connections that have more to read than one turn allows, or bytes left from their login.
+    unread: RefCell<VecDeque<u64>>,
+    /// Log-ins that wait for a user to be loaded.
+    waiting: RefCell<FnvHashMap<Box<str>, Vec<SlotSetter<()>>>>,
+    started: Instant,
+    stopping: Cell<bool>,
+    /// Connections of the login phase, to bound and to end them.
+    negotiating: Cell<usize>,
+    gauges: Arc<crate::blade::Gauges>,
+}
+
+/// A place in the readiness set. A link is its slot and generation, as one number.
+struct Link {
+    generation: u32,
+    kind: Kind,
+}
+
+enum Kind {
+    /// Somebody waits for readiness: a listener, a login, an HTTP request.
+    Waits(Rc<Notify>),
+    Live(Box<LiveLink>),
+    /// Says its last words.
+    Closing { transport: Box<Transport>, until_ms: u64, shut: bool },
+    Inbox,
+}
+
+/// The connection of a session.
+struct LiveLink {
+    transport: Transport,
+    framer: Framer,
+    /// The unfinished frame; owns nothing when there is none.
+    rest: Vec<u8>,
+    session: SessionId,
+}
+
+#[derive(Default)]
+struct Links {
+    slab: Slab<Link>,
+    generation: u32,
+}
+
+impl Links {
+    fn insert(&mut self, kind: Kind) -> u64 {
+        self.generation = self.generation.wrapping_add(1);
+        let slot = self.slab.insert(Link { generation: self.generation, kind });
+        (u64::from(self.generation) << 32) | slot as u64
+    }
+
+    fn get_mut(&mut self, link: u64) -> Option<&mut Kind> {
+        let entry = self.slab.get_mut(link as u32 as usize)?;
+        (entry.generation == (link >> 32) as u32).then_some(&mut entry.kind)
+    }
+
+    fn remove(&mut self, link: u64) -> Option<Kind> {
+        self.get_mut(link)?;
+        Some(self.slab.remove(link as u32 as usize).kind)
+    }
+}
+
+impl Shard {
+    /// Runs the shard on this core until [`Inbound::Stop`]. An error is a sentence for the operator.
+    pub async fn run(number: usize, parts: Parts) -> Result<(), String> {
+        let shards = parts.ring.members();
+        let config = parts.config;
+        let env = Env {
+            domain: config.domain.as_str().into(),
+            shard: number as u16,
+            ring: Rc::new((*parts.ring).clone()),
+            limits: limits(&config),
+            id_key: parts.id_key,
+        };
+        let mut mesh = parts.mesh.connect().await;
+        let receivers: Vec<_> = (0..shards).filter_map(|n| mesh.receiver(n)).collect();
+        let shard = Rc::new(Shard {
+            number,
+            slice: RefCell::new(Slice::new(env, shards, config.cache.bytes_max / shards)),
+            links: RefCell::default(),
+            readiness: Readiness::new().map_err(|e| format!("epoll_create: {e}"))?,
+            scratch: RefCell::new(Scratch::new()),
+            ways: RefCell::new(Ways::new(mesh)),
+            inbox: parts.inbox,
+            own_inbox: parts.own_inbox,
+            lane: parts.lane,
+            helpers: parts.helpers,
+            config: RefCell::new(config.clone()),
+            tls: RefCell::new(parts.tls),
+            decoy: RefCell::new(parts.decoy),
+            doors: parts.doors,
+            unread: RefCell::default(),
+            waiting: RefCell::default(),
+            started: parts.started,
+            stopping: Cell::new(false),
+            negotiating: Cell::new(0),
+            gauges: parts.gauges,
+        });
+        shard.clock();
+        let bell = shard.links.borrow_mut().insert(Kind::Inbox);
+        shard.readiness.add(&shard.inbox, bell).map_err(|e| format!("epoll_ctl: {e}"))?;
+        for (address, door) in parts.listen {
+            let listener = crate::net::listen_shared(address, config.c2s.backlog as i32)?;
+            rt::spawn(Queue::Login, login::accept(shard.clone(), listener, door));
+        }
+        for receiver in receivers {
+            let shard = shard.clone();
+            rt::spawn(Queue::Live, async move {
+                while let Some(parcel) = receiver.recv().await {
+                    shard.clock();
+                    shard.parcel(parcel);
+                    shard.flush();
+                }
+            });
+        }
+        let ticking = shard.clone();
+        rt::spawn(Queue::House, async move { ticking.tick_forever().await });
+        shard.gauges.ready();
+        shard.live().await;
+        Ok(())
+    }
+
+    /// Reads the clock for everything that this turn does.
+    fn clock(&self) {
+        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs()).unwrap_or_default();
+        self.slice.borrow_mut().now = Now { ms: self.started.elapsed().as_millis() as u64, unix };
+    }
+
+    /// Seconds and slow things: timers of sessions, farewells that take too long, figures for whoever looks.
+    async fn tick_forever(self: Rc<Self>) {
+        loop {
+            rt::sleep(std::time::Duration::from_millis(250)).await;
+            self.clock();
+            let now_ms = {
+                let mut slice = self.slice.borrow_mut();
+                slice.tick();
+                self.gauges.publish(self.number, &slice, self.negotiating.get());
+                slice.now.ms
+            };
+            self.end_closing(now_ms);
+            self.flush();
+        }
+    }
+}
+
+/// The slice's limits, from the configuration.
+pub fn limits(config: &Config) -> Limits {
+    let l = &config.limits;
+    let sm = &config.stream_management;
+    Limits {
+        xml: crate::xml::Limits {
+            stanza_bytes_max: l.stanza_bytes_max,
+            header_bytes_max: l.stream_header_bytes_max,
+            depth_max: l.depth_max as u16,
+            attributes_max: l.attributes_max as u16,
+        },
+        resources_per_user_max: l.resources_per_user_max,
+        roster_items_max: l.roster_items_max,
+        roster_item_bytes_max: l.roster_item_bytes_max,
+        blocked_max: l.blocked_max,
+        subscription_requests_max: l.subscription_requests_max,
+        directed_presence_max: l.directed_presence_max,
+        send_queue_bytes_max: l.send_queue_bytes_max,
+        deferred_stanzas_max: l.deferred_stanzas_max,
+        offline_messages_max: l.offline_messages_max,
+        offline_bytes_max: l.offline_bytes_max,
+        private_bytes_max: l.private_bytes_max,
+        vcard_bytes_max: l.vcard_bytes_max,
+        load_queue_bytes_max: l.send_queue_bytes_max,
+        unacked_bytes_max: sm.unacked_bytes_max,
+        unacked_stanzas_max: sm.unacked_stanzas_max,
+        resume_ms_max: sm.resume_seconds_max * 1000,
+        parked_max: sm.parked_max,
+        ping_idle_ms: config.ping.idle_seconds * 1000,
+        ping_timeout_ms: config.ping.timeout_seconds * 1000,
+        registration: config.registration != crate::config::Registration::Off,
+        iterations: config.sasl.iterations,
+    }
+}
+
+/// Gives a slow job to the helper threads; the answer comes by the inbox.
+fn give_job(helpers: &crate::blade::Helpers, inbox: &InboxSender<Inbound>, ticket: Ticket, job: Job) -> bool {
+    helpers.submit(inbox.clone(), ticket, job)
+}

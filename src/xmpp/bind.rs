@@ -1,0 +1,67 @@
+//! Resource binding (RFC 6120 section 7): an authenticated connection becomes a session of its user.
+
+use std::rc::Rc;
+
+use super::error::{StanzaError, StreamError};
+use super::random_id;
+use super::session::{Session, SessionId};
+use super::slice::Slice;
+use crate::xml::StreamNs;
+
+/// What a connection brings into its session.
+pub struct Arrival<'a> {
+    /// Local part, authenticated, loaded.
+    pub user: &'a str,
+    /// As the client wishes it, prepared; `None`: the server makes one.
+    pub resource: Option<&'a str>,
+    pub link: u64,
+    pub lang: Option<Box<str>>,
+    pub stream_ns: Rc<StreamNs>,
+    pub peer: Box<str>,
+}
+
+/// Begins the session. A session that has the resource already ends with `<conflict/>` (RFC 6120 7.7.2.2, case 3).
+pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, StanzaError> {
+    let generated;
+    let resource = match arrival.resource {
+        Some(resource) => resource,
+        None => {
+            generated = random_id();
+            &generated
+        }
+    };
+    if let Some(old) = slice.find_session(arrival.user, resource) {
+        slice.end(old, Some(StreamError::text("conflict", "the resource was bound by another connection")));
+    }
+    let Some(user) = slice.user(arrival.user) else { return Err(StanzaError::NOT_AUTHORIZED) };
+    if user.sessions.len() >= slice.env.limits.resources_per_user_max {
+        return Err(StanzaError::RESOURCE_CONSTRAINT.text("too many sessions of this user"));
+    }
+    let name = user.name.clone();
+    let jid = format!("{name}@{}/{resource}", slice.env.domain).into_boxed_str();
+    let now = slice.now;
+    let session = |id| Session {
+        id,
+        user: name.clone(),
+        jid,
+        lang: arrival.lang,
+        stream_ns: arrival.stream_ns,
+        out: Vec::new(),
+        unsent: 0,
+        link: Some(arrival.link),
+        dirty: false,
+        interested: false,
+        carbons: false,
+        blocklist: false,
+        presence: None,
+        directed: Default::default(),
+        csi: Default::default(),
+        sm: None,
+        accept: Default::default(),
+        heard_ms: now.ms,
+        pinged: false,
+        since: now.unix,
+        peer: arrival.peer,
+    };
+    slice.begin(arrival.user, session).ok_or(StanzaError::NOT_AUTHORIZED)
+}
