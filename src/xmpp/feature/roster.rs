@@ -19,12 +19,6 @@ use crate::xmpp::slice::Slice;
 
 pub const NS: &str = "jabber:iq:roster";
 
-/// The most bytes of an item's name, and of one of its groups.
-pub const NAME_BYTES_MAX: usize = 1023;
-
-/// The most groups of one item.
-pub const GROUPS_MAX: usize = 64;
-
 pub static FEATURE: Feature = Feature {
     name: "Roster, with versions",
     spec: "RFC 6121 2, XEP-0237",
@@ -104,7 +98,7 @@ enum Wish {
 }
 
 /// 2.3.3, the errors.
-fn wish(query: &Element, own: &str) -> Result<Wish, StanzaError> {
+fn wish(query: &Element, own: &str, bytes_max: usize) -> Result<Wish, StanzaError> {
     let mut items = query.elements();
     let (Some(item), None) = (items.next(), items.next()) else {
         return Err(StanzaError::BAD_REQUEST.text("a roster set has exactly one item"));
@@ -123,22 +117,19 @@ fn wish(query: &Element, own: &str) -> Result<Wish, StanzaError> {
         return Err(StanzaError::NOT_ALLOWED.text("that is the account itself"));
     }
     let name = item.get("name").unwrap_or_default();
-    if name.len() > NAME_BYTES_MAX {
-        return Err(StanzaError::NOT_ACCEPTABLE.text("the name is too long"));
+    let groups: Vec<String> = item
+        .elements()
+        .filter(|e| e.is("group", NS))
+        .map(Element::text_content)
+        .collect();
+    if groups.iter().any(String::is_empty) {
+        return Err(StanzaError::NOT_ACCEPTABLE.text("a group has no name"));
     }
-    let mut groups: Vec<String> = Vec::new();
-    for group in item.elements().filter(|e| e.is("group", NS)) {
-        let group = group.text_content();
-        if group.is_empty() || group.len() > NAME_BYTES_MAX {
-            return Err(StanzaError::NOT_ACCEPTABLE.text("a group's name is empty or too long"));
-        }
-        if groups.len() >= GROUPS_MAX {
-            return Err(StanzaError::NOT_ACCEPTABLE.text("too many groups"));
-        }
-        if groups.iter().any(|other| same_group(other, &group)) {
-            return Err(StanzaError::BAD_REQUEST.text("the same group twice"));
-        }
-        groups.push(group);
+    if name.len() + groups.iter().map(String::len).sum::<usize>() > bytes_max {
+        return Err(StanzaError::NOT_ACCEPTABLE.text("the name and the groups are too long"));
+    }
+    if has_doubles(&groups) {
+        return Err(StanzaError::BAD_REQUEST.text("the same group twice"));
     }
     Ok(Wish::Put {
         jid,
@@ -148,33 +139,27 @@ fn wish(query: &Element, own: &str) -> Result<Wish, StanzaError> {
 }
 
 /// 2.3.3: groups are compared as resourceparts are.
-fn same_group(a: &str, b: &str) -> bool {
+fn has_doubles(groups: &[String]) -> bool {
     let prepared = |s| jid::resourcepart(s).unwrap_or(Cow::Borrowed(s));
-    a == b || prepared(a) == prepared(b)
+    let mut seen: Vec<Cow<'_, str>> = groups.iter().map(|g| prepared(g)).collect();
+    seen.sort_unstable();
+    seen.windows(2).any(|pair| pair[0] == pair[1])
 }
 
 fn set(slice: &mut Slice, iq: Iq) {
-    let done = match wish(&iq.payload, iq.from.bare()) {
+    let bytes_max = slice.env.limits.roster_item_bytes_max;
+    match wish(&iq.payload, iq.from.bare(), bytes_max) {
         Ok(Wish::Put { jid, name, groups }) => put(slice, iq, jid, name, groups),
         Ok(Wish::Remove { jid }) => remove(slice, iq, jid),
-        Err(error) => Err((iq, error)),
-    };
-    if let Err((iq, error)) = done {
-        slice.iq_error(&iq, &error);
+        Err(error) => slice.iq_error(&iq, &error),
     }
 }
 
 /// 2.3 and 2.4: adds an item, or changes its name and groups.
-fn put(
-    slice: &mut Slice,
-    iq: Iq,
-    jid: Jid<'static>,
-    name: String,
-    groups: Vec<String>,
-) -> Result<(), (Iq, StanzaError)> {
+fn put(slice: &mut Slice, iq: Iq, jid: Jid<'static>, name: String, groups: Vec<String>) {
     let user = iq.account().to_owned();
     let Some(item) = item_or_room(slice, &user, jid.as_str()) else {
-        return Err((iq, FULL));
+        return slice.iq_error(&iq, &FULL);
     };
     let item = RosterItem {
         name,
@@ -197,14 +182,13 @@ fn put(
             Err(_) => slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR),
         }),
     );
-    Ok(())
 }
 
 /// 2.5: takes an item out; its subscriptions end.
-fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) -> Result<(), (Iq, StanzaError)> {
+fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) {
     let user = iq.account().to_owned();
     let Some(item) = item(slice, &user, jid.as_str()) else {
-        return Err((iq, StanzaError::ITEM_NOT_FOUND));
+        return slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
     };
     let version = slice.next_id();
     let query = removal_query(jid.as_str(), version);
@@ -223,7 +207,6 @@ fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) -> Result<(), (Iq, Stanz
             Err(_) => slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR),
         }),
     );
-    Ok(())
 }
 
 /// A new item would be one too many.

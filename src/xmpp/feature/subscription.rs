@@ -13,13 +13,13 @@ use super::{Feature, NONE, presence, roster};
 use crate::store::record::{
     ArchivedUserRecord, RosterItem, Subscription, SubscriptionRequest, UserRecord,
 };
-use crate::xml::dom::Element;
 use crate::xml::view::View;
 use crate::xmpp::batch::{Item, Receipt};
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
+use crate::xmpp::parse_stanza;
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Fate, Slice};
 
@@ -329,23 +329,22 @@ pub fn inbound(
     let Some(change) = change else {
         return Fate::Decided;
     };
-    let (to, from) = (to.to_bare(), from.borrowed().into_owned());
-    let stanza: Box<[u8]> = stanza.into();
-    let who = user.clone();
+    let news = News {
+        user,
+        to: to.to_bare(),
+        from: from.borrowed().into_owned(),
+        stanza: stanza.into(),
+        meta,
+        before,
+        step,
+    };
+    let user = news.user.clone();
     change.make(slice, &user, move |slice, result, push| {
         match result {
-            Ok(()) => {
-                if step.pass {
-                    deliver(slice, &who, &stanza, meta);
-                }
-                if let Some(push) = push {
-                    roster::push(slice, &who, &push);
-                }
-                after(slice, &who, &to, &from, before, &stanza, kind, step);
-            }
+            Ok(()) => news.tell(slice, push),
             Err(()) => {
                 let error = &StanzaError::INTERNAL_SERVER_ERROR;
-                slice.bounce(&to, from.as_str(), &stanza, meta, error);
+                slice.bounce(&news.to, news.from.as_str(), &news.stanza, meta, error);
             }
         }
         if let Some(receipt) = receipt {
@@ -355,32 +354,44 @@ pub fn inbound(
     Fate::Open
 }
 
-/// What follows from a contact's stanza when the new state stands.
-#[allow(clippy::too_many_arguments)]
-fn after(
-    slice: &mut Slice,
-    user: &str,
-    to: &Jid<'_>,
-    from: &Jid<'_>,
+/// A contact's stanza that has changed the state.
+struct News {
+    user: Box<str>,
+    to: Jid<'static>,
+    from: Jid<'static>,
+    stanza: Box<[u8]>,
+    meta: Meta,
     before: State,
-    stanza: &[u8],
-    kind: Kind,
     step: Step,
-) {
-    match kind {
-        Kind::Subscribed => ask(slice, user, from),
-        // 3.3.3
-        Kind::Unsubscribe if before.subscription.from() => {
-            presence::hide(slice, user, &from.to_bare())
+}
+
+impl News {
+    /// The new state stands: the user learns it, and what follows from it is done.
+    fn tell(&self, slice: &mut Slice, push: Option<Vec<u8>>) {
+        if self.step.pass {
+            deliver(slice, &self.user, &self.stanza, self.meta);
         }
-        _ => {}
-    }
-    match step.reply {
-        // A.3.2, a SHOULD for servers that may have lost their state. Here both sides are ours: it would change
-        // nothing, except that it could cross a new request of the contact's and cancel it
-        Some(Kind::Unsubscribed) if slice.env.is_local(from) => {}
-        Some(reply) => say(slice, reply, to.as_str(), from, id_of(stanza).as_deref()),
-        None => {}
+        if let Some(push) = push {
+            roster::push(slice, &self.user, &push);
+        }
+        match self.meta.kind {
+            Kind::Subscribed => ask(slice, &self.user, &self.from),
+            // 3.3.3
+            Kind::Unsubscribe if self.before.subscription.from() => {
+                presence::hide(slice, &self.user, &self.from.to_bare());
+            }
+            _ => {}
+        }
+        match self.step.reply {
+            // A.3.2, a SHOULD for servers that may have lost their state. Here both sides are ours: it would change
+            // nothing, except that it could cross a new request of the contact's and cancel it
+            Some(Kind::Unsubscribed) if slice.env.is_local(&self.from) => {}
+            Some(reply) => {
+                let id = id_of(&self.stanza);
+                say(slice, reply, self.to.as_str(), &self.from, id.as_deref());
+            }
+            None => {}
+        }
     }
 }
 
@@ -556,8 +567,7 @@ fn plain(kind: Kind, from: &str, to: &str, id: Option<&str>) -> Vec<u8> {
     out
 }
 
-/// The `id` of a stanza in its own bytes.
+/// The `id` of a stanza.
 pub fn id_of(stanza: &[u8]) -> Option<String> {
-    let element = Element::parse(std::str::from_utf8(stanza).ok()?).ok()?;
-    element.get("id").map(str::to_owned)
+    parse_stanza(stanza)?.get("id").map(str::to_owned)
 }
