@@ -6,12 +6,13 @@ use std::rc::Rc;
 
 use super::bind::{Arrival, bind};
 use super::error::StreamError;
+use super::parse_stanza;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Limits, Now, Slice, User};
 use crate::store::record::{Record, RosterItem, Subscription, UserRecord};
 use crate::store::ring::Ring;
 use crate::store::tier::{Answer, Last, Loaded, Op, Query, ReadError, Request, WriteError};
-use crate::xml::{FrameKind, Framer, StreamNs};
+use crate::xml::{Element, FrameKind, Framer, Node, StreamNs};
 
 pub const DOMAIN: &str = "localhost";
 
@@ -197,6 +198,19 @@ impl World {
     pub fn take(&mut self, client: Client) -> Vec<String> {
         let out = std::mem::take(&mut self.clients[client.link].out);
         elements(&out)
+    }
+
+    /// The client has got exactly these elements, in this order, since it was asked last. The order of attributes does
+    /// not matter; the value `*` stands for any.
+    #[track_caller]
+    pub fn expect(&mut self, client: Client, elements: &[&str]) {
+        let got = self.take(client);
+        let same = got.len() == elements.len()
+            && got
+                .iter()
+                .zip(elements)
+                .all(|(got, wanted)| matches(wanted, got));
+        assert!(same, "wanted {elements:#?}\ngot {got:#?}");
     }
 
     pub fn closed(&self, client: Client) -> bool {
@@ -385,6 +399,41 @@ impl Tier {
             },
         }
     }
+}
+
+/// Is it the same XML? See [`World::expect`].
+pub fn matches(wanted: &str, got: &str) -> bool {
+    if wanted == got {
+        return true;
+    }
+    let parse = |xml: &str| parse_stanza(xml.as_bytes());
+    match (parse(wanted), parse(got)) {
+        (Some(wanted), Some(got)) => alike(&wanted, &got),
+        _ => false,
+    }
+}
+
+fn alike(wanted: &Element, got: &Element) -> bool {
+    let attrs = |e: &Element| {
+        let mut attrs = e.attrs.clone();
+        attrs.sort();
+        attrs
+    };
+    let (a, b) = (attrs(wanted), attrs(got));
+    let same_attrs = a.len() == b.len()
+        && a.iter()
+            .zip(&b)
+            .all(|(a, b)| a.0 == b.0 && (a.1 == "*" || a.1 == b.1));
+    let same_children = wanted.children.len() == got.children.len()
+        && wanted
+            .children
+            .iter()
+            .zip(&got.children)
+            .all(|pair| match pair {
+                (Node::Element(a), Node::Element(b)) => alike(a, b),
+                (a, b) => a == b,
+            });
+    wanted.is(&got.name, &got.ns) && same_attrs && same_children
 }
 
 pub fn bare(name: &str) -> String {

@@ -328,3 +328,256 @@ fn write_item<'a>(
     }
     out.extend_from_slice(if open { "</item>" } else { "/>" }.as_bytes());
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xmpp::testing::{World, bare};
+
+    const GET: &str = "<iq type='get' id='g'><query xmlns='jabber:iq:roster'/></iq>";
+
+    fn put(item: &str) -> String {
+        format!("<iq type='set' id='s'><query xmlns='jabber:iq:roster'>{item}</query></iq>")
+    }
+
+    fn world() -> World {
+        let mut world = World::new(2);
+        world.add("romeo");
+        world.add("juliet");
+        world
+    }
+
+    #[test]
+    fn a_get_returns_all_items_escaped() {
+        let mut world = world();
+        world.item("romeo", "juliet", Subscription::Both);
+        let stored = world.tier.users.get_mut("romeo").unwrap();
+        stored.record.roster[0].name = "<'&\">".into();
+        stored.record.roster[0].groups = vec!["a & b".into(), "<".into()];
+        stored.record.put_roster_item(RosterItem {
+            jid: "nurse@example.com".into(),
+            ask: true,
+            approved: true,
+            ..RosterItem::default()
+        });
+        stored.record.roster_version = 31;
+        let romeo = world.login("romeo", "x'&");
+        world.send(romeo, GET);
+        world.expect(
+            romeo,
+            &[
+                "<iq type='result' id='g' to='romeo@localhost/x&apos;&amp;'>\
+               <query xmlns='jabber:iq:roster' ver='1f'>\
+               <item jid='juliet@localhost' name='&lt;&apos;&amp;&quot;&gt;' subscription='both'>\
+               <group>a &amp; b</group><group>&lt;</group></item>\
+               <item jid='nurse@example.com' subscription='none' ask='subscribe' approved='true'/>\
+               </query></iq>",
+            ],
+        );
+    }
+
+    #[test]
+    fn a_client_that_has_this_version_gets_an_empty_result_and_later_pushes() {
+        let mut world = world();
+        let romeo = world.login("romeo", "orchard");
+        let other = world.login("romeo", "garden");
+        world.send(
+            romeo,
+            "<iq type='get' id='1' to='romeo@localhost'><query xmlns='jabber:iq:roster' ver=''/></iq>",
+        );
+        world.expect(
+            romeo,
+            &[
+                "<iq type='result' id='1' from='romeo@localhost' to='romeo@localhost/orchard'>\
+               <query xmlns='jabber:iq:roster' ver='0'/></iq>",
+            ],
+        );
+        world.send(romeo, &put("<item jid='nurse@example.com' name='N'/>"));
+        let got = world.take(romeo);
+        assert_eq!(got.len(), 2, "{got:?}");
+        let ver = got[1]
+            .split("ver='")
+            .nth(1)
+            .unwrap()
+            .split('\'')
+            .next()
+            .unwrap();
+        assert_ne!(ver, "0");
+        assert!(world.take(other).is_empty(), "did not ask for the roster");
+        let get = |ver: &str| {
+            format!("<iq type='get' id='2'><query xmlns='jabber:iq:roster' ver='{ver}'/></iq>")
+        };
+        world.send(other, &get(ver));
+        world.expect(
+            other,
+            &["<iq type='result' id='2' to='romeo@localhost/garden'/>"],
+        );
+        world.send(
+            romeo,
+            &put("<item jid='nurse@example.com' name='Nurse'><group>g</group></item>"),
+        );
+        world.expect(
+            other,
+            &["<iq type='set' id='*' to='romeo@localhost/garden'><query xmlns='jabber:iq:roster' ver='*'>\
+               <item jid='nurse@example.com' name='Nurse' subscription='none'><group>g</group></item></query></iq>"],
+        );
+        world.send(other, &get(ver));
+        assert!(
+            world.take(other)[0].contains("<group>g</group>"),
+            "an old version gets all"
+        );
+    }
+
+    #[test]
+    fn a_result_waits_until_the_change_is_durable_and_a_failed_change_leaves_no_trace() {
+        let mut world = world();
+        let romeo = world.login("romeo", "orchard");
+        world.send(romeo, GET);
+        world.take(romeo);
+        world.tier.held = true;
+        world.send(romeo, &put("<item jid='nurse@example.com'/>"));
+        assert!(world.take(romeo).is_empty());
+        world.release();
+        assert_eq!(world.take(romeo).len(), 2);
+        assert_eq!(world.stored("romeo").roster.len(), 1);
+        world.tier.broken = true;
+        world.send(
+            romeo,
+            &put("<item jid='nurse@example.com' subscription='remove'/>"),
+        );
+        let got = world.take(romeo);
+        assert!(
+            got.len() == 1 && got[0].contains("internal-server-error"),
+            "{got:?}"
+        );
+        world.send(romeo, GET);
+        assert!(world.take(romeo)[0].contains("nurse@example.com"));
+    }
+
+    #[test]
+    fn a_bad_set_gets_the_error_of_the_rfc_and_changes_nothing() {
+        let mut world = World::with(1, |limits| {
+            limits.roster_items_max = 1;
+            limits.roster_item_bytes_max = 20;
+        });
+        world.add("romeo");
+        let romeo = world.login("romeo", "orchard");
+        for (item, condition) in [
+            ("<item jid='a@b'/><item jid='c@d'/>", "bad-request"),
+            ("", "bad-request"),
+            ("<item/>", "bad-request"),
+            ("<other jid='a@b'/>", "bad-request"),
+            ("<item jid='@b'/>", "jid-malformed"),
+            ("<item jid='romeo@localhost'/>", "not-allowed"),
+            (
+                "<item jid='a@b' name='123456789012345678901'/>",
+                "not-acceptable",
+            ),
+            (
+                "<item jid='a@b' name='12345678901'><group>1234567890</group></item>",
+                "not-acceptable",
+            ),
+            ("<item jid='a@b'><group/></item>", "not-acceptable"),
+            (
+                "<item jid='a@b'><group>x</group><group>y</group><group>x</group></item>",
+                "bad-request",
+            ),
+            // the same by PRECIS: e and a combining acute accent
+            (
+                "<item jid='a@b'><group>\u{e9}</group><group>e\u{301}</group></item>",
+                "bad-request",
+            ),
+            ("<item jid='a@b' subscription='remove'/>", "item-not-found"),
+        ] {
+            world.send(romeo, &put(item));
+            let got = world.take(romeo);
+            assert!(
+                got.len() == 1 && got[0].contains(&format!("<{condition} ")),
+                "{item}: {got:?}"
+            );
+        }
+        assert!(world.tier.ops.is_empty());
+        world.send(
+            romeo,
+            &put("<item jid='a@b' subscription='both' ask='subscribe' approved='true'/>"),
+        );
+        world.send(romeo, &put("<item jid='c@d'/>"));
+        assert!(world.take(romeo)[1].contains("resource-constraint"));
+        let item = &world.stored("romeo").roster[0];
+        assert_eq!(
+            (item.subscription, item.ask, item.approved),
+            (Subscription::None, false, false)
+        );
+        world.send(
+            romeo,
+            "<iq type='get' id='g'><query xmlns='jabber:iq:roster'><item jid='a@b'/></query></iq>",
+        );
+        assert!(world.take(romeo)[0].contains("bad-request"));
+    }
+
+    #[test]
+    fn nobody_reads_or_changes_the_roster_of_another_user() {
+        let mut world = World::new(2);
+        let (romeo, juliet) = (world.on(0, "romeo"), world.on(1, "juliet"));
+        world.add(&romeo);
+        world.add(&juliet);
+        let client = world.login(&romeo, "orchard");
+        for (typ, item) in [("get", ""), ("set", "<item jid='x@y'/>")] {
+            let to = bare(&juliet);
+            world.send(
+                client,
+                &format!("<iq type='{typ}' id='1' to='{to}'><query xmlns='jabber:iq:roster'>{item}</query></iq>"),
+            );
+            let got = world.take(client);
+            assert!(got.len() == 1 && got[0].contains("forbidden"), "{got:?}");
+        }
+        assert!(world.stored(&juliet).roster.is_empty());
+    }
+
+    #[test]
+    fn who_is_removed_learns_that_both_subscriptions_ended() {
+        for shard in [0, 1] {
+            let mut world = World::new(2);
+            let (romeo, juliet) = (world.on(0, "romeo"), world.on(shard, "juliet"));
+            let (r, j) = (bare(&romeo), bare(&juliet));
+            world.befriend(&romeo, &juliet);
+            let orchard = world.online(&romeo, "orchard");
+            let balcony = world.online(&juliet, "balcony");
+            world.take(orchard);
+            world.send(
+                orchard,
+                &put(&format!("<item jid='{j}' subscription='remove'/>")),
+            );
+            world.expect(
+                orchard,
+                &[
+                    &format!("<iq type='result' id='s' to='{r}/orchard'/>"),
+                    &format!(
+                        "<iq type='set' id='*' to='{r}/orchard'><query xmlns='jabber:iq:roster' ver='*'>\
+                         <item jid='{j}' subscription='remove'/></query></iq>"
+                    ),
+                    &format!("<presence type='unavailable' from='{j}/balcony' to='{r}'/>"),
+                ],
+            );
+            let push = |state| {
+                format!(
+                    "<iq type='set' id='*' to='{j}/balcony'><query xmlns='jabber:iq:roster' ver='*'>\
+                     <item jid='{r}' subscription='{state}'/></query></iq>"
+                )
+            };
+            world.expect(
+                balcony,
+                &[
+                    &format!("<presence type='unavailable' from='{r}/orchard' to='{j}'/>"),
+                    &format!("<presence type='unsubscribe' from='{r}' to='{j}'/>"),
+                    &push("to"),
+                    &format!("<presence type='unsubscribed' from='{r}' to='{j}'/>"),
+                    &push("none"),
+                ],
+            );
+            assert!(world.stored(&romeo).roster.is_empty());
+            let item = &world.stored(&juliet).roster[0];
+            assert_eq!((item.subscription, item.ask), (Subscription::None, false));
+        }
+    }
+}
