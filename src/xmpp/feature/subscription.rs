@@ -571,3 +571,661 @@ fn plain(kind: Kind, from: &str, to: &str, id: Option<&str>) -> Vec<u8> {
 pub fn id_of(stanza: &[u8]) -> Option<String> {
     parse_stanza(stanza)?.get("id").map(str::to_owned)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xmpp::slice::Limits;
+    use crate::xmpp::testing::{Client, World, bare};
+
+    // ---- the table: appendix A, written as it stands there -------------------------------------------------------
+
+    const NONE: &str = "None";
+    const OUT: &str = "None + Pending Out";
+    const IN: &str = "None + Pending In";
+    const OUT_IN: &str = "None + Pending Out+In";
+    const TO: &str = "To";
+    const TO_IN: &str = "To + Pending In";
+    const FROM: &str = "From";
+    const FROM_OUT: &str = "From + Pending Out";
+    const BOTH: &str = "Both";
+    const STATES: [&str; 9] = [NONE, OUT, IN, OUT_IN, TO, TO_IN, FROM, FROM_OUT, BOTH];
+
+    fn state(name: &str) -> State {
+        let (subscription, pending) = name.split_once(" + Pending ").unwrap_or((name, ""));
+        State {
+            subscription: match subscription {
+                "None" => Subscription::None,
+                "To" => Subscription::To,
+                "From" => Subscription::From,
+                _ => Subscription::Both,
+            },
+            pending_out: pending.contains("Out"),
+            pending_in: pending.contains("In"),
+            approved: false,
+        }
+    }
+
+    /// Rows: existing state, passed on?, new state (`None`: no state change).
+    type Table = [(bool, Option<&'static str>); 9];
+
+    fn check(step: fn(State, Kind) -> Step, kind: Kind, table: Table) {
+        for (name, (pass, new)) in STATES.into_iter().zip(table) {
+            let got = step(state(name), kind);
+            assert_eq!(got.pass, pass, "{kind:?} in {name}");
+            assert_eq!(got.state, state(new.unwrap_or(name)), "{kind:?} in {name}");
+        }
+    }
+
+    const NO: (bool, Option<&str>) = (false, None);
+
+    #[test]
+    fn outbound_subscribe_is_table_2() {
+        let yes = (true, None);
+        check(
+            State::outbound,
+            Kind::Subscribe,
+            [
+                (true, Some(OUT)),
+                yes,
+                (true, Some(OUT_IN)),
+                yes,
+                yes,
+                yes,
+                (true, Some(FROM_OUT)),
+                yes,
+                yes,
+            ],
+        );
+    }
+
+    #[test]
+    fn outbound_unsubscribe_is_table_3() {
+        check(
+            State::outbound,
+            Kind::Unsubscribe,
+            [
+                (true, None),
+                (true, Some(NONE)),
+                (true, None),
+                (true, Some(IN)),
+                (true, Some(NONE)),
+                (true, Some(IN)),
+                (true, None),
+                (true, Some(FROM)),
+                (true, Some(FROM)),
+            ],
+        );
+    }
+
+    #[test]
+    fn outbound_subscribed_is_table_4() {
+        for name in STATES {
+            let existing = state(name);
+            let got = existing.outbound(Kind::Subscribed);
+            let (pass, new) = match name {
+                IN => (true, state(FROM)),
+                OUT_IN => (true, state(FROM_OUT)),
+                TO_IN => (true, state(BOTH)),
+                NONE | OUT | TO => {
+                    let approved = State {
+                        approved: true,
+                        ..existing
+                    };
+                    (false, approved)
+                }
+                _ => (false, existing),
+            };
+            assert_eq!((got.pass, got.state), (pass, new), "{name}");
+        }
+    }
+
+    #[test]
+    fn outbound_unsubscribed_is_table_5() {
+        check(
+            State::outbound,
+            Kind::Unsubscribed,
+            [
+                NO,
+                NO,
+                (true, Some(NONE)),
+                (true, Some(OUT)),
+                NO,
+                (true, Some(TO)),
+                (true, Some(NONE)),
+                (true, Some(OUT)),
+                (true, Some(TO)),
+            ],
+        );
+        for name in [NONE, OUT, TO] {
+            let approved = State {
+                approved: true,
+                ..state(name)
+            };
+            let got = approved.outbound(Kind::Unsubscribed);
+            assert_eq!(
+                (got.pass, got.state),
+                (false, state(name)),
+                "3.2.2, rule 2, in {name}"
+            );
+        }
+    }
+
+    #[test]
+    fn inbound_subscribe_is_table_6() {
+        check(
+            State::inbound,
+            Kind::Subscribe,
+            [
+                (true, Some(IN)),
+                (true, Some(OUT_IN)),
+                NO,
+                NO,
+                (true, Some(TO_IN)),
+                NO,
+                NO,
+                NO,
+                NO,
+            ],
+        );
+        for name in STATES {
+            let reply = state(name).inbound(Kind::Subscribe).reply;
+            let wanted = matches!(name, FROM | FROM_OUT | BOTH).then_some(Kind::Subscribed);
+            assert_eq!(reply, wanted, "note 2 in {name}");
+        }
+        for (name, new) in [(NONE, FROM), (OUT, FROM_OUT), (TO, BOTH)] {
+            let approved = State {
+                approved: true,
+                ..state(name)
+            };
+            let got = approved.inbound(Kind::Subscribe);
+            assert_eq!(
+                (got.pass, got.state),
+                (false, state(new)),
+                "note 1 in {name}"
+            );
+            assert_eq!(got.reply, Some(Kind::Subscribed));
+        }
+    }
+
+    #[test]
+    fn inbound_unsubscribe_is_table_7() {
+        let table = [
+            NO,
+            NO,
+            (true, Some(NONE)),
+            (true, Some(OUT)),
+            NO,
+            (true, Some(TO)),
+            (true, Some(NONE)),
+            (true, Some(OUT)),
+            (true, Some(TO)),
+        ];
+        check(State::inbound, Kind::Unsubscribe, table);
+        for (name, (pass, _)) in STATES.into_iter().zip(table) {
+            let reply = state(name).inbound(Kind::Unsubscribe).reply;
+            assert_eq!(
+                reply,
+                pass.then_some(Kind::Unsubscribed),
+                "note 1 in {name}"
+            );
+        }
+    }
+
+    #[test]
+    fn inbound_subscribed_is_table_8() {
+        check(
+            State::inbound,
+            Kind::Subscribed,
+            [
+                NO,
+                (true, Some(TO)),
+                NO,
+                (true, Some(TO_IN)),
+                NO,
+                NO,
+                NO,
+                (true, Some(BOTH)),
+                NO,
+            ],
+        );
+    }
+
+    #[test]
+    fn inbound_unsubscribed_is_table_9() {
+        check(
+            State::inbound,
+            Kind::Unsubscribed,
+            [
+                NO,
+                (true, Some(NONE)),
+                NO,
+                (true, Some(IN)),
+                (true, Some(NONE)),
+                (true, Some(IN)),
+                NO,
+                (true, Some(FROM)),
+                (true, Some(FROM)),
+            ],
+        );
+        // 4.3.2: not even an answer to a probe takes a pre-approval back
+        let approved = State {
+            approved: true,
+            ..state(TO)
+        };
+        assert!(approved.inbound(Kind::Unsubscribed).state.approved);
+    }
+
+    // ---- the dialogues -------------------------------------------------------------------------------------------
+
+    /// Romeo in his orchard and Juliet, who may live on another shard.
+    struct Verona {
+        world: World,
+        romeo: String,
+        juliet: String,
+        orchard: Client,
+    }
+
+    fn verona(shard: usize, change: impl Fn(&mut Limits)) -> Verona {
+        let mut world = World::with(2, change);
+        let (romeo, juliet) = (world.on(0, "romeo"), world.on(shard, "juliet"));
+        world.add(&romeo);
+        world.add(&juliet);
+        let orchard = world.online(&romeo, "orchard");
+        Verona {
+            world,
+            romeo: bare(&romeo),
+            juliet: bare(&juliet),
+            orchard,
+        }
+    }
+
+    impl Verona {
+        fn balcony(&mut self) -> Client {
+            let name = self.juliet.split('@').next().unwrap().to_owned();
+            self.world.online(&name, "balcony")
+        }
+
+        fn record(&self, jid: &str) -> &UserRecord {
+            self.world.stored(jid.split('@').next().unwrap())
+        }
+
+        fn asks(&mut self) {
+            let juliet = self.juliet.clone();
+            self.world.send(
+                self.orchard,
+                &format!("<presence type='subscribe' id='q' to='{juliet}/x'><status>Hi &amp; ho</status></presence>"),
+            );
+        }
+
+        fn request(&self) -> String {
+            let (r, j) = (&self.romeo, &self.juliet);
+            format!(
+                "<presence type='subscribe' id='q' from='{r}' to='{j}'><status>Hi &amp; ho</status></presence>"
+            )
+        }
+
+        /// A push to Romeo about Juliet.
+        fn push(&self, attrs: &str) -> String {
+            let (r, j) = (&self.romeo, &self.juliet);
+            format!(
+                "<iq type='set' id='*' to='{r}/orchard'><query xmlns='jabber:iq:roster' ver='*'>\
+                 <item jid='{j}' {attrs}/></query></iq>"
+            )
+        }
+
+        /// A push to Juliet about Romeo.
+        fn push_back(&self, attrs: &str) -> String {
+            let (r, j) = (&self.romeo, &self.juliet);
+            format!(
+                "<iq type='set' id='*' to='{j}/balcony'><query xmlns='jabber:iq:roster' ver='*'>\
+                 <item jid='{r}' {attrs}/></query></iq>"
+            )
+        }
+    }
+
+    #[test]
+    fn a_request_is_approved_and_the_subscriber_sees_subscribed_then_the_push_then_presence() {
+        for shard in [0, 1] {
+            let mut v = verona(shard, |_| {});
+            let balcony = v.balcony();
+            v.asks();
+            let (r, j) = (v.romeo.clone(), v.juliet.clone());
+            v.world
+                .expect(v.orchard, &[&v.push("subscription='none' ask='subscribe'")]);
+            v.world.expect(balcony, &[&v.request()]);
+            assert!(
+                v.record(&j).roster.is_empty(),
+                "3.1.3: no item before approval"
+            );
+            v.asks();
+            v.world.expect(v.orchard, &[]);
+            v.world.expect(balcony, &[]);
+            v.world.send(
+                balcony,
+                &format!("<presence type='subscribed' id='p' to='{r}'/>"),
+            );
+            v.world
+                .expect(balcony, &[&v.push_back("subscription='from'")]);
+            v.world.expect(
+                v.orchard,
+                &[
+                    &format!("<presence type='subscribed' id='p' from='{j}' to='{r}'/>"),
+                    &v.push("subscription='to'"),
+                    &format!("<presence from='{j}/balcony' to='{r}'/>"),
+                ],
+            );
+            assert!(v.record(&j).requests.is_empty());
+            // again: the server answers for her (3.1.3, rule 2)
+            v.asks();
+            v.world.expect(balcony, &[]);
+            v.world.expect(
+                v.orchard,
+                &[&format!("<presence from='{j}/balcony' to='{r}'/>")],
+            );
+        }
+    }
+
+    #[test]
+    fn a_request_comes_at_every_login_until_it_is_answered_and_only_once() {
+        for shard in [0, 1] {
+            let mut v = verona(shard, |_| {});
+            v.asks();
+            v.asks();
+            assert_eq!(v.record(&v.juliet).requests.len(), 1);
+            let name = v.juliet.split('@').next().unwrap().to_owned();
+            let (r, j) = (v.romeo.clone(), v.juliet.clone());
+            for resource in ["a", "b"] {
+                let client = v.world.login(&name, resource);
+                v.world.send(client, "<presence/>");
+                v.world.expect(
+                    client,
+                    &[
+                        &format!("<presence from='{j}/{resource}' to='{j}'/>"),
+                        &v.request(),
+                    ],
+                );
+                v.world
+                    .send(client, "<presence><show>away</show></presence>");
+                assert_eq!(v.world.take(client).len(), 1, "only its own presence");
+                v.world.logout(client);
+            }
+            let balcony = v.balcony();
+            v.world.take(v.orchard);
+            v.world.send(
+                balcony,
+                &format!("<presence type='unsubscribed' to='{r}'/>"),
+            );
+            v.world.expect(
+                v.orchard,
+                &[
+                    &format!("<presence type='unsubscribed' from='{j}' to='{r}'/>"),
+                    &v.push("subscription='none'"),
+                ],
+            );
+            v.world.expect(balcony, &[]);
+            let client = v.world.login(&name, "c");
+            v.world.send(client, "<presence/>");
+            let got = v.world.take(client);
+            assert!(!got.iter().any(|s| s.contains("subscribe")), "{got:?}");
+        }
+    }
+
+    #[test]
+    fn a_withdrawn_request_is_forgotten() {
+        let mut v = verona(1, |_| {});
+        let balcony = v.balcony();
+        v.asks();
+        v.world.take(balcony);
+        let (r, j) = (v.romeo.clone(), v.juliet.clone());
+        v.world.send(
+            v.orchard,
+            &format!("<presence type='unsubscribe' to='{j}'/>"),
+        );
+        v.world.expect(
+            balcony,
+            &[&format!(
+                "<presence type='unsubscribe' from='{r}' to='{j}'/>"
+            )],
+        );
+        assert!(v.record(&j).requests.is_empty());
+        assert!(!v.record(&r).roster[0].ask);
+    }
+
+    #[test]
+    fn a_cancelled_subscriber_sees_unavailable_first() {
+        for shard in [0, 1] {
+            let mut v = verona(shard, |_| {});
+            let balcony = v.balcony();
+            let (r, j) = (v.romeo.clone(), v.juliet.clone());
+            v.asks();
+            v.world
+                .send(balcony, &format!("<presence type='subscribed' to='{r}'/>"));
+            v.world.take(balcony);
+            v.world.take(v.orchard);
+            v.world.send(
+                balcony,
+                &format!("<presence type='unsubscribed' to='{r}'/>"),
+            );
+            v.world.expect(
+                v.orchard,
+                &[
+                    &format!("<presence type='unavailable' from='{j}/balcony' to='{r}'/>"),
+                    &format!("<presence type='unsubscribed' from='{j}' to='{r}'/>"),
+                    &v.push("subscription='none'"),
+                ],
+            );
+            v.world
+                .expect(balcony, &[&v.push_back("subscription='none'")]);
+            v.world
+                .send(balcony, "<presence><show>dnd</show></presence>");
+            v.world.expect(v.orchard, &[]);
+        }
+    }
+
+    #[test]
+    fn who_unsubscribes_gets_unavailable_and_may_ask_again_at_once() {
+        for shard in [0, 1] {
+            let mut v = verona(shard, |_| {});
+            let balcony = v.balcony();
+            let (r, j) = (v.romeo.clone(), v.juliet.clone());
+            v.asks();
+            v.world
+                .send(balcony, &format!("<presence type='subscribed' to='{r}'/>"));
+            v.world.take(balcony);
+            v.world.take(v.orchard);
+            // both before anything is carried out: an automatic answer to the first must not cancel the second
+            let unsubscribe = format!("<presence type='unsubscribe' to='{j}'/>");
+            v.world.element(v.orchard, &unsubscribe).unwrap();
+            v.asks();
+            v.world.expect(
+                balcony,
+                &[
+                    &format!("<presence type='unsubscribe' from='{r}' to='{j}'/>"),
+                    &v.push_back("subscription='none'"),
+                    &v.request(),
+                ],
+            );
+            let got = v.world.take(v.orchard);
+            let gone = format!("<presence type='unavailable' from='{j}/balcony' to='{r}'/>");
+            assert!(
+                got.iter().any(|s| crate::xmpp::testing::matches(&gone, s)),
+                "{got:?}"
+            );
+            assert!(v.record(&r).roster[0].ask);
+            v.world
+                .send(balcony, &format!("<presence type='subscribed' to='{r}'/>"));
+            assert_eq!(v.record(&r).roster[0].subscription, Subscription::To);
+        }
+    }
+
+    #[test]
+    fn a_pre_approved_request_is_answered_by_the_server_even_for_who_is_offline() {
+        for shard in [0, 1] {
+            let mut v = verona(shard, |_| {});
+            let balcony = v.balcony();
+            let (r, j) = (v.romeo.clone(), v.juliet.clone());
+            v.world
+                .send(balcony, &format!("<presence type='subscribed' to='{r}'/>"));
+            v.world.expect(
+                balcony,
+                &[&v.push_back("subscription='none' approved='true'")],
+            );
+            v.world.expect(v.orchard, &[]);
+            v.world.logout(balcony);
+            v.asks();
+            v.world.expect(
+                v.orchard,
+                &[
+                    &v.push("subscription='none' ask='subscribe'"),
+                    &format!("<presence type='subscribed' id='q' from='{j}' to='{r}'/>"),
+                    &v.push("subscription='to'"),
+                ],
+            );
+            let item = &v.record(&j).roster[0];
+            assert_eq!(
+                (item.subscription, item.approved),
+                (Subscription::From, false)
+            );
+        }
+    }
+
+    #[test]
+    fn a_pre_approval_can_be_taken_back() {
+        let mut v = verona(1, |_| {});
+        let balcony = v.balcony();
+        let r = v.romeo.clone();
+        v.world
+            .send(balcony, &format!("<presence type='subscribed' to='{r}'/>"));
+        v.world.send(
+            balcony,
+            &format!("<presence type='unsubscribed' to='{r}'/>"),
+        );
+        let got = v.world.take(balcony);
+        assert!(got.len() == 2 && !got[1].contains("approved"), "{got:?}");
+        v.asks();
+        v.world.expect(balcony, &[&v.request()]);
+    }
+
+    #[test]
+    fn nobody_is_subscribed_to_who_does_not_exist_or_is_elsewhere_or_to_oneself() {
+        let mut v = verona(0, |_| {});
+        let r = v.romeo.clone();
+        v.world.send(
+            v.orchard,
+            "<presence type='subscribe' to='nobody@localhost'/>",
+        );
+        let got = v.world.take(v.orchard);
+        let end = format!("<presence type='unsubscribed' from='nobody@localhost' to='{r}'/>");
+        // answered at once where the account is known to be missing, after the load otherwise
+        assert!(
+            got.iter().any(|s| crate::xmpp::testing::matches(&end, s)),
+            "{got:?}"
+        );
+        assert!(!v.record(&r).roster[0].ask);
+        for (to, condition) in [
+            ("a@elsewhere.example", "remote-server-not-found"),
+            ("localhost", "service-unavailable"),
+            (&*r, "not-allowed"),
+            ("@x", "jid-malformed"),
+        ] {
+            v.world.send(
+                v.orchard,
+                &format!("<presence type='subscribe' id='7' to='{to}'/>"),
+            );
+            let got = v.world.take(v.orchard);
+            assert!(
+                got.len() == 1 && got[0].contains(condition),
+                "{to}: {got:?}"
+            );
+            assert!(got[0].contains("id='7'"));
+        }
+        assert_eq!(v.record(&r).roster.len(), 1);
+        v.world.send(v.orchard, "<presence type='subscribe'/>");
+        assert!(v.world.take(v.orchard)[0].contains("bad-request"));
+    }
+
+    #[test]
+    fn limits_are_errors() {
+        let mut v = verona(1, |limits| {
+            limits.roster_items_max = 1;
+            limits.subscription_requests_max = 0;
+        });
+        let j = v.juliet.clone();
+        v.asks();
+        let got = v.world.take(v.orchard);
+        assert!(
+            got.iter()
+                .any(|s| s.contains("resource-constraint") && s.contains("type='error'")),
+            "{got:?}"
+        );
+        assert!(v.record(&j).requests.is_empty());
+        v.world.send(
+            v.orchard,
+            "<presence type='subscribe' to='other@localhost'/>",
+        );
+        assert!(v.world.take(v.orchard)[0].contains("the roster is full"));
+        let big = "x".repeat(REQUEST_BYTES_MAX);
+        let mut v = verona(1, |_| {});
+        v.world.send(
+            v.orchard,
+            &format!("<presence type='subscribe' to='{j}'><status>{big}</status></presence>"),
+        );
+        let got = v.world.take(v.orchard);
+        assert!(
+            got.iter().any(|s| s.contains("policy-violation")),
+            "{:?}",
+            got.len()
+        );
+        assert!(v.record(&j).requests.is_empty());
+    }
+
+    #[test]
+    fn a_change_is_told_when_it_is_durable_and_acknowledged_when_both_sides_are() {
+        for shard in [0, 1] {
+            let mut v = verona(shard, |_| {});
+            let balcony = v.balcony();
+            v.world.send(v.orchard, "<enable xmlns='urn:xmpp:sm:3'/>");
+            v.world.take(v.orchard);
+            v.world.tier.held = true;
+            v.asks();
+            v.world.expect(v.orchard, &[]);
+            v.world.expect(balcony, &[]);
+            assert_eq!(v.world.session(v.orchard).accept.h(), 0);
+            v.world.release();
+            assert_eq!(v.world.session(v.orchard).accept.h(), 1);
+            assert_eq!(v.record(&v.juliet).requests.len(), 1);
+        }
+    }
+
+    #[test]
+    fn a_change_that_cannot_be_stored_is_an_error_and_no_change() {
+        let mut v = verona(1, |_| {});
+        v.world.tier.broken = true;
+        v.asks();
+        let got = v.world.take(v.orchard);
+        assert!(
+            got.len() == 1 && got[0].contains("internal-server-error"),
+            "{got:?}"
+        );
+        let name = v.romeo.split('@').next().unwrap().to_owned();
+        assert!(v.world.user(&name).record.get().roster.is_empty());
+    }
+
+    #[test]
+    fn a_removed_account_leaves_no_subscription_behind() {
+        let mut v = verona(1, |_| {});
+        let balcony = v.balcony();
+        let r = v.romeo.clone();
+        v.asks();
+        v.world
+            .send(balcony, &format!("<presence type='subscribed' to='{r}'/>"));
+        v.world
+            .send(balcony, &format!("<presence type='subscribe' to='{r}'/>"));
+        let name = v.juliet.split('@').next().unwrap().to_owned();
+        dissolve_all(v.world.slice_of(&name), &name);
+        v.world.run();
+        assert_eq!(v.record(&r).roster[0].subscription, Subscription::None);
+        assert!(v.record(&r).requests.is_empty());
+    }
+}
