@@ -279,7 +279,7 @@ impl Builder {
             .map_or(outer_default, |(_, ns)| ns)
             .to_owned();
         let mut attrs: Vec<(QName<'_>, Attr<'_>)> = Vec::new();
-        while let Some((name, attr)) = tag.next().ok()? {
+        while let Some((name, attr, _)) = tag.next().ok()? {
             if name.full == "xmlns" {
                 default = unescape_attr(attr.raw).ok()?.into_owned();
             } else if name.prefix() == Some("xmlns") {

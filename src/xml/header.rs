@@ -4,14 +4,9 @@
 //! namespaces it declares, by which every stanza of the stream is read.
 //! Promise: what passes is a well-formed UTF-8 header of an XMPP stream, or the error says which stream error to send.
 
-use std::borrow::Cow;
-
-use smallvec::SmallVec;
-
-use super::escape::unescape_attr;
-use super::tag::{Attr, QName, TagReader};
-use super::view::{check_chars, check_declaration, check_unique};
-use super::{NS_CLIENT, NS_STREAMS, NS_XML, XmlError};
+use super::tag::{QName, TagReader};
+use super::view::{DUPLICATE, check_chars, check_declaration, value};
+use super::{NS_CLIENT, NS_STREAMS, XmlError};
 
 /// Attributes of a stream header, declarations included: a fixed bound, since each stanza looks at the declarations.
 const ATTRIBUTES_MAX: usize = 32;
@@ -92,39 +87,43 @@ impl StreamHeader {
             tag = rest.trim_start_matches(SPACE);
         }
         let (name, mut reader) = TagReader::open(tag)?;
-        let mut attrs: SmallVec<[(QName<'_>, Attr<'_>); 8]> = SmallVec::new();
+        let mut attrs: Vec<(QName<'_>, String)> = Vec::new();
         let mut ns = StreamNs::default();
         let mut prefixes = Vec::new();
-        while let Some((name, attr)) = reader.next()? {
+        while let Some((name, attr, plain)) = reader.next()? {
             if attrs.len() == ATTRIBUTES_MAX {
                 return Err(XmlError::TooBig("attributes of the stream header").into());
             }
-            check_declaration(name, attr.raw)?;
-            match (name.prefix(), name.full) {
-                (None, "xmlns") => ns.default = unescape_attr(attr.raw)?.into(),
-                (Some("xmlns"), _) if name.local() != "xml" => {
-                    prefixes.push((name.local().into(), unescape_attr(attr.raw)?.into()));
-                }
-                _ => {}
+            if attrs.iter().any(|(n, _)| n.full == name.full) {
+                return Err(DUPLICATE.into());
             }
-            attrs.push((name, attr));
+            let value = value(attr.raw, plain)?.into_owned();
+            if name.full == "xmlns" {
+                check_declaration("", &value)?;
+                ns.default = value.as_str().into();
+            } else if name.prefix() == Some("xmlns") {
+                check_declaration(name.local(), &value)?;
+                if name.local() != "xml" {
+                    prefixes.push((name.local().into(), value.as_str().into()));
+                }
+            }
+            attrs.push((name, value));
         }
         ns.prefixes = prefixes.into();
-        let resolve = |prefix: &str| match prefix {
-            "xml" => Ok(Cow::Borrowed(NS_XML)),
-            // Declarations differ in their local names or are duplicates: any namespace of their own will do.
-            "xmlns" => Ok(Cow::Borrowed(super::NS_XMLNS)),
-            _ => ns
-                .resolve(prefix)
-                .map(Cow::Borrowed)
-                .ok_or(XmlError::BadPrefix),
-        };
-        for prefix in attrs.iter().filter_map(|(name, _)| name.prefix()) {
-            resolve(prefix)?;
+        let resolve = |prefix: &str| ns.resolve(prefix).ok_or(XmlError::BadPrefix);
+        let mut expanded: Vec<(&str, &str)> = Vec::new();
+        for (name, _) in &attrs {
+            let Some(prefix) = name.prefix().filter(|p| !matches!(*p, "xml" | "xmlns")) else {
+                continue;
+            };
+            let attr = (resolve(prefix)?, name.local());
+            if expanded.contains(&attr) {
+                return Err(DUPLICATE.into());
+            }
+            expanded.push(attr);
         }
-        check_unique(&attrs, resolve)?;
         let root = match name.prefix() {
-            None => Cow::Borrowed(&*ns.default),
+            None => &*ns.default,
             Some(prefix) => resolve(prefix)?,
         };
         if root != NS_STREAMS {
@@ -136,16 +135,17 @@ impl StreamHeader {
         if reader.empty {
             return Err(XmlError::BadFormat("empty stream").into());
         }
-        let get = |key: &str| -> Result<Option<String>, XmlError> {
-            let attr = attrs.iter().find(|(name, _)| name.full == key);
-            attr.map(|(_, attr)| unescape_attr(attr.raw).map(Cow::into_owned))
-                .transpose()
+        let get = |key: &str| {
+            attrs
+                .iter()
+                .find(|(name, _)| name.full == key)
+                .map(|(_, value)| value.clone())
         };
         Ok(Self {
-            to: get("to")?,
-            from: get("from")?,
-            version: get("version")?,
-            lang: get("xml:lang")?,
+            to: get("to"),
+            from: get("from"),
+            version: get("version"),
+            lang: get("xml:lang"),
             ns,
         })
     }
@@ -160,7 +160,7 @@ fn check_xml_declaration(text: &str) -> Result<(), XmlError> {
     let tag = format!("<xml{text}>");
     let (_, mut reader) = TagReader::open(&tag)?;
     let mut expected: &[&str] = &["version", "encoding", "standalone"];
-    while let Some((name, attr)) = reader.next()? {
+    while let Some((name, attr, _)) = reader.next()? {
         let place = expected.iter().position(|e| *e == name.full).ok_or(BAD)?;
         let version_is_missing = place > 0 && expected[0] == "version";
         if version_is_missing {

@@ -4,9 +4,7 @@
 //! Promise: what passes obeys XML 1.0 productions 40, 41, 44 and Namespaces in XML productions 7 to 15: names, white space
 //! between attributes, quotes, no `<` in values, no broken references. Prefixes are resolved by the caller.
 
-use memchr::memchr3;
-
-use super::names::{CLASS, COLON, HIGH, PART, START, continues_name, starts_name};
+use super::names::{CLASS, HIGH, PART, START, continues_name, starts_name};
 use super::{XmlError, escape, is_space};
 
 /// One attribute as it was written.
@@ -72,19 +70,20 @@ impl<'a> TagReader<'a> {
         Ok((name, reader))
     }
 
-    /// The next attribute, `xmlns` declarations included; None at the tag's end.
+    /// The next attribute, `xmlns` declarations included; None at the tag's end. The flag says that the value is plain: what
+    /// is written is what is meant.
     #[inline]
-    pub fn next(&mut self) -> Result<Option<(QName<'a>, Attr<'a>)>, XmlError> {
+    pub fn next(&mut self) -> Result<Option<(QName<'a>, Attr<'a>, bool)>, XmlError> {
         let bytes = self.text.as_bytes();
-        if self.at == bytes.len() {
-            return Ok(None);
+        match bytes.get(self.at) {
+            None => return Ok(None),
+            Some(&b) if is_space(b) => self.skip_space(),
+            Some(_) => {
+                return Err(XmlError::NotWellFormed(
+                    "no white space before an attribute",
+                ));
+            }
         }
-        if !is_space(bytes[self.at]) {
-            return Err(XmlError::NotWellFormed(
-                "no white space before an attribute",
-            ));
-        }
-        self.skip_space();
         if self.at == bytes.len() {
             return Ok(None);
         }
@@ -101,15 +100,21 @@ impl<'a> TagReader<'a> {
         };
         let start = self.at + 1;
         let mut at = start;
+        let mut plain = true;
         loop {
-            match memchr3(quote, b'<', b'&', &bytes[at..]) {
+            match bytes.get(at) {
                 None => return Err(XmlError::NotWellFormed("attribute value without an end")),
-                Some(n) => at += n,
-            }
-            match bytes[at] {
-                b'<' => return Err(XmlError::NotWellFormed("'<' in an attribute value")),
-                b'&' => at += escape::reference(&bytes[at..])?.1,
-                _ => break,
+                Some(&b) if !VALUE_STOP[usize::from(b)] => at += 1,
+                Some(&b) if b == quote => break,
+                Some(b'<') => return Err(XmlError::NotWellFormed("'<' in an attribute value")),
+                Some(b'&') => {
+                    plain = false;
+                    at += escape::reference(&bytes[at..])?.1;
+                }
+                Some(&b) => {
+                    plain &= !is_space(b);
+                    at += 1;
+                }
             }
         }
         self.at = at + 1;
@@ -121,6 +126,7 @@ impl<'a> TagReader<'a> {
                 raw,
                 quote,
             },
+            plain,
         )))
     }
 
@@ -135,52 +141,61 @@ impl<'a> TagReader<'a> {
     /// A name with at most one colon, both sides being names in themselves (Namespaces in XML, production 7).
     #[inline]
     fn name(&mut self) -> Result<QName<'a>, XmlError> {
-        const BAD: XmlError = XmlError::NotWellFormed("name");
-        let bytes = self.text.as_bytes();
         let start = self.at;
-        let mut at = start;
+        let mut end = self.ncname(start)?;
         let mut prefix_len = 0;
-        let mut fresh = true; // at the first character of the prefix or of the local name
-        while let Some(&b) = bytes.get(at) {
-            let class = CLASS[usize::from(b)];
-            if class & PART != 0 {
-                if fresh && class & START == 0 {
-                    return Err(BAD);
-                }
-                fresh = false;
-                at += 1;
-            } else if class & COLON != 0 {
-                if fresh || prefix_len != 0 {
-                    return Err(BAD);
-                }
-                prefix_len = at - start;
-                fresh = true;
-                at += 1;
-            } else if class & HIGH != 0 {
-                let c = self.text[at..]
-                    .chars()
-                    .next()
-                    .expect("at is before the end");
-                if !(if fresh {
-                    starts_name(c)
-                } else {
-                    continues_name(c)
-                }) {
-                    return Err(BAD);
-                }
-                fresh = false;
-                at += c.len_utf8();
-            } else {
-                break;
-            }
+        if self.text.as_bytes().get(end) == Some(&b':') {
+            prefix_len = end - start;
+            end = self.ncname(end + 1)?;
         }
-        if fresh {
-            return Err(BAD);
-        }
-        self.at = at;
+        self.at = end;
         Ok(QName {
-            full: &self.text[start..at],
+            full: &self.text[start..end],
             prefix_len,
         })
     }
+
+    /// The end of the name without colons that begins at `start`.
+    #[inline]
+    fn ncname(&self, start: usize) -> Result<usize, XmlError> {
+        const BAD: XmlError = XmlError::NotWellFormed("name");
+        let bytes = self.text.as_bytes();
+        let class = |at: usize| bytes.get(at).map_or(0, |b| CLASS[usize::from(*b)]);
+        let mut at = start;
+        if class(at) & (START | HIGH) == 0 {
+            return Err(BAD);
+        }
+        loop {
+            while class(at) & PART != 0 {
+                at += 1;
+            }
+            if class(at) & HIGH == 0 {
+                return Ok(at);
+            }
+            let c = self.text[at..]
+                .chars()
+                .next()
+                .expect("class() saw a byte there");
+            if !(if at == start {
+                starts_name(c)
+            } else {
+                continues_name(c)
+            }) {
+                return Err(BAD);
+            }
+            at += c.len_utf8();
+        }
+    }
 }
+
+/// Bytes of an attribute value that want a look.
+static VALUE_STOP: [bool; 256] = {
+    let mut table = [false; 256];
+    let stops = b"\"'<&\t\n\r";
+    let mut n = 0;
+    while n < stops.len() {
+        table[stops[n] as usize] = true;
+        n += 1;
+    }
+    table
+};

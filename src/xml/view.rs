@@ -17,7 +17,7 @@ use super::dom::Element;
 use super::escape::{check_references, unescape, unescape_attr};
 use super::framer::Limits;
 use super::header::StreamNs;
-use super::tag::{Attr, QName, TagReader};
+use super::tag::{Attr, TagReader};
 use super::{NS_CLIENT, NS_SERVER, NS_STREAMS, NS_XML, NS_XMLNS, XmlError, is_space};
 
 /// Prefix declarations in force at one place of a stanza: a bound on the work per name.
@@ -63,9 +63,19 @@ impl<'a> View<'a> {
         if raw.as_bytes().first() != Some(&b'<') {
             return Err(XmlError::NotWellFormed("an element begins with '<'"));
         }
-        let mut check = Check::new(raw, stream, limits);
-        check.run()?;
-        Ok(check.view)
+        let mut view = View {
+            raw,
+            name: "",
+            ns: Cow::Borrowed(""),
+            inner: "",
+            attrs: SmallVec::new(),
+            children: SmallVec::new(),
+            standalone: true,
+            outer_default: intern(&stream.default),
+            outer_prefixes: Vec::new(),
+        };
+        Check::new(&mut view, stream, limits).run()?;
+        Ok(view)
     }
 
     /// The whole element.
@@ -127,8 +137,8 @@ impl<'a> Child<'a> {
     /// The value of an attribute without prefix, or of `xml:lang` by that name; unescaped.
     pub fn attr(&self, name: &str) -> Option<Cow<'a, str>> {
         let (_, mut tag) = TagReader::open(&self.raw[..self.tag_len]).ok()?;
-        while let Ok(Some((qname, attr))) = tag.next() {
-            if qname.full == name {
+        while let Ok(Some((_, attr, _))) = tag.next() {
+            if attr.name == name {
                 return unescape_attr(attr.raw).ok();
             }
         }
@@ -163,7 +173,7 @@ fn inner_of(raw: &str, tag_len: usize) -> &str {
 /// A prefix declared by an element that is still open.
 struct Declared<'a> {
     prefix: &'a str,
-    raw: &'a str,
+    ns: Cow<'a, str>,
     depth: usize,
 }
 
@@ -171,8 +181,8 @@ struct Declared<'a> {
 struct Check<'a, 's> {
     stream: &'s StreamNs,
     limits: &'s Limits,
-    view: View<'a>,
-    /// Default namespace at the stanza's inner, escaped; None if the stanza does not declare one.
+    view: &'s mut View<'a>,
+    /// Default namespace at the stanza's inner.
     inner_default: Cow<'a, str>,
     /// Names of open elements.
     open: SmallVec<[&'a str; 8]>,
@@ -182,23 +192,12 @@ struct Check<'a, 's> {
 }
 
 impl<'a, 's> Check<'a, 's> {
-    fn new(raw: &'a str, stream: &'s StreamNs, limits: &'s Limits) -> Self {
-        let outer_default = intern(&stream.default);
+    fn new(view: &'s mut View<'a>, stream: &'s StreamNs, limits: &'s Limits) -> Self {
         Self {
             stream,
             limits,
-            inner_default: outer_default.clone(),
-            view: View {
-                raw,
-                name: "",
-                ns: Cow::Borrowed(""),
-                inner: "",
-                attrs: SmallVec::new(),
-                children: SmallVec::new(),
-                standalone: true,
-                outer_default,
-                outer_prefixes: Vec::new(),
-            },
+            inner_default: view.outer_default.clone(),
+            view,
             open: SmallVec::new(),
             declared: SmallVec::new(),
             child_start: 0,
@@ -259,53 +258,46 @@ impl<'a, 's> Check<'a, 's> {
         if depth > usize::from(self.limits.depth_max) {
             return Err(XmlError::TooBig("depth"));
         }
-        let (name, mut tag) = TagReader::open(&self.view.raw[start..end])?;
+        let text = &self.view.raw[start..end];
+        let (name, mut tag) = TagReader::open(text)?;
         if tag.empty != empty {
             return Err(XmlError::NotWellFormed("tag"));
         }
-        let mut attrs: SmallVec<[(QName<'a>, Attr<'a>); 6]> = SmallVec::new();
+        let mut names: SmallVec<[&'a str; 8]> = SmallVec::new();
         let mut count = 0;
         let mut default = None;
-        while let Some((name, attr)) = tag.next()? {
+        let mut prefixed = false;
+        while let Some((name, attr, plain)) = tag.next()? {
             count += 1;
             if count > self.limits.attributes_max {
                 return Err(XmlError::TooBig("attributes"));
             }
             if name.full == "xmlns" {
-                check_declaration(name, attr.raw)?;
-                if default.replace(attr.raw).is_some() {
+                let ns = value(attr.raw, plain)?;
+                check_declaration("", &ns)?;
+                if default.replace(ns).is_some() {
                     return Err(DUPLICATE);
                 }
-            } else if name.prefix() == Some("xmlns") {
-                check_declaration(name, attr.raw)?;
-                let prefix = name.local();
-                if self
-                    .declared
-                    .iter()
-                    .any(|d| d.depth == depth && d.prefix == prefix)
-                {
-                    return Err(DUPLICATE);
+                continue;
+            }
+            match name.prefix() {
+                None | Some("xml") => {}
+                Some("xmlns") => {
+                    self.declare(name.local(), value(attr.raw, plain)?, depth)?;
+                    continue;
                 }
-                if self.declared.len() == PREFIXES_MAX {
-                    return Err(XmlError::TooBig("namespace declarations"));
-                }
-                self.declared.push(Declared {
-                    prefix,
-                    raw: attr.raw,
-                    depth,
-                });
-            } else {
-                attrs.push((name, attr));
+                Some(_) => prefixed = true,
+            }
+            if names.contains(&name.full) {
+                return Err(DUPLICATE);
+            }
+            names.push(name.full);
+            if depth == 1 {
+                self.view.attrs.push(attr);
             }
         }
-        for (name, _) in &attrs {
-            if let Some(prefix) = name.prefix() {
-                self.resolve(prefix, depth)?;
-            }
-        }
-        if attrs.len() > 1 {
-            let this = &*self;
-            check_unique(&attrs, |prefix| this.lookup(prefix).map(|(ns, _)| ns))?;
+        if prefixed {
+            self.prefixed_attributes(&names, depth)?;
         }
         let ns = match name.prefix() {
             Some(prefix) => Some(self.resolve(prefix, depth)?),
@@ -313,31 +305,22 @@ impl<'a, 's> Check<'a, 's> {
         };
         match depth {
             1 => {
-                if let Some(raw) = default {
-                    self.inner_default = unescape_attr(raw)?;
+                if let Some(default) = default {
+                    self.inner_default = default;
                 }
-                let prefixed = |n: &QName<'_>| n.prefix().is_some_and(|p| p != "xml");
-                if ns.is_some()
-                    || self.inner_default != NS_CLIENT
-                    || attrs.iter().any(|(n, _)| prefixed(n))
-                {
+                if prefixed || ns.is_some() || self.inner_default != NS_CLIENT {
                     self.view.standalone = false;
                 }
                 self.view.name = name.local();
                 self.view.ns = ns.unwrap_or_else(|| self.inner_default.clone());
-                self.view.attrs.extend(attrs.iter().map(|(_, attr)| *attr));
             }
             2 => {
-                let ns = match (ns, default) {
-                    (Some(ns), _) => ns,
-                    (None, Some(raw)) => unescape_attr(raw)?,
-                    (None, None) => self.inner_default.clone(),
-                };
                 self.child_start = start;
+                let ns = ns.or(default).unwrap_or_else(|| self.inner_default.clone());
                 self.view.children.push(Child {
                     name: name.local(),
                     ns,
-                    raw: &self.view.raw[start..end],
+                    raw: text,
                     tag_len: end - start,
                 });
             }
@@ -347,6 +330,39 @@ impl<'a, 's> Check<'a, 's> {
             self.leave(depth);
         } else {
             self.open.push(name.full);
+        }
+        Ok(())
+    }
+
+    /// Takes note of `xmlns:prefix='ns'`.
+    fn declare(&mut self, prefix: &'a str, ns: Cow<'a, str>, depth: usize) -> Result<(), XmlError> {
+        check_declaration(prefix, &ns)?;
+        if self
+            .declared
+            .iter()
+            .any(|d| d.depth == depth && d.prefix == prefix)
+        {
+            return Err(DUPLICATE);
+        }
+        if self.declared.len() == PREFIXES_MAX {
+            return Err(XmlError::TooBig("namespace declarations"));
+        }
+        self.declared.push(Declared { prefix, ns, depth });
+        Ok(())
+    }
+
+    /// Their prefixes are declared, and no two are the same by namespace and local name (Namespaces in XML §6.3).
+    #[cold]
+    fn prefixed_attributes(&mut self, names: &[&'a str], depth: usize) -> Result<(), XmlError> {
+        let mut expanded: SmallVec<[(Cow<'a, str>, &'a str); 8]> = SmallVec::new();
+        for name in names {
+            if let Some((prefix, local)) = name.split_once(':') {
+                let ns = self.resolve(prefix, depth)?;
+                if expanded.iter().any(|(n, l)| *l == local && *n == ns) {
+                    return Err(DUPLICATE);
+                }
+                expanded.push((ns, local));
+            }
         }
         Ok(())
     }
@@ -402,14 +418,14 @@ impl<'a, 's> Check<'a, 's> {
             return Ok((Cow::Borrowed(NS_XML), None));
         }
         if let Some(d) = self.declared.iter().rev().find(|d| d.prefix == prefix) {
-            return Ok((unescape_attr(d.raw)?, Some(d.depth)));
+            return Ok((d.ns.clone(), Some(d.depth)));
         }
         let ns = self.stream.resolve(prefix).ok_or(XmlError::BadPrefix)?;
         Ok((intern(ns), Some(0)))
     }
 }
 
-const DUPLICATE: XmlError = XmlError::NotWellFormed("attribute given twice");
+pub(super) const DUPLICATE: XmlError = XmlError::NotWellFormed("attribute given twice");
 
 /// The element ended at `end`; nothing may follow.
 fn at_end(raw: &str, end: usize) -> Result<(), XmlError> {
@@ -440,55 +456,42 @@ fn tokenizer_error(error: quick_xml::Error) -> XmlError {
 /// Only characters that XML 1.0 allows (production 2)? Surrogates cannot occur in a `str`.
 pub(super) fn check_chars(text: &str) -> Result<(), XmlError> {
     let bytes = text.as_bytes();
-    let control = bytes.iter().fold(false, |bad, &b| {
-        bad | (b < 0x20 && !matches!(b, b'\t' | b'\n' | b'\r'))
+    // One pass without branches, which the compiler turns into vector code.
+    let (control, high) = bytes.iter().fold((false, 0), |(control, high), &b| {
+        (
+            control | ((b < 0x20) & (b != b'\t') & (b != b'\n') & (b != b'\r')),
+            high | b,
+        )
     });
     // U+FFFE and U+FFFF are EF BF BE and EF BF BF.
     let noncharacter =
         || memchr_iter(0xEF, bytes).any(|at| matches!(bytes[at..], [_, 0xBF, 0xBE | 0xBF, ..]));
-    if control || (!text.is_ascii() && noncharacter()) {
+    if control || (high >= 0x80 && noncharacter()) {
         return Err(XmlError::NotWellFormed("forbidden character"));
     }
     Ok(())
 }
 
-/// A namespace declaration must leave `xml` and `xmlns` alone and must not undeclare a prefix (Namespaces in XML §2.2, §3).
-/// Attributes that declare nothing pass.
-pub(super) fn check_declaration(name: QName<'_>, raw: &str) -> Result<(), XmlError> {
-    const RESERVED: XmlError =
-        XmlError::NotWellFormed("reserved prefix or namespace in a declaration");
-    let prefix = match name.prefix() {
-        None if name.full == "xmlns" => "",
-        Some("xmlns") => name.local(),
-        _ => return Ok(()),
-    };
-    let ns = unescape_attr(raw)?;
+/// What an attribute's value means. `plain` is what the tag reader said of it.
+#[inline]
+pub(super) fn value(raw: &str, plain: bool) -> Result<Cow<'_, str>, XmlError> {
+    if plain {
+        Ok(Cow::Borrowed(raw))
+    } else {
+        unescape_attr(raw)
+    }
+}
+
+/// A declaration (of the default namespace, if `prefix` is empty) must leave `xml` and `xmlns` alone and must not undeclare a
+/// prefix (Namespaces in XML §2.2, §3).
+pub(super) fn check_declaration(prefix: &str, ns: &str) -> Result<(), XmlError> {
     if prefix == "xmlns" || ns == NS_XMLNS || (prefix == "xml") != (ns == NS_XML) {
-        return Err(RESERVED);
+        return Err(XmlError::NotWellFormed(
+            "reserved prefix or namespace in a declaration",
+        ));
     }
     if ns.is_empty() && !prefix.is_empty() {
         return Err(XmlError::NotWellFormed("prefix declared as no namespace"));
-    }
-    Ok(())
-}
-
-/// No name twice, neither as written nor as namespace and local name (Namespaces in XML §6.3).
-pub(super) fn check_unique<'n>(
-    attrs: &[(QName<'_>, Attr<'_>)],
-    resolve: impl Fn(&str) -> Result<Cow<'n, str>, XmlError>,
-) -> Result<(), XmlError> {
-    for (n, (a, _)) in attrs.iter().enumerate() {
-        for (b, _) in &attrs[..n] {
-            if a.full == b.full {
-                return Err(DUPLICATE);
-            }
-            if let (Some(p), Some(q)) = (a.prefix(), b.prefix())
-                && a.local() == b.local()
-                && resolve(p)? == resolve(q)?
-            {
-                return Err(DUPLICATE);
-            }
-        }
     }
     Ok(())
 }

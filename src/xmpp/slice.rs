@@ -105,11 +105,20 @@ pub struct User {
 /// What the slice's table holds under a name.
 pub enum Slot {
     /// Asked for; what came meanwhile waits in order.
-    Loading { queue: Vec<Waiting>, bytes: usize },
+    Loading { queue: Vec<Queued>, bytes: usize },
     /// No such user; remembered like a user, so that the two cost the same.
     Missing,
     Present(Box<User>),
 }
+
+/// What waits for a user to be loaded.
+pub enum Queued {
+    Stanza(Waiting),
+    Call(Call),
+}
+
+/// Runs when a user is known: present or missing (or, when the tier cannot say, neither).
+pub type Call = Box<dyn FnOnce(&mut Slice)>;
 
 /// A stanza that waits for its recipient to be loaded.
 pub struct Waiting {
@@ -644,13 +653,13 @@ impl Slice {
         self.want(name);
         if let Some(Slot::Loading { queue, bytes }) = self.users.get_mut(name) {
             *bytes += stanza.len();
-            queue.push(Waiting {
+            queue.push(Queued::Stanza(Waiting {
                 to: to.clone().into_owned(),
                 from: from.into(),
                 stanza: stanza.into(),
                 meta,
                 receipt,
-            });
+            }));
         }
         Fate::Open
     }
@@ -768,20 +777,39 @@ impl Slice {
     fn load_failed(&mut self, name: &str) {
         self.users.unpin(name);
         let Some(Slot::Loading { queue, .. }) = self.users.remove(name) else { return };
-        for w in queue {
-            self.bounce(&w.to, &w.from, &w.stanza, w.meta, &StanzaError::RESOURCE_CONSTRAINT);
-            if let Some(receipt) = w.receipt {
-                self.settle(receipt);
+        for waiting in queue {
+            match waiting {
+                Queued::Call(call) => call(self),
+                Queued::Stanza(w) => {
+                    self.bounce(&w.to, &w.from, &w.stanza, w.meta, &StanzaError::RESOURCE_CONSTRAINT);
+                    if let Some(receipt) = w.receipt {
+                        self.settle(receipt);
+                    }
+                }
             }
         }
         self.fx.loaded.push(name.into());
     }
 
-    fn run_queue(&mut self, queue: Vec<Waiting>) {
-        for w in queue {
-            let fate = self.deliver(&w.to, &w.from, &w.stanza, w.meta, w.receipt);
-            if let (Fate::Decided, Some(receipt)) = (fate, w.receipt) {
-                self.settle(receipt);
+    /// Runs `call` when the user is known, in order with what else waits for him.
+    pub fn when_known(&mut self, name: &str, call: Call) {
+        if self.want(name) {
+            call(self);
+        } else if let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) {
+            queue.push(Queued::Call(call));
+        }
+    }
+
+    fn run_queue(&mut self, queue: Vec<Queued>) {
+        for waiting in queue {
+            match waiting {
+                Queued::Call(call) => call(self),
+                Queued::Stanza(w) => {
+                    let fate = self.deliver(&w.to, &w.from, &w.stanza, w.meta, w.receipt);
+                    if let (Fate::Decided, Some(receipt)) = (fate, w.receipt) {
+                        self.settle(receipt);
+                    }
+                }
             }
         }
     }
