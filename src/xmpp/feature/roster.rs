@@ -257,6 +257,13 @@ fn removal_query(contact: &str, ver: u64) -> Vec<u8> {
     out
 }
 
+/// Tells the interested resources of the user how a contact stands now.
+pub fn push_item(slice: &mut Slice, user: &str, contact: &str) {
+    let Some(item) = item(slice, user, contact) else { return };
+    let ver = slice.user(user).map_or(0, |u| u.record.get().roster_version.to_native());
+    push(slice, user, &push_query(&item, ver));
+}
+
 /// Sends a push to all interested resources of the user.
 pub fn push(slice: &mut Slice, user: &str, query: &[u8]) {
     for sid in slice.sessions_of(user) {
