@@ -162,6 +162,7 @@ impl World {
             link: link as u64,
             lang: None,
             stream_ns: Rc::new(StreamNs::client()),
+            tls: false,
             peer: "127.0.0.1".into(),
         };
         let sid = bind(&mut self.slices[shard], arrival).unwrap();

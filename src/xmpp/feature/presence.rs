@@ -21,7 +21,7 @@ use crate::xmpp::jid::Jid;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::{Presence, Session, SessionId};
-use crate::xmpp::slice::{Fate, Slice, Slot};
+use crate::xmpp::slice::{Fate, Slice, Slot, User};
 
 pub static FEATURE: Feature = Feature {
     name: "Presence",
@@ -298,6 +298,7 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
     let blocks = !record.blocked.is_empty();
     for item in record.roster.iter() {
         let subscription = item.subscription();
+        // without a probe nobody gives
         let group = match (subscription.from(), probe && subscription.to()) {
             (true, false) => GETS,
             (true, true) => BOTH,
@@ -350,17 +351,16 @@ fn broadcast_here(
     stanza: &[u8],
     meta: Meta,
 ) {
+    let Ok(from) = Jid::parse(from) else {
+        return;
+    };
     for place in places {
         let name = text_of(place, names);
         if place.key & 3 != GIVES {
-            broadcast_in(slice, name, from, stanza, meta);
+            tell(slice, name, &from, stanza, meta);
         }
-    }
-    let gets = places.partition_point(|p| p.key & 3 == GETS);
-    for place in &places[gets..] {
-        let probed = meta.kind == Kind::Available;
-        if probed && place.key & 3 != GETS {
-            probe_in(slice, text_of(place, names), from);
+        if place.key & 3 != GETS {
+            asked(slice, name, &from);
         }
     }
 }
@@ -459,21 +459,26 @@ pub fn broadcast_in(slice: &mut Slice, names: &str, from: &str, stanza: &[u8], m
         return;
     };
     for name in names.lines() {
-        let Some(user) = slice.user(name).filter(|u| !u.sessions.is_empty()) else {
-            continue;
-        };
-        // the sender's side may lag behind: what counts is what the recipient's own roster says
-        let item = user.record.get().roster_item(from.bare());
-        if !item.is_some_and(|i| i.subscription().to()) {
-            continue;
-        }
-        let sessions = available_sessions(slice, name);
-        if !sessions.is_empty() && admit(slice, name, &from, meta) {
-            to_sessions(slice, &sessions, name, stanza, meta);
-        }
-        if meta.kind == Kind::Unavailable {
-            forget_directed(slice, name, &from);
-        }
+        tell(slice, name, &from, stanza, meta);
+    }
+}
+
+/// [`broadcast_in`] for one.
+fn tell(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: Meta) {
+    let Some(user) = slice.user(name).filter(|u| !u.sessions.is_empty()) else {
+        return;
+    };
+    // the sender's side may lag behind: what counts is what the recipient's own roster says
+    let item = user.record.get().roster_item(from.bare());
+    if !item.is_some_and(|i| i.subscription().to()) {
+        return;
+    }
+    let sessions = available_of(slice, user);
+    if !sessions.is_empty() && admit(slice, name, from, meta) {
+        to_sessions(slice, &sessions, name, stanza, meta);
+    }
+    if meta.kind == Kind::Unavailable {
+        forget_directed(slice, name, from);
     }
 }
 
@@ -484,26 +489,27 @@ pub fn probe_in(slice: &mut Slice, names: &str, from: &str) {
         return;
     };
     for name in names.lines() {
-        match slice.users.get(name) {
-            Some(Slot::Present(_)) => {}
-            Some(Slot::Missing) => {
-                if let Ok(to) = Jid::from_parts(Some(name), &slice.env.domain, None) {
-                    answer_unsubscribed(slice, &to, from.as_str());
-                }
-                continue;
-            }
-            _ => continue,
+        asked(slice, name, &from);
+    }
+}
+
+/// [`probe_in`] for one.
+fn asked(slice: &mut Slice, name: &str, from: &Jid<'_>) {
+    let sees = match slice.users.get(name) {
+        Some(Slot::Present(user)) => {
+            let item = user.record.get().roster_item(from.bare());
+            item.is_some_and(|i| i.subscription().from())
         }
-        if !admit(slice, name, &from, Meta::new(Kind::Probe)) {
-            continue;
-        }
-        if !sees(slice, name, from.bare()) {
-            if let Ok(to) = Jid::from_parts(Some(name), &slice.env.domain, None) {
-                refuse_probe(slice, &to, &from);
-            }
-            continue;
-        }
-        answer_probe(slice, name, &from);
+        Some(Slot::Missing) => false,
+        _ => return,
+    };
+    if !admit(slice, name, from, Meta::new(Kind::Probe)) {
+        return;
+    }
+    if sees {
+        answer_probe(slice, name, from);
+    } else if let Ok(to) = Jid::from_parts(Some(name), &slice.env.domain, None) {
+        refuse_probe(slice, &to, from);
     }
 }
 
@@ -668,7 +674,7 @@ fn mere(slice: &mut Slice, from: &str, to: &Jid<'_>, kind: Kind, id: Option<&str
 /// 4.3.2, rule 1. Who has asked for a subscription and waits for the answer gets none here: it would cancel the request.
 fn refuse_probe(slice: &mut Slice, to: &Jid<'_>, from: &Jid<'_>) {
     let name = to.local().expect("only users are routed to");
-    let asked = |u: &crate::xmpp::slice::User| u.record.get().request(from.bare()).is_some();
+    let asked = |u: &User| u.record.get().request(from.bare()).is_some();
     if !slice.user(name).is_some_and(asked) {
         answer_unsubscribed(slice, to, from.as_str());
     }
@@ -764,9 +770,15 @@ fn is_available(slice: &Slice, sid: SessionId) -> bool {
 }
 
 fn available_sessions(slice: &Slice, name: &str) -> SmallVec<[SessionId; 4]> {
-    let mut sessions = slice.sessions_of(name);
-    sessions.retain(|sid| is_available(slice, *sid));
-    sessions
+    slice
+        .user(name)
+        .map(|user| available_of(slice, user))
+        .unwrap_or_default()
+}
+
+fn available_of(slice: &Slice, user: &User) -> SmallVec<[SessionId; 4]> {
+    let all = user.sessions.iter().copied();
+    all.filter(|sid| is_available(slice, *sid)).collect()
 }
 
 /// The local part of a bare JID of this domain.
