@@ -323,14 +323,10 @@ impl Slice {
                     }
                 }
                 Item::Presence { from, stanza, meta, names } => {
-                    for name in batch.text(names).lines() {
-                        presence::broadcast_in(self, name, batch.text(from), batch.get(stanza), meta);
-                    }
+                    presence::broadcast_in(self, batch.text(names), batch.text(from), batch.get(stanza), meta);
                 }
                 Item::Probe { from, names } => {
-                    for name in batch.text(names).lines() {
-                        presence::probe_in(self, name, batch.text(from));
-                    }
+                    presence::probe_in(self, batch.text(names), batch.text(from));
                 }
                 Item::Settled(receipt) => self.settle(receipt),
             }

@@ -52,7 +52,7 @@ pub struct Feature {
     pub admit: Option<Admit>,
     /// A message was delivered to (or stored for) a user of this slice; the sessions that have got it.
     pub message_in: Option<MessageIn>,
-    /// A session sent its initial presence (RFC 6121 4.2), after the broadcast.
+    /// A session sent its initial presence (RFC 6121 4.2), or left negative priorities; after the broadcast.
     pub available: Option<fn(&mut Slice, SessionId)>,
     /// A session ended for good; it is out of the tables already.
     pub ended: Option<fn(&mut Slice, &mut Session)>,
