@@ -189,7 +189,6 @@ impl Negotiation {
         let mut text = String::from("<stream:features>");
         if self.user.is_some() {
             text.push_str(&format!("<bind xmlns='{NS_BIND}'/>"));
-            text.push_str("<session xmlns='urn:ietf:params:xml:ns:xmpp-session'><optional/></session>");
             for stream in FEATURES.iter().filter_map(|f| f.stream) {
                 text.push_str(&stream(env));
             }

@@ -232,6 +232,8 @@ pub struct Slice {
     /// The inbound stanza at work, when its session has stream management.
     pub current: Option<Receipt>,
     pub parked: usize,
+    /// Changes of private storage at work.
+    pub(super) private: feature::private::Changes,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     ticket: Ticket,
     timers: BinaryHeap<Reverse<(u64, u32, u32, Timer)>>,
@@ -261,6 +263,7 @@ impl Slice {
             hooks: Hooks::collect(),
             current: None,
             parked: 0,
+            private: Default::default(),
             waits: FnvHashMap::default(),
             ticket: 0,
             timers: BinaryHeap::new(),
@@ -667,7 +670,12 @@ impl Slice {
     /// RFC 6121 8.5.1: the user does not exist.
     fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
         if meta.kind.is_message() || meta.kind.is_iq() {
-            self.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE);
+            let forbidden = to.local().zip(Jid::parse(from).ok()).is_some_and(|(name, from)| {
+                // what a stranger hears of an account that exists
+                feature::last::forbids(self, name, &from, stanza, meta)
+            });
+            let error = if forbidden { StanzaError::FORBIDDEN } else { StanzaError::SERVICE_UNAVAILABLE };
+            self.bounce(to, from, stanza, meta, &error);
         } else if matches!(meta.kind, Kind::Subscribe | Kind::Probe) {
             presence::answer_unsubscribed(self, to, from);
         }
