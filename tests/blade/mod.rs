@@ -57,7 +57,10 @@ impl Blade {
 
     /// A blade that is not started yet: for tests that put something into its folder first. [`Blade::restart`] starts it.
     pub fn prepare(settings: &[(&str, &str)]) -> Blade {
-        let folder = tempfile::Builder::new().prefix("nitro-test-").tempdir().expect("a temporary folder");
+        let folder = tempfile::Builder::new()
+            .prefix("nitro-test-")
+            .tempdir()
+            .expect("a temporary folder");
         let [c2s, c2s_tls, http] = free_addresses();
         let data_dir = folder.path().join("data");
         let mut all = vec![
@@ -73,13 +76,24 @@ impl Blade {
             all.retain(|one| !one.starts_with(&format!("{key}=")));
             all.push(format!("{key}={value}"));
         }
-        Blade { folder, settings: all, child: None, c2s, c2s_tls, http }
+        Blade {
+            folder,
+            settings: all,
+            child: None,
+            c2s,
+            c2s_tls,
+            http,
+        }
     }
 
     /// Starts the process (again) on the same folder and ports, and waits until it is ready.
     pub fn restart(&mut self) {
         assert!(self.child.is_none(), "the blade runs already");
-        let log = File::options().create(true).append(true).open(self.log_path()).expect("the log file");
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())
+            .expect("the log file");
         let child = Command::new(env!("CARGO_BIN_EXE_nitro"))
             .arg("serve")
             .args(self.set_options())
@@ -92,12 +106,24 @@ impl Blade {
         self.child = Some(child);
         let deadline = Instant::now() + READY_WITHIN;
         while !self.is_ready() {
-            let ended = self.child.as_mut().unwrap().try_wait().expect("the blade's state");
+            let ended = self
+                .child
+                .as_mut()
+                .unwrap()
+                .try_wait()
+                .expect("the blade's state");
             if let Some(status) = ended {
                 self.child = None;
-                panic!("the blade ended at once ({status}); its log:\n{}", self.log());
+                panic!(
+                    "the blade ended at once ({status}); its log:\n{}",
+                    self.log()
+                );
             }
-            assert!(Instant::now() < deadline, "not ready within {READY_WITHIN:?}; log:\n{}", self.log());
+            assert!(
+                Instant::now() < deadline,
+                "not ready within {READY_WITHIN:?}; log:\n{}",
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(10)); // the poll's interval; the bound is the deadline
         }
     }
@@ -140,15 +166,26 @@ impl Blade {
     /// `nitro user add NAME@localhost --password-stdin`.
     pub fn add_user(&self, name: &str, password: &str) {
         let jid = format!("{name}@{DOMAIN}");
-        let output = self.nitro(&["user", "add", &jid, "--password-stdin"], &format!("{password}\n"));
-        assert!(output.status.success(), "nitro user add {jid}: {}", String::from_utf8_lossy(&output.stderr));
+        let output = self.nitro(
+            &["user", "add", &jid, "--password-stdin"],
+            &format!("{password}\n"),
+        );
+        assert!(
+            output.status.success(),
+            "nitro user add {jid}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 
     /// `GET path` on the HTTP port: status code and body, or nothing if nobody answers.
     pub fn http_get(&self, path: &str) -> Option<(u16, String)> {
         let mut socket = TcpStream::connect_timeout(&self.http, Duration::from_secs(2)).ok()?;
         socket.set_read_timeout(Some(Duration::from_secs(5))).ok()?;
-        write!(socket, "GET {path} HTTP/1.1\r\nHost: {DOMAIN}\r\nConnection: close\r\n\r\n").ok()?;
+        write!(
+            socket,
+            "GET {path} HTTP/1.1\r\nHost: {DOMAIN}\r\nConnection: close\r\n\r\n"
+        )
+        .ok()?;
         let mut answer = String::new();
         socket.read_to_string(&mut answer).ok()?;
         let (head, body) = answer.split_once("\r\n\r\n")?;
@@ -171,25 +208,43 @@ impl Blade {
     pub fn signal(&self, signal: i32) {
         // SAFETY: the pid is that of a child which has not been waited for, so it names no other process.
         let result = unsafe { libc::kill(self.pid() as libc::pid_t, signal) };
-        assert_eq!(result, 0, "signal {signal} to the blade: {}", std::io::Error::last_os_error());
+        assert_eq!(
+            result,
+            0,
+            "signal {signal} to the blade: {}",
+            std::io::Error::last_os_error()
+        );
     }
 
     /// Waits for the end of the process; panics when it takes longer than `bound`.
     pub fn wait(&mut self, bound: Duration) -> ExitStatus {
         let deadline = Instant::now() + bound;
         loop {
-            if let Some(status) = self.child.as_mut().expect("the blade runs").try_wait().expect("the blade's state") {
+            if let Some(status) = self
+                .child
+                .as_mut()
+                .expect("the blade runs")
+                .try_wait()
+                .expect("the blade's state")
+            {
                 self.child = None;
                 return status;
             }
-            assert!(Instant::now() < deadline, "the blade did not end within {bound:?}; its log:\n{}", self.log());
+            assert!(
+                Instant::now() < deadline,
+                "the blade did not end within {bound:?}; its log:\n{}",
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(5)); // the poll's interval; the bound is the deadline
         }
     }
 
     fn is_ready(&self) -> bool {
-        let accepts = |address| TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
-        matches!(self.http_get("/healthz"), Some((200, _))) && accepts(self.c2s) && accepts(self.c2s_tls)
+        let accepts =
+            |address| TcpStream::connect_timeout(&address, Duration::from_secs(1)).is_ok();
+        matches!(self.http_get("/healthz"), Some((200, _)))
+            && accepts(self.c2s)
+            && accepts(self.c2s_tls)
     }
 
     fn set_options(&self) -> impl Iterator<Item = &str> {
@@ -222,7 +277,8 @@ fn free_addresses<const N: usize>() -> [SocketAddr; N] {
     let start = (std::process::id().wrapping_mul(97) % u32::from(COUNT)) as u16;
     let next_free = || {
         for _ in 0..COUNT {
-            let offset = (u32::from(start) + u32::from(NEXT.fetch_add(1, Ordering::Relaxed))) % u32::from(COUNT);
+            let offset = (u32::from(start) + u32::from(NEXT.fetch_add(1, Ordering::Relaxed)))
+                % u32::from(COUNT);
             let address = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST + offset as u16));
             if TcpListener::bind(address).is_ok() {
                 return address;

@@ -25,13 +25,22 @@ pub struct Connection {
 
 impl Connection {
     pub fn connect(server: SocketAddr) -> Result<Connection, String> {
-        let socket = TcpStream::connect_timeout(&server, ANSWER_WITHIN).map_err(|why| format!("connect: {why}"))?;
+        let socket = TcpStream::connect_timeout(&server, ANSWER_WITHIN)
+            .map_err(|why| format!("connect: {why}"))?;
         socket.set_nodelay(true).map_err(|why| why.to_string())?;
-        Ok(Connection { socket, framer: Framer::default(), inbox: VecDeque::new(), at_end: false, next_id: 0 })
+        Ok(Connection {
+            socket,
+            framer: Framer::default(),
+            inbox: VecDeque::new(),
+            at_end: false,
+            next_id: 0,
+        })
     }
 
     pub fn send(&mut self, bytes: &[u8]) -> Result<(), String> {
-        self.socket.write_all(bytes).map_err(|why| format!("send: {why}"))
+        self.socket
+            .write_all(bytes)
+            .map_err(|why| format!("send: {why}"))
     }
 
     /// As `send`, for input after which a server may hang up at any time.
@@ -107,15 +116,24 @@ impl Connection {
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(format!("nothing came within {ANSWER_WITHIN:?} (unparsed: {:?})", self.framer.rest()));
+                return Err(format!(
+                    "nothing came within {ANSWER_WITHIN:?} (unparsed: {:?})",
+                    self.framer.rest()
+                ));
             }
-            self.socket.set_read_timeout(Some(left)).map_err(|why| why.to_string())?;
+            self.socket
+                .set_read_timeout(Some(left))
+                .map_err(|why| why.to_string())?;
             match self.socket.read(&mut chunk) {
                 Ok(0) => self.at_end = true,
                 Ok(length) => self.framer.feed(&chunk[..length]),
                 // What has come before a reset has been read; a server that closes with our bytes unread resets.
                 Err(why) if why.kind() == std::io::ErrorKind::ConnectionReset => self.at_end = true,
-                Err(why) if matches!(why.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(why)
+                    if matches!(
+                        why.kind(),
+                        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut
+                    ) => {}
                 Err(why) if why.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(why) => return Err(format!("receive: {why}")),
             }
@@ -179,31 +197,60 @@ impl Connection {
         const SASL: &str = "urn:ietf:params:xml:ns:xmpp-sasl";
         let client_first = format!("n={name},r=dialogue-{}", self.next_id);
         let initial = BASE64_STANDARD.encode(format!("n,,{client_first}"));
-        self.send(format!("<auth xmlns='{SASL}' mechanism='SCRAM-SHA-1'>{initial}</auth>").as_bytes())?;
+        self.send(
+            format!("<auth xmlns='{SASL}' mechanism='SCRAM-SHA-1'>{initial}</auth>").as_bytes(),
+        )?;
         let challenge = self.next_element()?;
         if challenge.name != "challenge" {
             return Ok(challenge);
         }
-        let decode = |text: &str| BASE64_STANDARD.decode(text.trim()).map_err(|why| format!("base64 '{text}': {why}"));
-        let server_first = String::from_utf8(decode(&challenge.text)?).map_err(|why| why.to_string())?;
+        let decode = |text: &str| {
+            BASE64_STANDARD
+                .decode(text.trim())
+                .map_err(|why| format!("base64 '{text}': {why}"))
+        };
+        let server_first =
+            String::from_utf8(decode(&challenge.text)?).map_err(|why| why.to_string())?;
         let field = |name: char| {
-            let found = server_first.split(',').find_map(|field| field.strip_prefix(&format!("{name}=")));
+            let found = server_first
+                .split(',')
+                .find_map(|field| field.strip_prefix(&format!("{name}=")));
             found.ok_or_else(|| format!("no {name}= in the challenge '{server_first}'"))
         };
-        let rounds: u32 = field('i')?.parse().map_err(|why| format!("iteration count: {why}"))?;
+        let rounds: u32 = field('i')?
+            .parse()
+            .map_err(|why| format!("iteration count: {why}"))?;
         let rounds = NonZeroU32::new(rounds).ok_or("iteration count 0")?;
         let mut salted = [0; digest::SHA1_OUTPUT_LEN];
-        pbkdf2::derive(pbkdf2::PBKDF2_HMAC_SHA1, rounds, &decode(field('s')?)?, password.as_bytes(), &mut salted);
+        pbkdf2::derive(
+            pbkdf2::PBKDF2_HMAC_SHA1,
+            rounds,
+            &decode(field('s')?)?,
+            password.as_bytes(),
+            &mut salted,
+        );
         let sign = |key: &[u8], text: &[u8]| {
-            hmac::sign(&hmac::Key::new(hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY, key), text).as_ref().to_vec()
+            hmac::sign(
+                &hmac::Key::new(hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY, key),
+                text,
+            )
+            .as_ref()
+            .to_vec()
         };
         let client_key = sign(&salted, b"Client Key");
         let stored_key = digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, &client_key);
         let without_proof = format!("c=biws,r={}", field('r')?);
         let auth_message = format!("{client_first},{server_first},{without_proof}");
         let signature = sign(stored_key.as_ref(), auth_message.as_bytes());
-        let proof: Vec<u8> = client_key.iter().zip(&signature).map(|(key, mask)| key ^ mask).collect();
-        let response = BASE64_STANDARD.encode(format!("{without_proof},p={}", BASE64_STANDARD.encode(proof)));
+        let proof: Vec<u8> = client_key
+            .iter()
+            .zip(&signature)
+            .map(|(key, mask)| key ^ mask)
+            .collect();
+        let response = BASE64_STANDARD.encode(format!(
+            "{without_proof},p={}",
+            BASE64_STANDARD.encode(proof)
+        ));
         self.send(format!("<response xmlns='{SASL}'>{response}</response>").as_bytes())?;
         let outcome = self.next_element()?;
         if outcome.name == "success" {
@@ -223,6 +270,7 @@ impl Connection {
              </bind></iq>"
         ))?;
         let jid = answer.child("bind").and_then(|bind| bind.child("jid"));
-        jid.map(|jid| jid.text.clone()).ok_or_else(|| format!("binding failed:\n{answer}"))
+        jid.map(|jid| jid.text.clone())
+            .ok_or_else(|| format!("binding failed:\n{answer}"))
     }
 }

@@ -33,7 +33,12 @@ pub fn matches(expected: &Element, actual: &Element, own: &Own) -> Result<Variab
     Ok(captured)
 }
 
-fn element(expected: &Element, actual: &Element, own: Option<&Own>, captured: &mut Variables) -> Result<(), String> {
+fn element(
+    expected: &Element,
+    actual: &Element,
+    own: Option<&Own>,
+    captured: &mut Variables,
+) -> Result<(), String> {
     if (&expected.namespace, &expected.name) != (&actual.namespace, &actual.name) {
         return Err(format!(
             "expected <{} xmlns='{}'>, got <{} xmlns='{}'>",
@@ -44,12 +49,23 @@ fn element(expected: &Element, actual: &Element, own: Option<&Own>, captured: &m
     let open = expected.text.contains("{...}");
     let wanted_text = expected.text.replace("{...}", "");
     if !(wanted_text.trim().is_empty() && actual.text.trim().is_empty()) && !open {
-        let wanted = if expected.children.is_empty() { wanted_text.as_str() } else { wanted_text.trim() };
-        let got = if expected.children.is_empty() { actual.text.as_str() } else { actual.text.trim() };
+        let wanted = if expected.children.is_empty() {
+            wanted_text.as_str()
+        } else {
+            wanted_text.trim()
+        };
+        let got = if expected.children.is_empty() {
+            actual.text.as_str()
+        } else {
+            actual.text.trim()
+        };
         text(wanted, got, captured).map_err(|why| format!("text of <{}>: {why}", actual.name))?;
     }
-    let actual_children: Vec<&Element> =
-        actual.children.iter().filter(|child| !may_be_added(child, actual, expected)).collect();
+    let actual_children: Vec<&Element> = actual
+        .children
+        .iter()
+        .filter(|child| !may_be_added(child, actual, expected))
+        .collect();
     children(&expected.children, &actual_children, open, captured)
         .map_err(|why| format!("in <{}>: {why}", actual.name))
 }
@@ -62,10 +78,13 @@ fn attributes(
 ) -> Result<(), String> {
     for (name, wanted) in &expected.attributes {
         match actual.attribute(name) {
-            Some(value) => text(wanted, value, captured).map_err(|why| format!("{name} of <{}>: {why}", actual.name))?,
+            Some(value) => text(wanted, value, captured)
+                .map_err(|why| format!("{name} of <{}>: {why}", actual.name))?,
             None if wanted == "{any?}" => {}
             None if actual.name == "message" && name == "type" && wanted == "normal" => {}
-            None if actual.name == "iq" && name == "from" && own.is_some_and(|own| own.bare == wanted) => {}
+            None if actual.name == "iq"
+                && name == "from"
+                && own.is_some_and(|own| own.bare == wanted) => {}
             None => return Err(format!("<{}> has no {name}='{wanted}'", actual.name)),
         }
     }
@@ -79,7 +98,10 @@ fn attributes(
             _ => false,
         };
         if !tolerated && !expected.attributes.contains_key(name) {
-            return Err(format!("<{}> has an unexpected {name}='{value}'", actual.name));
+            return Err(format!(
+                "<{}> has an unexpected {name}='{value}'",
+                actual.name
+            ));
         }
     }
     Ok(())
@@ -105,8 +127,12 @@ fn children(
             Err(why) if candidate.name == first.name => closest = why,
             Err(_) => {}
             Ok(()) => {
-                let rest: Vec<&Element> =
-                    actual.iter().enumerate().filter(|(other, _)| *other != place).map(|(_, one)| *one).collect();
+                let rest: Vec<&Element> = actual
+                    .iter()
+                    .enumerate()
+                    .filter(|(other, _)| *other != place)
+                    .map(|(_, one)| *one)
+                    .collect();
                 match children(others, &rest, open, &mut attempt) {
                     Ok(()) => {
                         *captured = attempt;
@@ -121,7 +147,8 @@ fn children(
 }
 
 fn may_be_added(child: &Element, parent: &Element, expected: &Element) -> bool {
-    let human = child.name == "text" && [STANZA_ERRORS, STREAM_ERRORS, SASL].contains(&child.namespace.as_str());
+    let human = child.name == "text"
+        && [STANZA_ERRORS, STREAM_ERRORS, SASL].contains(&child.namespace.as_str());
     let stanza_id = child.namespace == STANZA_IDS && parent.name == "message";
     let stamp = child.namespace == DELAY && parent.name == "presence";
     (human || stanza_id || stamp) && !expected.children.iter().any(|one| one.name == child.name)
@@ -129,7 +156,9 @@ fn may_be_added(child: &Element, parent: &Element, expected: &Element) -> bool {
 
 /// One value with wildcards against one value.
 fn text(wanted: &str, got: &str, captured: &mut Variables) -> Result<(), String> {
-    glob(wanted, got, captured).then_some(()).ok_or_else(|| format!("expected '{wanted}', got '{got}'"))
+    glob(wanted, got, captured)
+        .then_some(())
+        .ok_or_else(|| format!("expected '{wanted}', got '{got}'"))
 }
 
 fn glob(wanted: &str, got: &str, captured: &mut Variables) -> bool {
@@ -139,7 +168,10 @@ fn glob(wanted: &str, got: &str, captured: &mut Variables) -> bool {
     let Some(rest) = got.strip_prefix(before) else {
         return false;
     };
-    let ends = rest.char_indices().map(|(place, _)| place).chain([rest.len()]);
+    let ends = rest
+        .char_indices()
+        .map(|(place, _)| place)
+        .chain([rest.len()]);
     for end in ends.collect::<Vec<_>>().into_iter().rev() {
         if glob(after, &rest[end..], captured) {
             if let Some(variable) = name.strip_prefix('=') {

@@ -21,10 +21,18 @@ pub struct Server {
 
 /// Plays the script; `tag` makes its account names unique. The error names the line.
 pub fn play(script: &Script, server: &Server, tag: &str) -> Result<(), String> {
-    let mut stage = Stage { script, server, tag, variables: Variables::new(), live: BTreeMap::new() };
+    let mut stage = Stage {
+        script,
+        server,
+        tag,
+        variables: Variables::new(),
+        live: BTreeMap::new(),
+    };
     stage.prepare()?;
     for step in &script.steps {
-        stage.step(step).map_err(|why| format!("line {}: {} {why}", step.line, step.who))?;
+        stage
+            .step(step)
+            .map_err(|why| format!("line {}: {} {why}", step.line, step.who))?;
     }
     Ok(())
 }
@@ -61,16 +69,21 @@ impl Stage<'_> {
 
     /// Makes the accounts, and fills in the addresses that the script uses.
     fn prepare(&mut self) -> Result<(), String> {
-        self.variables.insert("domain".to_owned(), self.server.domain.clone());
+        self.variables
+            .insert("domain".to_owned(), self.server.domain.clone());
         self.variables.insert("tag".to_owned(), self.tag.to_owned());
-        self.variables.insert("password".to_owned(), PASSWORD.to_owned());
+        self.variables
+            .insert("password".to_owned(), PASSWORD.to_owned());
         for account in self.script.accounts.iter().chain(&self.script.nobodies) {
             self.variables.insert(account.clone(), self.bare(account));
-            self.variables.insert(format!("{account}.node"), self.node(account));
+            self.variables
+                .insert(format!("{account}.node"), self.node(account));
         }
         for (name, client) in &self.script.clients {
-            self.variables.insert(format!("{name}.full"), self.full(client));
-            self.variables.insert(format!("{name}.resource"), client.resource.clone());
+            self.variables
+                .insert(format!("{name}.full"), self.full(client));
+            self.variables
+                .insert(format!("{name}.resource"), client.resource.clone());
         }
         for account in &self.script.accounts {
             let mut connection = self.open()?;
@@ -117,7 +130,9 @@ impl Stage<'_> {
                 let connection = self.authenticate(&client.account)?;
                 self.enter(who, connection, None);
             }
-            Action::Authenticates { password: Some(password) } => {
+            Action::Authenticates {
+                password: Some(password),
+            } => {
                 let node = self.node(&client.account);
                 let password = self.fill(password)?;
                 if !self.live.contains_key(who) {
@@ -136,12 +151,13 @@ impl Stage<'_> {
                 let live = self.live.get_mut(who).unwrap();
                 live.connection.send(b"<presence/>")?;
                 let full = live.full.clone();
-                live.connection.find(|element| is_presence(element, &full, None))?;
+                live.connection
+                    .find(|element| is_presence(element, &full, None))?;
             }
             Action::GetsRoster => {
                 let connection = self.connection(who)?;
-                let answer =
-                    connection.request("<iq type='get' id='{id}'><query xmlns='jabber:iq:roster'/></iq>")?;
+                let answer = connection
+                    .request("<iq type='get' id='{id}'><query xmlns='jabber:iq:roster'/></iq>")?;
                 if answer.attribute("type") != Some("result") {
                     return Err(format!("got no roster:\n{answer}"));
                 }
@@ -157,17 +173,28 @@ impl Stage<'_> {
                 let bytes = unescape(&self.fill(block)?)?;
                 let connection = self.connection(who)?;
                 // A header in the middle of the bytes starts a stream; before the first one this changes nothing.
-                if bytes.windows(b"<stream:stream".len()).any(|window| window == b"<stream:stream") {
+                if bytes
+                    .windows(b"<stream:stream".len())
+                    .any(|window| window == b"<stream:stream")
+                {
                     connection.restart();
                 }
                 connection.send_rudely(&bytes);
             }
-            Action::Receives { expected, ordered } => self.receive(who, client, expected, *ordered)?,
-            Action::EventuallyReceives(expected) => self.receive_among_others(who, client, expected)?,
+            Action::Receives { expected, ordered } => {
+                self.receive(who, client, expected, *ordered)?
+            }
+            Action::EventuallyReceives(expected) => {
+                self.receive_among_others(who, client, expected)?
+            }
             Action::ReceivesHeader(expected) => {
                 // An end tag may be left out: a header has none.
                 let text = self.fill(expected)?;
-                let text = if text.ends_with("/>") { text } else { text.replacen('>', "/>", 1) };
+                let text = if text.ends_with("/>") {
+                    text
+                } else {
+                    text.replacen('>', "/>", 1)
+                };
                 let expected = xml::parse(&text)?;
                 match self.connection(who)?.next()? {
                     Some(Item::Header(header)) => {
@@ -188,7 +215,9 @@ impl Stage<'_> {
                 });
                 match surprise {
                     None => {}
-                    Some(Item::Element(element)) => return Err(format!("should receive nothing, got\n{element}")),
+                    Some(Item::Element(element)) => {
+                        return Err(format!("should receive nothing, got\n{element}"));
+                    }
                     Some(other) => return Err(format!("should receive nothing, got {other:?}")),
                 }
             }
@@ -220,7 +249,11 @@ impl Stage<'_> {
                 }
             }
             Action::AreFriends { with } => {
-                let other = self.script.clients.get(with).ok_or_else(|| format!("{with} is not declared"))?;
+                let other = self
+                    .script
+                    .clients
+                    .get(with)
+                    .ok_or_else(|| format!("{with} is not declared"))?;
                 self.befriend(&client.account, &other.account)?;
             }
         }
@@ -229,34 +262,53 @@ impl Stage<'_> {
 
     fn enter(&mut self, who: &str, connection: Connection, full: Option<String>) {
         let bound = full.is_some();
-        let live = Live { connection, full: full.unwrap_or_default(), bound, counts: false };
+        let live = Live {
+            connection,
+            full: full.unwrap_or_default(),
+            bound,
+            counts: false,
+        };
         self.live.insert(who.to_owned(), live);
     }
 
     fn enter_bound(&mut self, who: &str, client: &Client) -> Result<(), String> {
         let (connection, full) = self.log_in(&client.account, &client.resource)?;
         if full != self.full(client) {
-            return Err(format!("asked for resource '{}', got {full}", client.resource));
+            return Err(format!(
+                "asked for resource '{}', got {full}",
+                client.resource
+            ));
         }
         self.enter(who, connection, Some(full));
         Ok(())
     }
 
     fn live(&mut self, who: &str) -> Result<&mut Live, String> {
-        self.live.get_mut(who).ok_or_else(|| "is not connected".to_owned())
+        self.live
+            .get_mut(who)
+            .ok_or_else(|| "is not connected".to_owned())
     }
 
     fn connection(&mut self, who: &str) -> Result<&mut Connection, String> {
         Ok(&mut self.live(who)?.connection)
     }
 
-    fn receive(&mut self, who: &str, client: &Client, block: &str, ordered: bool) -> Result<(), String> {
+    fn receive(
+        &mut self,
+        who: &str,
+        client: &Client,
+        block: &str,
+        ordered: bool,
+    ) -> Result<(), String> {
         let mut left = xml::parse_block(&self.fill(block)?)?;
         if left.is_empty() {
             return Err("receives: needs at least one element".to_owned());
         }
         let (full, bare) = (self.full(client), self.bare(&client.account));
-        let own = Own { full: &full, bare: &bare };
+        let own = Own {
+            full: &full,
+            bare: &bare,
+        };
         while !left.is_empty() {
             let actual = loop {
                 let element = self
@@ -268,11 +320,15 @@ impl Stage<'_> {
                 }
             };
             let candidates = if ordered { &left[..1] } else { &left[..] };
-            let attempts: Vec<_> = candidates.iter().map(|one| pattern::matches(one, &actual, &own)).collect();
+            let attempts: Vec<_> = candidates
+                .iter()
+                .map(|one| pattern::matches(one, &actual, &own))
+                .collect();
             match attempts.iter().position(Result::is_ok) {
                 Some(place) => {
                     left.remove(place);
-                    self.variables.extend(attempts.into_iter().nth(place).unwrap()?);
+                    self.variables
+                        .extend(attempts.into_iter().nth(place).unwrap()?);
                     // A value captured here may be used further down in the same block.
                     for one in &mut left {
                         fill_element(one, &self.variables);
@@ -292,18 +348,32 @@ impl Stage<'_> {
         Ok(())
     }
 
-    fn receive_among_others(&mut self, who: &str, client: &Client, block: &str) -> Result<(), String> {
+    fn receive_among_others(
+        &mut self,
+        who: &str,
+        client: &Client,
+        block: &str,
+    ) -> Result<(), String> {
         let mut left = xml::parse_block(&self.fill(block)?)?;
         let (full, bare) = (self.full(client), self.bare(&client.account));
-        let own = Own { full: &full, bare: &bare };
+        let own = Own {
+            full: &full,
+            bare: &bare,
+        };
         let mut others = Vec::new();
         while !left.is_empty() {
             let actual = self.connection(who)?.next_element().map_err(|why| {
                 let others: Vec<String> = others.iter().map(Element::to_string).collect();
-                format!("waits for\n{}\nbut {why}; before came\n{}", left[0], others.join("\n"))
+                format!(
+                    "waits for\n{}\nbut {why}; before came\n{}",
+                    left[0],
+                    others.join("\n")
+                )
             })?;
-            let found =
-                left.iter().enumerate().find_map(|(place, one)| Some((place, pattern::matches(one, &actual, &own).ok()?)));
+            let found = left
+                .iter()
+                .enumerate()
+                .find_map(|(place, one)| Some((place, pattern::matches(one, &actual, &own).ok()?)));
             match found {
                 Some((place, captured)) => {
                     left.remove(place);
@@ -317,20 +387,30 @@ impl Stage<'_> {
 
     /// A header if none has come yet, `<stream:error>` with this condition, the end of the stream, the end of TCP.
     fn receive_stream_error(&mut self, who: &str, condition: &str) -> Result<(), String> {
-        let condition = condition.trim().trim_start_matches('<').trim_end_matches("/>").to_owned();
+        let condition = condition
+            .trim()
+            .trim_start_matches('<')
+            .trim_end_matches("/>")
+            .to_owned();
         let mut live = self.live.remove(who).ok_or("is not connected")?;
         let mut got = None;
         loop {
             match live.connection.next()? {
                 Some(Item::Header(_)) => {}
                 Some(Item::Element(element)) if element.name == "features" => {}
-                Some(Item::Element(element)) if element.name == "error" && got.is_none() => got = Some(element),
+                Some(Item::Element(element)) if element.name == "error" && got.is_none() => {
+                    got = Some(element)
+                }
                 Some(Item::Element(element)) => {
-                    return Err(format!("expects the stream error {condition}, got\n{element}"));
+                    return Err(format!(
+                        "expects the stream error {condition}, got\n{element}"
+                    ));
                 }
                 Some(Item::End) if got.is_some() => {}
                 Some(Item::End) | None if got.is_none() => {
-                    return Err(format!("expects the stream error {condition}, but the stream ends without"));
+                    return Err(format!(
+                        "expects the stream error {condition}, but the stream ends without"
+                    ));
                 }
                 Some(Item::End) | None => break,
             }
@@ -339,15 +419,24 @@ impl Stage<'_> {
         let is_wanted = |child: &Element| {
             child.namespace == "urn:ietf:params:xml:ns:xmpp-streams" && child.name == condition
         };
-        if error.namespace != "http://etherx.jabber.org/streams" || !error.children.iter().any(is_wanted) {
-            return Err(format!("expects the stream error {condition}, got\n{error}"));
+        if error.namespace != "http://etherx.jabber.org/streams"
+            || !error.children.iter().any(is_wanted)
+        {
+            return Err(format!(
+                "expects the stream error {condition}, got\n{error}"
+            ));
         }
         Ok(())
     }
 
     /// Everything that any client has sent is dealt with, and what it caused at `who` has come.
     fn settle_all(&mut self, who: &str) -> Result<(), String> {
-        let others: Vec<String> = self.live.keys().filter(|name| *name != who).cloned().collect();
+        let others: Vec<String> = self
+            .live
+            .keys()
+            .filter(|name| *name != who)
+            .cloned()
+            .collect();
         for other in others {
             let live = &self.live[&other];
             if live.bound && !live.counts {
@@ -360,18 +449,28 @@ impl Stage<'_> {
     /// Asks every account of the script something that its owner answers with an error (an IQ to a resource that is
     /// not there), then the own server: what this client has sent is dealt with by then, and what it caused has come.
     fn settle(&mut self, who: &str) -> Result<(), String> {
-        let accounts: Vec<String> = self.script.accounts.iter().map(|account| self.bare(account)).collect();
+        let accounts: Vec<String> = self
+            .script
+            .accounts
+            .iter()
+            .map(|account| self.bare(account))
+            .collect();
         let domain = self.server.domain.clone();
         let live = self.live(who)?;
         if live.counts {
-            live.connection.send(format!("<r xmlns='{SM}'/>").as_bytes())?;
-            live.connection.find(|element| element.name == "a" && element.namespace == SM)?;
+            live.connection
+                .send(format!("<r xmlns='{SM}'/>").as_bytes())?;
+            live.connection
+                .find(|element| element.name == "a" && element.namespace == SM)?;
             return Ok(());
         }
         if !live.bound {
             return Err("is not bound, so the runner cannot know what it receives".to_owned());
         }
-        let targets = accounts.iter().map(|account| format!("{account}/nobody-here")).chain([domain]);
+        let targets = accounts
+            .iter()
+            .map(|account| format!("{account}/nobody-here"))
+            .chain([domain]);
         let mut ids = Vec::new();
         for target in targets {
             ids.push(live.connection.send_request(&format!(
@@ -389,15 +488,19 @@ impl Stage<'_> {
         let jids = [self.bare(one), self.bare(other)];
         let mut connections = [self.log_in(one, "setup")?.0, self.log_in(other, "setup")?.0];
         for (connection, jid) in connections.iter_mut().zip(&jids) {
-            connection.request("<iq type='get' id='{id}'><query xmlns='jabber:iq:roster'/></iq>")?;
+            connection
+                .request("<iq type='get' id='{id}'><query xmlns='jabber:iq:roster'/></iq>")?;
             connection.send(b"<presence/>")?;
             connection.find(|element| is_presence(element, &format!("{jid}/setup"), None))?;
         }
         for (from, to) in [(0, 1), (1, 0)] {
-            connections[from].send(format!("<presence to='{}' type='subscribe'/>", jids[to]).as_bytes())?;
+            connections[from]
+                .send(format!("<presence to='{}' type='subscribe'/>", jids[to]).as_bytes())?;
             connections[to].find(|element| is_presence(element, &jids[from], Some("subscribe")))?;
-            connections[to].send(format!("<presence to='{}' type='subscribed'/>", jids[from]).as_bytes())?;
-            connections[from].find(|element| is_presence(element, &jids[to], Some("subscribed")))?;
+            connections[to]
+                .send(format!("<presence to='{}' type='subscribed'/>", jids[from]).as_bytes())?;
+            connections[from]
+                .find(|element| is_presence(element, &jids[to], Some("subscribed")))?;
         }
         for (connection, other) in connections.iter_mut().zip(jids.iter().rev()) {
             connection.find(|element| is_push_of_both(element, other))?;
@@ -415,13 +518,15 @@ impl Stage<'_> {
         Ok(())
     }
 
-    /// Fills in `{name}`, `{error TYPE CONDITION}`, `{base64:text}` and `{repeat:count:text}`; leaves wildcards alone.
+    /// Fills in `{name}`, `{error TYPE CONDITION}`, `{base64:text}` `{repeat:count:text}` and
+    /// `{attributes:count}`; leaves wildcards alone.
     fn fill(&self, text: &str) -> Result<String, String> {
         let mut text = fill_variables(text, &self.variables);
         while let Some(start) = text.find("{error ") {
             let length = text[start..].find('}').ok_or("no end of {error")?;
-            let (kind, condition) =
-                text[start + "{error ".len()..start + length].split_once(' ').ok_or("{error TYPE CONDITION}")?;
+            let (kind, condition) = text[start + "{error ".len()..start + length]
+                .split_once(' ')
+                .ok_or("{error TYPE CONDITION}")?;
             let element = format!(
                 "<error type='{kind}'><{condition} xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error>"
             );
@@ -434,9 +539,19 @@ impl Stage<'_> {
         }
         while let Some(start) = text.find("{repeat:") {
             let length = text[start..].find('}').ok_or("no end of {repeat:")?;
-            let (count, what) = text[start + "{repeat:".len()..start + length].split_once(':').ok_or("no count")?;
+            let (count, what) = text[start + "{repeat:".len()..start + length]
+                .split_once(':')
+                .ok_or("no count")?;
             let repeated = what.repeat(count.parse().map_err(|why| format!("{count}: {why}"))?);
             text.replace_range(start..=start + length, &repeated);
+        }
+        while let Some(start) = text.find("{attributes:") {
+            let length = text[start..].find('}').ok_or("no end of {attributes:")?;
+            let count = &text[start + "{attributes:".len()..start + length];
+            let count: usize = count.parse().map_err(|why| format!("{count}: {why}"))?;
+            let attributes: Vec<String> =
+                (0..count).map(|number| format!("a{number}=''")).collect();
+            text.replace_range(start..=start + length, &attributes.join(" "));
         }
         Ok(text)
     }
@@ -477,7 +592,9 @@ fn unescape(text: &str) -> Result<Vec<u8>, String> {
             Some(b'\n') => {}
             Some(b'x') => {
                 let digits: String = bytes.by_ref().take(2).map(char::from).collect();
-                out.push(u8::from_str_radix(&digits, 16).map_err(|why| format!("\\x{digits}: {why}"))?);
+                out.push(
+                    u8::from_str_radix(&digits, 16).map_err(|why| format!("\\x{digits}: {why}"))?,
+                );
             }
             other => return Err(format!("unknown escape \\{:?}", other.map(char::from))),
         }
@@ -486,7 +603,9 @@ fn unescape(text: &str) -> Result<Vec<u8>, String> {
 }
 
 fn is_presence(element: &Element, from: &str, kind: Option<&str>) -> bool {
-    element.name == "presence" && element.attribute("from") == Some(from) && element.attribute("type") == kind
+    element.name == "presence"
+        && element.attribute("from") == Some(from)
+        && element.attribute("type") == kind
 }
 
 fn is_push_of_both(element: &Element, jid: &str) -> bool {
@@ -505,6 +624,8 @@ fn is_aside(element: &Element) -> bool {
     let asks_for_ack = element.name == "r" && element.namespace == SM;
     let is_absence = element.name == "presence"
         && element.attribute("type") == Some("unavailable")
-        && element.attribute("from").is_some_and(|from| !from.contains('/'));
+        && element
+            .attribute("from")
+            .is_some_and(|from| !from.contains('/'));
     asks_for_ack || is_absence
 }

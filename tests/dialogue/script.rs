@@ -36,7 +36,9 @@ pub enum Action {
     /// TCP and a stream, up to the features.
     Opens,
     /// Up to the features after SASL; with a password, up to the outcome of SASL, which is left to the next step.
-    Authenticates { password: Option<String> },
+    Authenticates {
+        password: Option<String>,
+    },
     /// Up to the bound resource.
     LogsIn,
     /// Logs in if need be, and sends presence.
@@ -45,7 +47,10 @@ pub enum Action {
     GetsRoster,
     Sends(String),
     SendsRaw(String),
-    Receives { expected: String, ordered: bool },
+    Receives {
+        expected: String,
+        ordered: bool,
+    },
     /// In any order, among other things, which are dropped.
     EventuallyReceives(String),
     /// Everyone settles; what has come to this client by then is forgotten.
@@ -59,7 +64,9 @@ pub enum Action {
     IsCut,
     IsClosed,
     /// Both see each other's presence.
-    AreFriends { with: String },
+    AreFriends {
+        with: String,
+    },
 }
 
 pub fn parse(text: &str) -> Result<Script, String> {
@@ -74,7 +81,9 @@ pub fn parse(text: &str) -> Result<Script, String> {
             continue;
         }
         if line.starts_with(' ') {
-            return Err(format!("line {number}: an indented line without a step that ends with ':'"));
+            return Err(format!(
+                "line {number}: an indented line without a step that ends with ':'"
+            ));
         }
         let block = if line.ends_with(':') {
             let start = at;
@@ -82,20 +91,30 @@ pub fn parse(text: &str) -> Result<Script, String> {
                 at += 1;
             }
             let indent = lines[start..at].iter().filter(|one| !one.trim().is_empty());
-            let indent = indent.map(|one| one.len() - one.trim_start().len()).min().unwrap_or(0);
-            let body: Vec<&str> = lines[start..at].iter().map(|one| one.get(indent..).unwrap_or("")).collect();
+            let indent = indent
+                .map(|one| one.len() - one.trim_start().len())
+                .min()
+                .unwrap_or(0);
+            let body: Vec<&str> = lines[start..at]
+                .iter()
+                .map(|one| one.get(indent..).unwrap_or(""))
+                .collect();
             body.join("\n").trim_matches('\n').to_owned()
         } else {
             String::new()
         };
-        script.add(number, line, block).map_err(|why| format!("line {number}: {why}"))?;
+        script
+            .add(number, line, block)
+            .map_err(|why| format!("line {number}: {why}"))?;
     }
     Ok(script)
 }
 
 impl Script {
     fn add(&mut self, line: usize, text: &str, block: String) -> Result<(), String> {
-        let (first, rest) = text.split_once(' ').ok_or_else(|| format!("not a step: {text}"))?;
+        let (first, rest) = text
+            .split_once(' ')
+            .ok_or_else(|| format!("not a step: {text}"))?;
         match first {
             "client" => self.declare(rest),
             "account" => {
@@ -113,7 +132,11 @@ impl Script {
             }
             who if self.clients.contains_key(who) => {
                 let action = action(rest, block)?;
-                self.steps.push(Step { line, who: who.to_owned(), action });
+                self.steps.push(Step {
+                    line,
+                    who: who.to_owned(),
+                    action,
+                });
                 Ok(())
             }
             who => Err(format!("'{who}' is not declared (client {who})")),
@@ -131,7 +154,13 @@ impl Script {
         if !self.accounts.iter().any(|known| known == account) {
             self.accounts.push(account.to_owned());
         }
-        self.clients.insert(name.to_owned(), Client { account: account.to_owned(), resource });
+        self.clients.insert(
+            name.to_owned(),
+            Client {
+                account: account.to_owned(),
+                resource,
+            },
+        );
         Ok(())
     }
 }
@@ -146,8 +175,14 @@ fn action(text: &str, block: String) -> Result<Action, String> {
         "gets roster" => Action::GetsRoster,
         "sends:" => Action::Sends(block),
         "sends raw:" => Action::SendsRaw(block),
-        "receives:" => Action::Receives { expected: block, ordered: true },
-        "receives in any order:" => Action::Receives { expected: block, ordered: false },
+        "receives:" => Action::Receives {
+            expected: block,
+            ordered: true,
+        },
+        "receives in any order:" => Action::Receives {
+            expected: block,
+            ordered: false,
+        },
         "receives header:" => Action::ReceivesHeader(block),
         "receives stream error:" => Action::ReceivesStreamError(block),
         "eventually receives:" => Action::EventuallyReceives(block),
@@ -159,9 +194,16 @@ fn action(text: &str, block: String) -> Result<Action, String> {
         "is closed" => Action::IsClosed,
         _ => {
             if let Some(password) = text.strip_prefix("authenticates with password ") {
-                Action::Authenticates { password: Some(password.to_owned()) }
-            } else if let Some(with) = text.strip_prefix("and ").and_then(|rest| rest.strip_suffix(" are friends")) {
-                Action::AreFriends { with: with.to_owned() }
+                Action::Authenticates {
+                    password: Some(password.to_owned()),
+                }
+            } else if let Some(with) = text
+                .strip_prefix("and ")
+                .and_then(|rest| rest.strip_suffix(" are friends"))
+            {
+                Action::AreFriends {
+                    with: with.to_owned(),
+                }
             } else {
                 return Err(format!("unknown step '{text}'"));
             }

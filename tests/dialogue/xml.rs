@@ -50,31 +50,54 @@ impl Framer {
     }
 
     pub fn next(&mut self) -> Result<Option<Item>, String> {
-        let blank = self.buffer.iter().take_while(|byte| byte.is_ascii_whitespace()).count();
+        let blank = self
+            .buffer
+            .iter()
+            .take_while(|byte| byte.is_ascii_whitespace())
+            .count();
         self.buffer.drain(..blank);
         if self.header.is_none() && self.buffer.starts_with(b"<?xml ") {
-            let Some(end) = tag_end(&self.buffer, 0) else { return Ok(None) };
+            let Some(end) = tag_end(&self.buffer, 0) else {
+                return Ok(None);
+            };
             self.buffer.drain(..end);
             return self.next();
         }
         if self.buffer.starts_with(b"</") {
-            let Some(end) = tag_end(&self.buffer, 0) else { return Ok(None) };
+            let Some(end) = tag_end(&self.buffer, 0) else {
+                return Ok(None);
+            };
             self.buffer.drain(..end);
             return Ok(Some(Item::End));
         }
         if self.header.is_none() {
-            let Some(end) = tag_end(&self.buffer, 0) else { return Ok(None) };
+            let Some(end) = tag_end(&self.buffer, 0) else {
+                return Ok(None);
+            };
             let header = take_text(&mut self.buffer, end)?;
-            let name = header[1..].split([' ', '>', '\n', '\t', '/']).next().unwrap_or_default();
-            let element = if header.ends_with("/>") { parse(&header)? } else { parse(&format!("{header}</{name}>"))? };
+            let name = header[1..]
+                .split([' ', '>', '\n', '\t', '/'])
+                .next()
+                .unwrap_or_default();
+            let element = if header.ends_with("/>") {
+                parse(&header)?
+            } else {
+                parse(&format!("{header}</{name}>"))?
+            };
             self.header = Some(header);
             return Ok(Some(Item::Header(element)));
         }
-        let Some(end) = element_end(&self.buffer)? else { return Ok(None) };
+        let Some(end) = element_end(&self.buffer)? else {
+            return Ok(None);
+        };
         let text = take_text(&mut self.buffer, end)?;
         let header = self.header.as_deref().unwrap();
-        let name = header[1..].split([' ', '>', '\n', '\t']).next().unwrap_or_default();
-        let mut stream = parse(&format!("{header}{text}</{name}>")).map_err(|why| format!("{why} in: {text}"))?;
+        let name = header[1..]
+            .split([' ', '>', '\n', '\t'])
+            .next()
+            .unwrap_or_default();
+        let mut stream = parse(&format!("{header}{text}</{name}>"))
+            .map_err(|why| format!("{why} in: {text}"))?;
         match stream.children.pop() {
             Some(element) => Ok(Some(Item::Element(element))),
             None => Err(format!("text between stanzas: {text}")),
@@ -84,12 +107,14 @@ impl Framer {
 
 /// The elements of a script's block, read as if they stood in a client's stream.
 pub fn parse_block(text: &str) -> Result<Vec<Element>, String> {
-    const OPEN: &str = "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'>";
+    const OPEN: &str =
+        "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'>";
     Ok(parse(&format!("{OPEN}{text}</stream:stream>"))?.children)
 }
 
 pub fn parse(text: &str) -> Result<Element, String> {
-    let document = roxmltree::Document::parse(text).map_err(|why| format!("not well-formed XML: {why}"))?;
+    let document =
+        roxmltree::Document::parse(text).map_err(|why| format!("not well-formed XML: {why}"))?;
     Ok(convert(document.root_element()))
 }
 
@@ -102,9 +127,20 @@ fn convert(node: roxmltree::Node) -> Element {
     Element {
         namespace: node.tag_name().namespace().unwrap_or_default().to_owned(),
         name: node.tag_name().name().to_owned(),
-        attributes: node.attributes().map(|one| (qualified(one), one.value().to_owned())).collect(),
-        children: node.children().filter(|child| child.is_element()).map(convert).collect(),
-        text: node.children().filter(|child| child.is_text()).filter_map(|child| child.text()).collect(),
+        attributes: node
+            .attributes()
+            .map(|one| (qualified(one), one.value().to_owned()))
+            .collect(),
+        children: node
+            .children()
+            .filter(|child| child.is_element())
+            .map(convert)
+            .collect(),
+        text: node
+            .children()
+            .filter(|child| child.is_text())
+            .filter_map(|child| child.text())
+            .collect(),
     }
 }
 
@@ -135,13 +171,19 @@ fn element_end(bytes: &[u8]) -> Result<Option<usize>, String> {
     while place < bytes.len() {
         let rest = &bytes[place..];
         if rest.starts_with(CDATA) {
-            let Some(length) = rest.windows(3).position(|three| three == b"]]>") else { return Ok(None) };
+            let Some(length) = rest.windows(3).position(|three| three == b"]]>") else {
+                return Ok(None);
+            };
             place += length + 3;
         } else if rest[0] == b'<' {
-            let Some(end) = tag_end(bytes, place) else { return Ok(None) };
+            let Some(end) = tag_end(bytes, place) else {
+                return Ok(None);
+            };
             match (rest.get(1), bytes[end - 2]) {
                 (Some(b'/'), _) => depth -= 1,
-                (Some(b'!' | b'?'), _) => return Err("the server sent a comment, DTD or PI".to_owned()),
+                (Some(b'!' | b'?'), _) => {
+                    return Err("the server sent a comment, DTD or PI".to_owned());
+                }
                 (_, b'/') => {}
                 _ => depth += 1,
             }
@@ -150,7 +192,10 @@ fn element_end(bytes: &[u8]) -> Result<Option<usize>, String> {
                 return Ok(Some(place));
             }
         } else if depth == 0 {
-            return Err(format!("text between stanzas: {}", String::from_utf8_lossy(bytes)));
+            return Err(format!(
+                "text between stanzas: {}",
+                String::from_utf8_lossy(bytes)
+            ));
         } else {
             place += 1;
         }
@@ -173,7 +218,12 @@ impl Element {
         self.attributes.get(name).map(String::as_str)
     }
 
-    fn write(&self, out: &mut fmt::Formatter, parent_namespace: &str, indent: usize) -> fmt::Result {
+    fn write(
+        &self,
+        out: &mut fmt::Formatter,
+        parent_namespace: &str,
+        indent: usize,
+    ) -> fmt::Result {
         write!(out, "{:indent$}<{}", "", self.name)?;
         if self.namespace != parent_namespace {
             write!(out, " xmlns='{}'", self.namespace)?;
