@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import socket
 
 import aioxmpp
 import aioxmpp.blocking
@@ -41,6 +42,18 @@ class Time(aioxmpp.xso.XSO):
     tzo = aioxmpp.xso.ChildText(("urn:xmpp:time", "tzo"), default=None)
     utc = aioxmpp.xso.ChildText(("urn:xmpp:time", "utc"), default=None)
 
+
+resume_as_written = aioxmpp.stream.StanzaStream._resume_sm
+
+
+def resume_in_order(stream, remote_count):
+    """aioxmpp 0.13.3 sends what was not acknowledged in reverse: it puts one after the other at the queue's head."""
+    stream.sm_ack(remote_count)
+    stream._sm_unacked_list.reverse()
+    resume_as_written(stream, remote_count)
+
+
+aioxmpp.stream.StanzaStream._resume_sm = resume_in_order
 
 SERVER = aioxmpp.JID.fromstr("localhost")
 
@@ -193,7 +206,7 @@ class AioBot(Bot):
         self.roster_client.approve(aioxmpp.JID.fromstr(jid))
 
     async def add_contact(self, jid, name, group):
-        await self.ask(self.roster_client.set_entry(aioxmpp.JID.fromstr(jid), name=name, add_to_groups=[group]))
+        await self.ask(self.roster_client.set_entry(aioxmpp.JID.fromstr(jid), name=name, add_to_groups={group}))
 
     async def remove_contact(self, jid):
         await self.ask(self.roster_client.remove_entry(aioxmpp.JID.fromstr(jid)))
@@ -273,7 +286,7 @@ class AioBot(Bot):
         """The connection breaks; `mend` lets the library come back."""
         self.gate.clear()
         self.resumed.clear()
-        self.client.stream._xmlstream.transport.abort()
+        self.client.stream._xmlstream.transport.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
         await self.wait(StreamEnd)
 
     async def all_written(self):

@@ -233,13 +233,21 @@ async def cut_connection_resumes_without_loss(stage, one, other):
         for number in range(10):
             answered.append(f"after {turn}/{number}")
             bob.chat(alice.full, answered[-1])
-    assert await bob.bodies(len(sent)) == sent
-    assert await alice.bodies(len(answered)) == answered
+    same(await bob.bodies(len(sent)), sent)
+    same(await alice.bodies(len(answered)), answered)
     await alice.settled()
     await bob.settled()
     assert (alice.bodies_now(), bob.bodies_now()) == ([], [])
     # Bob has not seen her go.
-    assert [event for event in bob.inbox if isinstance(event, Presence) and event.kind == "unavailable"] == []
+    gone = Presence(alice.full, "unavailable")
+    assert gone not in bob.inbox, bob.inbox
+
+
+def same(got, wanted):
+    """Equal lists; the error shows where they part."""
+    for place, (one, other) in enumerate(zip(got, wanted)):
+        assert one == other, f"at {place}: {got[place:place + 5]} instead of {wanted[place:place + 5]}"
+    assert len(got) == len(wanted)
 
 
 @scenario(each=True)

@@ -30,6 +30,7 @@ class SlixBot(Bot):
         client["xep_0077"].create_account = register
         client.add_event_handler("register", self.on_register)
         client.add_event_handler("message", self.on_message)
+        client.add_event_handler("message_error", self.on_message)
         client.add_event_handler("carbon_received", lambda msg: self.on_carbon(msg, "received"))
         client.add_event_handler("carbon_sent", lambda msg: self.on_carbon(msg, "sent"))
         client.add_event_handler("stream_error", lambda error: self.note(StreamEnd(error["condition"])))
@@ -83,8 +84,8 @@ class SlixBot(Bot):
         await self.client.disconnect()
 
     def on_message(self, msg):
-        if msg["carbon_received"]["forwarded"]["stanza"] or msg["carbon_sent"]["forwarded"]["stanza"]:
-            return
+        if any(child.tag.startswith("{urn:xmpp:carbons:2}") for child in msg.xml):
+            return  # `on_carbon` takes it
         if msg["type"] == "error":
             self.note(Message(str(msg["from"]), "error: " + msg["error"]["condition"]))
         elif msg["body"]:
@@ -119,11 +120,10 @@ class SlixBot(Bot):
         await self.ask(self.client.del_roster_item(jid))
 
     async def roster(self):
-        answer = await self.client.get_roster()
-        return {
-            item.get("jid"): (item.get("name"), item.get("subscription"))
-            for item in answer.xml.iter("{jabber:iq:roster}item")
-        }
+        # With versioning the answer may be empty; the library keeps the roster.
+        await self.client.get_roster()
+        kept = self.client.client_roster
+        return {jid: (kept[jid]["name"], kept[jid]["subscription"]) for jid in kept if not kept[jid]["removed"]}
 
     async def ask(self, request):
         try:
@@ -145,7 +145,7 @@ class SlixBot(Bot):
 
     async def block_list(self):
         answer = await self.ask(self.client["xep_0191"].get_blocked())
-        return {str(jid) for jid in answer["blocklist"]["items"]}
+        return {item.get("jid") for item in answer.xml.iter("{urn:xmpp:blocking}item")}
 
     async def version(self):
         answer = await self.ask(self.client["xep_0092"].get_version("localhost"))
@@ -153,7 +153,8 @@ class SlixBot(Bot):
 
     async def time(self):
         answer = await self.ask(self.client["xep_0202"].get_entity_time("localhost"))
-        return answer["entity_time"]["utc"]
+        # Not answer["entity_time"]["utc"]: that adds a second Z before it parses.
+        return answer.xml.findtext(".//{urn:xmpp:time}utc")
 
     async def last_activity(self, jid):
         answer = await self.ask(self.client["xep_0012"].get_last_activity(jid))
