@@ -9,6 +9,7 @@ Every scenario runs with each pairing of libraries (slixmpp, aioxmpp and both mi
 import argparse
 import asyncio
 import logging
+import os
 import secrets
 import sys
 import time
@@ -36,7 +37,7 @@ def main():
     arguments = parser.parse_args()
     # The libraries log what they think of our cut connections; what fails is told by the scenarios.
     logging.disable(logging.CRITICAL)
-    server = running_server() or Blade(arguments.nitro)
+    server = running_server() or Blade(os.path.abspath(arguments.nitro))
     passed = failed = 0
     try:
         for scenario in scenarios.all_of_them(server):
