@@ -33,10 +33,12 @@ async def play(scenario, server):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nitro", default="target/debug/nitro", help="the program (default: %(default)s)")
+    parser.add_argument("--tokio-client", help="the program of tests/bots/tokio-client; without it its scenarios are left out")
     parser.add_argument("parts", nargs="*", help="only scenarios whose name contains one of these")
     arguments = parser.parse_args()
     # The libraries log what they think of our cut connections; what fails is told by the scenarios.
     logging.disable(logging.CRITICAL)
+    scenarios.TOKIO_CLIENT = arguments.tokio_client and os.path.abspath(arguments.tokio_client)
     server = running_server() or Blade(os.path.abspath(arguments.nitro))
     passed = failed = 0
     try:

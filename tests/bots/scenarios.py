@@ -1,8 +1,12 @@
 """What the bots do. Each function is one scenario; its decorator says with which libraries it is played."""
 
 import asyncio
+import base64
 import dataclasses
 import itertools
+import os
+import re
+import ssl
 import typing
 
 from aio import AioBot
@@ -11,6 +15,7 @@ from server import Blade
 from slix import SlixBot
 
 LIBRARIES = [SlixBot, AioBot]
+TOKIO_CLIENT = None  # the program of tests/bots/tokio-client
 SCENARIOS = []
 PASSWORD = "correct horse"
 
@@ -20,6 +25,7 @@ class Scenario:
     name: str
     play: typing.Callable
     needs_own_server: bool = False
+    needs_tokio_client: bool = False
 
 
 class Stage:
@@ -49,8 +55,11 @@ class Stage:
                 pass
 
 
-def scenario(*, each=False, pairs=False, own=False):
-    """One play for each library, or for each pair of them; `own`: only on a server that we started."""
+def scenario(*, each=False, pairs=False, own=False, tokio=False):
+    """One play, or one for each library, or for each pair of them.
+
+    `own`: only on a server that we started; `tokio`: only if there is the program of tests/bots/tokio-client.
+    """
 
     def declare(function):
         name = function.__name__.replace("_", " ")
@@ -61,6 +70,8 @@ def scenario(*, each=False, pairs=False, own=False):
             for one, other in itertools.product(LIBRARIES, LIBRARIES):
                 title = f"{name} [{one.library} to {other.library}]"
                 SCENARIOS.append(Scenario(title, bound(function, one, other), own))
+        else:
+            SCENARIOS.append(Scenario(name, function, own, tokio))
         return function
 
     return declare
@@ -71,7 +82,10 @@ def bound(function, *libraries):
 
 
 def all_of_them(server):
-    return [one for one in SCENARIOS if server.own or not one.needs_own_server]
+    return [
+        one for one in SCENARIOS
+        if (server.own or not one.needs_own_server) and (TOKIO_CLIENT or not one.needs_tokio_client)
+    ]
 
 
 async def befriend(alice, bob):
@@ -380,3 +394,74 @@ async def sigterm_tells_every_client(stage, library):
         await again.ping("localhost")
     finally:
         await asyncio.to_thread(blade.stop)
+
+
+async def tokio_client(blade, transport, jid, password):
+    """Runs the foreign client: exit status, what it printed."""
+    port = blade.port if transport == "starttls" else blade.tls_port
+    process = await asyncio.create_subprocess_exec(
+        TOKIO_CLIENT, transport, f"{blade.host}:{port}", jid,
+        env={**os.environ, "SSL_CERT_FILE": str(blade.certificate)},
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(password.encode()), 30)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return process.returncode, output.decode()
+
+
+@scenario(own=True, tokio=True)
+async def foreign_client_logs_in_with_channel_binding(stage):
+    """tokio-xmpp on a blade that offers nothing but SCRAM with channel binding: it can only come in with tls-exporter."""
+    for mechanism in ("SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS"):
+        blade = await asyncio.to_thread(Blade, stage.server.program, sasl__mechanisms=f'["{mechanism}"]')
+        try:
+            jid = f"bound-{stage.tag}@localhost"
+            blade.command("user", "add", jid, "--password-stdin", text=PASSWORD + "\n")
+            for transport in ("starttls", "direct"):
+                status, output = await tokio_client(blade, transport, jid, PASSWORD)
+                assert status == 0 and output.startswith(jid + "/"), f"{mechanism}, {transport}: {status}: {output}"
+            status, output = await tokio_client(blade, "direct", jid, "wrong")
+            assert status == 1, f"a wrong password logged in: {output}"
+        finally:
+            await asyncio.to_thread(blade.stop)
+
+
+@scenario()
+async def unsupported_binding_is_refused(stage):
+    """A client that insists on a channel binding that is not there gets a failure at once, and may go on."""
+    alice = await stage.online(SlixBot, "alice")
+    context = ssl.create_default_context(cafile=stage.server.certificate)
+    reader, writer = await asyncio.open_connection(
+        stage.server.host, stage.server.tls_port, ssl=context, server_hostname="localhost")
+
+    async def until(pattern):
+        text = ""
+        async with asyncio.timeout(10):
+            while not re.search(pattern, text):
+                chunk = await reader.read(4096)
+                assert chunk, f"closed after: {text}"
+                text += chunk.decode()
+        return text
+
+    writer.write(
+        b"<stream:stream to='localhost' version='1.0' xmlns='jabber:client' "
+        b"xmlns:stream='http://etherx.jabber.org/streams'>")
+    features = await until("</stream:features>")
+    for mechanism in ("SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS"):
+        for binding in ("tls-foo", "tls-unique"):  # TLS 1.3 has no tls-unique
+            first = base64.b64encode(f"p={binding},,n={alice.name},r=abcdefgh".encode()).decode()
+            writer.write(
+                f"<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='{mechanism}'>{first}</auth>".encode())
+            answer = await until("</failure>|<failure[^>]*/>|challenge|success")
+            assert "<failure" in answer, f"{mechanism}, {binding}: {answer}"
+    # "y": I know of channel binding and believe that you do not. If it was offered, somebody in between took it away.
+    if "-PLUS<" in features:
+        first = base64.b64encode(f"y,,n={alice.name},r=abcdefgh".encode()).decode()
+        writer.write(
+            f"<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='SCRAM-SHA-256'>{first}</auth>".encode())
+        answer = await until("</failure>|<failure[^>]*/>|challenge|success")
+        assert "<failure" in answer, answer
+    writer.close()

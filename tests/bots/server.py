@@ -34,8 +34,10 @@ class Server:
 class Blade(Server):
     own = True
 
-    def __init__(self, program):
+    def __init__(self, program, **settings):
+        """`settings` come on top of the defaults; `__` stands for the dot of a key, values are TOML."""
         self.program = program
+        self.settings = {key.replace("__", "."): value for key, value in settings.items()}
         self.folder = tempfile.TemporaryDirectory(prefix="nitro-bots-")
         self.data_dir = pathlib.Path(self.folder.name) / "data"
         port, tls_port, self.http_port = free_ports(3)
@@ -53,7 +55,7 @@ class Blade(Server):
             "c2s.listen": f'["{self.host}:{self.port}"]',
             "c2s.listen_tls": f'["{self.host}:{self.tls_port}"]',
             "http.listen": f'["{self.host}:{self.http_port}"]',
-        }
+        } | self.settings
         return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
     def start(self):
