@@ -25,7 +25,9 @@ async fn main() -> ExitCode {
     };
     let password = std::io::read_to_string(std::io::stdin()).expect("a password on standard input");
     let jid: Jid = jid.parse().expect("a JID");
-    rustls::crypto::aws_lc_rs::default_provider().install_default().expect("the first provider");
+    rustls::crypto::aws_lc_rs::default_provider()
+        .install_default()
+        .expect("the first provider");
     let (dns, password) = (DnsConfig::addr(address), password.trim_end());
     let client = match transport.as_str() {
         "direct" => Client::new_direct_tls_with_config(jid, password, dns, Timeouts::default()),
@@ -52,11 +54,17 @@ async fn talk_to_itself(mut client: Client) -> Result<Jid, String> {
     while let Some(event) = client.next().await {
         match event {
             Event::Online { bound_jid, .. } => {
-                let message = Message::chat(bound_jid.clone()).with_body(Lang::new(), TEXT.to_owned());
-                client.send_stanza(message.into()).await.map_err(|why| why.to_string())?;
+                let message =
+                    Message::chat(bound_jid.clone()).with_body(Lang::new(), TEXT.to_owned());
+                client
+                    .send_stanza(message.into())
+                    .await
+                    .map_err(|why| why.to_string())?;
                 bound = Some(bound_jid);
             }
-            Event::Stanza(Stanza::Message(message)) if message.bodies.values().any(|body| body == TEXT) => {
+            Event::Stanza(Stanza::Message(message))
+                if message.bodies.values().any(|body| body == TEXT) =>
+            {
                 return bound.ok_or_else(|| "a message before the session".to_owned());
             }
             Event::Stanza(_) => {}
