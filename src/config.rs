@@ -496,6 +496,16 @@ pub enum LaneCore {
     Core(usize),
 }
 
+impl LaneCore {
+    /// The core, given those in use.
+    pub fn pick(self, cores: &[usize]) -> Option<usize> {
+        match self {
+            LaneCore::Auto => cores.last().copied(),
+            LaneCore::Core(core) => Some(core),
+        }
+    }
+}
+
 /// An enumeration whose values are words in the file.
 macro_rules! choice {
     ($(#[doc = $doc:literal])* $Name:ident { $( $(#[doc = $vdoc:literal])* $Variant:ident = $word:literal, )* }) => {
@@ -1320,6 +1330,26 @@ mod tests {
         let merged = old.with_live_keys_of(&new);
         assert_eq!(reloadable_diff(&old, &merged), (applied, vec![]));
         assert_eq!(merged.domain, "localhost");
+    }
+
+    #[test]
+    fn the_domain_and_the_mechanisms_are_those_of_the_protocol() {
+        for domain in [
+            "Chat.Example.com.",
+            "localhost",
+            "B\u{fc}cher.example",
+            "xn--bcher-kva.example",
+            "10.0.0.1",
+        ] {
+            let own = normal_domain(domain).unwrap();
+            assert_eq!(crate::xmpp::jid::domainpart(domain).unwrap(), own);
+            assert_eq!(crate::xmpp::jid::domainpart(&own).unwrap(), own);
+        }
+        let names: Vec<_> = crate::xmpp::sasl::Mechanism::ALL
+            .iter()
+            .map(|m| m.name())
+            .collect();
+        assert_eq!(names, MECHANISMS);
     }
 
     #[test]

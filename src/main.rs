@@ -1,6 +1,10 @@
-//! The `nitro` command.
+//! The `nitro` command: see [`nitro::cli`].
+
+use std::process::ExitCode;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-fn main() {}
+fn main() -> ExitCode {
+    nitro::cli::run()
+}

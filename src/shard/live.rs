@@ -3,9 +3,8 @@
 
 use std::rc::Rc;
 
-use super::doors;
 use super::moves::Parcel;
-use super::{Inbound, Kind, LiveLink, Shard, give_job, limits, login};
+use super::{Inbound, Kind, Shard, give_job, limits, login};
 use crate::net::{Read, Transport};
 use crate::rt;
 use crate::xml::{FrameKind, Framer};
@@ -102,7 +101,7 @@ impl Shard {
     }
 
     /// Reads a live connection and hands its elements to the slice.
-    fn read(&self, link: u64) {
+    pub(super) fn read(&self, link: u64) {
         let mut links = self.links.borrow_mut();
         let Some(Kind::Live(live)) = links.get_mut(link) else { return };
         let mut slice = self.slice.borrow_mut();
@@ -114,8 +113,9 @@ impl Shard {
             let rest = std::mem::take(&mut live.rest);
             end = take_frames(&mut slice, sid, &mut live.framer, &rest, &mut live.rest);
         }
+        let mut drained = false;
         for turn in 0..=READS_MAX {
-            if end.is_err() {
+            if end.is_err() || drained {
                 break;
             }
             if turn == READS_MAX {
@@ -123,7 +123,8 @@ impl Shard {
                 break;
             }
             end = match live.transport.read(&mut scratch) {
-                Ok(Read::Data(data)) => {
+                Ok(Read::Data { bytes: data, more }) => {
+                    drained = !more;
                     if live.rest.is_empty() {
                         take_frames(&mut slice, sid, &mut live.framer, data, &mut live.rest)
                     } else {
@@ -146,7 +147,7 @@ impl Shard {
             End::Lost => {
                 let gone = links.remove(link);
                 if let Some(Kind::Live(live)) = gone {
-                    self.readiness.remove(&live.transport);
+                    self.readiness.remove(live.transport.socket());
                     slice.link_lost(sid);
                 }
             }
@@ -177,7 +178,7 @@ impl Shard {
 
     fn lost(&self, link: u64) {
         if let Some(Kind::Live(live)) = self.links.borrow_mut().remove(link) {
-            self.readiness.remove(&live.transport);
+            self.readiness.remove(live.transport.socket());
             self.slice.borrow_mut().link_lost(live.session);
         }
     }
@@ -193,6 +194,7 @@ impl Shard {
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
             }
+            Inbound::Nudge => {}
             Inbound::Stop => {
                 self.stopping.set(true);
                 let mut slice = self.slice.borrow_mut();
@@ -236,7 +238,7 @@ impl Shard {
                 Err(_) => {
                     let gone = self.links.borrow_mut().remove(link);
                     if let Some(Kind::Live(live)) = gone {
-                        self.readiness.remove(&live.transport);
+                        self.readiness.remove(live.transport.socket());
                         slice.link_lost(sid);
                     }
                 }
@@ -283,18 +285,18 @@ impl Shard {
         let Some(Kind::Live(mut live)) = links.remove(link) else { return };
         let _ = live.transport.write(bytes, &mut self.scratch.borrow_mut());
         drop(links);
-        self.readiness.remove(&live.transport);
+        self.readiness.remove(live.transport.socket());
         self.close_transport(live.transport);
     }
 
     /// Lets a connection hear what was written last: a socket that is closed with unread input would take it back.
     pub(super) fn close_transport(&self, mut transport: Transport) {
-        transport.close_notify(&mut self.scratch.borrow_mut());
+        let _ = transport.close_notify(&mut self.scratch.borrow_mut());
         let until_ms = self.slice.borrow().now.ms + FAREWELL_MS;
         let mut links = self.links.borrow_mut();
         let link = links.insert(Kind::Closing { transport: Box::new(transport), until_ms, shut: false });
         let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else { return };
-        if self.readiness.add(&**transport, link).is_err() {
+        if self.readiness.add(transport.socket(), link).is_err() {
             links.remove(link);
             return;
         }
@@ -308,21 +310,21 @@ impl Shard {
         let over = loop {
             match transport.flush() {
                 Ok(true) if !*shut => {
-                    transport.shutdown_write();
+                    let _ = transport.socket().shutdown();
                     *shut = true;
                 }
                 Ok(true) => {}
                 Ok(false) => break false,
                 Err(_) => break true,
             }
-            match transport.discard() {
-                Ok(true) => {}
-                Ok(false) => break false,
-                Err(_) => break true,
+            match transport.socket().recv(&mut [0; 4096]) {
+                Ok(0) => break true,
+                Ok(_) => {}
+                Err(error) => break error.kind() != std::io::ErrorKind::WouldBlock,
             }
         };
         if over && let Some(Kind::Closing { transport, .. }) = links.remove(link) {
-            self.readiness.remove(&*transport);
+            self.readiness.remove(transport.socket());
         }
     }
 
@@ -336,7 +338,7 @@ impl Shard {
             .collect();
         for slot in late {
             if let Kind::Closing { transport, .. } = links.slab.remove(slot).kind {
-                self.readiness.remove(&*transport);
+                self.readiness.remove(transport.socket());
             }
         }
     }
@@ -382,10 +384,4 @@ fn take_frames(
     }
     rest.extend_from_slice(&bytes[at..]);
     Ok(())
-}
-
-impl Drop for LiveLink {
-    fn drop(&mut self) {
-        doors::left();
-    }
 }

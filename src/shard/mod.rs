@@ -34,7 +34,7 @@ use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, Slo
 use crate::store::lane::LaneSender;
 use crate::store::ring::Ring;
 use crate::store::tier::{Answer, Ticket};
-use crate::xml::Framer;
+use crate::xml::{Framer, StreamNs};
 use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice};
@@ -51,6 +51,8 @@ pub enum Inbound {
     Reload(Arc<Config>, TlsConfig),
     /// What challenges of unknown users must look like has changed.
     Decoy(Arc<Decoy>),
+    /// There is something unread: turn once more.
+    Nudge,
     /// Say farewell to everybody and end.
     Stop,
 }
@@ -104,8 +106,13 @@ pub struct Shard {
     waiting: RefCell<FnvHashMap<Box<str>, Vec<SlotSetter<()>>>>,
     started: Instant,
     stopping: Cell<bool>,
-    /// Connections of the login phase, to bound and to end them.
+    /// Connections of the login phase.
     negotiating: Cell<usize>,
+    http_open: Cell<usize>,
+    /// Sessions that have begun, until their login task hands the connection over.
+    bound: RefCell<Vec<(u64, SessionId)>>,
+    /// The namespaces that most stream headers declare.
+    usual_ns: RefCell<Rc<StreamNs>>,
     gauges: Arc<crate::blade::Gauges>,
 }
 
@@ -131,6 +138,7 @@ struct LiveLink {
     /// The unfinished frame; owns nothing when there is none.
     rest: Vec<u8>,
     session: SessionId,
+    _pass: doors::Pass,
 }
 
 #[derive(Default)]
@@ -191,6 +199,9 @@ impl Shard {
             started: parts.started,
             stopping: Cell::new(false),
             negotiating: Cell::new(0),
+            http_open: Cell::new(0),
+            bound: RefCell::default(),
+            usual_ns: RefCell::new(Rc::new(StreamNs::client())),
             gauges: parts.gauges,
         });
         shard.clock();
@@ -215,6 +226,12 @@ impl Shard {
         shard.gauges.ready();
         shard.live().await;
         Ok(())
+    }
+
+    /// Makes the live loop turn, from another task of this shard.
+    fn nudge(&self) {
+        // a full inbox makes it turn anyway
+        let _ = self.own_inbox.try_send(Inbound::Nudge);
     }
 
     /// Reads the clock for everything that this turn does.

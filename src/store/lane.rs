@@ -459,9 +459,13 @@ impl Desk {
         }
         for ((name, shards), result) in loads.into_iter().zip(found) {
             match &result {
-                Ok(Some(_)) => drop(self.counters.users_loaded.fetch_add(1, Relaxed)),
                 Ok(None) => {}
-                Err(_) => drop(self.counters.failures.fetch_add(1, Relaxed)),
+                Ok(Some(_)) => {
+                    self.counters.users_loaded.fetch_add(1, Relaxed);
+                }
+                Err(_) => {
+                    self.counters.failures.fetch_add(1, Relaxed);
+                }
             }
             let (last, others) = shards.split_last().expect("a load has somebody who asked");
             for shard in others {
@@ -590,7 +594,9 @@ impl Waiting {
                 let number = self.writes_taken;
                 match self.last_write.get_mut(op.name()) {
                     Some(last) => *last = number,
-                    None => drop(self.last_write.insert(op.name().into(), number)),
+                    None => {
+                        self.last_write.insert(op.name().into(), number);
+                    }
                 }
                 self.writes.push_back(Write {
                     shard,

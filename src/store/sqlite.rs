@@ -695,6 +695,7 @@ fn options(path: &Path, page_cache_bytes: usize) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(Duration::from_millis(500))
+        // No mmap: it made loads no faster, and an unreadable page would be a signal instead of an error.
         // A negative size is in KiB.
         .pragma("cache_size", format!("-{}", page_cache_bytes / 1024))
         .pragma("temp_store", "memory")

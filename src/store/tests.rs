@@ -639,6 +639,25 @@ fn only_the_owner_may_read_the_data() {
 }
 
 #[test]
+fn the_lane_and_its_connections_step_back_behind_the_shards() {
+    let _bench = Bench::with(1, tempfile::tempdir().unwrap(), |config| config.nice = 11);
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    // Fields of proc(5) stat after the name in brackets: nice is the 19th of all, the policy the 41st.
+    let stepped_back = tasks.filter_map(|task| {
+        let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).ok()?;
+        let (name, fields) = stat.rsplit_once(") ")?;
+        let fields: Vec<&str> = fields.split(' ').collect();
+        let batch = (fields[16], fields[38]) == ("11", "3");
+        (batch && name.contains("(sql")).then_some(())
+    });
+    assert_eq!(
+        stepped_back.count(),
+        3,
+        "the lane's thread and one for each connection"
+    );
+}
+
+#[test]
 fn names_are_compared_byte_by_byte() {
     let bench = Bench::new(1);
     assert_eq!(

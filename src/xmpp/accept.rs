@@ -27,6 +27,12 @@ impl Acceptance {
     pub fn defer(&mut self, seq: u32) {
         match self.open.back_mut() {
             Some((last, parts)) if *last == seq => *parts += 1,
+            // a part that ends in a further one: younger stanzas may wait already, but this one still has its entry
+            Some((last, _)) if (seq.wrapping_sub(*last) as i32) < 0 => {
+                if let Some((_, parts)) = self.open.iter_mut().find(|(s, _)| *s == seq) {
+                    *parts += 1;
+                }
+            }
             _ => self.open.push_back((seq, 1)),
         }
     }
@@ -128,6 +134,20 @@ mod tests {
         a.settle(seq);
         assert_eq!(a.answer(), Some(1));
         assert_eq!(a.answer(), None);
+    }
+
+    #[test]
+    fn a_part_may_end_in_a_further_part_while_younger_stanzas_wait() {
+        let mut a = Acceptance::default();
+        let (old, young) = (a.receive(), a.receive());
+        a.defer(old);
+        a.defer(young);
+        a.defer(old);
+        a.settle(old);
+        a.settle(young);
+        assert_eq!(a.h(), 0);
+        a.settle(old);
+        assert_eq!(a.h(), 2);
     }
 
     #[test]

@@ -18,6 +18,7 @@ pub struct Arrival<'a> {
     pub lang: Option<Box<str>>,
     pub stream_ns: Rc<StreamNs>,
     pub peer: Box<str>,
+    pub tls: bool,
 }
 
 /// Begins the session. A session that has the resource already ends with `<conflict/>` (RFC 6120 7.7.2.2, case 3).
@@ -62,6 +63,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         pinged: false,
         since: now.unix,
         peer: arrival.peer,
+        tls: arrival.tls,
     };
     slice.begin(arrival.user, session).ok_or(StanzaError::NOT_AUTHORIZED)
 }

@@ -2,7 +2,7 @@
 
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Refusal, Target};
+use super::feature::{Refusal, Target, last};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
@@ -146,6 +146,10 @@ pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta:
         }
     }
     if let Some(resource) = to.resource() {
+        if last::forbids(slice, name, &from_jid, stanza, meta) {
+            slice.bounce(to, from, stanza, meta, &StanzaError::FORBIDDEN);
+            return Fate::Decided;
+        }
         match slice.find_session(name, resource) {
             Some(sid) => slice.send(sid, &[stanza], meta),
             None => slice.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE),

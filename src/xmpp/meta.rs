@@ -121,6 +121,8 @@ impl Meta {
     pub const LAZY: u16 = 64;
     /// Is made by the server itself.
     pub const SERVER: u16 = 128;
+    /// Came through a chat room or goes there (`<x/>` of XEP-0045 `muc#user`), and is no invitation.
+    pub const ROOM: u16 = 256;
 
     pub fn new(kind: Kind) -> Meta {
         Meta { kind, flags: 0 }

@@ -16,6 +16,8 @@ pub mod negotiation;
 pub mod sasl;
 pub mod session;
 pub mod slice;
+#[cfg(test)]
+pub mod testing;
 
 pub const NS_CLIENT: &str = "jabber:client";
 pub const NS_STREAM: &str = "http://etherx.jabber.org/streams";

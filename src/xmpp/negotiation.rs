@@ -82,6 +82,8 @@ pub struct Negotiation {
     user: Option<Box<str>>,
     /// Named by the exchange at work.
     candidate: Option<Box<str>>,
+    /// The account of the exchange at work is disabled.
+    disabled: bool,
     attempts: u32,
     /// Id of the IQ that is answered later (bind, registration).
     iq: String,
@@ -100,6 +102,7 @@ impl Negotiation {
             lang: None,
             user: None,
             candidate: None,
+            disabled: false,
             attempts: 0,
             iq: String::new(),
             policy,
@@ -186,7 +189,6 @@ impl Negotiation {
         let mut text = String::from("<stream:features>");
         if self.user.is_some() {
             text.push_str(&format!("<bind xmlns='{NS_BIND}'/>"));
-            text.push_str("<session xmlns='urn:ietf:params:xml:ns:xmpp-session'><optional/></session>");
             for stream in FEATURES.iter().filter_map(|f| f.stream) {
                 text.push_str(&stream(env));
             }
@@ -306,7 +308,15 @@ impl Negotiation {
     }
 
     /// The owner has loaded the user whom [`Step::Login`] named; `None`: there is none.
-    pub fn credentials(&mut self, credentials: Option<Credentials<'_>>, decoy: &Decoy, out: &mut Vec<u8>) -> Step {
+    /// `disabled`: the account may not log in; only who proves to be its owner learns it.
+    pub fn credentials(
+        &mut self,
+        credentials: Option<Credentials<'_>>,
+        disabled: bool,
+        decoy: &Decoy,
+        out: &mut Vec<u8>,
+    ) -> Step {
+        self.disabled = disabled;
         let Stage::Exchange(exchange) = &mut self.stage else { return Step::Continue };
         let mut nonce = [0; 18];
         aws_lc_rs::rand::fill(&mut nonce).expect("the system gives random bytes");
@@ -329,6 +339,7 @@ impl Negotiation {
                 sasl_element("challenge", &data, out);
                 Step::Continue
             }
+            sasl::Step::Success { .. } if self.disabled => self.failed(Failure::ACCOUNT_DISABLED, out),
             sasl::Step::Success { additional } => {
                 sasl_element("success", &additional, out);
                 self.user = self.candidate.take();

@@ -66,6 +66,8 @@ pub struct Session {
     pub since: u64,
     /// Remote address, for operators.
     pub peer: Box<str>,
+    /// Is its connection encrypted?
+    pub tls: bool,
 }
 
 impl Session {

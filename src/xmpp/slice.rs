@@ -105,11 +105,20 @@ pub struct User {
 /// What the slice's table holds under a name.
 pub enum Slot {
     /// Asked for; what came meanwhile waits in order.
-    Loading { queue: Vec<Waiting>, bytes: usize },
+    Loading { queue: Vec<Queued>, bytes: usize },
     /// No such user; remembered like a user, so that the two cost the same.
     Missing,
     Present(Box<User>),
 }
+
+/// What waits for a user to be loaded.
+pub enum Queued {
+    Stanza(Waiting),
+    Call(Call),
+}
+
+/// Runs when a user is known: present or missing (or, when the tier cannot say, neither).
+pub type Call = Box<dyn FnOnce(&mut Slice)>;
 
 /// A stanza that waits for its recipient to be loaded.
 pub struct Waiting {
@@ -223,6 +232,8 @@ pub struct Slice {
     /// The inbound stanza at work, when its session has stream management.
     pub current: Option<Receipt>,
     pub parked: usize,
+    /// Changes of private storage at work.
+    pub(super) private: feature::private::Changes,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     ticket: Ticket,
     timers: BinaryHeap<Reverse<(u64, u32, u32, Timer)>>,
@@ -252,6 +263,7 @@ impl Slice {
             hooks: Hooks::collect(),
             current: None,
             parked: 0,
+            private: Default::default(),
             waits: FnvHashMap::default(),
             ticket: 0,
             timers: BinaryHeap::new(),
@@ -314,14 +326,10 @@ impl Slice {
                     }
                 }
                 Item::Presence { from, stanza, meta, names } => {
-                    for name in batch.text(names).lines() {
-                        presence::broadcast_in(self, name, batch.text(from), batch.get(stanza), meta);
-                    }
+                    presence::broadcast_in(self, batch.text(names), batch.text(from), batch.get(stanza), meta);
                 }
                 Item::Probe { from, names } => {
-                    for name in batch.text(names).lines() {
-                        presence::probe_in(self, name, batch.text(from));
-                    }
+                    presence::probe_in(self, batch.text(names), batch.text(from));
                 }
                 Item::Settled(receipt) => self.settle(receipt),
             }
@@ -648,13 +656,13 @@ impl Slice {
         self.want(name);
         if let Some(Slot::Loading { queue, bytes }) = self.users.get_mut(name) {
             *bytes += stanza.len();
-            queue.push(Waiting {
+            queue.push(Queued::Stanza(Waiting {
                 to: to.clone().into_owned(),
                 from: from.into(),
                 stanza: stanza.into(),
                 meta,
                 receipt,
-            });
+            }));
         }
         Fate::Open
     }
@@ -662,7 +670,12 @@ impl Slice {
     /// RFC 6121 8.5.1: the user does not exist.
     fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
         if meta.kind.is_message() || meta.kind.is_iq() {
-            self.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE);
+            let forbidden = to.local().zip(Jid::parse(from).ok()).is_some_and(|(name, from)| {
+                // what a stranger hears of an account that exists
+                feature::last::forbids(self, name, &from, stanza, meta)
+            });
+            let error = if forbidden { StanzaError::FORBIDDEN } else { StanzaError::SERVICE_UNAVAILABLE };
+            self.bounce(to, from, stanza, meta, &error);
         } else if matches!(meta.kind, Kind::Subscribe | Kind::Probe) {
             presence::answer_unsubscribed(self, to, from);
         }
@@ -772,20 +785,39 @@ impl Slice {
     fn load_failed(&mut self, name: &str) {
         self.users.unpin(name);
         let Some(Slot::Loading { queue, .. }) = self.users.remove(name) else { return };
-        for w in queue {
-            self.bounce(&w.to, &w.from, &w.stanza, w.meta, &StanzaError::RESOURCE_CONSTRAINT);
-            if let Some(receipt) = w.receipt {
-                self.settle(receipt);
+        for waiting in queue {
+            match waiting {
+                Queued::Call(call) => call(self),
+                Queued::Stanza(w) => {
+                    self.bounce(&w.to, &w.from, &w.stanza, w.meta, &StanzaError::RESOURCE_CONSTRAINT);
+                    if let Some(receipt) = w.receipt {
+                        self.settle(receipt);
+                    }
+                }
             }
         }
         self.fx.loaded.push(name.into());
     }
 
-    fn run_queue(&mut self, queue: Vec<Waiting>) {
-        for w in queue {
-            let fate = self.deliver(&w.to, &w.from, &w.stanza, w.meta, w.receipt);
-            if let (Fate::Decided, Some(receipt)) = (fate, w.receipt) {
-                self.settle(receipt);
+    /// Runs `call` when the user is known, in order with what else waits for him.
+    pub fn when_known(&mut self, name: &str, call: Call) {
+        if self.want(name) {
+            call(self);
+        } else if let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) {
+            queue.push(Queued::Call(call));
+        }
+    }
+
+    fn run_queue(&mut self, queue: Vec<Queued>) {
+        for waiting in queue {
+            match waiting {
+                Queued::Call(call) => call(self),
+                Queued::Stanza(w) => {
+                    let fate = self.deliver(&w.to, &w.from, &w.stanza, w.meta, w.receipt);
+                    if let (Fate::Decided, Some(receipt)) = (fate, w.receipt) {
+                        self.settle(receipt);
+                    }
+                }
             }
         }
     }

@@ -8,6 +8,7 @@ pub mod csi;
 pub mod disco;
 pub mod hints;
 pub mod last;
+pub mod legacy_session;
 pub mod offline;
 pub mod ping;
 pub mod presence;
@@ -17,6 +18,7 @@ pub mod roster;
 pub mod sm;
 pub mod stable_id;
 pub mod subscription;
+pub mod table;
 pub mod time;
 pub mod vcard;
 pub mod version;
@@ -44,6 +46,8 @@ pub struct Feature {
     pub account: &'static [&'static str],
     /// Elements in `<stream:features/>` after authentication.
     pub stream: Option<fn(&Env) -> String>,
+    /// Is it announced by service discovery? The configuration may say no.
+    pub on: fn(&Env) -> bool,
     pub iq: &'static [IqRoute],
     pub nonza: &'static [NonzaRoute],
     /// A client's message leaves, before it is routed; may refuse it.
@@ -52,7 +56,7 @@ pub struct Feature {
     pub admit: Option<Admit>,
     /// A message was delivered to (or stored for) a user of this slice; the sessions that have got it.
     pub message_in: Option<MessageIn>,
-    /// A session sent its initial presence (RFC 6121 4.2), after the broadcast.
+    /// A session sent its initial presence (RFC 6121 4.2), or left negative priorities; after the broadcast.
     pub available: Option<fn(&mut Slice, SessionId)>,
     /// A session ended for good; it is out of the tables already.
     pub ended: Option<fn(&mut Slice, &mut Session)>,
@@ -71,6 +75,7 @@ pub const NONE: Feature = Feature {
     server: &[],
     account: &[],
     stream: None,
+    on: |_| true,
     iq: &[],
     nonza: &[],
     message_out: None,
@@ -129,28 +134,19 @@ pub struct NonzaRoute {
     pub handle: NonzaHandler,
 }
 
-/// All that nitro speaks beside the core of streams and stanzas.
-pub static FEATURES: &[&Feature] = &[
-    &disco::FEATURE,
-    &roster::FEATURE,
-    &subscription::FEATURE,
-    &presence::FEATURE,
-    &blocking::FEATURE,
-    &carbons::FEATURE,
-    &offline::FEATURE,
-    &stable_id::FEATURE,
-    &hints::FEATURE,
-    &sm::FEATURE,
-    &csi::FEATURE,
-    &ping::FEATURE,
-    &caps::FEATURE,
-    &vcard::FEATURE,
-    &private::FEATURE,
-    &register::FEATURE,
-    &last::FEATURE,
-    &time::FEATURE,
-    &version::FEATURE,
-];
+macro_rules! features {
+    ($($file:ident)*) => {
+        /// All that nitro speaks beside the core of streams and stanzas.
+        pub static FEATURES: &[&Feature] = &[$(&$file::FEATURE),*];
+        /// The name of each row's file.
+        pub static FILES: &[&str] = &[$(stringify!($file)),*];
+    };
+}
+
+features! {
+    disco roster subscription presence blocking carbons offline stable_id hints sm csi ping caps vcard private register last
+    time version legacy_session
+}
 
 /// The rows' hooks, collected once, so that a message only meets those that exist.
 #[derive(Clone)]

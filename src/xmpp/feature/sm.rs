@@ -238,8 +238,13 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
         slice.end(sid, None);
         return Err(StreamError::text("undefined-condition", "h is higher than what was sent"));
     }
-    if session.link.replace(link).is_none() {
-        slice.parked = slice.parked.saturating_sub(1);
+    match session.link.replace(link) {
+        None => slice.parked = slice.parked.saturating_sub(1),
+        Some(old) => {
+            let mut bytes = Vec::new();
+            StreamError::text("conflict", "resumed by another connection").write(&mut bytes);
+            slice.fx.closing.push(crate::xmpp::slice::Closing { link: old, bytes });
+        }
     }
     session.heard_ms = ms;
     session.pinged = false;

@@ -195,6 +195,17 @@ pub fn new_keys(password: &str, iterations: u32) -> Result<(ScramKeys, ScramKeys
     ))
 }
 
+impl From<ScramKeys> for crate::store::record::ScramKeys {
+    fn from(keys: ScramKeys) -> Self {
+        Self {
+            iterations: keys.iterations,
+            salt: keys.salt,
+            stored_key: keys.stored_key,
+            server_key: keys.server_key,
+        }
+    }
+}
+
 /// One authentication in progress. It is `Send`, so that it moves to the user's owner with its connection.
 pub struct Exchange {
     username: String,

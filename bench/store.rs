@@ -1,0 +1,227 @@
+//! What the tiers cost: placement, reading a cached record, and the SQL lane's cold loads and writes.
+//! `cargo bench --bench store`; set `NITRO_BENCH_DIR` to measure the disk that matters.
+
+use std::hint::black_box;
+use std::sync::mpsc::{Receiver, channel};
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use nitro::store::admin::Store;
+use nitro::store::cache::Cache;
+use nitro::store::lane::{AnswerSink, Lane, LaneConfig};
+use nitro::store::record::{Record, RosterItem, ScramKeys, Subscription, UserRecord};
+use nitro::store::ring::Ring;
+use nitro::store::tier::{Answer, Op, Request};
+
+const USERS: usize = 10_000;
+const AT_ONCE: usize = 1_000;
+
+fn keys(hash_len: usize) -> ScramKeys {
+    ScramKeys {
+        iterations: 10_000,
+        salt: vec![7; 16],
+        stored_key: vec![8; hash_len],
+        server_key: vec![9; hash_len],
+    }
+}
+
+fn user(contacts: usize) -> UserRecord {
+    let contact = |n| RosterItem {
+        jid: format!("trader{n:05}@example.com"),
+        name: format!("Trader {n}"),
+        groups: vec!["Desk".into()],
+        subscription: Subscription::Both,
+        ..RosterItem::default()
+    };
+    UserRecord {
+        sha1: Some(keys(20)),
+        sha256: Some(keys(32)),
+        roster: (0..contacts).map(contact).collect(),
+        ..UserRecord::default()
+    }
+}
+
+fn names(count: usize) -> Vec<String> {
+    (0..count).map(|n| format!("trader{n:05}")).collect()
+}
+
+fn ring(c: &mut Criterion) {
+    let ring = Ring::of_shards(16);
+    let names = names(USERS);
+    let mut group = c.benchmark_group("ring");
+    group.throughput(Throughput::Elements(names.len() as u64));
+    group.bench_function("lookup", |b| {
+        b.iter(|| {
+            names
+                .iter()
+                .map(|name| ring.owner(black_box(name)))
+                .sum::<usize>()
+        });
+    });
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("build of 16", |b| b.iter(|| Ring::of_shards(black_box(16))));
+    group.finish();
+}
+
+fn record(c: &mut Criterion) {
+    let names = names(USERS);
+    let mut cache = Cache::new(1 << 30);
+    let record = Record::new(&user(50));
+    for name in &names {
+        cache.insert(name, record.clone(), record.bytes().len());
+    }
+    let mut group = c.benchmark_group("record of 50 contacts");
+    group.throughput(Throughput::Elements(names.len() as u64));
+    group.bench_function("found in the cache, one contact read", |b| {
+        b.iter(|| {
+            let contact = black_box("trader00033@example.com");
+            let found = |name: &&String| {
+                let record = cache.get(name).map(Record::get);
+                record
+                    .and_then(|user| user.roster_item(contact))
+                    .is_some_and(|item| item.approved)
+            };
+            names.iter().filter(found).count()
+        });
+    });
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("checked on entry", |b| {
+        b.iter(|| Record::from_bytes(black_box(record.bytes())).is_ok());
+    });
+    let owned = user(50);
+    group.bench_function("archived", |b| b.iter(|| Record::new(black_box(&owned))));
+    group.finish();
+}
+
+struct Bench {
+    lane: Lane,
+    answers: Receiver<Vec<Answer>>,
+}
+
+impl Bench {
+    fn start(folder: &tempfile::TempDir) -> Bench {
+        let (to, answers) = channel();
+        let sink: AnswerSink = Box::new(move |batch| to.send(batch).expect("the bench listens"));
+        let mut config = LaneConfig::new(folder.path().join("nitro.db"));
+        config.affinity = Some(vec![0]);
+        Bench {
+            lane: Lane::start(config, vec![sink]).expect("a fresh database opens"),
+            answers,
+        }
+    }
+
+    /// Sends one batch and waits until it is answered.
+    fn round(&self, requests: Vec<Request>) {
+        let mut left = requests.len();
+        self.lane
+            .sender()
+            .try_send(0, requests)
+            .expect("the queue is empty");
+        while left > 0 {
+            left -= self.answers.recv().expect("the lane answers").len();
+        }
+    }
+}
+
+fn sql(c: &mut Criterion) {
+    let folder = match std::env::var_os("NITRO_BENCH_DIR") {
+        Some(folder) => tempfile::tempdir_in(folder),
+        None => tempfile::tempdir(),
+    };
+    let folder = folder.expect("a folder for the database can be made");
+    let names = names(USERS);
+    let record = Record::new(&user(50));
+    let mut store = Store::open(folder.path().join("nitro.db")).expect("a fresh database opens");
+    let users = names.iter().map(|name| (name.clone(), record.clone()));
+    store
+        .add_users(users, |_| {})
+        .expect("an import into a fresh database succeeds");
+    drop(store);
+    let bench = Bench::start(&folder);
+
+    let mut group = c.benchmark_group("sql");
+    group.sample_size(20);
+    group.throughput(Throughput::Elements(AT_ONCE as u64));
+    let mut at = 0;
+    let mut next = || {
+        at = (at + 7919) % USERS;
+        names[at].as_str().into()
+    };
+    group.bench_function("cold loads, 50 contacts, 1,000 at once", |b| {
+        b.iter(|| {
+            bench.round(
+                (0..AT_ONCE)
+                    .map(|_| Request::Load { name: next() })
+                    .collect(),
+            )
+        });
+    });
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("cold load, alone", |b| {
+        b.iter(|| bench.round(vec![Request::Load { name: next() }]));
+    });
+    group.throughput(Throughput::Elements(AT_ONCE as u64));
+    group.bench_function("records of 50 contacts written, 1,000 at once", |b| {
+        b.iter(|| {
+            let op = |name| Op::PutUser {
+                name,
+                record: record.clone(),
+            };
+            let writes = (0..AT_ONCE as u64).map(|ticket| Request::Write {
+                ticket,
+                op: op(next()),
+            });
+            bench.round(writes.collect());
+        });
+    });
+    let mut id = 0;
+    group.bench_function("offline messages of 300 bytes, 1,000 at once", |b| {
+        b.iter(|| {
+            let writes = (0..AT_ONCE as u64).map(|ticket| {
+                id += 1;
+                let stanza = vec![b'x'; 300].into();
+                Request::Write {
+                    ticket,
+                    op: Op::PutOffline {
+                        name: next(),
+                        id,
+                        stanza,
+                    },
+                }
+            });
+            bench.round(writes.collect());
+        });
+    });
+    group.throughput(Throughput::Elements(1));
+    group.bench_function("record written, alone", |b| {
+        b.iter(|| {
+            let op = Op::PutUser {
+                name: next(),
+                record: record.clone(),
+            };
+            bench.round(vec![Request::Write { ticket: 0, op }]);
+        });
+    });
+    group.finish();
+    bench.lane.stop();
+}
+
+fn import(c: &mut Criterion) {
+    let record = Record::new(&user(0));
+    let mut group = c.benchmark_group("import");
+    group.sample_size(10);
+    group.throughput(Throughput::Elements(100_000));
+    group.bench_function("100,000 accounts", |b| {
+        b.iter(|| {
+            let folder = tempfile::tempdir().expect("a folder for the database can be made");
+            let mut store = Store::open(folder.path().join("nitro.db")).expect("opens");
+            let users = (0..100_000).map(|n| (format!("trader{n:06}"), record.clone()));
+            store
+                .add_users(users, |_| {})
+                .expect("an import into a fresh database succeeds")
+        });
+    });
+    group.finish();
+}
+
+criterion_group!(benches, ring, record, sql, import);
+criterion_main!(benches);

@@ -1,0 +1,566 @@
+//! One nitro process: starts the shards, the SQL lane, the helper threads and the admin socket; hears signals; ends in order.
+
+use std::collections::HashMap;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::mpsc::{self, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+use crate::admin::lock::DataLock;
+use crate::admin::server::AdminServer;
+use crate::admin::{AdminReply, AdminRequest, Outcome, UserLine};
+use crate::config::{Config, reloadable_diff};
+use crate::net::{self, TlsConfig};
+use crate::rt::{self, InboxSender};
+use crate::shard::admin::Call;
+use crate::shard::doors::{Doors, Shut};
+use crate::shard::{Door, Inbound, Parts, Shard};
+use crate::store::admin::Store;
+use crate::store::lane::{Lane, LaneConfig};
+use crate::store::ring::Ring;
+use crate::store::tier::Ticket;
+use crate::xmpp::sasl::decoy::{Decoy, Profile, Shape};
+use crate::xmpp::slice::{Job, Slice};
+
+/// Batches of answers and other messages that may wait for one shard.
+const INBOX_MAX: usize = 4096;
+/// How long a foreign thread waits for room in a shard's inbox.
+const INBOX_PATIENCE: Duration = Duration::from_secs(30);
+/// How long an operator's request may take.
+const ADMIN_PATIENCE: Duration = Duration::from_secs(50);
+/// The look of decoys follows the accounts not more often than that.
+const DECOY_PAUSE: Duration = Duration::from_secs(5);
+
+/// Runs the server until it is told to stop. A mistake of the operator is one sentence on standard error.
+pub fn serve(config: Config, load: impl Fn() -> Result<Config, String>) -> ExitCode {
+    match run(config, load) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => {
+            eprintln!("nitro: {sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), String> {
+    start_log(&config);
+    rt::probe()?;
+    let files = rt::raise_open_files()?;
+    if files < 4096 {
+        tracing::warn!(files, "few open files are allowed: raise the hard limit (ulimit -Hn) for more connections");
+    }
+    let _lock = DataLock::acquire(&config.data_dir)?;
+    let first_start = !config.sqlite_path().exists();
+    let cores = config.cores.pick(&rt::cores_online())?;
+    let mut config = config;
+    let listen = open_ports(&mut config)?;
+    let (tls, fingerprint) = load_tls(&config)?;
+    let secret = secret(&config.data_dir)?;
+    let mut store = Store::open(config.sqlite_path())?;
+    let decoy = Arc::new(decoy(&mut store, &secret, &config)?);
+    let accounts = store.count()?;
+
+    let started = Instant::now();
+    let shards = cores.len();
+    let ring = Arc::new(Ring::of_shards(shards));
+    let gauges = Arc::new(Gauges::new(shards));
+    let (senders, inboxes): (Vec<_>, Vec<_>) = (0..shards)
+        .map(|_| rt::inbox::<Inbound>(INBOX_MAX).map_err(|e| format!("eventfd: {e}")))
+        .collect::<Result<Vec<_>, _>>()?
+        .into_iter()
+        .unzip();
+    let sinks = senders.iter().cloned().map(answer_sink).collect();
+    let lane_core = config.sql.core.pick(&cores);
+    let lane = Lane::start(
+        LaneConfig {
+            queue_max: config.sql.queue_max,
+            affinity: lane_core.map(|core| vec![core]),
+            ..LaneConfig::new(config.sqlite_path())
+        },
+        sinks,
+    )?;
+    let helpers = Helpers::start(config.limits.password_checks_waiting_max);
+    let doors = Arc::new(Doors::default());
+    let id_key = [
+        u64::from_le_bytes(secret[0..8].try_into().expect("eight bytes")),
+        u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
+    ];
+    let shared = Arc::new(config.clone());
+    let meshes = rt::mesh(shards, config.limits.mesh_queue_batches_max);
+    let parts: Vec<Option<Parts>> = inboxes
+        .into_iter()
+        .zip(meshes)
+        .enumerate()
+        .map(|(n, (inbox, mesh))| {
+            Some(Parts {
+                config: shared.clone(),
+                tls: tls.clone(),
+                ring: ring.clone(),
+                decoy: decoy.clone(),
+                id_key,
+                listen: listen.iter().copied().filter(|(_, door)| *door != Door::Http || n == 0).collect(),
+                mesh,
+                inbox,
+                lane: lane.sender(),
+                helpers: helpers.clone(),
+                own_inbox: senders[n].clone(),
+                doors: doors.clone(),
+                started,
+                gauges: gauges.clone(),
+            })
+        })
+        .collect();
+    let parts = Arc::new(Mutex::new(parts));
+    let (failed, failures) = mpsc::channel::<String>();
+    let threads = rt::run_shards(&cores, move |n| {
+        let parts = parts.lock().ok().and_then(|mut parts| parts[n].take());
+        let failed = failed.clone();
+        async move {
+            let Some(parts) = parts else { return };
+            if let Err(sentence) = Shard::run(n, parts).await {
+                let _ = failed.send(sentence);
+            }
+        }
+    })?;
+    let handler = Operators {
+        senders: senders.clone(),
+        ring: ring.clone(),
+        store: Mutex::new((store, Instant::now())),
+        secret,
+        config: shared.clone(),
+    };
+    let admin = AdminServer::start(&config.data_dir, config.limits.admin_connections_max, move |request| {
+        handler.answer(request)
+    })?;
+    let up = gauges.wait_ready(shards, &failures)?;
+    announce(&config, &listen, &fingerprint, accounts, first_start, shards, up);
+
+    let mut current = config;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| format!("signals cannot be heard: {e}"))?;
+    for signal in signals.forever() {
+        if signal != SIGHUP {
+            break;
+        }
+        match reload(&current, &load) {
+            Ok((config, tls, sentence)) => {
+                let shared = Arc::new(config.clone());
+                for sender in &senders {
+                    let _ = sender.send(Inbound::Reload(shared.clone(), tls.clone()), INBOX_PATIENCE);
+                }
+                current = config;
+                tracing::info!("{sentence}");
+            }
+            Err(sentence) => tracing::error!("not reloaded: {sentence}"),
+        }
+    }
+    tracing::info!("stopping");
+    // whatever hangs, the process ends in time
+    let patience = Duration::from_secs(current.shutdown.seconds_max);
+    std::thread::spawn(move || {
+        std::thread::sleep(patience);
+        eprintln!("nitro: stopping took longer than shutdown.seconds_max; ending now");
+        std::process::exit(0);
+    });
+    admin.stop();
+    for sender in &senders {
+        let _ = sender.send(Inbound::Stop, INBOX_PATIENCE);
+    }
+    for thread in threads {
+        let _ = thread.join();
+    }
+    lane.stop();
+    tracing::info!("stopped");
+    Ok(())
+}
+
+fn start_log(config: &Config) {
+    use tracing_subscriber::EnvFilter;
+    let filter = EnvFilter::new(format!("{},sqlx=warn", config.log.level.as_str()));
+    let _ = tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .with_env_filter(filter)
+        .try_init();
+}
+
+/// Claims every port, so that a second process is refused; an address family that the machine lacks is left out, and port
+/// 0 becomes a free one.
+fn open_ports(config: &mut Config) -> Result<Vec<(SocketAddr, Door)>, String> {
+    let mut all = Vec::new();
+    let doors = [
+        ("c2s.listen", &mut config.c2s.listen, Door::Xmpp),
+        ("c2s.listen_tls", &mut config.c2s.listen_tls, Door::XmppTls),
+        ("http.listen", &mut config.http.listen, Door::Http),
+    ];
+    for (key, addresses, door) in doors {
+        let mut open = Vec::new();
+        for address in addresses.iter() {
+            match net::probe_port(*address).map_err(|e| format!("{key}: {e}"))? {
+                Some(address) => open.push(address),
+                None => tracing::warn!(key, %address, "this machine has no such address family: left out"),
+            }
+        }
+        if open.is_empty() && !addresses.is_empty() {
+            return Err(format!("{key}: none of its addresses can be had on this machine; name one that can"));
+        }
+        all.extend(open.iter().map(|a| (*a, door)));
+        *addresses = open;
+    }
+    Ok(all)
+}
+
+fn load_tls(config: &Config) -> Result<(TlsConfig, String), String> {
+    let (certificate, key, own) = config.certificate_paths();
+    if own && !certificate.exists() && !key.exists() {
+        net::generate_certificate(&config.domain, &certificate, &key)?;
+    }
+    let tls = TlsConfig::load(&certificate, &key, config.tls.version_min == crate::config::TlsVersion::V1_3)?;
+    let fingerprint = tls.fingerprint().to_owned();
+    Ok((tls, fingerprint))
+}
+
+/// 32 random bytes that outlive the process: decoys and stable ids hang on them.
+fn secret(dir: &Path) -> Result<[u8; 32], String> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path: PathBuf = dir.join("secret");
+    let cannot = |e: std::io::Error| format!("{}: {e}; make the data folder writable", path.display());
+    match std::fs::read(&path) {
+        Ok(bytes) => bytes.try_into().map_err(|_| {
+            format!("{}: it must hold 32 bytes; remove it, and nitro makes a new one", path.display())
+        }),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let mut secret = [0; 32];
+            aws_lc_rs::rand::fill(&mut secret).map_err(|_| "the system gives no random bytes".to_owned())?;
+            let mut file =
+                std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).map_err(cannot)?;
+            file.write_all(&secret).and_then(|()| file.sync_all()).map_err(cannot)?;
+            Ok(secret)
+        }
+        Err(e) => Err(cannot(e)),
+    }
+}
+
+/// What a challenge to an unknown user looks like: as those to known ones do.
+fn decoy(store: &mut Store, secret: &[u8; 32], config: &Config) -> Result<Decoy, String> {
+    let shape = |shape: Option<(u32, usize)>| {
+        shape.map(|(iterations, salt_len)| Shape { iterations, salt_len: salt_len.min(255) as u8 })
+    };
+    let profiles: Vec<Profile> = store
+        .key_distribution()?
+        .into_iter()
+        .map(|kind| Profile { sha1: shape(kind.sha1), sha256: shape(kind.sha256), accounts: kind.users })
+        .collect();
+    Ok(Decoy::new(secret, &profiles, Shape { iterations: config.sasl.iterations, salt_len: 16 }))
+}
+
+fn answer_sink(inbox: InboxSender<Inbound>) -> crate::store::lane::AnswerSink {
+    Box::new(move |answers| {
+        // a shard that takes nothing for so long has ended
+        let _ = inbox.send(Inbound::Answers(answers), INBOX_PATIENCE);
+    })
+}
+
+fn reload(
+    current: &Config,
+    load: &impl Fn() -> Result<Config, String>,
+) -> Result<(Config, TlsConfig, String), String> {
+    let wanted = load()?;
+    let (live, restart) = reloadable_diff(current, &wanted);
+    let merged = current.with_live_keys_of(&wanted);
+    let (tls, fingerprint) = load_tls(&merged)?;
+    let mut sentence = format!("reloaded: certificate (SHA-256 {fingerprint})");
+    if !live.is_empty() {
+        sentence.push_str(&format!(", {}", live.join(", ")));
+    }
+    // ports were resolved at the start: they differ from what the file says without having changed
+    if !restart.is_empty() {
+        sentence.push_str(&format!("; unchanged until a restart: {}", restart.join(", ")));
+    }
+    Ok((merged, tls, sentence))
+}
+
+fn announce(
+    config: &Config,
+    listen: &[(SocketAddr, Door)],
+    fingerprint: &str,
+    accounts: u64,
+    first_start: bool,
+    shards: usize,
+    up: Duration,
+) {
+    let at = |door: Door| {
+        let all: Vec<String> = listen.iter().filter(|(_, d)| *d == door).map(|(a, _)| a.to_string()).collect();
+        all.join(", ")
+    };
+    let mut out = format!(
+        "nitro {} serves {} with {shards} shard{} (up in {} ms)\n",
+        env!("CARGO_PKG_VERSION"),
+        config.domain,
+        if shards == 1 { "" } else { "s" },
+        up.as_millis(),
+    );
+    for (name, door) in [("XMPP, STARTTLS", Door::Xmpp), ("XMPP, TLS", Door::XmppTls), ("HTTP", Door::Http)] {
+        out.push_str(&format!("  {name:<15} {}\n", at(door)));
+    }
+    out.push_str(&format!("  data            {}\n", config.data_dir.display()));
+    out.push_str(&format!("  certificate     SHA-256 {fingerprint}\n"));
+    if accounts == 0 || first_start {
+        let exe = std::env::args().next().unwrap_or_else(|| "nitro".into());
+        out.push_str(&format!("  add an account  {exe} user add alice@{}\n", config.domain));
+    }
+    print!("{out}");
+    let _ = std::io::stdout().flush();
+}
+
+// ---- helpers -------------------------------------------------------------------------------------------------------
+
+/// Threads that do slow computing (PBKDF2) for the shards.
+#[derive(Clone)]
+pub struct Helpers {
+    queue: SyncSender<(InboxSender<Inbound>, Ticket, Job)>,
+}
+
+impl Helpers {
+    fn start(waiting_max: usize) -> Helpers {
+        let (queue, jobs) = mpsc::sync_channel::<(InboxSender<Inbound>, Ticket, Job)>(waiting_max);
+        let jobs = Arc::new(Mutex::new(jobs));
+        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(4);
+        for n in 0..threads {
+            let jobs = jobs.clone();
+            let work = move || {
+                // behind live traffic: a password is checked in milliseconds anyway
+                // SAFETY: changes the priority of the calling thread only; no memory is touched.
+                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
+                loop {
+                    let job = jobs.lock().ok().and_then(|jobs| jobs.recv().ok());
+                    let Some((inbox, ticket, job)) = job else { return };
+                    let outcome = job.run();
+                    let _ = inbox.send(Inbound::Computed(ticket, outcome), INBOX_PATIENCE);
+                }
+            };
+            let _ = std::thread::Builder::new().name(format!("helper-{n}")).spawn(work);
+        }
+        Helpers { queue }
+    }
+
+    /// `false`: too much waits already.
+    pub fn submit(&self, inbox: InboxSender<Inbound>, ticket: Ticket, job: Job) -> bool {
+        match self.queue.try_send((inbox, ticket, job)) {
+            Ok(()) => true,
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => false,
+        }
+    }
+}
+
+// ---- operators -----------------------------------------------------------------------------------------------------
+
+/// Answers the admin socket: each request goes to the shard that owns its user; lists come from the database.
+struct Operators {
+    senders: Vec<InboxSender<Inbound>>,
+    ring: Arc<Ring>,
+    /// And when the decoys last followed the accounts.
+    store: Mutex<(Store, Instant)>,
+    secret: [u8; 32],
+    config: Arc<Config>,
+}
+
+impl Operators {
+    fn answer(&self, request: AdminRequest) -> AdminReply {
+        use AdminRequest::*;
+        let changes = matches!(request, UserAdd { .. } | UserPasswd { .. } | UserRemove { .. } | ImportUsers { .. });
+        let reply = match request {
+            UserList { prefix, after, limit } => self.list(&prefix, &after, limit),
+            UsersKnown { names } => self.known(&names),
+            SessionList { name: None, after, limit } => {
+                let all = self.ask_all(|_| Some(SessionList { name: None, after: after.clone(), limit }));
+                let mut sessions = Vec::new();
+                for reply in all {
+                    match reply {
+                        (_, AdminReply::Sessions { sessions: some }) => sessions.extend(some),
+                        (_, other) => return other,
+                    }
+                }
+                sessions.sort_unstable_by(|a, b| a.jid.cmp(&b.jid));
+                sessions.truncate(limit);
+                AdminReply::Sessions { sessions }
+            }
+            ImportUsers { existing, users } => {
+                self.split(users, |u| u.name.as_str().into(), |users| ImportUsers { existing, users })
+            }
+            ImportRosters { rosters } => {
+                self.split(rosters, |r| r.name.as_str().into(), |rosters| ImportRosters { rosters })
+            }
+            UserAdd { ref name, .. }
+            | UserPasswd { ref name, .. }
+            | UserRemove { ref name }
+            | UserShow { ref name }
+            | UserDisable { ref name }
+            | UserEnable { ref name }
+            | SessionList { name: Some(ref name), .. }
+            | SessionKick { ref name, .. } => {
+                let owner = self.ring.owner(name);
+                let mut request = Some(request);
+                let mut replies = self.ask_all(|n| if n == owner { request.take() } else { None });
+                replies.pop().map_or_else(|| AdminReply::refused("the server is stopping"), |(_, reply)| reply)
+            }
+        };
+        if changes {
+            self.follow_accounts();
+        }
+        reply
+    }
+
+    /// Asks the shards for which there is a request, all at once, and waits for them.
+    fn ask_all(&self, mut request: impl FnMut(usize) -> Option<AdminRequest>) -> Vec<(usize, AdminReply)> {
+        let mut asked = Vec::new();
+        for (n, sender) in self.senders.iter().enumerate() {
+            let Some(request) = request(n) else { continue };
+            let (reply, answer) = mpsc::channel();
+            if sender.send(Inbound::Admin(Call { request, reply }), ADMIN_PATIENCE).is_ok() {
+                asked.push((n, answer));
+            }
+        }
+        let late = || AdminReply::refused("the server did not answer in time; repeat the command");
+        asked.into_iter().map(|(n, a)| (n, a.recv_timeout(ADMIN_PATIENCE).unwrap_or_else(|_| late()))).collect()
+    }
+
+    /// Sends each shard its part of a batch and puts the outcomes back in order.
+    fn split<T>(
+        &self,
+        entries: Vec<T>,
+        name: impl Fn(&T) -> Box<str>,
+        request: impl Fn(Vec<T>) -> AdminRequest,
+    ) -> AdminReply {
+        let mut outcomes = vec![Outcome::Skipped; entries.len()];
+        let mut parts: HashMap<usize, (Vec<usize>, Vec<T>)> = HashMap::new();
+        for (at, entry) in entries.into_iter().enumerate() {
+            let (places, part) = parts.entry(self.ring.owner(&name(&entry))).or_default();
+            places.push(at);
+            part.push(entry);
+        }
+        let mut places: HashMap<usize, Vec<usize>> = HashMap::new();
+        let replies = self.ask_all(|n| {
+            let (at, part) = parts.remove(&n)?;
+            places.insert(n, at);
+            Some(request(part))
+        });
+        for (n, reply) in replies {
+            match reply {
+                AdminReply::Imported { outcomes: some } => {
+                    for (at, outcome) in places.remove(&n).unwrap_or_default().into_iter().zip(some) {
+                        outcomes[at] = outcome;
+                    }
+                }
+                other => return other,
+            }
+        }
+        AdminReply::Imported { outcomes }
+    }
+
+    fn list(&self, prefix: &str, after: &str, limit: usize) -> AdminReply {
+        let Ok(mut store) = self.store.lock() else { return AdminReply::refused("the server is stopping") };
+        match store.0.list(prefix, after, limit) {
+            Ok(users) => AdminReply::Users {
+                users: users.into_iter().map(|u| UserLine { name: u.name, disabled: u.disabled }).collect(),
+            },
+            Err(sentence) => AdminReply::refused(sentence),
+        }
+    }
+
+    fn known(&self, names: &[String]) -> AdminReply {
+        let Ok(mut store) = self.store.lock() else { return AdminReply::refused("the server is stopping") };
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        match store.0.load(&names) {
+            Ok(users) => AdminReply::Known { known: users.iter().map(Option::is_some).collect() },
+            Err(sentence) => AdminReply::refused(sentence),
+        }
+    }
+
+    /// Challenges to unknown users follow the look of the accounts.
+    fn follow_accounts(&self) {
+        let Ok(mut store) = self.store.lock() else { return };
+        if store.1.elapsed() < DECOY_PAUSE {
+            return;
+        }
+        store.1 = Instant::now();
+        match decoy(&mut store.0, &self.secret, &self.config) {
+            Ok(decoy) => {
+                let decoy = Arc::new(decoy);
+                for sender in &self.senders {
+                    let _ = sender.send(Inbound::Decoy(decoy.clone()), INBOX_PATIENCE);
+                }
+            }
+            Err(error) => tracing::warn!(error, "the accounts' keys could not be counted"),
+        }
+    }
+}
+
+// ---- figures -------------------------------------------------------------------------------------------------------
+
+/// Figures that shards publish a few times a second, for whoever looks from outside.
+pub struct Gauges {
+    ready: AtomicUsize,
+    accept_failures: AtomicU64,
+    hand_overs: AtomicU64,
+    turned_away: AtomicU64,
+    sessions: Vec<AtomicUsize>,
+    negotiating: Vec<AtomicUsize>,
+}
+
+impl Gauges {
+    fn new(shards: usize) -> Gauges {
+        let zeros = || (0..shards).map(|_| AtomicUsize::new(0)).collect();
+        Gauges {
+            ready: AtomicUsize::new(0),
+            accept_failures: AtomicU64::new(0),
+            hand_overs: AtomicU64::new(0),
+            turned_away: AtomicU64::new(0),
+            sessions: zeros(),
+            negotiating: zeros(),
+        }
+    }
+
+    /// A shard listens.
+    pub fn ready(&self) {
+        self.ready.fetch_add(1, Relaxed);
+    }
+
+    pub fn accept_failed(&self) {
+        self.accept_failures.fetch_add(1, Relaxed);
+    }
+
+    /// A connection came to its user's owner from another shard.
+    pub fn handed_over(&self) {
+        self.hand_overs.fetch_add(1, Relaxed);
+    }
+
+    pub fn turned_away(&self, _: Shut) {
+        self.turned_away.fetch_add(1, Relaxed);
+    }
+
+    pub fn publish(&self, shard: usize, slice: &Slice, negotiating: usize) {
+        self.sessions[shard].store(slice.sessions.len(), Relaxed);
+        self.negotiating[shard].store(negotiating, Relaxed);
+    }
+
+    /// Waits until all shards listen; how long it took.
+    fn wait_ready(&self, shards: usize, failures: &mpsc::Receiver<String>) -> Result<Duration, String> {
+        let begun = Instant::now();
+        while self.ready.load(Relaxed) < shards {
+            if let Ok(sentence) = failures.recv_timeout(Duration::from_millis(2)) {
+                return Err(sentence);
+            }
+            if begun.elapsed() > Duration::from_secs(30) {
+                return Err("the shards did not start within 30 s".into());
+            }
+        }
+        Ok(begun.elapsed())
+    }
+}

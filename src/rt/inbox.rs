@@ -1,0 +1,131 @@
+//! Into a shard from foreign threads (SQL lane, administration, password hashing). In: values from any OS thread.
+//! Out: the same values on the shard, woken through its readiness set. Promise: bounded; only the foreign thread ever
+//! waits, and never past its deadline.
+
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, TrySendError, bounded};
+use rustix::event::{EventfdFlags, eventfd};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
+use std::time::Duration;
+
+/// The foreign side; clone it for every thread.
+pub struct InboxSender<T> {
+    queue: Sender<T>,
+    bell: Arc<Bell>,
+}
+
+/// The shard's side: add it to the shard's [`Readiness`](super::Readiness) and [`drain`](Self::drain) when reported.
+pub struct Inbox<T> {
+    queue: Receiver<T>,
+    capacity: usize,
+    bell: Arc<Bell>,
+}
+
+struct Bell {
+    fd: OwnedFd,
+    /// Rung and not yet heard: one system call wakes the shard however much is sent meanwhile.
+    rung: AtomicBool,
+}
+
+/// Why a value could not be sent; it comes back.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SendError<T> {
+    /// The shard did not make room in time.
+    #[error("the shard's inbox is full")]
+    Full(T),
+    /// The shard has ended.
+    #[error("the shard has ended")]
+    Closed(T),
+}
+
+/// An inbox for at most `capacity` values.
+pub fn inbox<T: Send>(capacity: usize) -> io::Result<(InboxSender<T>, Inbox<T>)> {
+    let bell = Arc::new(Bell {
+        fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
+        rung: AtomicBool::new(false),
+    });
+    let (sender, receiver) = bounded(capacity.max(1));
+    Ok((
+        InboxSender {
+            queue: sender,
+            bell: bell.clone(),
+        },
+        Inbox {
+            queue: receiver,
+            capacity: capacity.max(1),
+            bell,
+        },
+    ))
+}
+
+impl<T> Clone for InboxSender<T> {
+    fn clone(&self) -> Self {
+        Self {
+            queue: self.queue.clone(),
+            bell: self.bell.clone(),
+        }
+    }
+}
+
+impl<T> InboxSender<T> {
+    /// Sends `value`, blocking this thread for up to `patience` while the inbox is full. Never call it on a shard.
+    pub fn send(&self, value: T, patience: Duration) -> Result<(), SendError<T>> {
+        let sent = self.queue.send_timeout(value, patience);
+        sent.map_err(|error| match error {
+            SendTimeoutError::Timeout(value) => SendError::Full(value),
+            SendTimeoutError::Disconnected(value) => SendError::Closed(value),
+        })?;
+        self.bell.ring();
+        Ok(())
+    }
+
+    /// Sends `value` if there is room; never waits.
+    pub fn try_send(&self, value: T) -> Result<(), SendError<T>> {
+        let sent = self.queue.try_send(value);
+        sent.map_err(|error| match error {
+            TrySendError::Full(value) => SendError::Full(value),
+            TrySendError::Disconnected(value) => SendError::Closed(value),
+        })?;
+        self.bell.ring();
+        Ok(())
+    }
+}
+
+impl<T> Inbox<T> {
+    /// Appends what has arrived to `into`, at most one capacity's worth; returns how many. If more arrived meanwhile,
+    /// the readiness set reports the inbox again.
+    pub fn drain(&self, into: &mut Vec<T>) -> usize {
+        // In this order: a bell rung after it was stilled is for a value that this drain may miss.
+        self.bell.still();
+        let before = into.len();
+        into.extend(self.queue.try_iter().take(self.capacity));
+        let drained = into.len() - before;
+        if drained == self.capacity {
+            self.bell.ring();
+        }
+        drained
+    }
+}
+
+impl<T> AsFd for Inbox<T> {
+    /// Becomes readable when something arrives.
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.fd.as_fd()
+    }
+}
+
+impl Bell {
+    fn ring(&self) {
+        if !self.rung.swap(true, AcqRel) {
+            // Only EAGAIN is possible, at 2^64 rings unheard: it is readable then.
+            let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+        }
+    }
+
+    fn still(&self) {
+        let _ = rustix::io::read(&self.fd, &mut [0u8; 8]);
+        self.rung.swap(false, AcqRel);
+    }
+}

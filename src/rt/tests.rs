@@ -1,0 +1,406 @@
+use super::*;
+use std::cell::RefCell;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::Instant;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Two shards, on one core if the machine has no second.
+fn two_cores() -> [usize; 2] {
+    let cores = cores_online();
+    [cores[0], *cores.get(1).unwrap_or(&cores[0])]
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
+    threads.into_iter().for_each(|t| t.join().unwrap());
+}
+
+/// CPU time of the calling thread.
+fn thread_cpu() -> Duration {
+    let t = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
+}
+
+#[test]
+fn every_shard_runs_pinned_to_its_core() {
+    let cores = two_cores();
+    let seen = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let mains = seen.clone();
+    join(
+        run_shards(&cores, move |index| {
+            let seen = mains.clone();
+            async move {
+                assert_eq!(shard(), index);
+                seen.lock().unwrap().push((index, cores_online()));
+            }
+        })
+        .unwrap(),
+    );
+    let mut seen = seen.lock().unwrap().clone();
+    seen.sort();
+    assert_eq!(seen, [(0, vec![cores[0]]), (1, vec![cores[1]])]);
+}
+
+#[test]
+fn a_core_that_does_not_exist_is_refused_in_words() {
+    let refused = run_shards(&[two_cores()[0], 100_000], |_| async { unreachable!() });
+    assert!(refused.unwrap_err().contains("core 100000"));
+}
+
+#[test]
+fn live_work_overtakes_a_busy_login_queue() {
+    block_on(async {
+        let order = Rc::new(RefCell::new(Vec::new()));
+        let done = Rc::new(Notify::new());
+        for _ in 0..50 {
+            let (order, done) = (order.clone(), done.clone());
+            spawn(Queue::Login, async move {
+                let until = Instant::now() + Duration::from_millis(1);
+                while Instant::now() < until {
+                    yield_if_needed().await;
+                }
+                order.borrow_mut().push(Queue::Login);
+                if order.borrow().len() == 51 {
+                    done.notify();
+                }
+            });
+        }
+        let live = order.clone();
+        spawn(Queue::Live, async move {
+            sleep(Duration::from_millis(3)).await;
+            live.borrow_mut().push(Queue::Live);
+        });
+        timeout(PATIENCE, done.wait()).await.unwrap();
+        let at = order.borrow().iter().position(|q| *q == Queue::Live);
+        assert!(at.unwrap() < 25, "live ran as number {at:?} of 51");
+    });
+}
+
+#[test]
+fn an_idle_shard_sleeps() {
+    block_on(async {
+        let set = Readiness::new().unwrap();
+        let (quiet, _peer) = UnixStream::pair().unwrap();
+        set.add(&quiet, 1).unwrap();
+        set.harvest(&mut Vec::new()).unwrap();
+        let before = thread_cpu();
+        let woken = timeout(Duration::from_secs(1), set.wait()).await;
+        let used = thread_cpu() - before;
+        assert_eq!(woken, Err(Elapsed));
+        assert!(
+            used < Duration::from_millis(5),
+            "an idle second cost {used:?}"
+        );
+    });
+}
+
+#[test]
+fn the_set_wakes_a_sleeping_shard_and_says_what_happened() {
+    block_on(async {
+        let set = Readiness::new().unwrap();
+        let (a, mut peer) = UnixStream::pair().unwrap();
+        let (b, _keep) = UnixStream::pair().unwrap();
+        set.add(&a, 7).unwrap();
+        set.add(&b, 8).unwrap();
+        let mut events = Vec::new();
+        assert_eq!(set.harvest(&mut events).unwrap(), 2);
+        assert!(
+            events
+                .iter()
+                .all(|e| e.writable && !e.readable && !e.closed)
+        );
+        let foreign = std::thread::spawn(move || {
+            peer.write_all(b"x").unwrap();
+            peer
+        });
+        let ready = async |readable, closed| {
+            let mut events = Vec::new();
+            while set.harvest(&mut events).unwrap() == 0 {
+                timeout(PATIENCE, set.wait()).await.unwrap();
+            }
+            assert_eq!(events.len(), 1);
+            assert_eq!(events[0].token, 7);
+            assert_eq!((events[0].readable, events[0].closed), (readable, closed));
+        };
+        ready(true, false).await;
+        // Edge-triggered: the byte that was not read is not reported again.
+        assert_eq!(set.harvest(&mut events).unwrap(), 0);
+        drop(foreign.join().unwrap());
+        ready(true, true).await;
+        set.remove(&a);
+        set.remove(&a);
+    });
+}
+
+#[test]
+fn a_wait_returns_for_every_event_of_many() {
+    block_on(async {
+        let set = Readiness::new().unwrap();
+        let (a, mut peer) = UnixStream::pair().unwrap();
+        set.add(&a, 1).unwrap();
+        let foreign = std::thread::spawn(move || {
+            for _ in 0..2000 {
+                peer.write_all(b"x").unwrap();
+            }
+        });
+        let mut got = 0;
+        let mut events = Vec::new();
+        while got < 2000 {
+            while set.harvest(&mut events).unwrap() == 0 {
+                timeout(PATIENCE, set.wait()).await.unwrap();
+            }
+            let mut buffer = [0; 64];
+            while let Ok(n @ 1..) =
+                rustix::net::recv(&a, &mut buffer[..], rustix::net::RecvFlags::DONTWAIT)
+                    .map(|(n, _)| n)
+            {
+                got += n;
+            }
+        }
+        foreign.join().unwrap();
+    });
+}
+
+/// A mesh end for each shard to take by its index.
+type Ends<T> = Arc<std::sync::Mutex<Vec<Option<MeshEnd<T>>>>>;
+
+fn ends<T: Send>(n: usize, capacity: usize) -> Ends<T> {
+    let ends = mesh(n, capacity).into_iter().map(Some).collect();
+    Arc::new(std::sync::Mutex::new(ends))
+}
+
+fn take<T: Send>(ends: &Ends<T>, shard: usize) -> MeshEnd<T> {
+    ends.lock().unwrap()[shard].take().unwrap()
+}
+
+#[test]
+fn a_mesh_of_four_connects_and_keeps_order() {
+    let [a, b] = two_cores();
+    let all = ends::<(usize, u32)>(4, 8);
+    join(
+        run_shards(&[a, b, a, b], move |me| {
+            let end = take(&all, me);
+            async move {
+                let mut mesh = end.connect().await;
+                assert_eq!(mesh.shards(), 4);
+                assert!(mesh.receiver(me).is_none());
+                assert_eq!(mesh.try_send(me, (me, 0)), Err((me, 0)));
+                let (done, finished) = (Rc::new(Notify::new()), Rc::new(Cell::new(0)));
+                for peer in (0..4).filter(|peer| *peer != me) {
+                    let from = mesh.receiver(peer).unwrap();
+                    assert!(mesh.receiver(peer).is_none());
+                    let (done, finished) = (done.clone(), finished.clone());
+                    spawn(Queue::Live, async move {
+                        for expected in 0..1000 {
+                            assert_eq!(from.recv().await, Some((peer, expected)));
+                        }
+                        finished.set(finished.get() + 1);
+                        done.notify();
+                    });
+                }
+                for number in 0..1000 {
+                    for peer in (0..4).filter(|peer| *peer != me) {
+                        while mesh.try_send(peer, (me, number)).is_err() {
+                            yield_now().await;
+                        }
+                    }
+                }
+                while finished.get() < 3 {
+                    timeout(PATIENCE, done.wait()).await.unwrap();
+                }
+            }
+        })
+        .unwrap(),
+    );
+}
+
+#[test]
+fn a_full_channel_gives_the_value_back_and_an_ended_shard_ends_the_stream() {
+    let all = ends::<u32>(2, 4);
+    join(
+        run_shards(&two_cores(), move |me| {
+            let end = take(&all, me);
+            async move {
+                let mut mesh = end.connect().await;
+                let from = mesh.receiver(1 - me).unwrap();
+                if me == 0 {
+                    let sent = (0..100)
+                        .take_while(|n| mesh.try_send(1, *n).is_ok())
+                        .count();
+                    // The other shard reads nothing before it is told to.
+                    assert!((4..=8).contains(&sent), "{sent} values fit into 4 slots");
+                    assert_eq!(mesh.try_send(1, 77), Err(77));
+                    drop(from);
+                } else {
+                    // The stream back ends when shard 0 has filled the channel.
+                    assert_eq!(from.recv().await, None);
+                    assert_eq!(from.recv().await, None);
+                }
+            }
+        })
+        .unwrap(),
+    );
+}
+
+#[test]
+fn the_mesh_wakes_a_sleeping_shard_every_time() {
+    static CPU_US: AtomicUsize = AtomicUsize::new(0);
+    let all = ends::<u32>(2, 4);
+    join(
+        run_shards(&two_cores(), move |me| {
+            let end = take(&all, me);
+            async move {
+                eprintln!("{me} connecting");
+                let mut mesh = end.connect().await;
+                eprintln!("{me} connected");
+                let from = mesh.receiver(1 - me).unwrap();
+                let before = thread_cpu();
+                for n in 0..3000 {
+                    if n % 100 == 0 || n < 5 {
+                        eprintln!("{me} at {n}");
+                    }
+                    if me == 0 {
+                        mesh.try_send(1, n).unwrap();
+                    }
+                    let got = timeout(PATIENCE, from.recv())
+                        .await
+                        .expect("a lost wake-up");
+                    assert_eq!(got, Some(n));
+                    if me == 1 {
+                        mesh.try_send(0, n).unwrap();
+                    }
+                }
+                CPU_US.fetch_add((thread_cpu() - before).as_micros() as usize, SeqCst);
+            }
+        })
+        .unwrap(),
+    );
+}
+
+#[test]
+fn an_inbox_wakes_the_shard_and_loses_nothing() {
+    let (sender, inbox) = inbox::<u32>(16).unwrap();
+    let threads: Vec<_> = (0..4)
+        .map(|_| {
+            let sender = sender.clone();
+            std::thread::spawn(move || (0..5000).for_each(|n| sender.send(n, PATIENCE).unwrap()))
+        })
+        .collect();
+    block_on(async move {
+        let set = Readiness::new().unwrap();
+        set.add(&inbox, 3).unwrap();
+        let (mut values, mut events) = (Vec::new(), Vec::new());
+        while values.len() < 20_000 {
+            while set.harvest(&mut events).unwrap() == 0 {
+                timeout(PATIENCE, set.wait()).await.expect("a lost wake-up");
+            }
+            assert!(inbox.drain(&mut values) <= 16);
+        }
+        let sum: u64 = values.iter().map(|v| u64::from(*v)).sum();
+        assert_eq!(sum, 4 * 4999 * 5000 / 2);
+    });
+    threads.into_iter().for_each(|t| t.join().unwrap());
+}
+
+#[test]
+fn a_full_inbox_holds_the_foreign_thread_no_longer_than_its_patience() {
+    let (sender, inbox) = inbox(1).unwrap();
+    sender.try_send(1).unwrap();
+    assert_eq!(sender.try_send(2), Err(SendError::Full(2)));
+    let begun = Instant::now();
+    let refused = sender.send(3, Duration::from_millis(50));
+    assert_eq!(refused, Err(SendError::Full(3)));
+    assert!(begun.elapsed() >= Duration::from_millis(50));
+    drop(inbox);
+    assert_eq!(sender.send(4, PATIENCE), Err(SendError::Closed(4)));
+}
+
+#[test]
+fn a_notify_wakes_all_who_wait_and_is_kept_for_one_who_comes_late() {
+    block_on(async {
+        let bell = Rc::new(Notify::new());
+        let woken = Rc::new(Cell::new(0));
+        for _ in 0..3 {
+            let (bell, woken) = (bell.clone(), woken.clone());
+            spawn(Queue::Live, async move {
+                bell.wait().await;
+                woken.set(woken.get() + 1);
+            });
+        }
+        yield_now().await;
+        assert_eq!(woken.get(), 0);
+        bell.notify();
+        yield_now().await;
+        assert_eq!(woken.get(), 3);
+        bell.notify();
+        bell.notify();
+        bell.wait().await;
+        let again = timeout(Duration::from_millis(1), bell.wait()).await;
+        assert_eq!(again, Err(Elapsed));
+    });
+}
+
+#[test]
+fn a_slot_hands_over_one_value_or_says_that_none_will_come() {
+    block_on(async {
+        let (setter, waiting) = slot();
+        spawn(Queue::House, async move { setter.set(5) });
+        assert_eq!(waiting.take().await, Some(5));
+        let (setter, waiting) = slot::<u32>();
+        spawn(Queue::House, async move { drop(setter) });
+        assert_eq!(waiting.take().await, None);
+        let (setter, waiting) = slot();
+        setter.set(6);
+        assert_eq!(waiting.take().await, Some(6));
+    });
+}
+
+#[test]
+#[ignore = "a measurement: cargo test --release --lib mesh_latency -- --ignored --nocapture"]
+fn mesh_latency() {
+    for busy in [false, true] {
+        let all = ends::<Instant>(2, 1024);
+        join(
+            run_shards(&two_cores(), move |me| {
+                let end = take(&all, me);
+                async move {
+                    let mut mesh = end.connect().await;
+                    if busy {
+                        spawn(Queue::Login, async {
+                            loop {
+                                let until = Instant::now() + Duration::from_micros(20);
+                                while Instant::now() < until {}
+                                yield_if_needed().await;
+                            }
+                        });
+                    }
+                    if me == 0 {
+                        for _ in 0..5000 {
+                            sleep(Duration::from_micros(300)).await;
+                            mesh.try_send(1, Instant::now()).unwrap();
+                        }
+                    } else {
+                        let from = mesh.receiver(0).unwrap();
+                        let mut took = Vec::new();
+                        while let Some(sent) = from.recv().await {
+                            took.push(sent.elapsed());
+                        }
+                        took.sort();
+                        let n = took.len();
+                        println!(
+                            "busy {busy}: {n} values, p50 {:?} p99 {:?} max {:?}",
+                            took[n / 2],
+                            took[n * 99 / 100],
+                            took[n - 1]
+                        );
+                    }
+                }
+            })
+            .unwrap(),
+        );
+    }
+}

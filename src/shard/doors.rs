@@ -1,0 +1,268 @@
+//! Who may connect and register, and how fast somebody who failed may try again.
+//!
+//! Addresses are counted for the whole blade, so this is the one place that shards share: a connect, a close, a failure or
+//! a registration takes its lock for a moment, a stanza never does. Tables whose keys strangers choose use the standard
+//! library's seeded hasher and are bounded.
+
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use crate::config::Config;
+
+#[derive(Default)]
+pub struct Doors {
+    open: AtomicUsize,
+    tables: Mutex<Tables>,
+}
+
+#[derive(Default)]
+struct Tables {
+    addresses: HashMap<IpAddr, Count>,
+    registrations: HashMap<IpAddr, VecDeque<Instant>>,
+    failures: HashMap<Box<str>, Failures>,
+    /// Keys of `failures`, oldest first.
+    order: VecDeque<Box<str>>,
+}
+
+#[derive(Default)]
+struct Count {
+    connections: usize,
+    unauthenticated: usize,
+}
+
+struct Failures {
+    count: u32,
+    last: Instant,
+}
+
+/// Why a connection is not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shut {
+    /// `limits.connections_max`
+    Blade,
+    /// `limits.connections_per_address_max`
+    Address,
+    /// `limits.unauthenticated_per_address_max`
+    Unauthenticated,
+}
+
+/// One connection's place; given back when dropped.
+pub struct Pass {
+    doors: Arc<Doors>,
+    /// `None`: exempt from limits per address.
+    address: Option<IpAddr>,
+    authenticated: bool,
+}
+
+/// Failures older than this are forgiven.
+const FORGIVEN: Duration = Duration::from_secs(900);
+
+impl Doors {
+    fn tables(&self) -> MutexGuard<'_, Tables> {
+        // a panic ends the process, so nobody meets a poisoned lock
+        self.tables.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// A connection comes from `address`.
+    pub fn enter(self: &Arc<Self>, address: IpAddr, config: &Config) -> Result<Pass, Shut> {
+        let exempt = config.is_exempt(address);
+        if self.open.fetch_add(1, Ordering::Relaxed) >= config.limits.connections_max {
+            self.open.fetch_sub(1, Ordering::Relaxed);
+            return Err(Shut::Blade);
+        }
+        let mut pass = Pass { doors: self.clone(), address: None, authenticated: false };
+        if exempt {
+            return Ok(pass);
+        }
+        let key = network(address);
+        let mut tables = self.tables();
+        let count = tables.addresses.entry(key).or_default();
+        if count.connections >= config.limits.connections_per_address_max {
+            return Err(Shut::Address);
+        }
+        if count.unauthenticated >= config.limits.unauthenticated_per_address_max {
+            return Err(Shut::Unauthenticated);
+        }
+        count.connections += 1;
+        count.unauthenticated += 1;
+        drop(tables);
+        pass.address = Some(key);
+        Ok(pass)
+    }
+
+    /// May this address make one more account now? Counts it.
+    pub fn register(&self, address: IpAddr, config: &Config) -> bool {
+        if config.is_exempt(address) {
+            return true;
+        }
+        let hour = Duration::from_secs(3600);
+        let mut tables = self.tables();
+        tables.registrations.retain(|_, times| times.back().is_some_and(|t| t.elapsed() < hour));
+        if tables.registrations.len() >= config.limits.auth_failures_remembered_max {
+            return false;
+        }
+        let times = tables.registrations.entry(network(address)).or_default();
+        while times.front().is_some_and(|t| t.elapsed() >= hour) {
+            times.pop_front();
+        }
+        if times.len() >= config.limits.registrations_per_address_per_hour {
+            return false;
+        }
+        times.push_back(Instant::now());
+        true
+    }
+
+    /// An attempt to authenticate failed: how long its answer is held back. It doubles with each failure of the account
+    /// or (unless exempt) the address.
+    pub fn failed(&self, address: IpAddr, account: Option<&str>, config: &Config) -> Duration {
+        let limits = &config.limits;
+        let mut worst = 0;
+        let mut tables = self.tables();
+        let by_address = (!config.is_exempt(address)).then(|| network(address).to_string());
+        for key in by_address.as_deref().into_iter().chain(account) {
+            worst = worst.max(tables.count_failure(key, limits.auth_failures_remembered_max));
+        }
+        let doubled = limits.auth_failure_delay_ms.saturating_mul(1 << worst.saturating_sub(1).min(16));
+        Duration::from_millis(doubled.max(limits.auth_failure_delay_ms).min(limits.auth_failure_delay_ms_max))
+    }
+
+    /// The account's owner has proved himself.
+    pub fn succeeded(&self, account: &str) {
+        let mut tables = self.tables();
+        if !tables.failures.is_empty() {
+            tables.failures.remove(account);
+        }
+    }
+
+    /// Connections of the blade.
+    pub fn open(&self) -> usize {
+        self.open.load(Ordering::Relaxed)
+    }
+}
+
+impl Tables {
+    fn count_failure(&mut self, key: &str, remembered_max: usize) -> u32 {
+        while self.order.len() >= remembered_max
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.failures.remove(&oldest);
+        }
+        if let Some(failures) = self.failures.get_mut(key) {
+            failures.count = if failures.last.elapsed() > FORGIVEN { 1 } else { failures.count.saturating_add(1) };
+            failures.last = Instant::now();
+            return failures.count;
+        }
+        self.order.push_back(key.into());
+        self.failures.insert(key.into(), Failures { count: 1, last: Instant::now() });
+        1
+    }
+}
+
+impl Pass {
+    /// The connection has logged in.
+    pub fn authenticated(&mut self) {
+        if let Some(address) = self.address
+            && !std::mem::replace(&mut self.authenticated, true)
+            && let Some(count) = self.doors.tables().addresses.get_mut(&address)
+        {
+            count.unauthenticated = count.unauthenticated.saturating_sub(1);
+        }
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        self.doors.open.fetch_sub(1, Ordering::Relaxed);
+        let Some(address) = self.address else { return };
+        let mut tables = self.doors.tables();
+        let Some(count) = tables.addresses.get_mut(&address) else { return };
+        count.connections = count.connections.saturating_sub(1);
+        if !self.authenticated {
+            count.unauthenticated = count.unauthenticated.saturating_sub(1);
+        }
+        if count.connections == 0 {
+            tables.addresses.remove(&address);
+        }
+    }
+}
+
+/// An IPv6 subscriber has a /64 to choose addresses from: it counts as one.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => {
+            let s = v6.segments();
+            IpAddr::V6(Ipv6Addr::new(s[0], s[1], s[2], s[3], 0, 0, 0, 0))
+        }
+        v4 => v4,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(sets: &[&str]) -> Config {
+        let sets: Vec<String> = sets.iter().map(|s| s.to_string()).collect();
+        Config::load(None, &sets).unwrap()
+    }
+
+    #[test]
+    fn an_address_has_a_bounded_number_of_connections_and_gives_them_back() {
+        let config = config(&["limits.connections_per_address_max=2"]);
+        let doors = Arc::new(Doors::default());
+        let stranger = "192.0.2.1".parse().unwrap();
+        let first = doors.enter(stranger, &config).unwrap();
+        let _second = doors.enter(stranger, &config).unwrap();
+        assert_eq!(doors.enter(stranger, &config).err(), Some(Shut::Address));
+        drop(first);
+        assert!(doors.enter(stranger, &config).is_ok());
+        assert_eq!(doors.open(), 1);
+        assert!((0..5).all(|_| doors.enter("127.0.0.1".parse().unwrap(), &config).is_ok()));
+    }
+
+    #[test]
+    fn those_who_have_logged_in_make_room_for_those_who_have_not() {
+        let config = config(&["limits.unauthenticated_per_address_max=1"]);
+        let doors = Arc::new(Doors::default());
+        let stranger = "192.0.2.1".parse().unwrap();
+        let mut first = doors.enter(stranger, &config).unwrap();
+        assert_eq!(doors.enter(stranger, &config).err(), Some(Shut::Unauthenticated));
+        first.authenticated();
+        assert!(doors.enter(stranger, &config).is_ok());
+    }
+
+    #[test]
+    fn failures_are_held_back_longer_and_longer_up_to_a_bound_and_forgotten_after_success() {
+        let config = config(&["limits.auth_failure_delay_ms=100", "limits.auth_failure_delay_ms_max=350"]);
+        let doors = Doors::default();
+        let exempt = "127.0.0.1".parse().unwrap();
+        let delays: Vec<u128> = (0..4).map(|_| doors.failed(exempt, Some("alice"), &config).as_millis()).collect();
+        assert_eq!(delays, [100, 200, 350, 350]);
+        doors.succeeded("alice");
+        assert_eq!(doors.failed(exempt, Some("alice"), &config).as_millis(), 100);
+    }
+
+    #[test]
+    fn what_is_remembered_of_failures_is_bounded() {
+        let config = config(&["limits.auth_failures_remembered_max=100"]);
+        let doors = Doors::default();
+        for i in 0..1000 {
+            doors.failed("127.0.0.1".parse().unwrap(), Some(&format!("user{i}")), &config);
+        }
+        assert!(doors.tables().failures.len() <= 100 && doors.tables().order.len() <= 100);
+    }
+
+    #[test]
+    fn an_address_registers_a_bounded_number_of_accounts_an_hour() {
+        let config = config(&["limits.registrations_per_address_per_hour=2"]);
+        let doors = Doors::default();
+        let stranger = "2001:db8::1".parse().unwrap();
+        let neighbour = "2001:db8::2".parse().unwrap();
+        assert!(doors.register(stranger, &config) && doors.register(neighbour, &config));
+        assert!(!doors.register(stranger, &config));
+        assert!(doors.register("192.0.2.1".parse().unwrap(), &config));
+    }
+}

@@ -1,0 +1,604 @@
+//! A connection from accept to its session: a task in the login queue that drives [`Negotiation`] and waits for what that
+//! needs. When a user is named, the task ends here and goes on at the user's owner, with socket, TLS state and unread bytes.
+
+use std::net::SocketAddr;
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::doors::{Pass, Shut};
+use super::moves::Parcel;
+use super::{Door, Kind, LiveLink, Shard, http};
+use crate::config::Registration;
+use crate::net::{Listener, Proxied, Read, Socket, Transport, parse_proxy_header};
+use crate::rt::{self, Notify, Queue, slot};
+use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
+use crate::store::tier::{Op, WriteError};
+use crate::xml::{Framer, StreamNs};
+use crate::xmpp::bind::{self, Arrival};
+use crate::xmpp::error::{StanzaError, StreamError};
+use crate::xmpp::feature::sm;
+use crate::xmpp::negotiation::{Negotiation, Policy, Step};
+use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
+use crate::xmpp::slice::{Computed, Job, Slot};
+
+/// A connection that has no session yet. It may move to another shard.
+pub struct Connecting {
+    transport: Transport,
+    framer: Framer,
+    /// Read and not yet taken.
+    rest: Vec<u8>,
+    negotiation: Negotiation,
+    /// The client, as a believed proxy names it.
+    peer: SocketAddr,
+    pass: Pass,
+    /// Monotonic milliseconds of the blade.
+    deadline_ms: u64,
+}
+
+/// A connection on its way to its user's owner, and what it wanted there.
+pub struct Moved {
+    connecting: Connecting,
+    wish: Wish,
+}
+
+enum Wish {
+    Login(Box<str>),
+    Register(Box<str>, String),
+}
+
+/// Why negotiation ends here.
+enum Outcome {
+    /// The session stands.
+    Bound,
+    /// To the owner.
+    Move(usize, Wish),
+    /// A stream error is owed.
+    Refuse(StreamError),
+    /// Whatever had to be said was said.
+    Close,
+    /// The connection broke.
+    Gone,
+}
+
+/// How long to wait for descriptors when there are none left (EMFILE).
+const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts what comes in at one port.
+pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
+    let notify = Rc::new(Notify::new());
+    let link = shard.links.borrow_mut().insert(Kind::Waits(notify.clone()));
+    if let Err(error) = shard.readiness.add(&listener, link) {
+        tracing::error!(%error, "a listener cannot be watched");
+        return;
+    }
+    loop {
+        // what is queued in the kernel would be reset when the listener closes: take it all before
+        match listener.accept() {
+            Ok(Some((socket, peer))) => {
+                shard.clock();
+                match door {
+                    Door::Http => rt::spawn(Queue::House, http::serve(shard.clone(), socket)),
+                    _ => rt::spawn(Queue::Login, begin(shard.clone(), socket, peer, door == Door::XmppTls)),
+                }
+            }
+            Ok(None) if shard.stopping.get() => break,
+            Ok(None) => notify.wait().await,
+            Err(error) => {
+                shard.gauges.accept_failed();
+                tracing::warn!(%error, "connections cannot be accepted for the moment");
+                rt::sleep(EXHAUSTED_PAUSE).await;
+            }
+        }
+        rt::yield_if_needed().await;
+    }
+    shard.links.borrow_mut().remove(link);
+    shard.readiness.remove(&listener);
+}
+
+async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bool) {
+    let config = shard.config.borrow().clone();
+    let mut transport = Transport::plain(socket);
+    let deadline_ms = shard.slice.borrow().now.ms + config.limits.auth_seconds_max * 1000;
+    let mut rest = Vec::new();
+    let mut client = peer;
+    let mut proxied = false;
+    if config.is_trusted_proxy(peer.ip()) {
+        let named = shard.with_readiness(&mut transport, deadline_ms, async |shard, transport, notify| {
+            proxy_header(shard, transport, notify).await
+        });
+        match named.await {
+            Some(Some((source, unread))) => {
+                proxied = true;
+                client = source.unwrap_or(peer);
+                rest = unread;
+            }
+            _ => return,
+        }
+    }
+    let pass = match shard.doors.enter(client.ip(), &config) {
+        Ok(pass) => pass,
+        Err(shut) => return turn_away(&shard, transport, tls_first, shut),
+    };
+    let loopback = !proxied && client.ip().to_canonical().is_loopback();
+    let mechanisms = &config.sasl.mechanisms;
+    let policy = Policy {
+        tls_offered: !tls_first,
+        tls_required: config.c2s.require_tls,
+        mechanisms: Mechanism::ALL.into_iter().filter(|m| mechanisms.iter().any(|name| name == m.name())).collect(),
+        register: match config.registration {
+            Registration::Off => false,
+            Registration::Loopback => loopback,
+            Registration::On => true,
+        },
+        attempts_max: config.limits.auth_attempts_max as u32,
+        xml: crate::xml::Limits {
+            stanza_bytes_max: config.limits.unauthenticated_stanza_bytes_max,
+            ..shard.slice.borrow().env.limits.xml
+        },
+    };
+    if tls_first {
+        if let Err(error) = transport.start_tls(&shard.tls.borrow(), &rest) {
+            tracing::error!(%error, "TLS cannot be started");
+            return;
+        }
+        rest.clear();
+    }
+    let connecting = Connecting {
+        transport,
+        framer: Framer::new(),
+        rest,
+        negotiation: Negotiation::new(&config.domain, policy),
+        peer: client,
+        pass,
+        deadline_ms,
+    };
+    negotiate(shard, connecting, None).await;
+}
+
+/// A connection comes to this shard because its user lives here.
+pub fn arrived(shard: Rc<Shard>, moved: Moved) {
+    shard.gauges.handed_over();
+    rt::spawn(Queue::Login, negotiate(shard, moved.connecting, Some(moved.wish)));
+}
+
+/// Too many connections: said in plain text where that is possible.
+fn turn_away(shard: &Shard, mut transport: Transport, tls_first: bool, shut: Shut) {
+    shard.gauges.turned_away(shut);
+    if tls_first {
+        return;
+    }
+    let config = shard.config.borrow().clone();
+    let negotiation = Negotiation::new(
+        &config.domain,
+        Policy {
+            tls_offered: false,
+            tls_required: false,
+            mechanisms: Vec::new(),
+            register: false,
+            attempts_max: 1,
+            xml: Default::default(),
+        },
+    );
+    let mut out = Vec::new();
+    negotiation.refuse(&StreamError::text("resource-constraint", "too many connections"), &mut out);
+    let _ = transport.write(&out, &mut shard.scratch.borrow_mut());
+    shard.close_transport(transport);
+}
+
+async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
+    shard.negotiating.set(shard.negotiating.get() + 1);
+    let notify = Rc::new(Notify::new());
+    let link = shard.links.borrow_mut().insert(Kind::Waits(notify.clone()));
+    let outcome = match shard.readiness.add(c.transport.socket(), link) {
+        Err(_) => Outcome::Gone,
+        Ok(()) => {
+            let left = c.deadline_ms.saturating_sub(shard.slice.borrow().now.ms);
+            let run = run(&shard, &mut c, wish, &notify, link);
+            match rt::timeout(Duration::from_millis(left), run).await {
+                Ok(outcome) => outcome,
+                Err(_) => Outcome::Refuse(StreamError::text("connection-timeout", "too slow to authenticate")),
+            }
+        }
+    };
+    shard.negotiating.set(shard.negotiating.get() - 1);
+    if let Outcome::Bound = outcome {
+        let Connecting { transport, framer, rest, mut pass, negotiation, .. } = c;
+        drop(negotiation);
+        pass.authenticated();
+        let Some(sid) = shard.take_bound(link) else { return };
+        if let Some(kind) = shard.links.borrow_mut().get_mut(link) {
+            *kind = Kind::Live(Box::new(LiveLink { transport, framer, rest, session: sid, _pass: pass }));
+        }
+        // what came behind the binding, and edges that nobody saw meanwhile
+        shard.read(link);
+        shard.flush();
+        if !shard.unread.borrow().is_empty() {
+            shard.nudge();
+        }
+        return;
+    }
+    shard.links.borrow_mut().remove(link);
+    shard.readiness.remove(c.transport.socket());
+    match outcome {
+        Outcome::Move(owner, wish) => {
+            shard.ways.borrow_mut().send(owner, Parcel::Moved(Box::new(Moved { connecting: c, wish })));
+        }
+        Outcome::Refuse(error) => {
+            let mut out = Vec::new();
+            c.negotiation.refuse(&error, &mut out);
+            if !c.transport.handshaking() {
+                let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
+            }
+            shard.close_transport(c.transport);
+        }
+        Outcome::Close => shard.close_transport(c.transport),
+        Outcome::Gone | Outcome::Bound => {}
+    }
+}
+
+/// Negotiates until the session stands or there is nothing more to say.
+async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: &Notify, link: u64) -> Outcome {
+    let mut out = Vec::new();
+    let mut next = wish.map(|wish| match wish {
+        Wish::Login(name) => Step::Login { name },
+        Wish::Register(name, password) => Step::Register { name, password },
+    });
+    loop {
+        if shard.stopping.get() {
+            return Outcome::Refuse(StreamError::text("system-shutdown", "the server stops"));
+        }
+        let step = match next.take() {
+            Some(step) => step,
+            None => {
+                let limits = shard.slice.borrow().env.limits.xml;
+                match c.framer.next(&c.rest, &limits) {
+                    Err(error) => return Outcome::Refuse(error.into()),
+                    Ok(None) => match fill(shard, c, notify).await {
+                        Ok(()) => continue,
+                        Err(()) => return Outcome::Gone,
+                    },
+                    Ok(Some(frame)) => {
+                        let step = {
+                            let slice = shard.slice.borrow();
+                            c.negotiation.frame(frame.kind, &c.rest[..frame.len], &slice.env, &mut out)
+                        };
+                        c.rest.drain(..frame.len);
+                        match step {
+                            Ok(step) => step,
+                            Err(error) => return Outcome::Refuse(error),
+                        }
+                    }
+                }
+            }
+        };
+        match step {
+            Step::Continue => {}
+            Step::Authenticated => {
+                c.framer.restart();
+                if let Some(name) = c.negotiation.user() {
+                    shard.doors.succeeded(name);
+                }
+            }
+            Step::StartTls => {
+                if c.transport.write(&out, &mut shard.scratch.borrow_mut()).is_err() {
+                    return Outcome::Gone;
+                }
+                out.clear();
+                // RFC 6120 5.4.3.3: nothing may follow <starttls/> in the clear
+                c.rest.clear();
+                if c.transport.start_tls(&shard.tls.borrow(), &[]).is_err() {
+                    return Outcome::Gone;
+                }
+                c.framer.restart();
+            }
+            Step::Login { name } => {
+                let owner = shard.slice.borrow().env.owner(&name) as usize;
+                if owner != shard.number {
+                    return Outcome::Move(owner, Wish::Login(name));
+                }
+                next = Some(shard.credentials(c, &name, &mut out).await);
+            }
+            Step::CheckPassword(check) => {
+                let right = match shard.compute(Job::Check(check)).await {
+                    Some(Computed::Checked(right)) => Some(right),
+                    _ => None,
+                };
+                next = Some(c.negotiation.checked(right, &mut out));
+            }
+            Step::Refused { name, condition, close } => {
+                tracing::info!(
+                    peer = %c.peer.ip(),
+                    user = name.as_deref().unwrap_or_default(),
+                    condition,
+                    "authentication failed"
+                );
+                let config = shard.config.borrow().clone();
+                let pause = shard.doors.failed(c.peer.ip(), name.as_deref(), &config);
+                rt::sleep(pause).await;
+                if close {
+                    let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
+                    return Outcome::Close;
+                }
+            }
+            Step::Register { name, password } => {
+                let owner = shard.slice.borrow().env.owner(&name) as usize;
+                if owner != shard.number {
+                    return Outcome::Move(owner, Wish::Register(name, password));
+                }
+                let outcome = shard.register(c, &name, password).await;
+                c.negotiation.registered(outcome, &mut out);
+            }
+            Step::Bind { resource } => {
+                let outcome = shard.bind(c, resource.as_deref(), link);
+                let bound = outcome.is_ok();
+                c.negotiation.bound(outcome.as_deref().map_err(Clone::clone), &mut out);
+                if bound {
+                    return match c.transport.write(&out, &mut shard.scratch.borrow_mut()) {
+                        Ok(()) => Outcome::Bound,
+                        Err(_) => {
+                            shard.abandon(link);
+                            Outcome::Gone
+                        }
+                    };
+                }
+            }
+            Step::Resume { previd, h } => match shard.resume(c, &previd, h, link) {
+                Ok(true) => return Outcome::Bound,
+                Ok(false) => c.negotiation.not_resumed(&mut out),
+                Err(error) => return Outcome::Refuse(error),
+            },
+            Step::End => {
+                let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
+                return Outcome::Close;
+            }
+        }
+        if next.is_none() && !out.is_empty() {
+            if c.transport.write(&out, &mut shard.scratch.borrow_mut()).is_err() {
+                return Outcome::Gone;
+            }
+            out.clear();
+        }
+    }
+}
+
+/// Reads until there is something new in `rest`, with the handshake on the way.
+async fn fill(shard: &Shard, c: &mut Connecting, notify: &Notify) -> Result<(), ()> {
+    loop {
+        let handshake_done = {
+            let mut scratch = shard.scratch.borrow_mut();
+            match c.transport.read(&mut scratch) {
+                Ok(Read::Data { bytes, .. }) => {
+                    c.rest.extend_from_slice(bytes);
+                    return Ok(());
+                }
+                Ok(Read::HandshakeDone) => true,
+                Ok(Read::WouldBlock) => false,
+                Ok(Read::Eof) => return Err(()),
+                Err(error) => {
+                    tracing::debug!(peer = %c.peer, %error, "a connection broke before its session");
+                    return Err(());
+                }
+            }
+        };
+        if handshake_done {
+            let bound = c.transport.channel_bindings();
+            c.negotiation.encrypted(ChannelBindings {
+                exporter: bound.exporter,
+                server_end_point: bound.end_point.map(Into::into),
+            });
+            continue;
+        }
+        notify.wait().await;
+        if c.transport.pending() > 0 && c.transport.flush().is_err() {
+            return Err(());
+        }
+        if shard.stopping.get() {
+            return Ok(());
+        }
+    }
+}
+
+/// The PROXY header that a believed proxy must send first: the client it names, and what came behind the header.
+async fn proxy_header(
+    shard: &Shard,
+    transport: &mut Transport,
+    notify: &Notify,
+) -> Option<(Option<SocketAddr>, Vec<u8>)> {
+    let mut bytes = Vec::new();
+    loop {
+        match parse_proxy_header(&bytes) {
+            Ok(Some((proxied, len))) => {
+                let unread = bytes.split_off(len);
+                let source = match proxied {
+                    Proxied::Client(source) => Some(source),
+                    Proxied::Unknown | Proxied::Proxy => None,
+                };
+                return Some((source, unread));
+            }
+            Ok(None) => {}
+            Err(error) => {
+                tracing::warn!(%error, "a trusted proxy sent no PROXY v2 header");
+                return None;
+            }
+        }
+        let more = {
+            let mut scratch = shard.scratch.borrow_mut();
+            match transport.read(&mut scratch) {
+                Ok(Read::Data { bytes: data, .. }) => {
+                    bytes.extend_from_slice(data);
+                    true
+                }
+                Ok(Read::WouldBlock) => false,
+                _ => return None,
+            }
+        };
+        if !more {
+            notify.wait().await;
+        }
+    }
+}
+
+impl Shard {
+    /// Watches a connection for as long as `with` runs, within the deadline.
+    pub(super) async fn with_readiness<T>(
+        &self,
+        transport: &mut Transport,
+        deadline_ms: u64,
+        with: impl AsyncFnOnce(&Shard, &mut Transport, &Notify) -> T,
+    ) -> Option<T> {
+        let notify = Rc::new(Notify::new());
+        let link = self.links.borrow_mut().insert(Kind::Waits(notify.clone()));
+        let mut outcome = None;
+        if self.readiness.add(transport.socket(), link).is_ok() {
+            let left = deadline_ms.saturating_sub(self.slice.borrow().now.ms);
+            outcome = rt::timeout(Duration::from_millis(left), with(self, transport, &notify)).await.ok();
+            self.readiness.remove(transport.socket());
+        }
+        self.links.borrow_mut().remove(link);
+        outcome
+    }
+
+    /// Waits until the user is loaded, then goes on with his keys.
+    async fn credentials(&self, c: &mut Connecting, name: &str, out: &mut Vec<u8>) -> Step {
+        self.load(name).await;
+        let slice = self.slice.borrow();
+        let decoy = self.decoy.borrow().clone();
+        match slice.users.peek(name) {
+            Some(Slot::Present(user)) => {
+                let record = user.record.get();
+                let keys = Credentials {
+                    sha1: record.sha1.as_ref().map(borrow_keys),
+                    sha256: record.sha256.as_ref().map(borrow_keys),
+                };
+                c.negotiation.credentials(Some(keys), record.disabled, &decoy, out)
+            }
+            Some(Slot::Missing) => c.negotiation.credentials(None, false, &decoy, out),
+            // the tier cannot say
+            _ => c.negotiation.failed(crate::xmpp::sasl::Failure::TEMPORARY_AUTH_FAILURE, out),
+        }
+    }
+
+    /// Returns when the user is present or missing, or cannot be loaded now.
+    async fn load(&self, name: &str) {
+        let known = self.slice.borrow_mut().want(name);
+        if known {
+            return;
+        }
+        let (setter, loaded) = slot();
+        self.waiting.borrow_mut().entry(name.into()).or_default().push(setter);
+        self.flush();
+        loaded.take().await;
+    }
+
+    /// Has a slow job done by a helper thread.
+    async fn compute(&self, job: Job) -> Option<Computed> {
+        let (setter, done) = slot();
+        self.slice.borrow_mut().compute(job, Box::new(move |_, outcome| setter.set(outcome)));
+        self.flush();
+        done.take().await
+    }
+
+    /// XEP-0077: makes the account. It exists when the answer says so.
+    async fn register(&self, c: &Connecting, name: &str, password: String) -> Result<(), StanzaError> {
+        let config = self.config.borrow().clone();
+        self.load(name).await;
+        match self.slice.borrow().users.peek(name) {
+            Some(Slot::Missing) => {}
+            Some(Slot::Present(_)) => return Err(StanzaError::CONFLICT),
+            _ => return Err(StanzaError::RESOURCE_CONSTRAINT),
+        }
+        if !self.doors.register(c.peer.ip(), &config) {
+            return Err(StanzaError::RESOURCE_CONSTRAINT.text("too many accounts from this address"));
+        }
+        let job = Job::Derive { password, iterations: config.sasl.iterations };
+        let (sha1, sha256) = match self.compute(job).await {
+            Some(Computed::Keys(Ok(keys))) => keys,
+            Some(Computed::Keys(Err(_))) => return Err(StanzaError::NOT_ACCEPTABLE),
+            _ => return Err(StanzaError::RESOURCE_CONSTRAINT),
+        };
+        let record = Record::new(&UserRecord {
+            created_at: self.slice.borrow().now.unix,
+            sha1: Some(sha1.into()),
+            sha256: Some(sha256.into()),
+            ..UserRecord::default()
+        });
+        let (setter, done) = slot();
+        let op = Op::AddUser { name: name.into(), record: record.clone() };
+        self.slice.borrow_mut().write(name, op, Box::new(move |_, result| setter.set(result)));
+        self.flush();
+        match done.take().await {
+            Some(Ok(())) => {
+                self.slice.borrow_mut().set_user(name, Some(record));
+                tracing::info!(user = name, peer = %c.peer.ip(), "account registered in-band");
+                Ok(())
+            }
+            Some(Err(WriteError::Conflict)) => Err(StanzaError::CONFLICT),
+            _ => Err(StanzaError::RESOURCE_CONSTRAINT),
+        }
+    }
+
+    fn bind(&self, c: &mut Connecting, resource: Option<&str>, link: u64) -> Result<String, StanzaError> {
+        let mut slice = self.slice.borrow_mut();
+        let arrival = Arrival {
+            user: c.negotiation.user().unwrap_or_default(),
+            resource,
+            link,
+            lang: c.negotiation.lang.clone(),
+            stream_ns: self.stream_ns(c.negotiation.stream_ns()),
+            peer: c.peer.to_string().into(),
+            tls: c.negotiation.encrypted,
+        };
+        let sid = bind::bind(&mut slice, arrival)?;
+        let jid = slice.sessions.get(sid).map(|s| s.jid.to_string()).unwrap_or_default();
+        self.bound.borrow_mut().push((link, sid));
+        tracing::info!(jid, peer = %c.peer.ip(), tls = c.negotiation.encrypted, "logged in");
+        Ok(jid)
+    }
+
+    /// `Ok(false)`: there is no such session.
+    fn resume(&self, c: &mut Connecting, previd: &str, h: u32, link: u64) -> Result<bool, StreamError> {
+        let mut slice = self.slice.borrow_mut();
+        let name = c.negotiation.user().unwrap_or_default();
+        let Some(sid) = sm::find(&slice, name, previd) else { return Ok(false) };
+        let stream_ns = self.stream_ns(c.negotiation.stream_ns());
+        sm::resume(&mut slice, sid, link, h)?;
+        if let Some(session) = slice.sessions.get_mut(sid) {
+            session.stream_ns = stream_ns;
+            session.peer = c.peer.to_string().into();
+            tracing::info!(jid = &*session.jid, peer = %c.peer.ip(), "resumed");
+        }
+        self.bound.borrow_mut().push((link, sid));
+        Ok(true)
+    }
+
+    /// The namespaces of a stream header, shared by all streams that declare the same.
+    fn stream_ns(&self, ns: &StreamNs) -> Rc<StreamNs> {
+        let mut usual = self.usual_ns.borrow_mut();
+        if **usual != *ns {
+            *usual = Rc::new(ns.clone());
+        }
+        usual.clone()
+    }
+
+    fn take_bound(&self, link: u64) -> Option<crate::xmpp::session::SessionId> {
+        let mut bound = self.bound.borrow_mut();
+        let at = bound.iter().position(|(l, _)| *l == link)?;
+        Some(bound.swap_remove(at).1)
+    }
+
+    /// The connection broke while its session began.
+    fn abandon(&self, link: u64) {
+        if let Some(sid) = self.take_bound(link) {
+            self.slice.borrow_mut().link_lost(sid);
+        }
+    }
+}
+
+fn borrow_keys(keys: &ArchivedScramKeys) -> ScramKeysRef<'_> {
+    ScramKeysRef {
+        iterations: keys.iterations.to_native(),
+        salt: &keys.salt,
+        stored_key: &keys.stored_key,
+        server_key: &keys.server_key,
+    }
+}
