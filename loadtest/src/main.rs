@@ -1,1 +1,56 @@
-fn main() {}
+//! A lean load generator for any XMPP server, by its public port: `register`, `storm`, `chat`, `memory`.
+//!
+//! One thread polls many connections ([`worker`]); each is a state machine without input or output of its own
+//! ([`connection`]) behind a scanner that only looks for the ends of stanzas ([`scanner`]). The scenarios drive all
+//! threads through one handle ([`fleet`]) and end in a [`report`], with the server's CPU time and memory read from
+//! `/proc` ([`proc`]). The exit status is 0 when all went well, 1 when logins failed or messages were lost, duplicated
+//! or reordered, 2 when the run could not be made.
+
+#![forbid(unsafe_code)]
+
+mod chat;
+mod connection;
+mod element;
+mod fleet;
+mod memory;
+mod options;
+mod proc;
+mod register;
+mod report;
+mod scanner;
+mod scram;
+mod socket;
+mod storm;
+mod worker;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use options::{Cli, Command};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    let report = match &command {
+        Command::Register(options) => register::run(&global, options),
+        Command::Storm(options) => storm::run(&global, options),
+        Command::Chat(options) => chat::run(&global, options),
+        Command::Memory(options) => memory::run(&global, options),
+    };
+    let published = report.and_then(|report| {
+        report
+            .publish(global.json.as_deref())
+            .map(|()| report.is_failure())
+    });
+    match published {
+        Ok(false) => ExitCode::SUCCESS,
+        Ok(true) => ExitCode::FAILURE,
+        Err(sentence) => {
+            eprintln!("loadtest: {sentence}");
+            ExitCode::from(2)
+        }
+    }
+}

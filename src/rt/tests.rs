@@ -254,10 +254,15 @@ fn the_mesh_wakes_a_sleeping_shard_every_time() {
         run_shards(&two_cores(), move |me| {
             let end = take(&all, me);
             async move {
+                eprintln!("{me} connecting");
                 let mut mesh = end.connect().await;
+                eprintln!("{me} connected");
                 let from = mesh.receiver(1 - me).unwrap();
                 let before = thread_cpu();
                 for n in 0..3000 {
+                    if n % 100 == 0 || n < 5 {
+                        eprintln!("{me} at {n}");
+                    }
                     if me == 0 {
                         mesh.try_send(1, n).unwrap();
                     }

@@ -37,7 +37,7 @@ pub fn limits() -> Limits {
         unacked_stanzas_max: 1000,
         resume_ms_max: 300_000,
         parked_max: 100,
-        ping_idle_ms: 180_000,
+        ping_idle_ms: 86_400_000,
         ping_timeout_ms: 30_000,
         registration: true,
         iterations: 4096,
@@ -162,6 +162,7 @@ impl World {
             link: link as u64,
             lang: None,
             stream_ns: Rc::new(StreamNs::client()),
+            tls: false,
             peer: "127.0.0.1".into(),
         };
         let sid = bind(&mut self.slices[shard], arrival).unwrap();

@@ -21,7 +21,7 @@ use crate::xmpp::jid::Jid;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::{Presence, Session, SessionId};
-use crate::xmpp::slice::{Fate, Slice, Slot};
+use crate::xmpp::slice::{Fate, Slice, Slot, User};
 
 pub static FEATURE: Feature = Feature {
     name: "Presence",
@@ -298,6 +298,7 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
     let blocks = !record.blocked.is_empty();
     for item in record.roster.iter() {
         let subscription = item.subscription();
+        // without a probe nobody gives
         let group = match (subscription.from(), probe && subscription.to()) {
             (true, false) => GETS,
             (true, true) => BOTH,
@@ -350,17 +351,16 @@ fn broadcast_here(
     stanza: &[u8],
     meta: Meta,
 ) {
+    let Ok(from) = Jid::parse(from) else {
+        return;
+    };
     for place in places {
         let name = text_of(place, names);
         if place.key & 3 != GIVES {
-            broadcast_in(slice, name, from, stanza, meta);
+            tell(slice, name, &from, stanza, meta);
         }
-    }
-    let gets = places.partition_point(|p| p.key & 3 == GETS);
-    for place in &places[gets..] {
-        let probed = meta.kind == Kind::Available;
-        if probed && place.key & 3 != GETS {
-            probe_in(slice, text_of(place, names), from);
+        if place.key & 3 != GETS {
+            asked(slice, name, &from);
         }
     }
 }
@@ -459,21 +459,26 @@ pub fn broadcast_in(slice: &mut Slice, names: &str, from: &str, stanza: &[u8], m
         return;
     };
     for name in names.lines() {
-        let Some(user) = slice.user(name).filter(|u| !u.sessions.is_empty()) else {
-            continue;
-        };
-        // the sender's side may lag behind: what counts is what the recipient's own roster says
-        let item = user.record.get().roster_item(from.bare());
-        if !item.is_some_and(|i| i.subscription().to()) {
-            continue;
-        }
-        let sessions = available_sessions(slice, name);
-        if !sessions.is_empty() && admit(slice, name, &from, meta) {
-            to_sessions(slice, &sessions, name, stanza, meta);
-        }
-        if meta.kind == Kind::Unavailable {
-            forget_directed(slice, name, &from);
-        }
+        tell(slice, name, &from, stanza, meta);
+    }
+}
+
+/// [`broadcast_in`] for one.
+fn tell(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: Meta) {
+    let Some(user) = slice.user(name).filter(|u| !u.sessions.is_empty()) else {
+        return;
+    };
+    // the sender's side may lag behind: what counts is what the recipient's own roster says
+    let item = user.record.get().roster_item(from.bare());
+    if !item.is_some_and(|i| i.subscription().to()) {
+        return;
+    }
+    let sessions = available_of(slice, user);
+    if !sessions.is_empty() && admit(slice, name, from, meta) {
+        to_sessions(slice, &sessions, name, stanza, meta);
+    }
+    if meta.kind == Kind::Unavailable {
+        forget_directed(slice, name, from);
     }
 }
 
@@ -484,26 +489,27 @@ pub fn probe_in(slice: &mut Slice, names: &str, from: &str) {
         return;
     };
     for name in names.lines() {
-        match slice.users.get(name) {
-            Some(Slot::Present(_)) => {}
-            Some(Slot::Missing) => {
-                if let Ok(to) = Jid::from_parts(Some(name), &slice.env.domain, None) {
-                    answer_unsubscribed(slice, &to, from.as_str());
-                }
-                continue;
-            }
-            _ => continue,
+        asked(slice, name, &from);
+    }
+}
+
+/// [`probe_in`] for one.
+fn asked(slice: &mut Slice, name: &str, from: &Jid<'_>) {
+    let sees = match slice.users.get(name) {
+        Some(Slot::Present(user)) => {
+            let item = user.record.get().roster_item(from.bare());
+            item.is_some_and(|i| i.subscription().from())
         }
-        if !admit(slice, name, &from, Meta::new(Kind::Probe)) {
-            continue;
-        }
-        if !sees(slice, name, from.bare()) {
-            if let Ok(to) = Jid::from_parts(Some(name), &slice.env.domain, None) {
-                refuse_probe(slice, &to, &from);
-            }
-            continue;
-        }
-        answer_probe(slice, name, &from);
+        Some(Slot::Missing) => false,
+        _ => return,
+    };
+    if !admit(slice, name, from, Meta::new(Kind::Probe)) {
+        return;
+    }
+    if sees {
+        answer_probe(slice, name, from);
+    } else if let Ok(to) = Jid::from_parts(Some(name), &slice.env.domain, None) {
+        refuse_probe(slice, &to, from);
     }
 }
 
@@ -668,7 +674,7 @@ fn mere(slice: &mut Slice, from: &str, to: &Jid<'_>, kind: Kind, id: Option<&str
 /// 4.3.2, rule 1. Who has asked for a subscription and waits for the answer gets none here: it would cancel the request.
 fn refuse_probe(slice: &mut Slice, to: &Jid<'_>, from: &Jid<'_>) {
     let name = to.local().expect("only users are routed to");
-    let asked = |u: &crate::xmpp::slice::User| u.record.get().request(from.bare()).is_some();
+    let asked = |u: &User| u.record.get().request(from.bare()).is_some();
     if !slice.user(name).is_some_and(asked) {
         answer_unsubscribed(slice, to, from.as_str());
     }
@@ -764,9 +770,15 @@ fn is_available(slice: &Slice, sid: SessionId) -> bool {
 }
 
 fn available_sessions(slice: &Slice, name: &str) -> SmallVec<[SessionId; 4]> {
-    let mut sessions = slice.sessions_of(name);
-    sessions.retain(|sid| is_available(slice, *sid));
-    sessions
+    slice
+        .user(name)
+        .map(|user| available_of(slice, user))
+        .unwrap_or_default()
+}
+
+fn available_of(slice: &Slice, user: &User) -> SmallVec<[SessionId; 4]> {
+    let all = user.sessions.iter().copied();
+    all.filter(|sid| is_available(slice, *sid)).collect()
 }
 
 /// The local part of a bare JID of this domain.
@@ -792,4 +804,551 @@ fn send_to(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], kind: Kin
     out.extend_from_slice(rest);
     slice.route(to, from, &out, meta_of(kind), None);
     slice.reuse(out);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::record::Subscription;
+    use crate::xmpp::testing::{Client, World, bare};
+
+    /// Romeo on shard 0 and Juliet on `shard`, friends.
+    fn friends(shard: usize) -> (World, String, String) {
+        let mut world = World::new(2);
+        let (romeo, juliet) = (world.on(0, "romeo"), world.on(shard, "juliet"));
+        world.befriend(&romeo, &juliet);
+        (world, romeo, juliet)
+    }
+
+    /// They are on line: `orchard` and `balcony`.
+    fn couple(shard: usize) -> (World, String, String, Client, Client) {
+        let (mut world, romeo, juliet) = friends(shard);
+        let orchard = world.online(&romeo, "orchard");
+        let balcony = world.online(&juliet, "balcony");
+        world.take(orchard);
+        (world, bare(&romeo), bare(&juliet), orchard, balcony)
+    }
+
+    #[test]
+    fn a_login_shows_itself_to_contacts_and_to_itself_and_shows_who_is_there() {
+        for shard in [0, 1] {
+            let (mut world, romeo, juliet) = friends(shard);
+            let balcony = world.online(&juliet, "balcony");
+            let orchard = world.login(&romeo, "orchard");
+            let (r, j) = (bare(&romeo), bare(&juliet));
+            world.send(
+                orchard,
+                "<presence id='p' xml:lang='it'><show>chat</show><priority>5</priority></presence>",
+            );
+            let told = |to: &str| {
+                format!(
+                    "<presence id='p' xml:lang='it' from='{r}/orchard' to='{to}'>\
+                     <show>chat</show><priority>5</priority></presence>"
+                )
+            };
+            world.expect(
+                orchard,
+                &[
+                    &told(&r),
+                    &format!("<presence from='{j}/balcony' to='{j2}'/>", j2 = r),
+                ],
+            );
+            world.expect(balcony, &[&told(&j)]);
+            assert_eq!(
+                world.session(orchard).presence.as_ref().unwrap().priority,
+                5
+            );
+        }
+    }
+
+    #[test]
+    fn a_login_costs_one_presence_and_one_probe_per_other_shard_and_a_write_per_contact() {
+        let mut world = World::new(3);
+        let me = world.on(0, "me");
+        world.add(&me);
+        let mut contacts = Vec::new();
+        for n in 0..20 {
+            let name = world.on(n % 3, &format!("friend{n}x"));
+            world.befriend(&me, &name);
+            contacts.push((n % 3, world.online(&name, "r")));
+        }
+        let (gets, gives) = (world.on(1, "gets"), world.on(1, "gives"));
+        for (name, mine, theirs) in [
+            (&gets, Subscription::From, Subscription::To),
+            (&gives, Subscription::To, Subscription::From),
+        ] {
+            world.item(&me, name, mine);
+            world.item(name, &me, theirs);
+            contacts.push((1, world.online(name, "r")));
+        }
+        for (_, contact) in &contacts {
+            world.take(*contact);
+        }
+        let client = world.login(&me, "desk");
+        world.element(client, "<presence/>").unwrap();
+        for shard in [1, 2] {
+            let batch = &world.slices[0].fx.mesh[shard];
+            let [
+                Item::Presence { names: told, .. },
+                Item::Probe { names: asked, .. },
+            ] = batch.items[..]
+            else {
+                panic!("{:?}", batch.items);
+            };
+            let names = |span| {
+                batch
+                    .text(span)
+                    .lines()
+                    .map(str::to_owned)
+                    .collect::<Vec<_>>()
+            };
+            let (told, asked) = (names(told), names(asked));
+            let friends = contacts.iter().filter(|(s, _)| *s == shard).count();
+            if shard == 1 {
+                assert_eq!((told.len(), asked.len()), (friends - 1, friends - 1));
+                assert!(told.contains(&gets) && !told.contains(&gives));
+                assert!(asked.contains(&gives) && !asked.contains(&gets));
+            } else {
+                assert_eq!(told, asked);
+                assert_eq!(told.len(), friends);
+            }
+        }
+        world.run();
+        assert_eq!(world.take(client).len(), 1 + 21, "itself and who gives");
+        let told: usize = contacts.iter().map(|(_, c)| world.take(*c).len()).sum();
+        assert_eq!(told, 21);
+    }
+
+    #[test]
+    fn presence_needs_a_subscription_on_both_sides() {
+        for shard in [0, 1] {
+            let mut world = World::new(2);
+            let (romeo, juliet) = (world.on(0, "romeo"), world.on(shard, "juliet"));
+            // Juliet's server has forgotten; Romeo's believes that they are friends
+            world.item(&romeo, &juliet, Subscription::Both);
+            world.item(&juliet, &romeo, Subscription::None);
+            let balcony = world.online(&juliet, "balcony");
+            let orchard = world.online(&romeo, "orchard");
+            world.expect(balcony, &[]);
+            world.send(orchard, "<presence type='unavailable'/>");
+            world.expect(balcony, &[]);
+            // 4.3.2, rule 1: the probe of the login has told Romeo's side
+            let item = &world.stored(&romeo).roster[0];
+            assert_eq!(item.subscription, Subscription::From);
+        }
+    }
+
+    #[test]
+    fn updates_go_to_contacts_and_to_all_own_resources_without_probes() {
+        for shard in [0, 1] {
+            let (mut world, r, j, orchard, balcony) = couple(shard);
+            let garden = world.online(r.split('@').next().unwrap(), "garden");
+            world.take(balcony);
+            world.take(orchard);
+            world.send(orchard, "<presence><show>away</show></presence>");
+            let told = |to: &str| {
+                format!("<presence from='{r}/orchard' to='{to}'><show>away</show></presence>")
+            };
+            world.expect(orchard, &[&told(&r)]);
+            world.expect(garden, &[&told(&r)]);
+            world.expect(balcony, &[&told(&j)]);
+        }
+    }
+
+    #[test]
+    fn a_new_resource_sees_the_users_other_resources() {
+        let (mut world, r, j, _, balcony) = couple(1);
+        let garden = world.login(r.split('@').next().unwrap(), "garden");
+        world.send(garden, "<presence/>");
+        world.expect(
+            garden,
+            &[
+                &format!("<presence from='{r}/garden' to='{r}'/>"),
+                &format!("<presence from='{r}/orchard' to='{r}'/>"),
+                &format!("<presence from='{j}/balcony' to='{r}'/>"),
+            ],
+        );
+        world.expect(
+            balcony,
+            &[&format!("<presence from='{r}/garden' to='{j}'/>")],
+        );
+    }
+
+    #[test]
+    fn who_says_that_he_goes_is_seen_going_with_his_words() {
+        for shard in [0, 1] {
+            let (mut world, r, j, orchard, balcony) = couple(shard);
+            let name = r.split('@').next().unwrap().to_owned();
+            world.send(
+                orchard,
+                "<presence type='unavailable'><status>to bed</status></presence>",
+            );
+            let told = |to: &str| {
+                format!(
+                    "<presence type='unavailable' from='{r}/orchard' to='{to}'><status>to bed</status></presence>"
+                )
+            };
+            world.expect(orchard, &[&told(&r)]);
+            world.expect(balcony, &[&told(&j)]);
+            let last = world.tier.users[&name].last.clone().unwrap();
+            assert_eq!((last.at, &*last.status), (world.now.unix, "to bed"));
+            // once is enough
+            world.send(orchard, "<presence type='unavailable'/>");
+            world.send(balcony, "<presence><show>xa</show></presence>");
+            world.take(balcony);
+            world.expect(orchard, &[]);
+            // 4.5.2: then it is initial presence again
+            world.send(orchard, "<presence/>");
+            assert_eq!(world.take(orchard).len(), 2);
+            world.logout(orchard);
+            assert_eq!(world.take(balcony).len(), 2);
+        }
+    }
+
+    #[test]
+    fn who_vanishes_is_seen_going_and_who_may_resume_is_not() {
+        for shard in [0, 1] {
+            let (mut world, r, j, orchard, balcony) = couple(shard);
+            let gone = format!("<presence type='unavailable' from='{r}/orchard' to='{j}'/>");
+            world.send(orchard, "<enable xmlns='urn:xmpp:sm:3' resume='true'/>");
+            world.cut(orchard);
+            world.expect(balcony, &[]);
+            let limit = world.slices[0].env.limits.resume_ms_max;
+            world.advance(limit - 1);
+            world.expect(balcony, &[]);
+            world.advance(1);
+            world.expect(balcony, &[&gone]);
+            let name = r.split('@').next().unwrap();
+            assert_eq!(&*world.user(name).last.as_ref().unwrap().status, "");
+            let orchard = world.online(name, "orchard");
+            world.take(balcony);
+            world.cut(orchard);
+            world.expect(balcony, &[&gone]);
+        }
+    }
+
+    #[test]
+    fn the_last_log_out_is_that_of_the_last_resource() {
+        let (mut world, r, _, orchard, _) = couple(1);
+        let name = r.split('@').next().unwrap().to_owned();
+        let garden = world.online(&name, "garden");
+        let never = world.login(&name, "never");
+        world.logout(orchard);
+        world.logout(never);
+        assert!(world.tier.users[&name].last.is_none());
+        world.logout(garden);
+        assert!(world.tier.users[&name].last.is_some());
+        assert_eq!(world.tier.ops.len(), 1);
+    }
+
+    #[test]
+    fn presence_that_makes_no_sense_is_a_bad_request_and_nobody_sees_it() {
+        let (mut world, _, j, orchard, balcony) = couple(0);
+        for bad in [
+            "<presence id='b' type='available'/>",
+            "<presence id='b'><priority>128</priority></presence>",
+            "<presence id='b'><priority>-129</priority></presence>",
+            "<presence id='b'><priority/></presence>",
+            "<presence id='b'><priority>high</priority></presence>",
+            "<presence id='b'><priority>1</priority><priority>1</priority></presence>",
+            "<presence id='b' type='subscribe'/>",
+        ] {
+            world.send(orchard, bad);
+            let got = world.take(orchard);
+            assert!(
+                got.len() == 1 && got[0].contains("<bad-request "),
+                "{bad}: {got:?}"
+            );
+            assert!(got[0].contains("id='b'") && got[0].contains("type='error'"));
+        }
+        let big = "x".repeat(PRESENCE_BYTES_MAX);
+        world.send(
+            orchard,
+            &format!("<presence><status>{big}</status></presence>"),
+        );
+        assert!(world.take(orchard)[0].contains("policy-violation"));
+        world.expect(balcony, &[]);
+        world.send(orchard, &format!("<presence to='{j}' type='error'/>"));
+        assert_eq!(
+            world.take(balcony).len(),
+            1,
+            "an error is passed on and never answered"
+        );
+        for quiet in [
+            "<presence type='probe'/>",
+            "<presence type='error'/>",
+            "<presence type='probe' to='a@b'/>",
+        ] {
+            world.send(orchard, quiet);
+            world.expect(orchard, &[]);
+        }
+        world.send(orchard, "<presence to='@'/>");
+        assert!(world.take(orchard)[0].contains("jid-malformed"));
+        world.send(orchard, "<presence to='room@elsewhere.example/nick'/>");
+        assert!(world.take(orchard)[0].contains("remote-server-not-found"));
+    }
+
+    #[test]
+    fn messages_follow_the_priority() {
+        let (mut world, _, j, orchard, balcony) = couple(1);
+        world.send(balcony, "<presence><priority> -1 </priority></presence>");
+        world.take(balcony);
+        world.send(
+            orchard,
+            &format!("<message to='{j}' type='chat'><body>hi</body></message>"),
+        );
+        world.expect(balcony, &[]);
+        world.send(balcony, "<presence><priority>+1</priority></presence>");
+        let got = world.take(balcony);
+        assert!(
+            got.len() == 2 && got[1].contains("<body>hi</body>"),
+            "what waited comes: {got:?}"
+        );
+    }
+
+    #[test]
+    fn bytes_that_hang_on_their_stream_stand_alone_when_they_leave() {
+        let (mut world, r, j, orchard, balcony) = couple(1);
+        world.send(
+            orchard,
+            "<presence xmlns:x='urn:a'><x:y x:z='1'/></presence>",
+        );
+        let got = world.take(balcony);
+        assert!(got[0].starts_with("<presence to='"), "{got:?}");
+        let element = crate::xmpp::parse_stanza(got[0].as_bytes()).unwrap();
+        assert!(element.find("y", "urn:a").is_some());
+        assert_eq!(element.get("to"), Some(&*j));
+        assert_eq!(element.get("from"), Some(&*format!("{r}/orchard")));
+    }
+
+    #[test]
+    fn directed_presence_is_seen_going_too() {
+        for shard in [0, 1] {
+            let mut world = World::new(2);
+            let (romeo, juliet) = (world.on(0, "romeo"), world.on(shard, "juliet"));
+            world.add(&romeo);
+            world.add(&juliet);
+            let orchard = world.online(&romeo, "orchard");
+            let balcony = world.online(&juliet, "balcony");
+            let (r, j) = (bare(&romeo), bare(&juliet));
+            let gone =
+                |to: &str| format!("<presence type='unavailable' from='{r}/orchard' to='{to}'/>");
+            let full = format!("{j}/balcony");
+            for to in [&j, &full] {
+                let to = to.as_str();
+                world.send(
+                    orchard,
+                    &format!("<presence to='{to}'><show>chat</show></presence>"),
+                );
+                world.expect(
+                    balcony,
+                    &[&format!(
+                        "<presence from='{r}/orchard' to='{to}'><show>chat</show></presence>"
+                    )],
+                );
+                // 4.6.3, rule 2: no part in broadcasts
+                world.send(orchard, "<presence><show>away</show></presence>");
+                world.expect(balcony, &[]);
+                world.send(orchard, "<presence type='unavailable'/>");
+                world.expect(balcony, &[&gone(to)]);
+                assert!(world.session(orchard).directed.is_empty());
+                world.send(orchard, "<presence/>");
+            }
+            // who was told already is not told again
+            world.send(orchard, &format!("<presence to='{full}'/>"));
+            world.send(
+                orchard,
+                &format!("<presence to='{full}' type='unavailable'/>"),
+            );
+            world.take(balcony);
+            world.send(orchard, "<presence type='unavailable'/>");
+            world.expect(balcony, &[]);
+            // rule 3: without initial presence, and the client vanishes
+            world.send(orchard, &format!("<presence to='{full}'/>"));
+            world.take(balcony);
+            world.cut(orchard);
+            world.expect(balcony, &[&gone(&full)]);
+            // 4.6.1: who has left needs no farewell
+            let orchard = world.online(&romeo, "orchard");
+            world.send(orchard, &format!("<presence to='{full}'/>"));
+            world.take(balcony);
+            world.send(
+                balcony,
+                &format!("<presence to='{r}/orchard' type='unavailable'/>"),
+            );
+            world.logout(orchard);
+            world.expect(balcony, &[]);
+        }
+    }
+
+    #[test]
+    fn a_subscriber_who_was_shown_presence_is_told_once() {
+        let (mut world, r, j, orchard, balcony) = couple(1);
+        world.send(
+            orchard,
+            &format!("<presence to='{j}'><show>dnd</show></presence>"),
+        );
+        world.take(balcony);
+        assert!(world.session(orchard).directed.is_empty());
+        world.logout(orchard);
+        world.expect(
+            balcony,
+            &[&format!(
+                "<presence type='unavailable' from='{r}/orchard' to='{j}'/>"
+            )],
+        );
+    }
+
+    #[test]
+    fn directed_presence_has_a_limit() {
+        let mut world = World::with(1, |limits| limits.directed_presence_max = 1);
+        for name in ["romeo", "juliet", "nurse"] {
+            world.add(name);
+        }
+        let orchard = world.online("romeo", "orchard");
+        for _ in 0..2 {
+            world.send(orchard, "<presence to='juliet@localhost'/>");
+        }
+        world.expect(orchard, &[]);
+        world.send(orchard, "<presence to='nurse@localhost'/>");
+        assert!(world.take(orchard)[0].contains("resource-constraint"));
+        world.send(
+            orchard,
+            "<presence to='juliet@localhost' type='unavailable'/>",
+        );
+        world.send(orchard, "<presence to='nurse@localhost'/>");
+        world.expect(orchard, &[]);
+    }
+
+    #[test]
+    fn a_probe_is_answered_to_those_who_may_know() {
+        for shard in [0, 1] {
+            let (mut world, r, j, orchard, balcony) = couple(shard);
+            let probe = |to: &str| format!("<presence type='probe' id='p' to='{to}'/>");
+            world.send(balcony, "<presence id='mine'><show>away</show></presence>");
+            world.take(orchard);
+            world.send(orchard, &probe(&j));
+            world.expect(
+                orchard,
+                &[&format!(
+                    "<presence id='mine' from='{j}/balcony' to='{r}'><show>away</show></presence>"
+                )],
+            );
+            // 4.3.2: about one resource, only that it is there
+            let full = format!("{r}/orchard");
+            world.send(orchard, &probe(&format!("{j}/balcony")));
+            world.expect(
+                orchard,
+                &[&format!("<presence from='{j}/balcony' to='{full}'/>")],
+            );
+            world.send(orchard, &probe(&format!("{j}/attic")));
+            world.expect(
+                orchard,
+                &[&format!(
+                    "<presence type='unavailable' from='{j}/attic' to='{full}'/>"
+                )],
+            );
+            world.logout(balcony);
+            world.take(orchard);
+            world.send(orchard, &probe(&j));
+            world.expect(
+                orchard,
+                &[&format!(
+                    "<presence type='unavailable' id='p' from='{j}' to='{full}'/>"
+                )],
+            );
+            // a stranger learns nothing, whether there is such a user or not
+            let thief = world.on(0, "thief");
+            world.add(&thief);
+            let thief = world.online(&thief, "x");
+            for to in [
+                &*r,
+                &*full,
+                &*j,
+                "nobody@localhost",
+                &*format!("{j}/balcony"),
+            ] {
+                world.send(thief, &probe(to));
+                world.expect(thief, &[]);
+            }
+        }
+    }
+
+    #[test]
+    fn who_was_shown_directed_presence_may_ask_for_it() {
+        let mut world = World::new(2);
+        let (romeo, juliet) = (world.on(0, "romeo"), world.on(1, "juliet"));
+        world.add(&romeo);
+        world.add(&juliet);
+        let orchard = world.online(&romeo, "orchard");
+        let balcony = world.online(&juliet, "balcony");
+        let (r, j) = (bare(&romeo), bare(&juliet));
+        world.send(
+            orchard,
+            &format!("<presence to='{j}/balcony'><show>chat</show></presence>"),
+        );
+        world.take(balcony);
+        world.send(
+            balcony,
+            &format!("<presence type='probe' to='{r}/orchard'/>"),
+        );
+        world.expect(
+            balcony,
+            &[&format!("<presence from='{r}/orchard' to='{j}/balcony'/>")],
+        );
+        world.send(balcony, &format!("<presence type='probe' to='{r}'/>"));
+        world.expect(balcony, &[]);
+    }
+
+    #[test]
+    fn a_blocked_contact_sees_nothing_and_is_not_seen() {
+        for shard in [0, 1] {
+            let (mut world, romeo, juliet) = friends(shard);
+            let (r, j) = (bare(&romeo), bare(&juliet));
+            let stored = world.tier.users.get_mut(&romeo).unwrap();
+            stored.record.block(&j);
+            let balcony = world.online(&juliet, "balcony");
+            let orchard = world.online(&romeo, "orchard");
+            world.expect(balcony, &[]);
+            world.send(balcony, "<presence><show>away</show></presence>");
+            world.take(balcony);
+            world.send(balcony, &format!("<presence to='{r}/orchard'/>"));
+            world.send(balcony, &format!("<presence type='probe' to='{r}'/>"));
+            world.send(balcony, &format!("<presence type='unsubscribe' to='{r}'/>"));
+            world.send(orchard, "<presence><show>xa</show></presence>");
+            assert_eq!(world.take(orchard).len(), 1);
+            let got = world.take(balcony);
+            assert!(
+                got.iter().all(|s| s.contains("<iq ")),
+                "only pushes of her own roster: {got:?}"
+            );
+            assert_eq!(
+                world.stored(&romeo).roster[0].subscription,
+                Subscription::Both
+            );
+        }
+    }
+
+    #[test]
+    fn blocking_hides_and_unblocking_shows() {
+        for shard in [0, 1] {
+            let (mut world, r, j, _, balcony) = couple(shard);
+            let name = r.split('@').next().unwrap().to_owned();
+            let contact = Jid::parse(&j).unwrap();
+            hide(world.slice_of(&name), &name, &contact);
+            world.run();
+            world.expect(
+                balcony,
+                &[&format!(
+                    "<presence type='unavailable' from='{r}/orchard' to='{j}'/>"
+                )],
+            );
+            show(world.slice_of(&name), &name, &contact);
+            world.run();
+            world.expect(
+                balcony,
+                &[&format!("<presence from='{r}/orchard' to='{j}'/>")],
+            );
+        }
+    }
 }

@@ -61,7 +61,10 @@ fn get(slice: &mut Slice, sid: SessionId, iq: &Iq) -> Result<(), StanzaError> {
         return Err(StanzaError::ITEM_NOT_FOUND);
     };
     let record = user.record.get();
-    let version = version(record.roster_version.to_native());
+    let version = version(
+        record.created_at.to_native(),
+        record.roster_version.to_native(),
+    );
     out.extend_from_slice(b"<iq type='result'");
     attribute("id", &iq.id, &mut out);
     attribute("to", iq.from.as_str(), &mut out);
@@ -166,8 +169,8 @@ fn put(slice: &mut Slice, iq: Iq, jid: Jid<'static>, name: String, groups: Vec<S
         groups,
         ..item
     };
-    let version = slice.next_id();
-    let query = push_query(&item, version);
+    let version = next_version(slice, &user);
+    let query = push_query(slice, &user, &item, version);
     slice.edit(
         &user,
         |record| {
@@ -190,8 +193,8 @@ fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) {
     let Some(item) = item(slice, &user, jid.as_str()) else {
         return slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
     };
-    let version = slice.next_id();
-    let query = removal_query(jid.as_str(), version);
+    let version = next_version(slice, &user);
+    let query = removal_query(slice, &user, jid.as_str(), version);
     slice.edit(
         &user,
         |record| {
@@ -236,10 +239,25 @@ pub fn item_or_room(slice: &Slice, user: &str, contact: &str) -> Option<RosterIt
     })
 }
 
+/// Pushes an item as the record has it now, or its removal.
+pub fn push_item(slice: &mut Slice, user: &str, contact: &str) {
+    let Some(version) = slice
+        .user(user)
+        .map(|u| u.record.get().roster_version.to_native())
+    else {
+        return;
+    };
+    let query = match item(slice, user, contact) {
+        Some(item) => push_query(slice, user, &item, version),
+        None => removal_query(slice, user, contact, version),
+    };
+    push(slice, user, &query);
+}
+
 /// What [`push`] sends for a new or changed item (2.1.6): all of the push behind its start tag's attributes.
-pub fn push_query(item: &RosterItem, ver: u64) -> Vec<u8> {
+pub fn push_query(slice: &Slice, user: &str, item: &RosterItem, ver: u64) -> Vec<u8> {
     let mut out = Vec::with_capacity(160);
-    open_query(&version(ver), &mut out);
+    open_query(&version(created_at(slice, user), ver), &mut out);
     let groups = item.groups.iter().map(String::as_str);
     let flags = (item.subscription, item.ask, item.approved);
     write_item(&item.jid, &item.name, groups, flags, &mut out);
@@ -248,13 +266,19 @@ pub fn push_query(item: &RosterItem, ver: u64) -> Vec<u8> {
 }
 
 /// What [`push`] sends for a removed item (2.5.2).
-fn removal_query(contact: &str, ver: u64) -> Vec<u8> {
+fn removal_query(slice: &Slice, user: &str, contact: &str, ver: u64) -> Vec<u8> {
     let mut out = Vec::with_capacity(160);
-    open_query(&version(ver), &mut out);
+    open_query(&version(created_at(slice, user), ver), &mut out);
     out.extend_from_slice(b"<item");
     attribute("jid", contact, &mut out);
     out.extend_from_slice(b" subscription='remove'/></query></iq>");
     out
+}
+
+fn created_at(slice: &Slice, user: &str) -> u64 {
+    slice
+        .user(user)
+        .map_or(0, |u| u.record.get().created_at.to_native())
 }
 
 /// Sends a push to all interested resources of the user.
@@ -277,10 +301,18 @@ pub fn push(slice: &mut Slice, user: &str, query: &[u8]) {
     }
 }
 
-/// The version as clients see it. Opaque to them; the number comes from [`Slice::next_id`], so that no version is used
-/// twice, not even by an account that was removed and made again.
-fn version(version: u64) -> String {
-    format!("{version:x}")
+/// The number of a new version: no version is used twice, not even that of a change which failed.
+pub fn next_version(slice: &mut Slice, user: &str) -> u64 {
+    let id = slice.next_id();
+    let now = slice
+        .user(user)
+        .map_or(0, |u| u.record.get().roster_version.to_native());
+    id.max(now + 1)
+}
+
+/// The version as clients see it; opaque to them. An account that was removed and made again has another.
+fn version(created_at: u64, version: u64) -> String {
+    format!("{created_at:x}-{version:x}")
 }
 
 /// Ends the start tag of an `<iq>` and opens its query; `</query></iq>` closes both.
@@ -361,13 +393,14 @@ mod tests {
             ..RosterItem::default()
         });
         stored.record.roster_version = 31;
+        stored.record.created_at = 17;
         let romeo = world.login("romeo", "x'&");
         world.send(romeo, GET);
         world.expect(
             romeo,
             &[
                 "<iq type='result' id='g' to='romeo@localhost/x&apos;&amp;'>\
-               <query xmlns='jabber:iq:roster' ver='1f'>\
+               <query xmlns='jabber:iq:roster' ver='11-1f'>\
                <item jid='juliet@localhost' name='&lt;&apos;&amp;&quot;&gt;' subscription='both'>\
                <group>a &amp; b</group><group>&lt;</group></item>\
                <item jid='nurse@example.com' subscription='none' ask='subscribe' approved='true'/>\
@@ -389,7 +422,7 @@ mod tests {
             romeo,
             &[
                 "<iq type='result' id='1' from='romeo@localhost' to='romeo@localhost/orchard'>\
-               <query xmlns='jabber:iq:roster' ver='0'/></iq>",
+               <query xmlns='jabber:iq:roster' ver='0-0'/></iq>",
             ],
         );
         world.send(romeo, &put("<item jid='nurse@example.com' name='N'/>"));
@@ -402,7 +435,7 @@ mod tests {
             .split('\'')
             .next()
             .unwrap();
-        assert_ne!(ver, "0");
+        assert_ne!(ver, "0-0");
         assert!(world.take(other).is_empty(), "did not ask for the roster");
         let get = |ver: &str| {
             format!("<iq type='get' id='2'><query xmlns='jabber:iq:roster' ver='{ver}'/></iq>")

@@ -479,7 +479,7 @@ impl Change {
         after: State,
         request: Option<&[u8]>,
     ) -> Option<Change> {
-        let version = slice.next_id();
+        let version = roster::next_version(slice, user);
         let item = if after.looks_like(before) {
             None
         } else {
@@ -487,7 +487,7 @@ impl Change {
             item.subscription = after.subscription;
             item.ask = after.pending_out;
             item.approved = after.approved;
-            let push = roster::push_query(&item, version);
+            let push = roster::push_query(slice, user, &item, version);
             Some((item, push))
         };
         let request = (after.pending_in != before.pending_in).then(|| {

@@ -1,0 +1,360 @@
+//! All workers together, as the scenarios see them: give everyone work, wait for it with a progress bar, read the
+//! processes' costs.
+
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use mio::{Poll, Waker};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::chat;
+use crate::options::{Global, Target};
+use crate::proc::{Processes, Snapshot};
+use crate::report::{self, Failures, Histogram};
+use crate::socket::Tls;
+use crate::worker::{
+    Answer, Command, Counters, Job, Layout, Outcome, Pace, Parts, Run, WAKE, Worker,
+};
+
+/// Files that are open beside the clients' sockets.
+const FILES_RESERVED: u64 = 64;
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+/// Nothing received and little CPU used by the server for this long is quiet.
+const QUIET_FOR: Duration = Duration::from_millis(300);
+const QUIET_SERVER_SHARE: f64 = 0.05;
+const QUIET_WAIT_MAX: Duration = Duration::from_secs(20);
+
+pub struct Fleet {
+    global: Global,
+    layout: Layout,
+    handles: Vec<Handle>,
+    answers: Receiver<Answer>,
+    processes: Processes,
+    disconnections: Arc<Mutex<Failures>>,
+}
+
+struct Handle {
+    commands: Sender<Command>,
+    waker: Arc<Waker>,
+    thread: JoinHandle<io::Result<()>>,
+    counters: Arc<Counters>,
+}
+
+/// What came of the chat of all workers.
+pub struct ChatOutcome {
+    pub tally: chat::Tally,
+    pub latencies: Histogram,
+}
+
+impl Default for ChatOutcome {
+    fn default() -> ChatOutcome {
+        ChatOutcome {
+            tally: chat::Tally::default(),
+            latencies: report::histogram(),
+        }
+    }
+}
+
+impl Fleet {
+    pub fn start(global: &Global, target: Target) -> Result<Fleet, String> {
+        raise_file_limit(u64::from(global.users))?;
+        let processes = Processes::new(&global.server_pid, global.server_children)?;
+        let tls = Tls::new(global, &target)?;
+        let layout = Layout {
+            users: global.users,
+            threads: global.threads as u32,
+        };
+        let target = Arc::new(target);
+        let disconnections = Arc::new(Mutex::new(Failures::new()));
+        let (answer_sender, answers) = channel();
+        let start = |number: usize| -> io::Result<Handle> {
+            let (commands, command_receiver) = channel();
+            let poll = Poll::new()?;
+            let waker = Arc::new(Waker::new(poll.registry(), WAKE)?);
+            let counters = Arc::new(Counters::default());
+            let worker = Worker::new(Parts {
+                number,
+                layout,
+                prefix: global.prefix.clone(),
+                target: target.clone(),
+                tls: tls.clone(),
+                poll,
+                commands: command_receiver,
+                answers: answer_sender.clone(),
+                counters: counters.clone(),
+                disconnections: disconnections.clone(),
+            })?;
+            let thread = thread::Builder::new()
+                .name(format!("worker-{number}"))
+                .spawn(move || worker.run())?;
+            Ok(Handle {
+                commands,
+                waker,
+                thread,
+                counters,
+            })
+        };
+        let handles = (0..global.threads).map(start).collect::<io::Result<_>>();
+        let handles =
+            handles.map_err(|error| format!("starting the generator's threads: {error}"))?;
+        Ok(Fleet {
+            global: global.clone(),
+            layout,
+            handles,
+            answers,
+            processes,
+            disconnections,
+        })
+    }
+
+    /// Does a job with users, at most `--parallel` at a time or at a rate; waits until it is done with all of them.
+    pub fn run(
+        &self,
+        job: Job,
+        users: &[u32],
+        rate: Option<f64>,
+        title: &str,
+    ) -> Result<Outcome, String> {
+        let threads = self.handles.len();
+        let mut shares = vec![Vec::new(); threads];
+        for user in users {
+            shares[self.layout.worker(*user)].push(*user);
+        }
+        let all = users.len().max(1);
+        let start = Instant::now();
+        let (done_before, failed_before) = (
+            self.sum(|counters| &counters.done),
+            self.sum(|counters| &counters.failed),
+        );
+        for (handle, users) in self.handles.iter().zip(shares) {
+            let share = users.len() as f64 / all as f64;
+            let pace = match rate {
+                Some(rate) => Pace::Rate {
+                    start,
+                    per_second: rate * share,
+                },
+                None => Pace::Parallel(self.global.parallel.div_ceil(threads)),
+            };
+            handle.tell(Command::Run(Run { job, users, pace }));
+        }
+        let bar = progress_bar(users.len() as u64, title);
+        let mut outcome = Outcome::new();
+        for _ in 0..threads {
+            let part = self.wait_for_answer(|| {
+                let failed = self.sum(|counters| &counters.failed) - failed_before;
+                bar.set_position(self.sum(|counters| &counters.done) - done_before + failed);
+                if failed > 0 {
+                    bar.set_message(format!("{failed} failed"));
+                }
+            })?;
+            let Answer::Run(part) = part else {
+                unreachable!("no chat is running")
+            };
+            outcome.done += part.done;
+            outcome.existed += part.existed;
+            outcome.derivations += part.derivations;
+            outcome
+                .latencies
+                .add(&part.latencies)
+                .expect("histograms have the same bounds");
+            for (reason, count) in part.failures {
+                *outcome.failures.entry(reason).or_default() += count;
+            }
+        }
+        bar.finish_and_clear();
+        Ok(outcome)
+    }
+
+    pub fn login_all(&self, title: &str) -> Result<Outcome, String> {
+        self.run(Job::Login, &self.everyone(), None, title)
+    }
+
+    pub fn everyone(&self) -> Vec<u32> {
+        (0..self.layout.users).collect()
+    }
+
+    pub fn start_chat(&self, plan: chat::Plan) {
+        self.tell_all(|| Command::Chat(plan.clone()));
+    }
+
+    pub fn measure_chat(&self) {
+        self.tell_all(|| Command::Measure);
+    }
+
+    pub fn stop_chat(&self) {
+        self.tell_all(|| Command::StopChat);
+    }
+
+    /// Lets the chat go on for a while.
+    pub fn watch_chat(&self, title: &str, duration: Duration) {
+        let bar = progress_bar(duration.as_millis() as u64, title);
+        let (start, before) = (Instant::now(), self.received());
+        while start.elapsed() < duration {
+            thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
+            bar.set_position(start.elapsed().as_millis() as u64);
+            let rate = (self.received() - before) as f64 / start.elapsed().as_secs_f64();
+            bar.set_message(format!("{rate:.0} messages/s"));
+        }
+        bar.finish_and_clear();
+    }
+
+    pub fn finish_chat(&self, title: &str) -> Result<ChatOutcome, String> {
+        let bar = progress_bar(0, title);
+        let mut outcome = ChatOutcome::default();
+        for _ in &self.handles {
+            let part =
+                self.wait_for_answer(|| bar.set_message(format!("{} messages", self.received())))?;
+            let Answer::Chat(tally, latencies) = part else {
+                unreachable!("nothing else is running")
+            };
+            outcome.tally.add(&tally);
+            outcome
+                .latencies
+                .add(&latencies)
+                .expect("histograms have the same bounds");
+        }
+        bar.finish_and_clear();
+        Ok(outcome)
+    }
+
+    fn wait_for_answer(&self, mut meanwhile: impl FnMut()) -> Result<Answer, String> {
+        loop {
+            match self.answers.recv_timeout(PROGRESS_EVERY) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Timeout) => meanwhile(),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err("the generator's threads have ended".into());
+                }
+            }
+            if let Some(handle) = self
+                .handles
+                .iter()
+                .find(|handle| handle.thread.is_finished())
+            {
+                let name = handle.thread.thread().name().unwrap_or("worker");
+                return Err(format!("the generator's thread {name} has ended"));
+            }
+        }
+    }
+
+    /// Until nothing arrives any more and the server rests (bounded).
+    pub fn wait_until_quiet(&self) {
+        let start = Instant::now();
+        while start.elapsed() < QUIET_WAIT_MAX {
+            let (bytes, before) = (self.sum(|counters| &counters.bytes_in), self.snapshot());
+            thread::sleep(QUIET_FOR);
+            let usage = before.until(&self.snapshot());
+            let server = usage.server.map_or(0.0, |server| server.as_secs_f64());
+            let rested = server < usage.wall.as_secs_f64() * QUIET_SERVER_SHARE;
+            if rested && self.sum(|counters| &counters.bytes_in) == bytes {
+                return;
+            }
+        }
+    }
+
+    /// Lets time pass, with a bar.
+    pub fn rest(&self, title: &str, duration: Duration) {
+        let bar = progress_bar(duration.as_millis() as u64, title);
+        let start = Instant::now();
+        while start.elapsed() < duration {
+            thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
+            bar.set_position(start.elapsed().as_millis() as u64);
+        }
+        bar.finish_and_clear();
+    }
+
+    pub fn snapshot(&self) -> Snapshot {
+        self.processes.snapshot()
+    }
+
+    pub fn server_rss_kib(&self) -> Option<u64> {
+        self.processes.server_rss_kib()
+    }
+
+    /// Chat messages received so far.
+    pub fn received(&self) -> u64 {
+        self.sum(|counters| &counters.received)
+    }
+
+    /// Presence stanzas of others received so far.
+    pub fn presences(&self) -> u64 {
+        self.sum(|counters| &counters.presences)
+    }
+
+    pub fn disconnected(&self) -> u64 {
+        self.sum(|counters| &counters.disconnected)
+    }
+
+    pub fn disconnections(&self) -> Failures {
+        self.disconnections
+            .lock()
+            .expect("nobody panics while holding it")
+            .clone()
+    }
+
+    /// Ends the threads and with them all connections.
+    pub fn stop(self) {
+        for handle in self.handles {
+            drop(handle.commands);
+            let _ = handle.waker.wake();
+            let _ = handle.thread.join();
+        }
+    }
+
+    fn sum(&self, counter: impl Fn(&Counters) -> &AtomicU64) -> u64 {
+        self.handles
+            .iter()
+            .map(|handle| counter(&handle.counters).load(Ordering::Relaxed))
+            .sum()
+    }
+
+    fn tell_all(&self, command: impl Fn() -> Command) {
+        for handle in &self.handles {
+            handle.tell(command());
+        }
+    }
+}
+
+impl Handle {
+    /// A thread that has ended is found by whoever waits for its answer.
+    fn tell(&self, command: Command) {
+        let _ = self.commands.send(command);
+        let _ = self.waker.wake();
+    }
+}
+
+fn progress_bar(length: u64, title: &str) -> ProgressBar {
+    let template = if length == 0 {
+        "{prefix:12} {spinner} {msg}"
+    } else {
+        "{prefix:12} {wide_bar} {pos}/{len} {msg}"
+    };
+    let style = ProgressStyle::with_template(template).expect("the template is valid");
+    ProgressBar::new(length)
+        .with_style(style)
+        .with_prefix(title.to_owned())
+}
+
+/// The soft limit on open files rises to the hard one; fewer than the clients need is an error.
+fn raise_file_limit(clients: u64) -> Result<(), String> {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    setrlimit(Resource::Nofile, raised)
+        .map_err(|error| format!("raising the limit on open files: {error}"))?;
+    match limit.maximum {
+        Some(most) if most < clients + FILES_RESERVED => Err(format!(
+            "{clients} users need {} open files, the hard limit is {most}: raise it (ulimit -Hn) or share the users \
+             among several processes with different --prefix",
+            clients + FILES_RESERVED
+        )),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,352 @@
+//! The command line, and the [`Target`] that every connection needs from it.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::scram::Hash;
+
+/// Source ports that one address has for one server, with room to spare.
+const CONNECTIONS_PER_ADDRESS: u32 = 25_000;
+
+/// Load generator for XMPP servers.
+#[derive(Parser, Debug)]
+#[command(version, about, max_term_width = 110)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Make the accounts PREFIX0 … PREFIX(N-1), over XEP-0077 or as CSV files for an import.
+    #[command(
+        after_help = "Example:\n  loadtest register --users 5000 --csv users.csv --roster 20 --roster-csv rosters.csv"
+    )]
+    Register(RegisterOptions),
+    /// Users log in as fast as they can.
+    #[command(
+        after_help = "Example:\n  loadtest storm --users 5000 --tls starttls --server-pid $(pidof nitro) --rounds 5"
+    )]
+    Storm(StormOptions),
+    /// Pairs of online users chat: latency, losses, server CPU per message.
+    #[command(
+        after_help = "Example:\n  loadtest chat --users 200 --window 8 --duration 10 --server-pid $(pidof nitro)"
+    )]
+    Chat(ChatOptions),
+    /// Resident memory of the server per idle user.
+    #[command(
+        after_help = "Example:\n  loadtest memory --from 500 --to 5000 --server-pid $(pidof nitro)"
+    )]
+    Memory(MemoryOptions),
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct Global {
+    /// Name or address of the server.
+    #[arg(long, global = true, default_value = "127.0.0.1")]
+    pub host: String,
+    /// Port [default: 5222, 5223 with --tls direct].
+    #[arg(long, global = true)]
+    pub port: Option<u16>,
+    /// The XMPP domain.
+    #[arg(long, global = true, default_value = "localhost")]
+    pub domain: String,
+    #[arg(long, global = true, value_enum, default_value_t = TlsMode::None)]
+    pub tls: TlsMode,
+    /// Whether the server's certificate is verified; auto: not on loopback.
+    #[arg(long, global = true, value_enum, default_value_t = Verify::Auto)]
+    pub tls_verify: Verify,
+    /// Trusted certificates (PEM) for verification.
+    #[arg(
+        long,
+        global = true,
+        default_value = "/etc/ssl/certs/ca-certificates.crt"
+    )]
+    pub tls_ca: PathBuf,
+    /// Resume TLS sessions (each login is a full handshake otherwise).
+    #[arg(long, global = true)]
+    pub tls_resume: bool,
+    /// Number of users.
+    #[arg(long, short = 'n', global = true, default_value_t = 1000)]
+    pub users: u32,
+    /// Users are named PREFIX0, PREFIX1, …
+    #[arg(long, global = true, default_value = "load")]
+    pub prefix: String,
+    /// Password of all users.
+    #[arg(long, global = true, default_value = "secret")]
+    pub password: String,
+    /// SASL mechanism.
+    #[arg(long, global = true, value_enum, default_value_t = MechanismOption::ScramSha1)]
+    pub mechanism: MechanismOption,
+    /// Resource to bind; empty: the server makes one.
+    #[arg(long, global = true, default_value = "loadtest")]
+    pub resource: String,
+    /// When a login is complete.
+    #[arg(long, global = true, value_enum, default_value_t = Until::Presence)]
+    pub until: Until,
+    /// Logins (or registrations, log-outs) in progress at a time, outside of --rate.
+    #[arg(long, global = true, default_value_t = 100)]
+    pub parallel: usize,
+    /// Seconds until a login has failed.
+    #[arg(long, global = true, default_value_t = 30.0)]
+    pub timeout: f64,
+    /// Threads of the generator.
+    #[arg(long, global = true, default_value_t = 1)]
+    pub threads: usize,
+    /// Connect from 127.0.0.1 … 127.0.0.N [default: as many as the connections need].
+    #[arg(long, global = true, value_name = "N")]
+    pub source_addresses: Option<u8>,
+    /// Processes of the server: their CPU time and memory are reported.
+    #[arg(long, global = true, value_delimiter = ',', value_name = "PID")]
+    pub server_pid: Vec<u32>,
+    /// Count the children of --server-pid too.
+    #[arg(long, global = true)]
+    pub server_children: bool,
+    /// Write the result as one JSON line to this file (appended); "-": to standard output, instead of the table.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub json: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct RegisterOptions {
+    /// Contacts of each user: the K nearest in a ring, mutual.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub roster: u32,
+    /// Write the accounts to this CSV file instead of registering them.
+    #[arg(long, value_name = "FILE")]
+    pub csv: Option<PathBuf>,
+    /// Write the contacts to this CSV file (with --csv).
+    #[arg(long, value_name = "FILE", requires = "csv")]
+    pub roster_csv: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub struct StormOptions {
+    /// Logins per second, open loop: latency counts from the time a login was due.
+    #[arg(long)]
+    pub rate: Option<f64>,
+    /// Measured rounds; the users log out between them.
+    #[arg(long, default_value_t = 1)]
+    pub rounds: u32,
+    /// Log in once unmeasured before: learns the SCRAM keys and warms the server's caches.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub warm: bool,
+    /// Measure users whose K contacts (see register --roster) are online: some users log out and in among the others.
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    pub contacts_online: u32,
+    /// Stay online this long after the last round.
+    #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
+    pub hold: f64,
+    /// Report the server's resident memory at the end of --hold.
+    #[arg(long)]
+    pub rss: bool,
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct ChatOptions {
+    /// Messages of each sender under way: a receipt lets the next one go.
+    #[arg(long, default_value_t = 8, conflicts_with = "rate")]
+    pub window: u32,
+    /// Messages per second of all together, open loop: latency counts from the time a message was due.
+    #[arg(long)]
+    pub rate: Option<f64>,
+    /// Seconds to measure.
+    #[arg(long, default_value_t = 10.0)]
+    pub duration: f64,
+    /// Send this many messages instead of for a duration.
+    #[arg(long, conflicts_with = "duration")]
+    pub messages: Option<u64>,
+    /// Seconds of chat before the measurement [default: 1, with --messages 0].
+    #[arg(long)]
+    pub warmup: Option<f64>,
+    /// Seconds without any receipt after which what is missing at the end is lost.
+    #[arg(long, default_value_t = 5.0)]
+    pub drain: f64,
+    /// Bytes of each body.
+    #[arg(long, default_value_t = 100)]
+    pub body: usize,
+    /// Address bare JIDs instead of full ones.
+    #[arg(long)]
+    pub bare: bool,
+    /// XEP-0198: enable stream management and answer the server's requests.
+    #[arg(long)]
+    pub sm: bool,
+}
+
+#[derive(Args, Debug)]
+pub struct MemoryOptions {
+    /// The smaller number of users.
+    #[arg(long, default_value_t = 500)]
+    pub from: u32,
+    /// The larger number of users.
+    #[arg(long, default_value_t = 5000)]
+    pub to: u32,
+    /// Seconds of rest before each reading.
+    #[arg(long, default_value_t = 30.0)]
+    pub rest: f64,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TlsMode {
+    None,
+    Starttls,
+    Direct,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verify {
+    Auto,
+    On,
+    Off,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// The roster and the reflection of the own presence have arrived.
+    Presence,
+    /// The roster has arrived.
+    Roster,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MechanismOption {
+    #[value(name = "scram-sha-1")]
+    ScramSha1,
+    #[value(name = "scram-sha-256")]
+    ScramSha256,
+    Plain,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mechanism {
+    Plain,
+    Scram(Hash),
+}
+
+impl Mechanism {
+    pub fn name(self) -> &'static str {
+        match self {
+            Mechanism::Plain => "PLAIN",
+            Mechanism::Scram(Hash::Sha1) => "SCRAM-SHA-1",
+            Mechanism::Scram(Hash::Sha256) => "SCRAM-SHA-256",
+        }
+    }
+}
+
+/// What all connections of a run have in common.
+#[derive(Clone, Debug)]
+pub struct Target {
+    pub address: SocketAddr,
+    pub source_addresses: u8,
+    pub domain: String,
+    pub password: String,
+    pub resource: String,
+    pub tls: TlsMode,
+    pub mechanism: Mechanism,
+    pub until: Until,
+    pub stream_management: bool,
+    /// Accept every subscription and note whose presence may be seen (to build rosters).
+    pub track_contacts: bool,
+    pub login_timeout: Duration,
+}
+
+impl Global {
+    pub fn target(&self) -> Result<Target, String> {
+        let port = self.port.unwrap_or(if self.tls == TlsMode::Direct {
+            5223
+        } else {
+            5222
+        });
+        let mut addresses = (self.host.as_str(), port)
+            .to_socket_addrs()
+            .map_err(|error| format!("--host {}: {error}", self.host))?;
+        let address = addresses
+            .next()
+            .ok_or_else(|| format!("--host {}: no address", self.host))?;
+        let ipv4_loopback = matches!(address.ip(), IpAddr::V4(ip) if ip.octets()[0] == 127);
+        let needed = self.users.div_ceil(CONNECTIONS_PER_ADDRESS).clamp(1, 250) as u8;
+        let source_addresses =
+            self.source_addresses
+                .unwrap_or(if ipv4_loopback { needed } else { 1 });
+        if source_addresses > 1 && !ipv4_loopback {
+            return Err("--source-addresses: the server is not on 127.0.0.0/8".into());
+        }
+        if self.users == 0 || self.threads == 0 || self.parallel == 0 || self.timeout <= 0.0 {
+            return Err(
+                "--users, --threads, --parallel and --timeout must be greater than 0".into(),
+            );
+        }
+        Ok(Target {
+            address,
+            source_addresses,
+            domain: self.domain.clone(),
+            password: self.password.clone(),
+            resource: self.resource.clone(),
+            tls: self.tls,
+            mechanism: match self.mechanism {
+                MechanismOption::Plain => Mechanism::Plain,
+                MechanismOption::ScramSha1 => Mechanism::Scram(Hash::Sha1),
+                MechanismOption::ScramSha256 => Mechanism::Scram(Hash::Sha256),
+            },
+            until: self.until,
+            stream_management: false,
+            track_contacts: false,
+            login_timeout: Duration::from_secs_f64(self.timeout),
+        })
+    }
+
+    pub fn verify(&self, address: &SocketAddr) -> bool {
+        match self.tls_verify {
+            Verify::Auto => !address.ip().is_loopback(),
+            Verify::On => true,
+            Verify::Off => false,
+        }
+    }
+}
+
+impl Target {
+    /// The address that the connection of the n-th user comes from; `None` leaves it to the kernel.
+    pub fn source(&self, user: u32) -> Option<SocketAddr> {
+        (self.source_addresses > 1).then(|| {
+            let last = 1 + (user % u32::from(self.source_addresses)) as u8;
+            SocketAddr::from((Ipv4Addr::new(127, 0, 0, last), 0))
+        })
+    }
+
+    #[cfg(test)]
+    pub fn for_tests() -> Target {
+        let cli = Cli::parse_from(["loadtest", "--resource", "load", "register"]);
+        cli.global.target().unwrap()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn many_users_spread_over_source_addresses() {
+        let target = |users: &str| {
+            Cli::parse_from(["loadtest", "-n", users, "register"])
+                .global
+                .target()
+                .unwrap()
+        };
+        assert_eq!(target("25000").source(7), None);
+        assert_eq!(
+            target("50001").source(5),
+            Some("127.0.0.3:0".parse().unwrap())
+        );
+    }
+}

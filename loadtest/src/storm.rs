@@ -1,0 +1,221 @@
+//! `storm`: many users log in as fast as they can; what a login costs the server, and how long it takes.
+//!
+//! An unmeasured warm-up teaches the generator the salts (keys are derived then) and warms the server's caches. Log-outs
+//! are never part of a measurement: users log out, the server comes to rest, then the clock and the CPU counters start.
+
+use std::time::Duration;
+
+use crate::fleet::Fleet;
+use crate::options::{Global, StormOptions, Target};
+use crate::proc::{Bottleneck, Usage};
+use crate::register::check_ring;
+use crate::report::{self, Report, median};
+use crate::worker::{Job, Outcome};
+
+struct Round {
+    usage: Usage,
+    outcome: Outcome,
+    /// Presence stanzas of others that all clients together received.
+    presences: u64,
+}
+
+pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
+    check_ring(global.users, options.contacts_online)?;
+    if options.rounds == 0 || options.rate.is_some_and(|rate| rate <= 0.0) {
+        return Err("--rounds and --rate must be greater than 0".into());
+    }
+    let fleet = Fleet::start(global, global.target()?)?;
+    let mut report = Report::new("storm");
+    let mut online = false;
+    if options.warm || options.contacts_online > 0 {
+        let warm = fleet.login_all("warm up")?;
+        report.note_failures(&warm.failures);
+        if report.is_failure() {
+            fleet.stop();
+            return Ok(report);
+        }
+        online = true;
+    }
+    let mut rounds = Vec::new();
+    for number in 0..options.rounds {
+        let users = measured_users(global.users, options.contacts_online, number);
+        if online {
+            log_out(&fleet, &users, &mut report)?;
+        }
+        rounds.push(round(&fleet, options, &users)?);
+        online = true;
+    }
+    rows(&mut report, global, options, &rounds);
+    if options.hold > 0.0 || options.rss {
+        fleet.rest("hold", Duration::from_secs_f64(options.hold));
+    }
+    if options.rss {
+        match fleet.server_rss_kib() {
+            Some(rss) => report.number("server_rss_kib", "server resident memory", rss, "KiB"),
+            None => report.say("--rss wants --server-pid"),
+        }
+    }
+    report.note_failures(&fleet.disconnections());
+    fleet.stop();
+    Ok(report)
+}
+
+/// Everyone; or with contacts those whose contacts are all among the others, each round its own.
+fn measured_users(users: u32, contacts: u32, round: u32) -> Vec<u32> {
+    if contacts == 0 {
+        return (0..users).collect();
+    }
+    let step = contacts / 2 + 1;
+    // The last ones would have the first ones among their contacts.
+    (0..users / step)
+        .map(|number| number * step + round % step)
+        .collect()
+}
+
+fn log_out(fleet: &Fleet, users: &[u32], report: &mut Report) -> Result<(), String> {
+    let outcome = fleet.run(Job::Logout, users, None, "log out")?;
+    report.note_failures(&outcome.failures);
+    fleet.wait_until_quiet();
+    Ok(())
+}
+
+fn round(fleet: &Fleet, options: &StormOptions, users: &[u32]) -> Result<Round, String> {
+    let presences = fleet.presences();
+    let before = fleet.snapshot();
+    let outcome = fleet.run(Job::Login, users, options.rate, "storm")?;
+    let mut usage = before.until(&fleet.snapshot());
+    if options.contacts_online > 0 {
+        // Presence to and from contacts belongs to a login and may be under way when the last one is complete.
+        fleet.wait_until_quiet();
+        usage.server = before.until(&fleet.snapshot()).server;
+    }
+    Ok(Round {
+        usage,
+        outcome,
+        presences: fleet.presences() - presences,
+    })
+}
+
+fn rows(report: &mut Report, global: &Global, options: &StormOptions, rounds: &[Round]) {
+    let Target { mechanism, .. } = global.target().expect("it was valid at the start");
+    let logins: u64 = rounds.iter().map(|round| round.outcome.done).sum();
+    let mut latencies = report::histogram();
+    for round in rounds {
+        latencies
+            .add(&round.outcome.latencies)
+            .expect("histograms have the same bounds");
+        report.note_failures(&round.outcome.failures);
+    }
+    let per_login =
+        |time: Duration, round: &Round| time.as_secs_f64() * 1e3 / round.outcome.done.max(1) as f64;
+    let server: Vec<f64> = rounds
+        .iter()
+        .filter_map(|round| Some(per_login(round.usage.server?, round)))
+        .collect();
+    let generator: Vec<f64> = rounds
+        .iter()
+        .map(|round| per_login(round.usage.generator, round))
+        .collect();
+    let rates: Vec<f64> = rounds
+        .iter()
+        .map(|round| round.outcome.done as f64 / round.usage.wall.as_secs_f64())
+        .collect();
+    let failed: u64 = rounds
+        .iter()
+        .flat_map(|round| round.outcome.failures.values())
+        .sum();
+
+    report.number("users", "users", global.users, "");
+    report.text("mechanism", "mechanism", mechanism.name().to_owned());
+    report.text("tls", "TLS", format!("{:?}", global.tls).to_lowercase());
+    match options.rate {
+        Some(rate) => report.number("rate_per_s", "rate asked for", rate, "logins/s"),
+        None => report.number("parallel", "in progress", global.parallel as u64, "logins"),
+    }
+    report.number(
+        "rounds",
+        "rounds",
+        options.rounds,
+        "(figures are medians, latencies of all)",
+    );
+    report.number("logins", "logins", logins, "");
+    report.number("failed", "failed", failed, "");
+    report.number("logins_per_s", "logins", median(&rates), "/s");
+    report.list("logins_per_s_of_rounds", &rates);
+    report.latencies("login", "login", &latencies);
+    if options.contacts_online > 0 {
+        let presences: u64 = rounds.iter().map(|round| round.presences).sum();
+        report.number(
+            "contacts_online",
+            "contacts online",
+            options.contacts_online,
+            "",
+        );
+        let each = presences as f64 / logins.max(1) as f64;
+        let label = "presences of others per login";
+        report.number("presences_per_login", label, each, "(to and from contacts)");
+        let expected = f64::from(options.contacts_online) * 2.0;
+        if (each - expected).abs() > expected * 0.02 {
+            report.say(format!(
+                "expected {expected} presences per login: are the rosters made (register --roster)?"
+            ));
+        }
+    }
+    if !server.is_empty() {
+        report.number(
+            "server_cpu_ms_per_login",
+            "server CPU per login",
+            median(&server),
+            "ms",
+        );
+        report.list("server_cpu_ms_per_login_of_rounds", &server);
+    }
+    report.number(
+        "generator_cpu_ms_per_login",
+        "generator CPU per login",
+        median(&generator),
+        "ms",
+    );
+    let derivations: u64 = rounds.iter().map(|round| round.outcome.derivations).sum();
+    report.number(
+        "key_derivations",
+        "SCRAM keys derived while measuring",
+        derivations,
+        "",
+    );
+    if derivations > 0 {
+        report.say("SCRAM keys were derived while measuring (new salts, or --warm false): times are partly the generator's");
+    }
+    // The round that ran worst for the generator decides.
+    let worst = rounds.iter().max_by_key(|round| {
+        (
+            round.usage.bottleneck() == Bottleneck::Generator,
+            (round.usage.generator_busiest.running * 1e6) as u64,
+        )
+    });
+    report.bottleneck(&worst.expect("there is at least one round").usage);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::register::contacts;
+
+    #[test]
+    fn contacts_of_measured_users_stay_online() {
+        for (users, count) in [(5000, 20), (101, 20), (23, 4), (5, 2)] {
+            for round in 0..30 {
+                let measured = measured_users(users, count, round);
+                assert!(!measured.is_empty());
+                for user in &measured {
+                    assert!(*user < users);
+                    assert!(
+                        contacts(*user, users, count).all(|contact| !measured.contains(&contact))
+                    );
+                }
+            }
+        }
+        assert_eq!(measured_users(5000, 20, 0).len(), 454);
+        assert_eq!(measured_users(3, 0, 7), [0, 1, 2]);
+    }
+}

@@ -1,0 +1,796 @@
+//! One thread of the generator: one poll, the clients that belong to it, and what it has been told to do with them.
+//!
+//! In: [`Command`]s from the [`fleet`](crate::fleet) and readiness of sockets. Out: [`Answer`]s and counters. All that
+//! one turn of the loop has for one socket leaves with one write. A client's place in the poll and in all tables is
+//! its slot; a user always belongs to the same worker, and the two users of a pair to the same one.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::time::{Duration, Instant};
+
+use mio::event::Event;
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
+    timerfd_settime,
+};
+
+use crate::chat::{self, Engine, Outputs};
+use crate::connection::{Account, Connection, Effect, Purpose};
+use crate::element::escape;
+use crate::options::{Target, TlsMode};
+use crate::register::contacts;
+use crate::report::{self, Failures, Histogram};
+use crate::scanner::Scanner;
+use crate::scram::KeyCache;
+use crate::socket::{Socket, Tls};
+
+pub const WAKE: Token = Token(usize::MAX - 1);
+const TIMER: Token = Token(usize::MAX - 2);
+const READ_BUFFER: usize = 128 * 1024;
+const EVENTS_PER_TURN: usize = 1024;
+/// How often deadlines are looked at when nothing happens.
+const IDLE_TURN: Duration = Duration::from_millis(100);
+/// An idle client keeps no buffer larger than this.
+const IDLE_BUFFER_MAX: usize = 4096;
+
+pub enum Command {
+    Run(Run),
+    Chat(chat::Plan),
+    /// The measured part of the chat begins.
+    Measure,
+    StopChat,
+}
+
+/// Do one thing with each of some users.
+#[derive(Clone)]
+pub struct Run {
+    pub job: Job,
+    pub users: Vec<u32>,
+    pub pace: Pace,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Job {
+    Login,
+    Logout,
+    Register,
+    /// Subscribe to the nearest contacts in the ring of all users.
+    Befriend {
+        users: u32,
+        contacts: u32,
+    },
+}
+
+#[derive(Clone, Copy, Debug)]
+pub enum Pace {
+    /// So many in progress.
+    Parallel(usize),
+    /// So many per second from `start` on, however many are in progress.
+    Rate { start: Instant, per_second: f64 },
+}
+
+impl Pace {
+    /// When the n-th (from 0) is due; `None`: as soon as there is room.
+    fn due(self, number: u64) -> Option<Instant> {
+        match self {
+            Pace::Parallel(_) => None,
+            Pace::Rate { start, per_second } => {
+                Some(start + Duration::from_secs_f64(number as f64 / per_second))
+            }
+        }
+    }
+}
+
+pub enum Answer {
+    Run(Outcome),
+    Chat(chat::Tally, Histogram),
+}
+
+/// What came of a [`Run`].
+pub struct Outcome {
+    pub done: u64,
+    /// Of the done ones, the accounts that were there before.
+    pub existed: u64,
+    pub failures: Failures,
+    pub latencies: Histogram,
+    /// Times that SCRAM keys had to be derived.
+    pub derivations: u64,
+}
+
+/// Totals that the fleet reads while the worker works.
+#[derive(Default)]
+pub struct Counters {
+    pub done: AtomicU64,
+    pub failed: AtomicU64,
+    pub bytes_in: AtomicU64,
+    pub presences: AtomicU64,
+    pub received: AtomicU64,
+    pub disconnected: AtomicU64,
+}
+
+/// Which worker and slot a user has.
+#[derive(Clone, Copy, Debug)]
+pub struct Layout {
+    pub users: u32,
+    pub threads: u32,
+}
+
+impl Layout {
+    pub fn worker(self, user: u32) -> usize {
+        (user / 2 % self.threads) as usize
+    }
+
+    fn slot(self, user: u32) -> usize {
+        (user / 2 / self.threads * 2 + user % 2) as usize
+    }
+
+    fn user(self, worker: usize, slot: usize) -> u32 {
+        (slot as u32 / 2 * self.threads + worker as u32) * 2 + slot as u32 % 2
+    }
+
+    fn users_of(self, worker: usize) -> impl Iterator<Item = u32> {
+        (0..)
+            .map(move |slot| self.user(worker, slot))
+            .take_while(move |user| *user < self.users)
+    }
+}
+
+struct Client {
+    socket: Socket,
+    connection: Connection,
+    scanner: Scanner,
+    /// Bytes of an unfinished stanza.
+    rest: Vec<u8>,
+    /// What is being done with it, since when (or since when it was due).
+    job: Option<(Job, Instant)>,
+    dirty: bool,
+}
+
+/// Where clients live, and which of them have something to write.
+struct Clients {
+    slots: Vec<Option<Box<Client>>>,
+    dirty: Vec<usize>,
+}
+
+struct Running {
+    job: Job,
+    users: std::vec::IntoIter<u32>,
+    pace: Pace,
+    begun: u64,
+    in_progress: usize,
+    deadlines: VecDeque<(Instant, usize, Instant)>,
+    outcome: Outcome,
+}
+
+/// Why a client goes.
+enum End {
+    /// Its job is done with it.
+    Finished,
+    Failed(String),
+}
+
+pub struct Worker {
+    number: usize,
+    layout: Layout,
+    target: Arc<Target>,
+    tls: Tls,
+    poll: Poll,
+    timer: std::os::fd::OwnedFd,
+    commands: Receiver<Command>,
+    answers: Sender<Answer>,
+    counters: Arc<Counters>,
+    accounts: Vec<Account>,
+    clients: Clients,
+    running: Option<Running>,
+    chat: Option<Engine>,
+    bytes_in: u64,
+    presences: u64,
+    disconnections: Arc<std::sync::Mutex<Failures>>,
+    read_buffer: Vec<u8>,
+    plain_buffer: Vec<u8>,
+}
+
+/// What a worker is made from.
+pub struct Parts {
+    pub number: usize,
+    pub layout: Layout,
+    pub prefix: String,
+    pub target: Arc<Target>,
+    pub tls: Tls,
+    pub poll: Poll,
+    pub commands: Receiver<Command>,
+    pub answers: Sender<Answer>,
+    pub counters: Arc<Counters>,
+    pub disconnections: Arc<std::sync::Mutex<Failures>>,
+}
+
+impl Outputs for Clients {
+    fn output(&mut self, slot: usize) -> Option<&mut Vec<u8>> {
+        let client = self.slots[slot]
+            .as_mut()
+            .filter(|client| client.connection.is_online())?;
+        if !client.dirty {
+            client.dirty = true;
+            self.dirty.push(slot);
+        }
+        Some(&mut client.connection.out)
+    }
+}
+
+impl Outcome {
+    pub fn new() -> Outcome {
+        Outcome {
+            done: 0,
+            existed: 0,
+            failures: Failures::new(),
+            latencies: report::histogram(),
+            derivations: 0,
+        }
+    }
+}
+
+impl Worker {
+    pub fn new(parts: Parts) -> io::Result<Worker> {
+        let accounts: Vec<_> = parts
+            .layout
+            .users_of(parts.number)
+            .map(|user| Account {
+                name: format!("{}{user}", parts.prefix),
+                keys: KeyCache::default(),
+            })
+            .collect();
+        let timer = timerfd_create(
+            TimerfdClockId::Monotonic,
+            TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC,
+        )?;
+        parts.poll.registry().register(
+            &mut SourceFd(&timer.as_raw_fd()),
+            TIMER,
+            Interest::READABLE,
+        )?;
+        Ok(Worker {
+            number: parts.number,
+            layout: parts.layout,
+            target: parts.target,
+            tls: parts.tls,
+            poll: parts.poll,
+            timer,
+            commands: parts.commands,
+            answers: parts.answers,
+            counters: parts.counters,
+            clients: Clients {
+                slots: accounts.iter().map(|_| None).collect(),
+                dirty: Vec::new(),
+            },
+            accounts,
+            running: None,
+            chat: None,
+            bytes_in: 0,
+            presences: 0,
+            disconnections: parts.disconnections,
+            read_buffer: vec![0; READ_BUFFER],
+            plain_buffer: Vec::new(),
+        })
+    }
+
+    /// Until the fleet lets go of it.
+    pub fn run(mut self) -> io::Result<()> {
+        let mut events = Events::with_capacity(EVENTS_PER_TURN);
+        loop {
+            self.arm_timer()?;
+            match self.poll.poll(&mut events, Some(IDLE_TURN)) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                outcome => outcome?,
+            }
+            for event in &events {
+                match event.token() {
+                    WAKE => {}
+                    TIMER => {
+                        // Reading re-arms the edge; nothing to read is no harm.
+                        let _ = rustix::io::read(&self.timer, &mut [0u8; 8]);
+                    }
+                    Token(slot) => self.on_ready(slot, event),
+                }
+            }
+            if !self.take_commands() {
+                return Ok(());
+            }
+            self.begin_jobs();
+            if let Some(chat) = &mut self.chat {
+                chat.turn(Instant::now(), &mut self.clients);
+            }
+            self.flush_dirty();
+            self.check_deadlines();
+            self.publish();
+            self.answer();
+        }
+    }
+
+    /// The poll's own timeout counts in milliseconds, too coarse for due times.
+    fn arm_timer(&mut self) -> io::Result<()> {
+        let job = self
+            .running
+            .as_ref()
+            .filter(|running| !running.users.as_slice().is_empty());
+        let job = job.and_then(|running| running.pace.due(running.begun));
+        let chat = self.chat.as_ref().and_then(Engine::next_due);
+        let Some(due) = job.into_iter().chain(chat).min() else {
+            return Ok(());
+        };
+        let wait = due
+            .saturating_duration_since(Instant::now())
+            .max(Duration::from_nanos(1));
+        let value = Timespec {
+            tv_sec: wait.as_secs() as i64,
+            tv_nsec: wait.subsec_nanos().into(),
+        };
+        let once = Itimerspec {
+            it_interval: Timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            it_value: value,
+        };
+        timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)?;
+        Ok(())
+    }
+
+    fn take_commands(&mut self) -> bool {
+        loop {
+            match self.commands.try_recv() {
+                Ok(Command::Run(run)) => {
+                    let derivations = self.derivations();
+                    self.running = Some(Running {
+                        job: run.job,
+                        users: run.users.into_iter(),
+                        pace: run.pace,
+                        begun: 0,
+                        in_progress: 0,
+                        deadlines: VecDeque::new(),
+                        outcome: Outcome {
+                            derivations,
+                            ..Outcome::new()
+                        },
+                    });
+                }
+                Ok(Command::Chat(plan)) => {
+                    self.chat = Some(Engine::new(plan, self.number, &self.target, &self.accounts));
+                }
+                Ok(Command::Measure) => self.chat.iter_mut().for_each(Engine::measure),
+                Ok(Command::StopChat) => self
+                    .chat
+                    .iter_mut()
+                    .for_each(|chat| chat.stop_sending(Instant::now())),
+                Err(TryRecvError::Empty) => return true,
+                Err(TryRecvError::Disconnected) => return false,
+            }
+        }
+    }
+
+    fn derivations(&self) -> u64 {
+        self.accounts
+            .iter()
+            .map(|account| account.keys.derivations)
+            .sum()
+    }
+
+    fn begin_jobs(&mut self) {
+        while let Some(running) = &mut self.running {
+            let due = running.pace.due(running.begun);
+            let now = Instant::now();
+            let ready = match running.pace {
+                Pace::Parallel(most) => running.in_progress < most,
+                Pace::Rate { .. } => due.is_some_and(|due| due <= now),
+            };
+            if !ready {
+                return;
+            }
+            let Some(user) = running.users.next() else {
+                return;
+            };
+            let (job, since) = (running.job, due.unwrap_or(now));
+            let slot = self.layout.slot(user);
+            running.begun += 1;
+            running.in_progress += 1;
+            running
+                .deadlines
+                .push_back((now + self.target.login_timeout, slot, since));
+            self.begin(job, user, slot, since);
+        }
+    }
+
+    fn begin(&mut self, job: Job, user: u32, slot: usize, since: Instant) {
+        match (job, &mut self.clients.slots[slot]) {
+            (Job::Login | Job::Register, existing) => {
+                *existing = None;
+                let purpose = if job == Job::Login {
+                    Purpose::Login
+                } else {
+                    Purpose::Register
+                };
+                match self.connect(purpose, user, slot) {
+                    Ok(mut client) => {
+                        client.job = Some((job, since));
+                        self.clients.slots[slot] = Some(client);
+                    }
+                    Err(error) => self.job_ends(Err(format!("connect: {error}")), since),
+                }
+            }
+            (Job::Logout, None) => self.job_ends(Ok(false), since),
+            (Job::Befriend { .. }, None) => {
+                self.job_ends(Err("the user is not online".into()), since)
+            }
+            (Job::Logout, Some(client)) => {
+                client.job = Some((job, since));
+                client.connection.close();
+                self.mark_dirty(slot);
+            }
+            (
+                Job::Befriend {
+                    users,
+                    contacts: count,
+                },
+                Some(client),
+            ) => {
+                client.job = Some((job, since));
+                for contact in contacts(user, users, count) {
+                    let name = &self.accounts[slot].name;
+                    let prefix = &name[..name.len() - user.to_string().len()];
+                    let jid = format!("{prefix}{contact}@{}", self.target.domain);
+                    if !client.connection.contacts.contains(&jid) {
+                        let subscribe =
+                            format!("<presence type='subscribe' to='{}'/>", escape(&jid));
+                        client
+                            .connection
+                            .out
+                            .extend_from_slice(subscribe.as_bytes());
+                    }
+                }
+                if client.connection.contacts.len() >= count as usize {
+                    client.job = None;
+                    self.job_ends(Ok(false), since);
+                }
+                self.mark_dirty(slot);
+            }
+        }
+    }
+
+    fn connect(&mut self, purpose: Purpose, user: u32, slot: usize) -> io::Result<Box<Client>> {
+        let mut socket = Socket::connect(&self.target, user)?;
+        if self.target.tls == TlsMode::Direct {
+            socket.start_tls(&self.tls).map_err(io::Error::other)?;
+        }
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        self.poll
+            .registry()
+            .register(&mut socket.stream, Token(slot), interest)?;
+        let mut connection = Connection::new(purpose, &self.target);
+        connection.open(&self.target);
+        Ok(Box::new(Client {
+            socket,
+            connection,
+            scanner: Scanner::default(),
+            rest: Vec::new(),
+            job: None,
+            dirty: false,
+        }))
+    }
+
+    fn mark_dirty(&mut self, slot: usize) {
+        if let Some(client) = &mut self.clients.slots[slot]
+            && !client.dirty
+        {
+            client.dirty = true;
+            self.clients.dirty.push(slot);
+        }
+    }
+
+    fn on_ready(&mut self, slot: usize, event: &Event) {
+        // Taken out of its slot, so that a message may write to its neighbour.
+        let Some(mut client) = self.clients.slots[slot].take() else {
+            return;
+        };
+        if event.is_writable() {
+            // Also finds out what became of the connect.
+            if let Err(error) = client.socket.flush(&mut client.connection.out) {
+                return self.end(client, End::Failed(error.to_string()));
+            }
+        }
+        if event.is_readable() || event.is_read_closed() {
+            if let Err(end) = self.read(slot, &mut client, event.is_read_closed()) {
+                return self.end(client, end);
+            }
+            let waiting = !client.connection.out.is_empty() || client.socket.wants_write();
+            if waiting && !client.dirty {
+                client.dirty = true;
+                self.clients.dirty.push(slot);
+            }
+        }
+        self.clients.slots[slot] = Some(client);
+    }
+
+    fn read(&mut self, slot: usize, client: &mut Client, to_the_end: bool) -> Result<(), End> {
+        let mut buffer = std::mem::take(&mut self.read_buffer);
+        let outcome = self.read_into(slot, client, to_the_end, &mut buffer);
+        self.read_buffer = buffer;
+        outcome
+    }
+
+    fn read_into(
+        &mut self,
+        slot: usize,
+        client: &mut Client,
+        to_the_end: bool,
+        buffer: &mut [u8],
+    ) -> Result<(), End> {
+        loop {
+            let count = match client.socket.stream.read(buffer) {
+                Ok(0) => return Err(closed()),
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(End::Failed(error.to_string())),
+            };
+            self.bytes_in += count as u64;
+            if client.socket.is_tls() {
+                let mut plain = std::mem::take(&mut self.plain_buffer);
+                plain.clear();
+                let open = client.socket.decrypt(&buffer[..count], &mut plain);
+                let outcome = self.consume(slot, client, &plain);
+                self.plain_buffer = plain;
+                outcome?;
+                match open {
+                    Ok(true) => {}
+                    Ok(false) => return Err(closed()),
+                    Err(error) => return Err(End::Failed(format!("TLS: {error}"))),
+                }
+            } else {
+                self.consume(slot, client, &buffer[..count])?;
+            }
+            // A short read has emptied the socket: the next bytes make a new edge.
+            if count < buffer.len() && !to_the_end {
+                return Ok(());
+            }
+        }
+    }
+
+    fn consume(&mut self, slot: usize, client: &mut Client, fresh: &[u8]) -> Result<(), End> {
+        let mut joined = std::mem::take(&mut client.rest);
+        let bytes = if joined.is_empty() {
+            fresh
+        } else {
+            joined.extend_from_slice(fresh);
+            &joined
+        };
+        let mut at = 0;
+        while let Some(item) = client.scanner.next(&bytes[at..]) {
+            let piece = &bytes[at + item.start..at + item.end];
+            at += item.end;
+            let effect = client.connection.on_piece(
+                item.kind,
+                piece,
+                &self.target,
+                &mut self.accounts[slot],
+            );
+            self.presences += std::mem::take(&mut client.connection.presences);
+            self.carry_out(slot, client, effect, piece)?;
+        }
+        at += client.scanner.discard();
+        if at < bytes.len() {
+            if joined.is_empty() {
+                joined.extend_from_slice(&fresh[at..]);
+            } else {
+                joined.drain(..at);
+            }
+            client.rest = joined;
+        }
+        Ok(())
+    }
+
+    fn carry_out(
+        &mut self,
+        slot: usize,
+        client: &mut Client,
+        effect: Effect,
+        piece: &[u8],
+    ) -> Result<(), End> {
+        match effect {
+            Effect::None => {}
+            Effect::Restart => client.scanner.restart(),
+            Effect::StartTls => {
+                client
+                    .socket
+                    .start_tls(&self.tls)
+                    .map_err(|error| End::Failed(error.to_string()))?;
+                client.scanner.restart();
+                client.connection.open(&self.target);
+            }
+            Effect::Done | Effect::Exists => {
+                if let Some((job, since)) = client.job.take() {
+                    self.job_ends(Ok(matches!(effect, Effect::Exists)), since);
+                    if job == Job::Register {
+                        client.connection.close();
+                        let _ = client.socket.flush(&mut client.connection.out);
+                        return Err(End::Finished);
+                    }
+                }
+            }
+            Effect::Live => {
+                if let Some((Job::Befriend { contacts, .. }, since)) = client.job
+                    && client.connection.contacts.len() >= contacts as usize
+                {
+                    client.job = None;
+                    self.job_ends(Ok(false), since);
+                }
+                if let Some(chat) = &mut self.chat {
+                    let now = Instant::now();
+                    if let Some(sender) = chat.on_message(slot, piece, now)
+                        && let Some(out) = self.clients.output(sender)
+                    {
+                        chat.send_next(sender, now, out);
+                    }
+                }
+            }
+            Effect::Ended => return Err(End::Finished),
+            Effect::Failed(error) => return Err(End::Failed(error.to_string())),
+        }
+        Ok(())
+    }
+
+    /// A client is gone: for its job that is success or failure, without a job it is a lost connection.
+    fn end(&mut self, client: Box<Client>, end: End) {
+        match (client.job, end) {
+            (Some((Job::Logout, since)), _) => self.job_ends(Ok(false), since),
+            (Some((_, since)), End::Failed(reason)) => self.job_ends(Err(reason), since),
+            (Some((_, since)), End::Finished) => {
+                self.job_ends(Err("the connection ended".into()), since)
+            }
+            (None, End::Finished) => {}
+            (None, End::Failed(reason)) => {
+                self.counters.disconnected.fetch_add(1, Ordering::Relaxed);
+                let mut reasons = self
+                    .disconnections
+                    .lock()
+                    .expect("nobody panics while holding it");
+                *reasons
+                    .entry(format!("connection lost: {reason}"))
+                    .or_default() += 1;
+            }
+        }
+    }
+
+    fn job_ends(&mut self, outcome: Result<bool, String>, since: Instant) {
+        let Some(running) = &mut self.running else {
+            return;
+        };
+        running.in_progress -= 1;
+        match outcome {
+            Ok(existed) => {
+                running.outcome.done += 1;
+                running.outcome.existed += u64::from(existed);
+                running
+                    .outcome
+                    .latencies
+                    .saturating_record(since.elapsed().as_nanos() as u64);
+                self.counters.done.fetch_add(1, Ordering::Relaxed);
+            }
+            Err(reason) => {
+                *running.outcome.failures.entry(reason).or_default() += 1;
+                self.counters.failed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn flush_dirty(&mut self) {
+        let mut dirty = std::mem::take(&mut self.clients.dirty);
+        for slot in dirty.drain(..) {
+            let Some(client) = &mut self.clients.slots[slot] else {
+                continue;
+            };
+            client.dirty = false;
+            let out = &mut client.connection.out;
+            if let Err(error) = client.socket.flush(out)
+                && let Some(client) = self.clients.slots[slot].take()
+            {
+                self.end(client, End::Failed(error.to_string()));
+            } else if let Some(client) = &mut self.clients.slots[slot]
+                && client.connection.out.is_empty()
+                && client.connection.out.capacity() > IDLE_BUFFER_MAX
+            {
+                client.connection.out = Vec::new();
+            }
+        }
+        self.clients.dirty = dirty;
+    }
+
+    fn check_deadlines(&mut self) {
+        while let Some(running) = &mut self.running {
+            let Some(&(deadline, slot, since)) = running.deadlines.front() else {
+                return;
+            };
+            let working = |client: &&mut Option<Box<Client>>| {
+                client
+                    .as_ref()
+                    .and_then(|client| client.job)
+                    .is_some_and(|(_, at)| at == since)
+            };
+            let client = Some(&mut self.clients.slots[slot]).filter(working);
+            if client.is_some() && deadline > Instant::now() {
+                return;
+            }
+            running.deadlines.pop_front();
+            if let Some(client) = client.and_then(Option::take) {
+                let seconds = self.target.login_timeout.as_secs_f64();
+                self.end(client, End::Failed(format!("no answer within {seconds} s")));
+            }
+        }
+    }
+
+    fn publish(&self) {
+        self.counters
+            .bytes_in
+            .store(self.bytes_in, Ordering::Relaxed);
+        self.counters
+            .presences
+            .store(self.presences, Ordering::Relaxed);
+        if let Some(chat) = &self.chat {
+            self.counters
+                .received
+                .store(chat.tally.received, Ordering::Relaxed);
+        }
+    }
+
+    /// Hands in what is finished. A fleet that is gone ends the loop by the next command anyway.
+    fn answer(&mut self) {
+        if self
+            .running
+            .as_ref()
+            .is_some_and(|running| running.in_progress == 0 && running.users.as_slice().is_empty())
+        {
+            let mut outcome = self.running.take().expect("just seen").outcome;
+            outcome.derivations = self.derivations() - outcome.derivations;
+            let _ = self.answers.send(Answer::Run(outcome));
+        }
+        if self
+            .chat
+            .as_ref()
+            .is_some_and(|chat| chat.is_finished(Instant::now()))
+        {
+            let (tally, latencies) = self.chat.take().expect("just seen").finish();
+            let _ = self.answers.send(Answer::Chat(tally, latencies));
+        }
+    }
+}
+
+fn closed() -> End {
+    End::Failed("the server closed the connection".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_user_has_one_slot_and_pairs_stay_together() {
+        let layout = Layout {
+            users: 1001,
+            threads: 3,
+        };
+        let mut seen = 0;
+        for worker in 0..3 {
+            for (slot, user) in layout.users_of(worker).enumerate() {
+                assert_eq!((layout.worker(user), layout.slot(user)), (worker, slot));
+                seen += 1;
+            }
+        }
+        assert_eq!(seen, 1001);
+        assert_eq!(layout.worker(6), layout.worker(7));
+        assert_eq!(layout.slot(6) ^ 1, layout.slot(7));
+    }
+}

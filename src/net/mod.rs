@@ -1,0 +1,29 @@
+//! Bytes in and out. In: sockets, as the kernel reports them ready. Out: plaintext of the peer, and what the shard has
+//! to say, encrypted where TLS is on. Promise: nothing here waits, an idle connection owns no buffer, and a
+//! [`Transport`] may move to another core between any two calls.
+//!
+//! | file | one reason to change |
+//! |---|---|
+//! | `socket` | system calls on one connected socket |
+//! | `listener` | ports: binding, sharing, accepting, running out of descriptors |
+//! | `transport` | plain or TLS behind one type: reading, writing, what the kernel did not take |
+//! | `tls` | rustls: configuration, records in and out, channel bindings |
+//! | `certificate` | the self-signed certificate of a first start, fingerprints |
+//! | `proxy` | PROXY protocol v2 |
+
+mod certificate;
+mod listener;
+mod proxy;
+mod socket;
+mod tls;
+mod transport;
+
+pub use certificate::{fingerprint, generate_certificate};
+pub use listener::{Listener, listen_shared, probe_port};
+pub use proxy::{PROXY_HEADER_MAX_BYTES, Proxied, ProxyError, parse_proxy_header};
+pub use socket::Socket;
+pub use tls::{ChannelBindings, TlsConfig, TlsVersion};
+pub use transport::{Read, Scratch, Transport, UNSENT_MAX_BYTES};
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,465 @@
+"""What the bots do. Each function is one scenario; its decorator says with which libraries it is played."""
+
+import asyncio
+import base64
+import dataclasses
+import itertools
+import os
+import re
+import ssl
+import typing
+
+from aio import AioBot
+from bot import Message, Presence, Push, Refused, StreamEnd
+from server import Blade
+from slix import SlixBot
+
+LIBRARIES = [SlixBot, AioBot]
+TOKIO_CLIENT = None  # the program of tests/bots/tokio-client
+SCENARIOS = []
+PASSWORD = "correct horse"
+
+
+@dataclasses.dataclass
+class Scenario:
+    name: str
+    play: typing.Callable
+    needs_own_server: bool = False
+    needs_tokio_client: bool = False
+
+
+class Stage:
+    """The accounts and bots of one scenario."""
+
+    def __init__(self, server, tag):
+        self.server, self.tag, self.bots = server, tag, []
+
+    def bot(self, library, name, resource=None, password=PASSWORD):
+        bot = library(self.server, f"{name}-{self.tag}", password, resource)
+        self.bots.append(bot)
+        return bot
+
+    async def online(self, library, name, resource=None, direct_tls=False, register=True):
+        """A bot that is logged in and available."""
+        bot = self.bot(library, name, resource)
+        await bot.log_in(direct_tls=direct_tls, register=register)
+        await bot.come_online()
+        return bot
+
+    async def leave(self):
+        for bot in self.bots:
+            try:
+                async with asyncio.timeout(5):
+                    await bot.log_out()
+            except Exception:  # it may be gone already; the scenario has its verdict
+                pass
+
+
+def scenario(*, each=False, pairs=False, own=False, tokio=False):
+    """One play, or one for each library, or for each pair of them.
+
+    `own`: only on a server that we started; `tokio`: only if there is the program of tests/bots/tokio-client.
+    """
+
+    def declare(function):
+        name = function.__name__.replace("_", " ")
+        if each:
+            for library in LIBRARIES:
+                SCENARIOS.append(Scenario(f"{name} [{library.library}]", bound(function, library), own))
+        elif pairs:
+            for one, other in itertools.product(LIBRARIES, LIBRARIES):
+                title = f"{name} [{one.library} to {other.library}]"
+                SCENARIOS.append(Scenario(title, bound(function, one, other), own))
+        else:
+            SCENARIOS.append(Scenario(name, function, own, tokio))
+        return function
+
+    return declare
+
+
+def bound(function, *libraries):
+    return lambda stage: function(stage, *libraries)
+
+
+def all_of_them(server):
+    return [
+        one for one in SCENARIOS
+        if (server.own or not one.needs_own_server) and (TOKIO_CLIENT or not one.needs_tokio_client)
+    ]
+
+
+async def befriend(alice, bob):
+    """Both see each other's presence."""
+    for one, other in ((alice, bob), (bob, alice)):
+        one.subscribe(other.jid)
+        await other.wait(Presence, sender=one.jid, kind="subscribe")
+        other.approve(one.jid)
+        await one.wait(Presence, sender=other.full, kind="available")
+    for one, other in ((alice, bob), (bob, alice)):
+        await one.wait(Push, jid=other.jid, subscription="both")
+
+
+@scenario(each=True)
+async def registers_and_logs_in_by_starttls(stage, library):
+    bot = await stage.online(library, "alice")
+    assert bot.tls_version == "TLSv1.3", bot.tls_version
+
+
+@scenario(each=True)
+async def logs_in_by_direct_tls(stage, library):
+    bot = await stage.online(library, "alice", direct_tls=True)
+    assert bot.tls_version == "TLSv1.3", bot.tls_version
+
+
+@scenario(each=True)
+async def wrong_password_is_refused(stage, library):
+    bot = await stage.online(library, "alice")
+    await bot.log_out()
+    wrong = stage.bot(library, "alice", password="wrong")
+    try:
+        await wrong.log_in()
+    except Refused:
+        return
+    raise AssertionError("a wrong password logged in")
+
+
+@scenario(pairs=True)
+async def chats_both_ways(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob", direct_tls=True)
+    texts = ["hello", "<&>\"'", "grüße, 価格, 🙂", "x" * 5000]
+    for text in texts:
+        alice.chat(bob.full, text)
+    assert await bob.bodies(len(texts)) == texts
+    for text in texts:
+        bob.chat(alice.jid, text)
+    assert await alice.bodies(len(texts)) == texts
+
+
+@scenario(pairs=True)
+async def many_messages_keep_their_order(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
+    texts = [str(number) for number in range(500)]
+    for text in texts:
+        alice.chat(bob.full, text)
+    assert await bob.bodies(len(texts)) == texts
+    await bob.settled()
+    assert bob.bodies_now() == []
+
+
+@scenario(pairs=True)
+async def roster_and_subscriptions(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
+    await alice.add_contact(bob.jid, "Bob", "Desk")
+    await alice.wait(Push, jid=bob.jid, subscription="none")
+    await befriend(alice, bob)
+    assert (await alice.roster())[bob.jid] == ("Bob", "both"), await alice.roster()
+    bob.set_presence("dnd")
+    await alice.wait(Presence, sender=bob.full, show="dnd")
+    # A second log-in sees the contact, too.
+    phone = await stage.online(one, "alice", resource="phone", register=False)
+    await phone.wait(Presence, sender=bob.full, show="dnd")
+    assert (await phone.roster())[bob.jid] == ("Bob", "both")
+    await bob.wait(Presence, sender=phone.full, kind="available")
+    await phone.log_out()
+    await bob.wait(Presence, sender=phone.full, kind="unavailable")
+    await alice.remove_contact(bob.jid)
+    await alice.wait(Push, jid=bob.jid, subscription="remove")
+    await bob.wait(Presence, sender=alice.jid, kind="unsubscribed")
+    await bob.wait(Push, jid=alice.jid, subscription="none")
+    assert bob.jid not in await alice.roster()
+
+
+@scenario(pairs=True)
+async def offline_messages_wait(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
+    await bob.log_out()
+    for text in ("one", "two", "three"):
+        alice.chat(bob.jid, text)
+    await alice.settled()
+    later = await stage.online(other, "bob", register=False)
+    for text in ("one", "two", "three"):
+        message = await later.wait(Message)
+        assert (message.body, message.delayed) == (text, True), message
+    await later.settled()
+    assert later.bodies_now() == []
+
+
+@scenario(pairs=True)
+async def carbons_copy_both_sides(stage, one, other):
+    desk = await stage.online(one, "alice", resource="desk")
+    phone = await stage.online(other, "alice", resource="phone", register=False)
+    bob = await stage.online(other, "bob")
+    await phone.enable_carbons()
+    bob.chat(desk.full, "to the desk")
+    assert (await desk.bodies(1)) == ["to the desk"]
+    copy = await phone.wait(Message, carbon="received")
+    assert (copy.sender, copy.body) == (bob.full, "to the desk")
+    desk.chat(bob.full, "from the desk")
+    assert (await bob.bodies(1)) == ["from the desk"]
+    copy = await phone.wait(Message, carbon="sent")
+    assert (copy.sender, copy.body) == (desk.full, "from the desk")
+
+
+@scenario(pairs=True)
+async def blocking_and_unblocking(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
+    await befriend(alice, bob)
+    await alice.block(bob.jid)
+    await bob.wait(Presence, sender=alice.full, kind="unavailable")
+    bob.chat(alice.jid, "are you there?")
+    await bob.wait(Message, body="error: service-unavailable")
+    await alice.settled()
+    assert alice.bodies_now() == []
+    assert await alice.block_list() == {bob.jid}
+    await alice.unblock(bob.jid)
+    await bob.wait(Presence, sender=alice.full, kind="available")
+    bob.chat(alice.jid, "and now?")
+    assert await alice.bodies(1) == ["and now?"]
+    assert await alice.block_list() == set()
+
+
+@scenario(pairs=True)
+async def cut_connection_resumes_without_loss(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
+    await befriend(alice, bob)
+    sent, answered = [], []
+    for turn in range(3):
+        # Alice writes, and her connection breaks at once: what has arrived and what not, nobody knows.
+        for number in range(20):
+            sent.append(f"{turn}/{number}")
+            alice.chat(bob.full, sent[-1])
+        await alice.all_written()
+        for number in range(10):
+            answered.append(f"before {turn}/{number}")
+            bob.chat(alice.full, answered[-1])
+        await alice.cut()
+        for number in range(10):
+            answered.append(f"while away {turn}/{number}")
+            bob.chat(alice.full, answered[-1])
+        await bob.settled()
+        await alice.mend()
+        for number in range(10):
+            answered.append(f"after {turn}/{number}")
+            bob.chat(alice.full, answered[-1])
+    same(await bob.bodies(len(sent)), sent)
+    same(await alice.bodies(len(answered)), answered)
+    await alice.settled()
+    await bob.settled()
+    assert (alice.bodies_now(), bob.bodies_now()) == ([], [])
+    # Bob has not seen her go.
+    gone = Presence(alice.full, "unavailable")
+    assert gone not in bob.inbox, bob.inbox
+
+
+def same(got, wanted):
+    """Equal lists; the error shows where they part."""
+    for place, (one, other) in enumerate(zip(got, wanted)):
+        assert one == other, f"at {place}: {got[place:place + 5]} instead of {wanted[place:place + 5]}"
+    assert len(got) == len(wanted)
+
+
+@scenario(each=True)
+async def asks_the_server(stage, library):
+    alice = await stage.online(library, "alice")
+    await alice.ping("localhost")
+    await alice.ping(alice.jid)
+    assert await alice.version()
+    assert await alice.time()
+    assert await alice.last_activity("localhost") >= 0
+    features = await alice.features("localhost")
+    wanted = {
+        "http://jabber.org/protocol/disco#info", "jabber:iq:register", "jabber:iq:version", "urn:xmpp:blocking",
+        "urn:xmpp:carbons:2", "urn:xmpp:ping", "urn:xmpp:time", "vcard-temp", "jabber:iq:last", "jabber:iq:private",
+    }
+    assert wanted <= features, wanted - features
+    try:
+        await alice.ping(f"nobody-{stage.tag}@localhost/x")
+    except Refused as refused:
+        assert str(refused) == "service-unavailable", refused
+    else:
+        raise AssertionError("nobody answered a ping")
+
+
+@scenario(pairs=True)
+async def vcard_and_private_storage(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
+    await alice.set_vcard("Alice & Co")
+    assert await alice.vcard(alice.jid) == "Alice & Co"
+    assert await bob.vcard(alice.jid) == "Alice & Co"
+    await alice.set_private("mine <only>")
+    assert await alice.private() == "mine <only>"
+    assert not await bob.private()
+
+
+@scenario(pairs=True)
+async def last_activity_of_a_contact(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
+    await befriend(alice, bob)
+    await bob.log_out()
+    await alice.wait(Presence, sender=bob.full, kind="unavailable")
+    assert await alice.last_activity(bob.jid) >= 0
+
+
+@scenario(each=True)
+async def password_change_and_cancellation(stage, library):
+    alice = await stage.online(library, "alice")
+    await alice.change_password("another one")
+    await alice.log_out()
+    old = stage.bot(library, "alice")
+    try:
+        await old.log_in()
+    except Refused:
+        pass
+    else:
+        raise AssertionError("the old password still logs in")
+    new = stage.bot(library, "alice", password="another one")
+    await new.log_in()
+    await new.unregister()
+    gone = stage.bot(library, "alice", password="another one")
+    try:
+        await gone.log_in()
+    except Refused:
+        return
+    raise AssertionError("a cancelled account still logs in")
+
+
+@scenario(pairs=True)
+async def same_resource_twice_is_a_conflict(stage, one, other):
+    older = await stage.online(one, "alice", resource="desk")
+    older.gives_up()
+    newer = await stage.online(other, "alice", resource="desk", register=False)
+    await older.wait(StreamEnd, condition="conflict")
+    newer.chat(newer.full, "still here")
+    assert await newer.bodies(1) == ["still here"]
+
+
+@scenario(each=True, own=True)
+async def account_made_by_command(stage, library):
+    """`nitro user` on the running server: add, log in, passwd, list, disable, enable, kick, remove."""
+    name = f"clerk-{stage.tag}"
+    command = stage.server.command
+    command("user", "add", f"{name}@localhost", "--password-stdin", text=PASSWORD + "\n")
+    assert name in command("user", "list")
+    assert name in command("user", "show", f"{name}@localhost")
+    clerk = stage.bot(library, "clerk")
+    await clerk.log_in()
+    await clerk.come_online()
+    assert f"{name}@localhost" in command("session", "list")
+    clerk.gives_up()
+    command("session", "kick", clerk.full)
+    await clerk.wait(StreamEnd)
+    command("user", "passwd", f"{name}@localhost", "--password-stdin", text="changed\n")
+    await expect_refusal(stage.bot(library, "clerk"))
+    await stage.bot(library, "clerk", password="changed").log_in()
+    command("user", "disable", f"{name}@localhost")
+    await expect_refusal(stage.bot(library, "clerk", password="changed"))
+    command("user", "enable", f"{name}@localhost")
+    await stage.bot(library, "clerk", password="changed").log_in()
+    command("user", "remove", f"{name}@localhost")
+    assert name not in command("user", "list")
+    await expect_refusal(stage.bot(library, "clerk", password="changed"))
+
+
+async def expect_refusal(bot):
+    try:
+        await bot.log_in()
+    except Refused:
+        return
+    raise AssertionError(f"{bot.full} logged in")
+
+
+@scenario(each=True, own=True)
+async def sigterm_tells_every_client(stage, library):
+    """On a blade of its own: clients get system-shutdown, the process ends with 0, and the accounts are still there."""
+    blade = stage.server = Blade(stage.server.program)
+    try:
+        bots = [await stage.online(library, f"user{number}") for number in range(3)]
+        for bot in bots:
+            bot.gives_up()
+        blade.terminate()
+        for bot in bots:
+            await bot.wait(StreamEnd, condition="system-shutdown")
+        code = await asyncio.to_thread(blade.ended)
+        assert code == 0, f"exit status {code}:\n{blade.log()}"
+        blade.start()
+        again = await stage.online(library, "user0", register=False)
+        await again.ping("localhost")
+    finally:
+        await asyncio.to_thread(blade.stop)
+
+
+async def tokio_client(blade, transport, jid, password):
+    """Runs the foreign client: exit status, what it printed."""
+    port = blade.port if transport == "starttls" else blade.tls_port
+    process = await asyncio.create_subprocess_exec(
+        TOKIO_CLIENT, transport, f"{blade.host}:{port}", jid,
+        env={**os.environ, "SSL_CERT_FILE": str(blade.certificate)},
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(password.encode()), 30)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    return process.returncode, output.decode()
+
+
+@scenario(own=True, tokio=True)
+async def foreign_client_logs_in_with_channel_binding(stage):
+    """tokio-xmpp on a blade that offers nothing but SCRAM with channel binding: it can only come in with tls-exporter."""
+    for mechanism in ("SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS"):
+        blade = await asyncio.to_thread(Blade, stage.server.program, sasl__mechanisms=f'["{mechanism}"]')
+        try:
+            jid = f"bound-{stage.tag}@localhost"
+            blade.command("user", "add", jid, "--password-stdin", text=PASSWORD + "\n")
+            for transport in ("starttls", "direct"):
+                status, output = await tokio_client(blade, transport, jid, PASSWORD)
+                assert status == 0 and output.startswith(jid + "/"), f"{mechanism}, {transport}: {status}: {output}"
+        finally:
+            await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True)
+async def unsupported_binding_is_refused(stage):
+    """A client that insists on a channel binding that is not there gets a failure at once, and may go on."""
+    alice = await stage.online(SlixBot, "alice")
+    context = ssl.create_default_context(cafile=stage.server.certificate)
+    reader, writer = await asyncio.open_connection(
+        stage.server.host, stage.server.tls_port, ssl=context, server_hostname="localhost")
+
+    async def until(pattern):
+        text = ""
+        async with asyncio.timeout(10):
+            while not re.search(pattern, text):
+                chunk = await reader.read(4096)
+                assert chunk, f"closed after: {text}"
+                text += chunk.decode()
+        return text
+
+    writer.write(
+        b"<stream:stream to='localhost' version='1.0' xmlns='jabber:client' "
+        b"xmlns:stream='http://etherx.jabber.org/streams'>")
+    features = await until("</stream:features>")
+    for mechanism in ("SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS"):
+        for binding in ("tls-foo", "tls-unique"):  # TLS 1.3 has no tls-unique
+            first = base64.b64encode(f"p={binding},,n={alice.name},r=abcdefgh".encode()).decode()
+            writer.write(
+                f"<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='{mechanism}'>{first}</auth>".encode())
+            answer = await until("</failure>|<failure[^>]*/>|challenge|success")
+            assert "<failure" in answer, f"{mechanism}, {binding}: {answer}"
+    # "y": I know of channel binding and believe that you do not. If it was offered, somebody in between took it away.
+    if "-PLUS<" in features:
+        first = base64.b64encode(f"y,,n={alice.name},r=abcdefgh".encode()).decode()
+        writer.write(
+            f"<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='SCRAM-SHA-256'>{first}</auth>".encode())
+        answer = await until("</failure>|<failure[^>]*/>|challenge|success")
+        assert "<failure" in answer, answer
+    writer.close()

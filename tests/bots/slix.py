@@ -1,0 +1,213 @@
+"""A bot on slixmpp."""
+
+import asyncio
+
+import slixmpp
+from slixmpp.exceptions import IqError
+from slixmpp.xmlstream import ET
+from slixmpp.xmlstream.handler import Callback
+from slixmpp.xmlstream.matcher import StanzaPath
+
+from bot import WAIT_S, Bot, Message, Presence, Push, Refused, StreamEnd
+
+PLUGINS = [
+    "xep_0004", "xep_0012", "xep_0030", "xep_0049", "xep_0054", "xep_0066", "xep_0077", "xep_0092", "xep_0191",
+    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0352",
+]
+
+
+class SlixBot(Bot):
+    library = "slixmpp"
+
+    def prepare(self, direct_tls, register):
+        self.client = client = slixmpp.ClientXMPP(self.full, self.password)
+        client.enable_direct_tls, client.enable_starttls, client.enable_plaintext = direct_tls, not direct_tls, False
+        client.ca_certs = self.server.certificate
+        client.roster.auto_authorize, client.roster.auto_subscribe = None, False
+        for plugin in PLUGINS:
+            client.register_plugin(plugin)
+        client["xep_0077"].force_registration = register
+        client["xep_0077"].create_account = register
+        client.add_event_handler("register", self.on_register)
+        client.add_event_handler("message", self.on_message)
+        client.add_event_handler("message_error", self.on_message)
+        client.add_event_handler("carbon_received", lambda msg: self.on_carbon(msg, "received"))
+        client.add_event_handler("carbon_sent", lambda msg: self.on_carbon(msg, "sent"))
+        client.add_event_handler("stream_error", lambda error: self.note(StreamEnd(error["condition"])))
+        client.register_handler(Callback("bot presence", StanzaPath("presence"), self.on_presence))
+        client.register_handler(Callback("bot push", StanzaPath("iq@type=set/roster"), self.on_push))
+
+    def happens(self, *events):
+        """A future of the first of these events; ask for it before doing what causes them."""
+        future = asyncio.get_running_loop().create_future()
+
+        def handler_of(event):
+            return lambda data: None if future.done() else future.set_result((event, data))
+
+        for event in events:
+            self.client.add_event_handler(event, handler_of(event), disposable=True)
+        return future
+
+    async def first(self, future):
+        try:
+            return await asyncio.wait_for(future, WAIT_S)
+        except TimeoutError:
+            raise AssertionError(f"{self.full}: nothing happened within {WAIT_S} s") from None
+
+    async def log_in(self, direct_tls=False, register=False):
+        self.prepare(direct_tls, register)
+        self.direct_tls = direct_tls
+        ready = self.happens("session_start", "failed_all_auth", "disconnected", "ssl_invalid_chain")
+        self.client.connect(self.server.host, self.server.tls_port if direct_tls else self.server.port)
+        event, _ = await self.first(ready)
+        if event != "session_start":
+            await self.log_out()
+            raise Refused(event)
+        self.tls_version = self.client.transport.get_extra_info("ssl_object").version()
+        await self.client.get_roster()
+
+    async def on_register(self, _form):
+        iq = self.client.Iq()
+        iq["type"] = "set"
+        iq["register"]["username"] = self.name
+        iq["register"]["password"] = self.password
+        await iq.send()
+
+    async def come_online(self, show=None):
+        self.client.send_presence(pshow=show)
+        await self.wait(Presence, sender=self.full, kind="available", show=show or "")
+
+    def set_presence(self, show):
+        self.client.send_presence(pshow=show)
+
+    async def log_out(self):
+        await self.client.disconnect()
+
+    def on_message(self, msg):
+        if any(child.tag.startswith("{urn:xmpp:carbons:2}") for child in msg.xml):
+            return  # `on_carbon` takes it
+        if msg["type"] == "error":
+            self.note(Message(str(msg["from"]), "error: " + msg["error"]["condition"]))
+        elif msg["body"]:
+            delayed = msg.xml.find("{urn:xmpp:delay}delay") is not None
+            self.note(Message(str(msg["from"]), msg["body"], delayed))
+
+    def on_carbon(self, msg, direction):
+        inner = msg["carbon_" + direction]
+        self.note(Message(str(inner["from"]), inner["body"], carbon=direction))
+
+    def on_presence(self, stanza):
+        kind = stanza.xml.get("type", "available")
+        self.note(Presence(str(stanza["from"]), kind, stanza.xml.findtext("{jabber:client}show") or ""))
+
+    def on_push(self, iq):
+        for item in iq.xml.iter("{jabber:iq:roster}item"):
+            self.note(Push(item.get("jid"), item.get("subscription")))
+
+    def chat(self, to, body):
+        self.client.send_message(mto=to, mbody=body, mtype="chat")
+
+    def subscribe(self, jid):
+        self.client.send_presence_subscription(pto=jid, ptype="subscribe")
+
+    def approve(self, jid):
+        self.client.send_presence_subscription(pto=jid, ptype="subscribed")
+
+    async def add_contact(self, jid, name, group):
+        await self.ask(self.client.update_roster(jid, name=name, groups=[group]))
+
+    async def remove_contact(self, jid):
+        await self.ask(self.client.del_roster_item(jid))
+
+    async def roster(self):
+        # With versioning the answer may be empty; the library keeps the roster.
+        await self.client.get_roster()
+        kept = self.client.client_roster
+        return {jid: (kept[jid]["name"], kept[jid]["subscription"]) for jid in kept if not kept[jid]["removed"]}
+
+    async def ask(self, request):
+        try:
+            return await request
+        except IqError as error:
+            raise Refused(error.iq["error"]["condition"]) from None
+
+    async def ping(self, jid):
+        await self.ask(self.client["xep_0199"].ping(jid))
+
+    async def enable_carbons(self):
+        await self.ask(self.client["xep_0280"].enable())
+
+    async def block(self, jid):
+        await self.ask(self.client["xep_0191"].block(slixmpp.JID(jid)))
+
+    async def unblock(self, jid):
+        await self.ask(self.client["xep_0191"].unblock(slixmpp.JID(jid)))
+
+    async def block_list(self):
+        answer = await self.ask(self.client["xep_0191"].get_blocked())
+        return {item.get("jid") for item in answer.xml.iter("{urn:xmpp:blocking}item")}
+
+    async def version(self):
+        answer = await self.ask(self.client["xep_0092"].get_version("localhost"))
+        return answer["software_version"]["name"]
+
+    async def time(self):
+        answer = await self.ask(self.client["xep_0202"].get_entity_time("localhost"))
+        # Not answer["entity_time"]["utc"]: that adds a second Z before it parses.
+        return answer.xml.findtext(".//{urn:xmpp:time}utc")
+
+    async def last_activity(self, jid):
+        answer = await self.ask(self.client["xep_0012"].get_last_activity(jid))
+        return int(answer["last_activity"]["seconds"])
+
+    async def features(self, jid):
+        answer = await self.ask(self.client["xep_0030"].get_info(jid=jid, local=False))
+        return set(answer["disco_info"]["features"])
+
+    async def set_vcard(self, name):
+        card = self.client["xep_0054"].make_vcard()
+        card["FN"] = name
+        await self.ask(self.client["xep_0054"].publish_vcard(card))
+
+    async def vcard(self, jid):
+        answer = await self.ask(self.client["xep_0054"].get_vcard(jid))
+        return answer["vcard_temp"]["FN"]
+
+    async def set_private(self, text):
+        iq = self.client.make_iq_set()
+        query = ET.SubElement(iq.xml, "{jabber:iq:private}query")
+        ET.SubElement(query, "{urn:example:notes}notes").text = text
+        await self.ask(iq.send())
+
+    async def private(self):
+        iq = self.client.make_iq_get()
+        query = ET.SubElement(iq.xml, "{jabber:iq:private}query")
+        ET.SubElement(query, "{urn:example:notes}notes")
+        answer = await self.ask(iq.send())
+        return answer.xml.findtext(".//{urn:example:notes}notes")
+
+    async def change_password(self, password):
+        await self.ask(self.client["xep_0077"].change_password(password))
+        self.password = password
+
+    async def unregister(self):
+        await self.ask(self.client["xep_0077"].cancel_registration())
+
+    async def cut(self):
+        """The connection breaks; `mend` comes back."""
+        gone = self.happens("disconnected")
+        self.client.transport.abort()
+        await self.first(gone)
+
+    async def all_written(self):
+        """Nothing waits in the library's queue: what was sent is on the socket, or in the list for resumption."""
+        await asyncio.wait_for(self.client.waiting_queue.join(), WAIT_S)
+
+    def gives_up(self):
+        """When the connection ends now, it stays so (this library comes back only when asked to)."""
+
+    async def mend(self):
+        resumed = self.happens("session_resumed", "session_start", "sm_failed")
+        self.client.connect(self.server.host, self.server.tls_port if self.direct_tls else self.server.port)
+        event, _ = await self.first(resumed)
+        assert event == "session_resumed", f"{self.full} did not resume: {event}"
