@@ -1,13 +1,11 @@
 //! Last activity (XEP-0012): how long the server has been up, and how long ago a user logged out, told only to those who may
-//! see his presence.
+//! see his presence. That he logged out is noted by [`super::presence`].
 
 use super::{Feature, Iq, IqRoute, NONE, Target, disco};
-use crate::store::tier::{Last, Op};
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::meta::{Kind, Meta};
-use crate::xmpp::session::Session;
 use crate::xmpp::slice::Slice;
 
 pub const NS: &str = "jabber:iq:last";
@@ -22,7 +20,6 @@ pub static FEATURE: Feature = Feature {
         IqRoute { name: "query", ns: NS, target: Target::Server, handle: uptime },
         IqRoute { name: "query", ns: NS, target: Target::Account, handle: activity },
     ],
-    ended: Some(logged_out),
     ..NONE
 };
 
@@ -64,25 +61,4 @@ pub fn forbids(slice: &Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: M
         && memchr::memmem::find(stanza, NS.as_bytes()).is_some()
         && crate::xmpp::parse_stanza(stanza).is_some_and(|iq| iq.find("query", NS).is_some())
         && !disco::may_see(slice, name, from)
-}
-
-/// The user's last session ended.
-fn logged_out(slice: &mut Slice, session: &mut Session) {
-    let at = slice.now.unix;
-    let Some(user) = slice.user_mut(&session.user) else { return };
-    if !user.sessions.is_empty() {
-        return;
-    }
-    let last = Last { at, status: "".into() };
-    user.last = Some(last.clone());
-    let op = Op::PutLast { name: (&*session.user).into(), at, status: last.status };
-    slice.write(
-        &session.user,
-        op,
-        Box::new(|_, result| {
-            if let Err(error) = result {
-                tracing::debug!(%error, "a log-out could not be noted");
-            }
-        }),
-    );
 }
