@@ -229,11 +229,11 @@ mod tests {
         );
         assert_eq!(
             condition("<stream:stream xmlns='jabber:client'>"),
-            "bad-namespace-prefix"
+            "not-well-formed"
         );
         assert_eq!(
             condition(&format!("<stream:stream {NS} x:y='1'>")),
-            "bad-namespace-prefix"
+            "not-well-formed"
         );
         assert_eq!(condition(&format!("<stream:stream {NS}/>")), "bad-format");
         let latin = format!("<?xml version='1.0' encoding='ISO-8859-1'?><stream:stream {NS}>");

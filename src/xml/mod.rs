@@ -69,7 +69,8 @@ impl XmlError {
             Self::NotWellFormed(_) => "not-well-formed",
             Self::Restricted(_) => "restricted-xml",
             Self::TooBig(_) => "policy-violation",
-            Self::BadPrefix => "bad-namespace-prefix",
+            // not namespace-well-formed (RFC 6120 4.9.3.13)
+            Self::BadPrefix => "not-well-formed",
             Self::Encoding => "unsupported-encoding",
             Self::BadFormat(_) => "bad-format",
         }

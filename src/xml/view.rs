@@ -58,7 +58,7 @@ impl<'a> View<'a> {
         stream: &StreamNs,
         limits: &Limits,
     ) -> Result<View<'a>, XmlError> {
-        let raw = std::str::from_utf8(frame).map_err(|_| XmlError::Encoding)?;
+        let raw = std::str::from_utf8(frame).map_err(|_| XmlError::NotWellFormed("not UTF-8"))?;
         check_chars(raw)?;
         if raw.as_bytes().first() != Some(&b'<') {
             return Err(XmlError::NotWellFormed("an element begins with '<'"));
@@ -759,7 +759,7 @@ mod tests {
             b"<\xE9/>",
         ] {
             let got = View::parse(bytes, &StreamNs::client(), &Limits::default());
-            assert_eq!(got.unwrap_err(), XmlError::Encoding);
+            assert_eq!(got.unwrap_err(), XmlError::NotWellFormed("not UTF-8"));
         }
     }
 

@@ -233,6 +233,7 @@ impl Negotiation {
             (Stage::Open, "auth", NS_SASL) => self.auth(view, out),
             (Stage::Initial(_) | Stage::Exchange(_), "response", NS_SASL) => self.response(view, out),
             (Stage::Open | Stage::Initial(_) | Stage::Exchange(_), "abort", NS_SASL) => Ok(self.failed(Failure::ABORTED, out)),
+            (Stage::Open, "response", NS_SASL) => Ok(self.failed(Failure::MALFORMED_REQUEST, out)),
             (Stage::Open, "iq", NS_CLIENT) => self.register(view, out),
             (Stage::Bind, "iq", NS_CLIENT) => self.bind(view, out),
             (Stage::Bind, "resume", sm::NS) => {
@@ -401,7 +402,8 @@ impl Negotiation {
                 match jid::localpart(&username) {
                     Ok(name) => Ok(Step::Register { name: name.into_owned().into(), password }),
                     Err(_) => {
-                        self.iq_error(&StanzaError::JID_MALFORMED, out);
+                        // XEP-0077 3.1.1: a name that cannot be
+                        self.iq_error(&StanzaError::NOT_ACCEPTABLE, out);
                         Ok(Step::Continue)
                     }
                 }

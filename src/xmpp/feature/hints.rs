@@ -57,8 +57,11 @@ pub fn meta(view: &View<'_>) -> Meta {
     if states && !others && flags & Meta::BODY == 0 {
         flags |= Meta::LAZY;
     }
-    if kind == Kind::Chat {
-        flags |= Meta::CARBON;
+    // XEP-0280 6.1: chat always, normal and error for what they carry, headline and groupchat never
+    match kind {
+        Kind::Chat => flags |= Meta::CARBON,
+        Kind::Headline | Kind::GroupChat => flags &= !Meta::CARBON,
+        _ => {}
     }
     Meta { kind, flags }
 }

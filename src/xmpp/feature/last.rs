@@ -40,8 +40,9 @@ fn activity(slice: &mut Slice, iq: Iq) {
         return slice.iq_error(&iq, &StanzaError::BAD_REQUEST);
     }
     let Some(user) = slice.user(iq.account()) else { return };
+    let here = user.sessions.iter().any(|sid| slice.sessions.get(*sid).is_some_and(|s| s.presence.is_some()));
     let answer = match &user.last {
-        _ if !user.sessions.is_empty() => query(0, ""),
+        _ if here => query(0, ""),
         Some(last) => query(slice.now.unix.saturating_sub(last.at), &last.status),
         // was never here
         None => return slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND),
