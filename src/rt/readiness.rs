@@ -85,7 +85,7 @@ impl Readiness {
     }
 }
 
-/// Waits through the shard's ring until `fd`, which need not be a socket, polls readable.
+/// Waits through the shard's ring until `fd`, an epoll set, polls readable.
 ///
 /// glommio has no public call for this. But its streams arm a poll in the ring as soon as they are made, and when the
 /// poll has completed they try to receive; on an epoll descriptor that fails with ENOTSOCK, which is the moment waited
