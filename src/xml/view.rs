@@ -4,7 +4,7 @@
 //! direct children, all as slices of the frame.
 //! Promise: what is accepted is well-formed XML 1.0, namespace-well-formed and restricted (RFC 6120 §11.1) through and
 //! through, not only where the view looks, so that its bytes may be sent to anybody. [`View::standalone`] says when they need
-//! nothing from the stream they came from. A usual stanza costs no allocation of ours; quick-xml makes two small ones.
+//! nothing from the stream they came from. A usual stanza costs no allocation but the few small ones of quick-xml's reader.
 
 use std::borrow::Cow;
 
