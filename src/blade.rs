@@ -93,7 +93,8 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
     ];
     let shared = Arc::new(config.clone());
-    let meshes = rt::mesh(shards, config.limits.mesh_queue_batches_max);
+    let meshes =
+        rt::mesh(shards, config.limits.mesh_queue_batches_max).map_err(|e| format!("the mesh cannot be made: {e}"))?;
     let parts: Vec<Option<Parts>> = inboxes
         .into_iter()
         .zip(meshes)

@@ -177,7 +177,7 @@ impl Shard {
             limits: limits(&config),
             id_key: parts.id_key,
         };
-        let mut mesh = parts.mesh.connect().await;
+        let mut mesh = parts.mesh.connect().map_err(|e| format!("the mesh cannot be connected: {e}"))?;
         let receivers: Vec<_> = (0..shards).filter_map(|n| mesh.receiver(n)).collect();
         let shard = Rc::new(Shard {
             number,
