@@ -704,7 +704,9 @@ impl Slice {
             _ => Kind::IqError,
         };
         let answer = answer.child(error.element());
-        self.route_element(&back, to.as_str(), &answer, Meta::new(kind).with(Meta::SERVER), None);
+        // XEP-0280 6.1: those who got a copy of the message get one of the error
+        let flags = Meta::SERVER | (meta.flags & (Meta::CARBON | Meta::NO_COPY));
+        self.route_element(&back, to.as_str(), &answer, Meta::new(kind).with(flags), None);
     }
 
     pub fn defer(&mut self, receipt: Receipt) {

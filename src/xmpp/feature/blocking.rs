@@ -5,7 +5,7 @@
 //! sessions that asked for the list, presence to the contacts whom a change concerns. Promise: a change is answered when it
 //! is durable, and a user is never cut off from his own sessions.
 
-use super::{Feature, Iq, IqRoute, NONE, Refusal, Target};
+use super::{Feature, Iq, IqRoute, NONE, Refusal, Target, presence};
 use crate::store::record::ArchivedUserRecord;
 use crate::xml::dom::Element;
 use crate::xmpp::NS_CLIENT;
@@ -194,7 +194,7 @@ fn change(slice: &mut Slice, iq: Iq, change: Change) {
             slice.iq_result(&iq, None);
             push(slice, &name, &change.element());
             for watcher in concerned {
-                if watcher.blocked { unhide(slice, &name, &watcher) } else { hide(slice, &name, &watcher) }
+                if watcher.blocked { show(slice, &name, &watcher) } else { hide(slice, &name, &watcher) }
             }
         }),
     );
@@ -251,47 +251,39 @@ fn watchers<'a>(
 /// XEP-0191 section 3.3: a contact whom the user blocks sees him go.
 fn hide(slice: &mut Slice, name: &str, watcher: &Watcher) {
     let Ok(to) = Jid::parse(&watcher.jid) else { return };
+    if watcher.sees {
+        return presence::hide(slice, name, &to);
+    }
     for sid in slice.sessions_of(name) {
         let Some(session) = slice.sessions.get_mut(sid) else { continue };
-        let directed = session.directed.iter().position(|jid| **jid == *watcher.jid);
-        if let Some(at) = directed {
-            session.directed.remove(at);
-        }
-        if directed.is_none() && !(watcher.sees && session.presence.is_some()) {
-            continue;
-        }
+        let Some(at) = session.directed.iter().position(|jid| **jid == *watcher.jid) else { continue };
+        session.directed.remove(at);
         let from = session.jid.clone();
-        let mut stanza = b"<presence type='unavailable'".to_vec();
-        attribute("from", &from, &mut stanza);
-        attribute("to", to.as_str(), &mut stanza);
-        stanza.extend_from_slice(b"/>");
-        slice.route(&to, &from, &stanza, Meta::new(Kind::Unavailable), None);
+        send_presence(slice, &from, &to, Kind::Unavailable, "unavailable");
     }
 }
 
 /// XEP-0191 section 3.4: a contact whom the user blocks no more sees him again, and the user the contact.
-fn unhide(slice: &mut Slice, name: &str, watcher: &Watcher) {
+fn show(slice: &mut Slice, name: &str, watcher: &Watcher) {
     let Ok(to) = Jid::parse(&watcher.jid) else { return };
-    for sid in slice.sessions_of(name) {
-        let Some(session) = slice.sessions.get(sid) else { continue };
-        let Some(presence) = &session.presence else { continue };
-        let from = session.jid.clone();
-        if watcher.sees
-            && let Some(rest) = presence.stanza.strip_prefix(b"<presence")
-        {
-            let mut stanza = b"<presence".to_vec();
-            attribute("to", to.as_str(), &mut stanza);
-            stanza.extend_from_slice(rest);
-            slice.route(&to, &from, &stanza, Meta::new(Kind::Available), None);
-        }
-        if watcher.seen {
-            let mut stanza = b"<presence type='probe'".to_vec();
-            attribute("from", &from, &mut stanza);
-            attribute("to", to.as_str(), &mut stanza);
-            stanza.extend_from_slice(b"/>");
-            slice.route(&to, &from, &stanza, Meta::new(Kind::Probe), None);
-        }
+    presence::show(slice, name, &to);
+    if !watcher.seen {
+        return;
     }
+    for sid in slice.sessions_of(name) {
+        let Some(session) = slice.sessions.get(sid).filter(|s| s.presence.is_some()) else { continue };
+        let from = session.jid.clone();
+        send_presence(slice, &from, &to, Kind::Probe, "probe");
+    }
+}
+
+fn send_presence(slice: &mut Slice, from: &str, to: &Jid<'_>, kind: Kind, typ: &str) {
+    let mut stanza = b"<presence".to_vec();
+    attribute("type", typ, &mut stanza);
+    attribute("from", from, &mut stanza);
+    attribute("to", to.as_str(), &mut stanza);
+    stanza.extend_from_slice(b"/>");
+    slice.route(to, from, &stanza, Meta::new(kind), None);
 }
 
 /// Tells those of the user's sessions that asked for the list.

@@ -62,11 +62,12 @@ fn release(session: &mut Session) {
     }
 }
 
-/// The value of `from` as it stands in the start tag of a stanza that the server wrote.
+/// The value of `from` as it stands in the start tag of a stanza that the server wrote: behind all that the client wrote, whose
+/// values may hold anything.
 fn from_of(stanza: &[u8]) -> Option<&[u8]> {
     let end = memchr::memchr(b'>', stanza)?;
     let tag = &stanza[..end];
-    let start = memchr::memmem::find(tag, b" from='")? + 7;
+    let start = memchr::memmem::rfind(tag, b" from='")? + 7;
     let len = memchr::memchr(b'\'', &tag[start..])?;
     Some(&tag[start..start + len])
 }

@@ -40,10 +40,12 @@ fn activity(slice: &mut Slice, iq: Iq) {
         return slice.iq_error(&iq, &StanzaError::BAD_REQUEST);
     }
     let Some(user) = slice.user(iq.account()) else { return };
-    let here = user.sessions.iter().any(|sid| slice.sessions.get(*sid).is_some_and(|s| s.presence.is_some()));
+    let mut sessions = user.sessions.iter().filter_map(|sid| slice.sessions.get(*sid));
     let answer = match &user.last {
-        _ if here => query(0, ""),
+        // who is connected but has said that he is away is not betrayed by this
+        _ if sessions.any(|session| session.presence.is_some()) => query(0, ""),
         Some(last) => query(slice.now.unix.saturating_sub(last.at), &last.status),
+        None if !user.sessions.is_empty() => query(0, ""),
         // was never here
         None => return slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND),
     };

@@ -17,7 +17,7 @@ pub const NS: &str = "urn:xmpp:sm:3";
 pub static FEATURE: Feature = Feature {
     name: "Stream management",
     spec: "XEP-0198",
-    version: "1.6.1",
+    version: "1.6.3",
     stream: Some(|_| format!("<sm xmlns='{NS}'/>")),
     nonza: &[
         NonzaRoute { name: "enable", ns: NS, handle: enable },

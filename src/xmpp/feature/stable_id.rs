@@ -8,6 +8,7 @@ use super::{Feature, NONE};
 use crate::xml::dom::Element;
 use crate::xml::escape::escape_attr;
 use crate::xml::view::View;
+use crate::xmpp::jid::Jid;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::slice::Slice;
 
@@ -29,7 +30,9 @@ pub fn present(view: &View<'_>) -> bool {
 
 /// Takes out the ids that claim to be given by `by` (XEP-0359 section 3.1: an entity removes those that name itself).
 pub fn strip(element: &mut Element, by: &str) {
-    element.remove_children(|c| c.name == "stanza-id" && c.ns == NS && c.get("by") == Some(by));
+    // whoever reads it normalises the address, so it is compared as one
+    let same = |claimed: &str| Jid::parse(claimed).is_ok_and(|jid| jid.as_str() == by);
+    element.remove_children(|c| c.is("stanza-id", NS) && c.get("by").is_some_and(same));
 }
 
 /// The stanza with the id of the recipient's account, if it is one that he may keep.

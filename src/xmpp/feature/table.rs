@@ -28,10 +28,11 @@ pub fn markdown() -> String {
         row(name, spec, version, file);
     }
     for (feature, file) in FEATURES.iter().zip(FILES) {
-        // a file may hold two specifications that only make sense together
+        // a file may hold two specifications that only make sense together; an RFC has no version
         let mut versions = feature.version.split(", ");
         for spec in feature.spec.split(", ") {
-            row(feature.name, spec, versions.next().unwrap_or_default(), &format!("src/xmpp/feature/{file}.rs"));
+            let version = if spec.starts_with("XEP") { versions.next().unwrap_or_default() } else { "" };
+            row(feature.name, spec, version, &format!("src/xmpp/feature/{file}.rs"));
         }
     }
     out
