@@ -199,6 +199,12 @@ impl Shard {
                 self.stopping.set(true);
                 let mut slice = self.slice.borrow_mut();
                 slice.end_all(&StreamError::text("system-shutdown", "the server stops"));
+                // listeners take what the kernel has queued, then close; logins hear why they end
+                for (_, link) in &self.links.borrow().slab {
+                    if let Kind::Waits(notify) = &link.kind {
+                        notify.notify();
+                    }
+                }
             }
         }
     }

@@ -93,6 +93,10 @@ pub struct User {
     pub record: Record,
     /// Grows with each change of `record`.
     pub revision: u64,
+    /// The last record that the tiers have, while changes are on their way there.
+    pub durable: Option<Record>,
+    /// How many are.
+    pub edits: usize,
     /// Bound resources, those that wait for resumption included.
     pub sessions: SmallVec<[SessionId; 2]>,
     /// Messages for the next resource that becomes available, oldest first (XEP-0160); the tier holds the same.
@@ -346,6 +350,8 @@ impl Slice {
                             name: name.clone().into(),
                             record: loaded.record,
                             revision: 0,
+                            durable: None,
+                            edits: 0,
                             sessions: SmallVec::new(),
                             offline_bytes: loaded.offline.iter().map(|(_, s)| s.len()).sum(),
                             offline: loaded.offline.into(),
@@ -832,22 +838,32 @@ impl Slice {
         };
         let mut record = user.record.to_owned();
         change(&mut record);
-        let before = std::mem::replace(&mut user.record, Record::new(&record));
+        let record = Record::new(&record);
+        let before = std::mem::replace(&mut user.record, record.clone());
+        user.durable.get_or_insert(before);
+        user.edits += 1;
         user.revision += 1;
         let revision = user.revision;
         let bytes = user_bytes(user);
-        let op = Op::PutUser { name: name.into(), record: user.record.clone() };
+        let op = Op::PutUser { name: name.into(), record: record.clone() };
         self.users.set_bytes(name, bytes);
         let who: Rc<str> = name.into();
         self.write(
             name,
             op,
             Box::new(move |slice, result| {
-                if result.is_err()
-                    && let Some(user) = slice.user_mut(&who)
-                    && user.revision == revision
-                {
-                    user.record = before;
+                if let Some(user) = slice.user_mut(&who) {
+                    user.edits = user.edits.saturating_sub(1);
+                    if result.is_ok() {
+                        user.durable = Some(record);
+                    } else if user.revision == revision
+                        && let Some(durable) = &user.durable
+                    {
+                        user.record = durable.clone();
+                    }
+                    if user.edits == 0 {
+                        user.durable = None;
+                    }
                 }
                 then(slice, result);
             }),
@@ -882,6 +898,8 @@ impl Slice {
                 name: name.into(),
                 record,
                 revision: 0,
+                            durable: None,
+                            edits: 0,
                 sessions: SmallVec::new(),
                 offline: VecDeque::new(),
                 offline_bytes: 0,

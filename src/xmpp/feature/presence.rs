@@ -712,6 +712,26 @@ pub fn hide(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
     }
 }
 
+/// The contact (bare or full JID) sees the user's resources again: the user does not block him any more (XEP-0191 3.4).
+/// Only if the contact is subscribed.
+pub fn show(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
+    if !sees(slice, name, contact.bare()) {
+        return;
+    }
+    for sid in available_sessions(slice, name) {
+        let mut stanza = slice.buffer();
+        let Some(session) = slice.sessions.get(sid) else {
+            continue;
+        };
+        if let Some(presence) = &session.presence {
+            let jid = session.jid.clone();
+            stanza.extend_from_slice(&presence.stanza);
+            send_to(slice, contact, &jid, &stanza, Kind::Available);
+        }
+        slice.reuse(stanza);
+    }
+}
+
 /// May presence or a request of `from` come in to the user?
 pub fn admit(slice: &Slice, name: &str, from: &Jid<'_>, meta: Meta) -> bool {
     admission(slice, name, from, meta).is_ok()
