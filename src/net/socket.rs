@@ -48,11 +48,6 @@ impl Socket {
         self.peer = canonical(peer);
     }
 
-    /// Small writes leave at once: the shard collects its output itself.
-    pub fn set_nodelay(&self) -> io::Result<()> {
-        Ok(sockopt::set_tcp_nodelay(&self.fd, true)?)
-    }
-
     /// Bytes that the kernel took and the peer has not acknowledged (SIOCOUTQ). Zero after a shutdown means that
     /// everything arrived.
     pub fn unsent(&self) -> io::Result<usize> {

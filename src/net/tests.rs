@@ -541,7 +541,7 @@ fn shards_share_a_port_and_a_second_process_is_refused() {
     for listener in [&first, &second] {
         while let Some((socket, peer)) = listener.accept().unwrap() {
             assert_eq!(socket.peer(), peer);
-            socket.set_nodelay().unwrap();
+            assert!(rustix::net::sockopt::tcp_nodelay(&socket).unwrap());
             accepted.push(peer);
         }
     }

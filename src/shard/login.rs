@@ -364,15 +364,15 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
 /// Reads until there is something new in `rest`, with the handshake on the way.
 async fn fill(shard: &Shard, c: &mut Connecting, notify: &Notify) -> Result<(), ()> {
     loop {
-        let handshake_done = {
+        let handshaking = c.transport.handshaking();
+        let read = {
             let mut scratch = shard.scratch.borrow_mut();
             match c.transport.read(&mut scratch) {
                 Ok(Read::Data { bytes, .. }) => {
                     c.rest.extend_from_slice(bytes);
-                    return Ok(());
+                    true
                 }
-                Ok(Read::HandshakeDone) => true,
-                Ok(Read::WouldBlock) => false,
+                Ok(Read::HandshakeDone | Read::WouldBlock) => false,
                 Ok(Read::Eof) => return Err(()),
                 Err(error) => {
                     tracing::debug!(peer = %c.peer, %error, "a connection broke before its session");
@@ -380,12 +380,19 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Notify) -> Result<(), 
                 }
             }
         };
+        // not only when the read says so: data may come together with the handshake's last message
+        let handshake_done = handshaking && !c.transport.handshaking();
         if handshake_done {
             let bound = c.transport.channel_bindings();
             c.negotiation.encrypted(ChannelBindings {
                 exporter: bound.exporter,
                 server_end_point: bound.end_point.map(Into::into),
             });
+        }
+        if read {
+            return Ok(());
+        }
+        if handshake_done {
             continue;
         }
         notify.wait().await;
