@@ -57,4 +57,31 @@ mod tests {
         ];
         assert_eq!(ver(&["client/pc//Exodus 0.9.1"], &features), "QgayPKawpkPSDYmwT/WM94uAlu0=");
     }
+
+    #[test]
+    fn the_announced_hash_is_that_of_the_answer() {
+        use crate::xmpp::testing::World;
+        let mut w = World::new(1);
+        w.add("alice");
+        let a = w.login("alice", "a");
+        let announced = FEATURE.stream.unwrap()(&w.slices[0].env);
+        let announced = crate::xmpp::parse_stanza(announced.as_bytes()).unwrap();
+        let (node, hash) = (announced.get("node").unwrap(), announced.get("ver").unwrap());
+        let ask = |node: &str| {
+            format!(
+                "<iq type='get' id='d' to='localhost'><query xmlns='http://jabber.org/protocol/disco#info' node='{node}'/></iq>"
+            )
+        };
+        w.send(a, &ask(&format!("{node}#{hash}")));
+        let got = crate::xmpp::parse_stanza(w.take(a)[0].as_bytes()).unwrap();
+        let query = got.find("query", disco::NS_INFO).unwrap();
+        assert_eq!(query.get("node"), Some(&*format!("{node}#{hash}")));
+        let identity = query.find("identity", disco::NS_INFO).unwrap();
+        let get = |key| identity.get(key).unwrap_or_default();
+        let identity = format!("{}/{}//{}", get("category"), get("type"), get("name"));
+        let features: Vec<_> = query.elements().filter_map(|e| e.get("var")).collect();
+        assert_eq!(ver(&[&identity], &features), hash);
+        w.send(a, &ask(&format!("{node}#other")));
+        assert!(w.take(a).concat().contains("<item-not-found"));
+    }
 }

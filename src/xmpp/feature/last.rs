@@ -65,3 +65,79 @@ pub fn forbids(slice: &Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: M
         && crate::xmpp::parse_stanza(stanza).is_some_and(|iq| iq.find("query", NS).is_some())
         && !disco::may_see(slice, name, from)
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::xmpp::testing::{Client, World};
+
+    fn ask(to: &str) -> String {
+        format!("<iq type='get' id='l' to='{to}'><query xmlns='jabber:iq:last'/></iq>")
+    }
+
+    #[track_caller]
+    fn told(w: &mut World, client: Client, to: &str, answer: &str) {
+        w.send(client, &ask(to));
+        let got = w.take(client).concat();
+        assert!(got.contains(answer) && got.contains(&format!("from='{to}'")), "wanted {answer}, got {got}");
+    }
+
+    #[test]
+    fn the_server_tells_how_long_it_has_been_up() {
+        let mut w = World::new(1);
+        w.add("alice");
+        let a = w.login("alice", "a");
+        told(&mut w, a, "localhost", "seconds='1000'");
+        w.advance(5000);
+        told(&mut w, a, "localhost", "seconds='1005'");
+    }
+
+    #[test]
+    fn a_contact_is_told_how_long_ago_the_user_went_and_why() {
+        let mut w = World::new(2);
+        let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+        w.befriend(&alice, &bob);
+        let b = w.online(&bob, "b");
+        let jid = format!("{alice}@localhost");
+        told(&mut w, b, &jid, "<item-not-found");
+        let a = w.online(&alice, "a");
+        w.take(b);
+        told(&mut w, b, &jid, "seconds='0'");
+        w.send(a, "<presence type='unavailable'><status>gone &amp; away</status></presence>");
+        w.take(b);
+        w.advance(7000);
+        told(&mut w, b, &jid, "seconds='7'>gone &amp; away</query>");
+        w.logout(a);
+        told(&mut w, b, &jid, "seconds='7'>gone &amp; away</query>");
+    }
+
+    #[test]
+    fn a_stranger_hears_the_same_of_everybody() {
+        let mut w = World::new(1);
+        w.add("alice");
+        w.add("mallory");
+        // sees him, but is not seen
+        w.item("alice", "mallory", crate::store::record::Subscription::To);
+        let a = w.online("alice", "a");
+        let m = w.online("mallory", "m");
+        w.take(a);
+        for to in ["alice@localhost", "alice@localhost/a", "alice@localhost/b", "nobody@localhost", "nobody@localhost/a"] {
+            w.send(m, &ask(to));
+            w.expect(m, &[&format!(
+                "<iq type='error' id='l' from='{to}' to='mallory@localhost/m'><query xmlns='jabber:iq:last'/>\
+                 <error type='auth'><forbidden xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error></iq>"
+            )]);
+        }
+        w.expect(a, &[]);
+    }
+
+    #[test]
+    fn the_client_of_a_contact_answers_for_itself() {
+        let mut w = World::new(1);
+        w.befriend("alice", "bob");
+        let a = w.online("alice", "a");
+        let b = w.online("bob", "b");
+        w.take(a);
+        w.send(b, &ask("alice@localhost/a"));
+        w.expect(a, &["<iq type='get' id='l' from='bob@localhost/b' to='alice@localhost/a'><query xmlns='jabber:iq:last'/></iq>"]);
+    }
+}

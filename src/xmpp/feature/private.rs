@@ -138,3 +138,118 @@ fn document(read: Result<Option<Box<[u8]>>, ReadError>) -> Result<Element, Strin
     let text = std::str::from_utf8(&bytes).map_err(|error| error.to_string())?;
     Element::parse(text).map_err(|error| error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::xmpp::testing::{Client, World};
+
+    fn iq(typ: &str, inner: &str) -> String {
+        format!("<iq type='{typ}' id='p'><query xmlns='jabber:iq:private'>{inner}</query></iq>")
+    }
+
+    fn world() -> (World, Client) {
+        let mut w = World::with(1, |limits| limits.private_bytes_max = 200);
+        w.add("alice");
+        let a = w.login("alice", "a");
+        (w, a)
+    }
+
+    const DONE: &str = "<iq type='result' id='p' to='alice@localhost/a'/>";
+
+    #[track_caller]
+    fn holds(w: &mut World, a: Client, asked: &str, found: &str) {
+        w.send(a, &iq("get", asked));
+        w.expect(a, &[&format!(
+            "<iq type='result' id='p' to='alice@localhost/a'><query xmlns='jabber:iq:private'>{found}</query></iq>"
+        )]);
+    }
+
+    #[test]
+    fn elements_are_kept_by_name_and_namespace() {
+        let (mut w, a) = world();
+        holds(&mut w, a, "<s xmlns='urn:a'/>", "<s xmlns='urn:a'/>");
+        w.send(a, &iq("set", "<s xmlns='urn:a'>1</s><t xmlns='urn:a'>2</t><s xmlns='urn:b'>3</s>"));
+        w.expect(a, &[DONE]);
+        w.send(a, &iq("set", "<s xmlns='urn:a'><x/>new</s>"));
+        w.expect(a, &[DONE]);
+        holds(&mut w, a, "<s xmlns='urn:a'/>", "<s xmlns='urn:a'><x/>new</s>");
+        holds(&mut w, a, "<t xmlns='urn:a'/>", "<t xmlns='urn:a'>2</t>");
+        holds(&mut w, a, "<s xmlns='urn:b'/>", "<s xmlns='urn:b'>3</s>");
+    }
+
+    #[test]
+    fn changes_that_overtake_one_another_are_all_kept() {
+        let (mut w, a) = world();
+        w.tier.held = true;
+        for name in ["a", "b", "c"] {
+            w.send(a, &iq("set", &format!("<{name} xmlns='urn:a'>1</{name}>")));
+        }
+        w.expect(a, &[]);
+        w.release();
+        w.expect(a, &[DONE, DONE, DONE]);
+        for name in ["a", "b", "c"] {
+            holds(&mut w, a, &format!("<{name} xmlns='urn:a'/>"), &format!("<{name} xmlns='urn:a'>1</{name}>"));
+        }
+        assert!(w.slices[0].private.0.is_empty());
+    }
+
+    #[test]
+    fn changes_that_wait_have_a_limit() {
+        let (mut w, a) = world();
+        w.tier.held = true;
+        for _ in 0..super::WAITING_MAX + 2 {
+            w.send(a, &iq("set", "<s xmlns='urn:a'/>"));
+        }
+        let got = w.take(a);
+        assert!(got.len() == 1 && got[0].contains("<resource-constraint"), "{got:?}");
+        w.release();
+        assert_eq!(w.take(a).len(), super::WAITING_MAX + 1);
+    }
+
+    #[test]
+    fn all_elements_together_have_a_limit() {
+        let (mut w, a) = world();
+        let long = "x".repeat(100);
+        w.send(a, &iq("set", &format!("<s xmlns='urn:a'>{long}</s>")));
+        w.expect(a, &[DONE]);
+        w.send(a, &iq("set", &format!("<t xmlns='urn:a'>{long}</t>")));
+        assert!(w.take(a).concat().contains("<policy-violation"));
+        // the next change goes on
+        w.send(a, &iq("set", "<s xmlns='urn:a'/>"));
+        w.expect(a, &[DONE]);
+    }
+
+    #[test]
+    fn mistakes_are_answered() {
+        let (mut w, a) = world();
+        w.add("bob");
+        let b = w.login("bob", "b");
+        for (request, condition) in [
+            (iq("get", ""), "bad-request"),
+            (iq("set", ""), "not-acceptable"),
+            (iq("get", "<s xmlns='urn:a'/><s xmlns='urn:b'/>"), "bad-request"),
+            (iq("set", "<s/>"), "not-acceptable"),
+        ] {
+            w.send(a, &request);
+            let got = w.take(a).concat();
+            assert!(got.contains(&format!("<{condition} ")), "{request}: {got}");
+        }
+        for typ in ["get", "set"] {
+            w.send(b, &iq(typ, "<s xmlns='urn:a'/>").replace("<iq ", "<iq to='alice@localhost' "));
+            assert!(w.take(b).concat().contains("<service-unavailable"));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_or_stored_is_an_error_and_blocks_nothing() {
+        let (mut w, a) = world();
+        w.tier.broken = true;
+        for typ in ["get", "set", "set"] {
+            w.send(a, &iq(typ, "<s xmlns='urn:a'>1</s>"));
+            assert!(w.take(a).concat().contains("<internal-server-error"));
+        }
+        w.tier.broken = false;
+        w.send(a, &iq("set", "<s xmlns='urn:a'>1</s>"));
+        w.expect(a, &[DONE]);
+    }
+}

@@ -28,11 +28,10 @@ pub fn markdown() -> String {
         row(name, spec, version, file);
     }
     for (feature, file) in FEATURES.iter().zip(FILES) {
-        // a file may hold two specifications that only make sense together; an RFC has no version
+        // a file may hold two specifications that only make sense together
         let mut versions = feature.version.split(", ");
         for spec in feature.spec.split(", ") {
-            let version = if spec.starts_with("XEP") { versions.next().unwrap_or_default() } else { "" };
-            row(feature.name, spec, version, &format!("src/xmpp/feature/{file}.rs"));
+            row(feature.name, spec, versions.next().unwrap_or_default(), &format!("src/xmpp/feature/{file}.rs"));
         }
     }
     out

@@ -55,6 +55,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_server_tells_its_time() {
+        let mut w = crate::xmpp::testing::World::new(1);
+        w.add("alice");
+        let a = w.login("alice", "a");
+        w.send(a, "<iq type='get' id='t' to='localhost'><time xmlns='urn:xmpp:time'/></iq>");
+        w.expect(a, &["<iq type='result' id='t' from='localhost' to='alice@localhost/a'><time xmlns='urn:xmpp:time'>\
+            <tzo>+00:00</tzo><utc>2026-09-21T14:13:20Z</utc></time></iq>"]);
+    }
+
+    #[test]
     fn stamps_are_those_of_the_calendar() {
         assert_eq!(stamp(0), "1970-01-01T00:00:00Z");
         assert_eq!(stamp(951_782_399), "2000-02-28T23:59:59Z");
