@@ -30,7 +30,7 @@ impl Files {
     }
 
     fn server(&self) -> TlsConfig {
-        TlsConfig::load(&self.certificate(), &self.key()).unwrap()
+        TlsConfig::load(&self.certificate(), &self.key(), false).unwrap()
     }
 
     fn leaf(&self) -> CertificateDer<'static> {
@@ -511,18 +511,18 @@ fn files_are_made_once_and_mistakes_are_told_in_words() {
     assert_eq!(config.fingerprint(), fingerprint(&files.leaf()));
     assert_eq!(config.fingerprint().len(), 32 * 3 - 1);
     let other = Files::new();
-    let wrong = TlsConfig::load(&files.certificate(), &other.key()).err();
+    let wrong = TlsConfig::load(&files.certificate(), &other.key(), false).err();
     assert!(wrong.unwrap().contains("cannot be used together"));
-    let missing = TlsConfig::load(&files.folder.path().join("none.pem"), &files.key()).err();
+    let missing = TlsConfig::load(&files.folder.path().join("none.pem"), &files.key(), false).err();
     assert!(missing.unwrap().contains("tls.certificate"));
-    let no_key = TlsConfig::load(&files.certificate(), &files.certificate()).err();
+    let no_key = TlsConfig::load(&files.certificate(), &files.certificate(), false).err();
     assert!(no_key.unwrap().contains("contains no key"));
-    let no_certificate = TlsConfig::load(&files.key(), &files.key()).err();
+    let no_certificate = TlsConfig::load(&files.key(), &files.key(), false).err();
     assert!(no_certificate.unwrap().contains("no certificate"));
     let unicode = tempfile::tempdir().unwrap();
     let at = |name: &str| unicode.path().join(name);
     generate_certificate("bücher.example", &at("c"), &at("k")).unwrap();
-    TlsConfig::load(&at("c"), &at("k")).unwrap();
+    TlsConfig::load(&at("c"), &at("k"), false).unwrap();
 }
 
 #[test]
@@ -579,7 +579,7 @@ fn a_socket_tells_what_the_peer_has_not_taken() {
     client.read_to_end(&mut got).unwrap();
     assert_eq!(got, b"abc");
     socket.set_peer("[::ffff:192.0.2.7]:5".parse().unwrap());
-    assert_eq!(socket.peer(), "192.0.2.7:5".parse().unwrap());
+    assert_eq!(socket.peer(), "192.0.2.7:5".parse::<std::net::SocketAddr>().unwrap());
 }
 
 /// Runs one ignored test of this binary in a process of its own, because it changes the process.

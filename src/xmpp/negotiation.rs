@@ -170,7 +170,7 @@ impl Negotiation {
             return Err(StreamError::new("invalid-namespace"));
         }
         let major = header.version.as_deref().and_then(|v| v.split('.').next()).and_then(|v| v.parse::<u32>().ok());
-        if !major.is_some_and(|v| v >= 1) {
+        if major.is_none_or(|v| v < 1) {
             return Err(StreamError::new("unsupported-version"));
         }
         let to = header.to.as_deref().and_then(|to| jid::domainpart(to).ok());
