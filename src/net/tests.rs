@@ -556,13 +556,14 @@ fn shards_share_a_port_and_a_second_process_is_refused() {
 }
 
 #[test]
-fn a_dual_stack_port_names_ipv4_peers_as_ipv4() {
-    let listener = listen_shared("[::]:0".parse().unwrap(), 16).unwrap();
-    let port = listener.address().port();
+fn the_same_port_can_be_had_for_both_address_families() {
+    let v6 = listen_shared("[::]:0".parse().unwrap(), 16).unwrap();
+    let port = v6.address().port();
+    let v4 = listen_shared(("0.0.0.0:0".parse::<std::net::SocketAddr>().unwrap().ip(), port).into(), 16).unwrap();
     let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    let (_socket, peer) = listener.accept().unwrap().unwrap();
+    let (_socket, peer) = v4.accept().unwrap().unwrap();
     assert_eq!(peer, client.local_addr().unwrap());
-    assert!(peer.is_ipv4());
+    assert!(v6.accept().unwrap().is_none());
 }
 
 #[test]
