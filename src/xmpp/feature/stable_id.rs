@@ -76,6 +76,26 @@ mod tests {
     use super::*;
 
     #[test]
+    fn nobody_gives_an_id_in_the_name_of_the_recipients_account() {
+        let mut w = crate::xmpp::testing::World::new(1);
+        w.add("alice");
+        w.add("bob");
+        let a = w.online("alice", "a");
+        let b = w.online("bob", "b");
+        let forged: String = ["alice@localhost", "ALICE@localhost", "bob@localhost"]
+            .iter()
+            .map(|by| format!("<stanza-id xmlns='urn:xmpp:sid:0' by='{by}' id='forged'/>"))
+            .collect();
+        w.send(b, &format!("<message to='alice@localhost' type='chat'><body>x</body>{forged}</message>"));
+        w.expect(a, &["<message from='bob@localhost/b' to='alice@localhost' type='chat'><body>x</body>\
+            <stanza-id xmlns='urn:xmpp:sid:0' by='bob@localhost' id='forged'/>\
+            <stanza-id xmlns='urn:xmpp:sid:0' by='alice@localhost' id='*'/></message>"]);
+        // nor where the server gives none
+        w.send(b, &format!("<message to='alice@localhost' type='headline'>{forged}</message>"));
+        assert!(!w.take(a).concat().to_lowercase().contains("by='alice"));
+    }
+
+    #[test]
     fn ids_of_neighbours_are_distinct_and_unlike() {
         let key = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210];
         let ids: std::collections::HashSet<u64> = (0..100_000).map(|i| permute(i, key)).collect();
