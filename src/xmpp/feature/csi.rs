@@ -17,8 +17,16 @@ pub static FEATURE: Feature = Feature {
     version: "1.0.0",
     stream: Some(|_| format!("<csi xmlns='{NS}'/>")),
     nonza: &[
-        NonzaRoute { name: "active", ns: NS, handle: active },
-        NonzaRoute { name: "inactive", ns: NS, handle: inactive },
+        NonzaRoute {
+            name: "active",
+            ns: NS,
+            handle: active,
+        },
+        NonzaRoute {
+            name: "inactive",
+            ns: NS,
+            handle: inactive,
+        },
     ],
     ..NONE
 };
@@ -45,7 +53,10 @@ pub fn hold(session: &mut Session, parts: &[&[u8]], meta: Meta, most: usize) -> 
         && let Some(from) = from_of(&stanza)
     {
         // only the newest presence of a full JID is worth telling
-        session.csi.held.retain(|(old, m)| !(m.kind.is_presence() && from_of(old) == Some(from)));
+        session
+            .csi
+            .held
+            .retain(|(old, m)| !(m.kind.is_presence() && from_of(old) == Some(from)));
     }
     session.csi.held.push((stanza, meta));
     true
@@ -106,7 +117,9 @@ mod tests {
     }
 
     fn state(to: &str) -> String {
-        format!("<message to='{to}' type='chat'><paused xmlns='http://jabber.org/protocol/chatstates'/></message>")
+        format!(
+            "<message to='{to}' type='chat'><paused xmlns='http://jabber.org/protocol/chatstates'/></message>"
+        )
     }
 
     #[test]
@@ -117,10 +130,20 @@ mod tests {
         }
         w.send(c, &state("alice@localhost"));
         w.expect(a, &[]);
-        w.send(b, "<message to='alice@localhost' type='chat'><body>x</body></message>");
+        w.send(
+            b,
+            "<message to='alice@localhost' type='chat'><body>x</body></message>",
+        );
         let got = w.take(a);
         let order = ["<show>dnd</show>", "<paused", "<body>"];
-        assert!(got.len() == 3 && got.iter().zip(order).all(|(got, wanted)| got.contains(wanted)), "{got:?}");
+        assert!(
+            got.len() == 3
+                && got
+                    .iter()
+                    .zip(order)
+                    .all(|(got, wanted)| got.contains(wanted)),
+            "{got:?}"
+        );
     }
 
     #[test]
