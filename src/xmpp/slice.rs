@@ -507,7 +507,7 @@ impl Slice {
     /// Gives a stanza (in parts, self-contained, to be read in a stream of `jabber:client`) to a session.
     pub fn send(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta) {
         let Some(session) = self.sessions.get_mut(sid) else { return };
-        if session.csi.inactive && feature::csi::hold(session, parts, meta) {
+        if session.csi.inactive && feature::csi::hold(session, parts, meta, self.env.limits.deferred_stanzas_max) {
             return;
         }
         if session.out.capacity() == 0

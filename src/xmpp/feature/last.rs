@@ -17,8 +17,18 @@ pub static FEATURE: Feature = Feature {
     server: &[NS],
     account: &[NS],
     iq: &[
-        IqRoute { name: "query", ns: NS, target: Target::Server, handle: uptime },
-        IqRoute { name: "query", ns: NS, target: Target::Account, handle: activity },
+        IqRoute {
+            name: "query",
+            ns: NS,
+            target: Target::Server,
+            handle: uptime,
+        },
+        IqRoute {
+            name: "query",
+            ns: NS,
+            target: Target::Account,
+            handle: activity,
+        },
     ],
     ..NONE
 };
@@ -39,8 +49,13 @@ fn activity(slice: &mut Slice, iq: Iq) {
     if iq.set {
         return slice.iq_error(&iq, &StanzaError::BAD_REQUEST);
     }
-    let Some(user) = slice.user(iq.account()) else { return };
-    let mut sessions = user.sessions.iter().filter_map(|sid| slice.sessions.get(*sid));
+    let Some(user) = slice.user(iq.account()) else {
+        return;
+    };
+    let mut sessions = user
+        .sessions
+        .iter()
+        .filter_map(|sid| slice.sessions.get(*sid));
     let answer = match &user.last {
         // who is connected but has said that he is away is not betrayed by this
         _ if sessions.any(|session| session.presence.is_some()) => query(0, ""),
@@ -54,7 +69,11 @@ fn activity(slice: &mut Slice, iq: Iq) {
 
 fn query(seconds: u64, status: &str) -> Element {
     let query = Element::new("query", NS).attr("seconds", seconds.to_string());
-    if status.is_empty() { query } else { query.text(status) }
+    if status.is_empty() {
+        query
+    } else {
+        query.text(status)
+    }
 }
 
 /// Must this stanza be answered by `<forbidden/>`, because it asks a session, or a user who does not exist, for what the asker
@@ -78,7 +97,10 @@ mod tests {
     fn told(w: &mut World, client: Client, to: &str, answer: &str) {
         w.send(client, &ask(to));
         let got = w.take(client).concat();
-        assert!(got.contains(answer) && got.contains(&format!("from='{to}'")), "wanted {answer}, got {got}");
+        assert!(
+            got.contains(answer) && got.contains(&format!("from='{to}'")),
+            "wanted {answer}, got {got}"
+        );
     }
 
     #[test]
@@ -102,7 +124,10 @@ mod tests {
         let a = w.online(&alice, "a");
         w.take(b);
         told(&mut w, b, &jid, "seconds='0'");
-        w.send(a, "<presence type='unavailable'><status>gone &amp; away</status></presence>");
+        w.send(
+            a,
+            "<presence type='unavailable'><status>gone &amp; away</status></presence>",
+        );
         w.take(b);
         w.advance(7000);
         told(&mut w, b, &jid, "seconds='7'>gone &amp; away</query>");
@@ -120,7 +145,13 @@ mod tests {
         let a = w.online("alice", "a");
         let m = w.online("mallory", "m");
         w.take(a);
-        for to in ["alice@localhost", "alice@localhost/a", "alice@localhost/b", "nobody@localhost", "nobody@localhost/a"] {
+        for to in [
+            "alice@localhost",
+            "alice@localhost/a",
+            "alice@localhost/b",
+            "nobody@localhost",
+            "nobody@localhost/a",
+        ] {
             w.send(m, &ask(to));
             w.expect(m, &[&format!(
                 "<iq type='error' id='l' from='{to}' to='mallory@localhost/m'><query xmlns='jabber:iq:last'/>\

@@ -11,7 +11,12 @@ pub static FEATURE: Feature = Feature {
     name: "Session establishment for old clients",
     spec: "RFC 3921 3",
     stream: Some(|_| format!("<session xmlns='{NS}'><optional/></session>")),
-    iq: &[IqRoute { name: "session", ns: NS, target: Target::Both, handle: answer }],
+    iq: &[IqRoute {
+        name: "session",
+        ns: NS,
+        target: Target::Both,
+        handle: answer,
+    }],
     ..NONE
 };
 
@@ -34,11 +39,15 @@ mod tests {
         w.add("alice");
         w.add("bob");
         let a = w.login("alice", "a");
-        let ask = "<iq type='set' id='s'><session xmlns='urn:ietf:params:xml:ns:xmpp-session'/></iq>";
+        let ask =
+            "<iq type='set' id='s'><session xmlns='urn:ietf:params:xml:ns:xmpp-session'/></iq>";
         w.send(a, ask);
         w.expect(a, &["<iq type='result' id='s' to='alice@localhost/a'/>"]);
         w.send(a, &ask.replace("<iq ", "<iq to='localhost' "));
-        w.expect(a, &["<iq type='result' id='s' from='localhost' to='alice@localhost/a'/>"]);
+        w.expect(
+            a,
+            &["<iq type='result' id='s' from='localhost' to='alice@localhost/a'/>"],
+        );
         w.send(a, &ask.replace("<iq ", "<iq to='bob@localhost' "));
         assert!(w.take(a).concat().contains("<service-unavailable"));
     }

@@ -20,7 +20,12 @@ pub static FEATURE: Feature = Feature {
     version: "2.4",
     server: &[NS],
     on: |env| env.limits.registration,
-    iq: &[IqRoute { name: "query", ns: NS, target: Target::Both, handle }],
+    iq: &[IqRoute {
+        name: "query",
+        ns: NS,
+        target: Target::Both,
+        handle,
+    }],
     ..NONE
 };
 
@@ -63,7 +68,12 @@ fn refuse(slice: &mut Slice, mut iq: Iq, error: &StanzaError) {
 }
 
 fn change_password(slice: &mut Slice, mut iq: Iq) {
-    let field = |name| iq.payload.find(name, NS).map(|e| e.text_content()).unwrap_or_default();
+    let field = |name| {
+        iq.payload
+            .find(name, NS)
+            .map(|e| e.text_content())
+            .unwrap_or_default()
+    };
     let (username, password) = (field("username"), field("password"));
     // held no longer than needed
     iq.payload = Element::new("query", NS);
@@ -75,7 +85,10 @@ fn change_password(slice: &mut Slice, mut iq: Iq) {
         // section 3.1.1: a second identity
         return refuse(slice, iq, &StanzaError::NOT_ACCEPTABLE);
     }
-    let job = Job::Derive { password, iterations: slice.env.limits.iterations };
+    let job = Job::Derive {
+        password,
+        iterations: slice.env.limits.iterations,
+    };
     slice.compute(
         job,
         Box::new(move |slice, computed| {
@@ -153,10 +166,20 @@ fn removed(slice: &mut Slice, name: &str) {
     let record = user.record.to_owned();
     for sid in slice.sessions_of(name) {
         // what it was sent has no recipient any more
-        if let Some(sm) = slice.sessions.get_mut(sid).and_then(|session| session.sm.as_mut()) {
+        if let Some(sm) = slice
+            .sessions
+            .get_mut(sid)
+            .and_then(|session| session.sm.as_mut())
+        {
             sm.unacknowledged();
         }
-        slice.end(sid, Some(StreamError::text("not-authorized", "the account was removed")));
+        slice.end(
+            sid,
+            Some(StreamError::text(
+                "not-authorized",
+                "the account was removed",
+            )),
+        );
     }
     slice.set_user(name, None);
     let from = format!("{name}@{}", slice.env.domain);
@@ -165,11 +188,23 @@ fn removed(slice: &mut Slice, name: &str) {
             cancel(slice, &from, &contact.jid, Kind::Unsubscribe, "unsubscribe");
         }
         if contact.subscription.from() || contact.approved {
-            cancel(slice, &from, &contact.jid, Kind::Unsubscribed, "unsubscribed");
+            cancel(
+                slice,
+                &from,
+                &contact.jid,
+                Kind::Unsubscribed,
+                "unsubscribed",
+            );
         }
     }
     for request in &record.requests {
-        cancel(slice, &from, &request.jid, Kind::Unsubscribed, "unsubscribed");
+        cancel(
+            slice,
+            &from,
+            &request.jid,
+            Kind::Unsubscribed,
+            "unsubscribed",
+        );
     }
 }
 
@@ -193,7 +228,10 @@ mod tests {
     }
 
     fn change(username: &str, password: &str) -> String {
-        iq("set", &format!("<username>{username}</username><password>{password}</password>"))
+        iq(
+            "set",
+            &format!("<username>{username}</username><password>{password}</password>"),
+        )
     }
 
     fn alice() -> (World, Client) {
@@ -239,9 +277,14 @@ mod tests {
             (change("", "secret"), "bad-request"),
             (iq("set", "<password>secret</password>"), "bad-request"),
             (change("alice", "secret\u{7}"), "not-acceptable"),
-            (iq("set", "<remove/><password>secret</password>"), "bad-request"),
+            (
+                iq("set", "<remove/><password>secret</password>"),
+                "bad-request",
+            ),
         ] {
-            let Ok(()) = w.element(a, &request) else { continue };
+            let Ok(()) = w.element(a, &request) else {
+                continue;
+            };
             w.run();
             let got = w.take(a).concat();
             assert!(got.contains(&format!("<{condition} ")), "{request}: {got}");
@@ -250,7 +293,10 @@ mod tests {
         w.tier.broken = true;
         w.send(a, &change("alice", "secret"));
         let got = w.take(a).concat();
-        assert!(got.contains("<internal-server-error") && !got.contains("secret"), "{got}");
+        assert!(
+            got.contains("<internal-server-error") && !got.contains("secret"),
+            "{got}"
+        );
         w.tier.broken = false;
         assert!(w.stored("alice").sha1.is_none() && w.stored("bob").sha1.is_none());
     }
@@ -277,7 +323,10 @@ mod tests {
         w.add("bob");
         for name in ["bob", "nobody"] {
             for request in [iq("get", ""), iq("set", "<remove/>"), change(name, "x")] {
-                w.send(a, &request.replace("<iq ", &format!("<iq to='{name}@localhost' ")));
+                w.send(
+                    a,
+                    &request.replace("<iq ", &format!("<iq to='{name}@localhost' ")),
+                );
                 assert!(w.take(a).concat().contains("<service-unavailable"));
             }
         }
@@ -310,21 +359,33 @@ mod tests {
             assert!(w.closed(client));
         }
         let subscription = |w: &World, name: &str| {
-            w.stored(name).roster_item(&format!("{alice}@localhost")).map(|item| item.subscription)
+            w.stored(name)
+                .roster_item(&format!("{alice}@localhost"))
+                .map(|item| item.subscription)
         };
         for (client, name, kinds) in [
-            (clients[0], &bob, &["unavailable", "unsubscribe", "unsubscribed"][..]),
+            (
+                clients[0],
+                &bob,
+                &["unavailable", "unsubscribe", "unsubscribed"][..],
+            ),
             (clients[1], &carol, &["unsubscribe"][..]),
             (clients[2], &dave, &["unavailable", "unsubscribed"][..]),
         ] {
             let got = w.take(client).concat();
             for kind in kinds {
-                assert!(got.contains(&format!("type='{kind}'")), "{kind} for {name}: {got}");
+                assert!(
+                    got.contains(&format!("type='{kind}'")),
+                    "{kind} for {name}: {got}"
+                );
             }
             assert_eq!(subscription(&w, name), Some(Subscription::None));
         }
         assert!(!w.tier.users.contains_key(&alice));
-        w.send(clients[0], &format!("<message type='chat' to='{alice}@localhost'><body>x</body></message>"));
+        w.send(
+            clients[0],
+            &format!("<message type='chat' to='{alice}@localhost'><body>x</body></message>"),
+        );
         assert!(w.take(clients[0]).concat().contains("<service-unavailable"));
     }
 

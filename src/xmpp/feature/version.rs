@@ -12,7 +12,12 @@ pub static FEATURE: Feature = Feature {
     spec: "XEP-0092",
     version: "1.1",
     server: &[NS],
-    iq: &[IqRoute { name: "query", ns: NS, target: Target::Server, handle: answer }],
+    iq: &[IqRoute {
+        name: "query",
+        ns: NS,
+        target: Target::Server,
+        handle: answer,
+    }],
     ..NONE
 };
 
@@ -33,14 +38,20 @@ mod tests {
         let mut w = crate::xmpp::testing::World::new(1);
         w.add("alice");
         let a = w.login("alice", "a");
-        w.send(a, "<iq type='get' id='v' to='localhost'><query xmlns='jabber:iq:version'/></iq>");
+        w.send(
+            a,
+            "<iq type='get' id='v' to='localhost'><query xmlns='jabber:iq:version'/></iq>",
+        );
         w.expect(a, &[concat!(
             "<iq type='result' id='v' from='localhost' to='alice@localhost/a'><query xmlns='jabber:iq:version'>",
             "<name>nitro</name><version>",
             env!("CARGO_PKG_VERSION"),
             "</version></query></iq>"
         )]);
-        w.send(a, "<iq type='set' id='v' to='localhost'><query xmlns='jabber:iq:version'/></iq>");
+        w.send(
+            a,
+            "<iq type='set' id='v' to='localhost'><query xmlns='jabber:iq:version'/></iq>",
+        );
         assert!(w.take(a).concat().contains("<bad-request"));
     }
 }
