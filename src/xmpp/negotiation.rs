@@ -8,7 +8,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
 use super::error::{StanzaError, StreamError};
-use super::feature::{FEATURES, sm};
+use super::feature::sm;
 use super::jid;
 use super::sasl::{self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck};
 use super::slice::Env;
@@ -189,9 +189,7 @@ impl Negotiation {
         let mut text = String::from("<stream:features>");
         if self.user.is_some() {
             text.push_str(&format!("<bind xmlns='{NS_BIND}'/>"));
-            for stream in FEATURES.iter().filter_map(|f| f.stream) {
-                text.push_str(&stream(env));
-            }
+            text.push_str(env.stream_features());
         } else {
             if self.policy.tls_offered && !self.encrypted {
                 let required = if self.policy.tls_required { "<required/>" } else { "" };

@@ -288,7 +288,6 @@ pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
             slice.bounce(&to, from, &stanza, meta, &crate::xmpp::error::StanzaError::SERVICE_UNAVAILABLE);
             continue;
         }
-        // as to the bare JID: the resource is gone
-        message::redeliver(slice, &to.to_bare(), &stanza, meta);
+        message::redeliver(slice, &to, &stanza, meta);
     }
 }
