@@ -30,7 +30,7 @@ impl Files {
     }
 
     fn server(&self) -> TlsConfig {
-        TlsConfig::load(&self.certificate(), &self.key()).unwrap()
+        TlsConfig::load(&self.certificate(), &self.key(), false).unwrap()
     }
 
     fn leaf(&self) -> CertificateDer<'static> {
@@ -511,18 +511,18 @@ fn files_are_made_once_and_mistakes_are_told_in_words() {
     assert_eq!(config.fingerprint(), fingerprint(&files.leaf()));
     assert_eq!(config.fingerprint().len(), 32 * 3 - 1);
     let other = Files::new();
-    let wrong = TlsConfig::load(&files.certificate(), &other.key()).err();
+    let wrong = TlsConfig::load(&files.certificate(), &other.key(), false).err();
     assert!(wrong.unwrap().contains("cannot be used together"));
-    let missing = TlsConfig::load(&files.folder.path().join("none.pem"), &files.key()).err();
+    let missing = TlsConfig::load(&files.folder.path().join("none.pem"), &files.key(), false).err();
     assert!(missing.unwrap().contains("tls.certificate"));
-    let no_key = TlsConfig::load(&files.certificate(), &files.certificate()).err();
+    let no_key = TlsConfig::load(&files.certificate(), &files.certificate(), false).err();
     assert!(no_key.unwrap().contains("contains no key"));
-    let no_certificate = TlsConfig::load(&files.key(), &files.key()).err();
+    let no_certificate = TlsConfig::load(&files.key(), &files.key(), false).err();
     assert!(no_certificate.unwrap().contains("no certificate"));
     let unicode = tempfile::tempdir().unwrap();
     let at = |name: &str| unicode.path().join(name);
     generate_certificate("bücher.example", &at("c"), &at("k")).unwrap();
-    TlsConfig::load(&at("c"), &at("k")).unwrap();
+    TlsConfig::load(&at("c"), &at("k"), false).unwrap();
 }
 
 #[test]
@@ -556,13 +556,14 @@ fn shards_share_a_port_and_a_second_process_is_refused() {
 }
 
 #[test]
-fn a_dual_stack_port_names_ipv4_peers_as_ipv4() {
-    let listener = listen_shared("[::]:0".parse().unwrap(), 16).unwrap();
-    let port = listener.address().port();
+fn the_same_port_can_be_had_for_both_address_families() {
+    let v6 = listen_shared("[::]:0".parse().unwrap(), 16).unwrap();
+    let port = v6.address().port();
+    let v4 = listen_shared(("0.0.0.0:0".parse::<std::net::SocketAddr>().unwrap().ip(), port).into(), 16).unwrap();
     let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
-    let (_socket, peer) = listener.accept().unwrap().unwrap();
+    let (_socket, peer) = v4.accept().unwrap().unwrap();
     assert_eq!(peer, client.local_addr().unwrap());
-    assert!(peer.is_ipv4());
+    assert!(v6.accept().unwrap().is_none());
 }
 
 #[test]
@@ -579,7 +580,7 @@ fn a_socket_tells_what_the_peer_has_not_taken() {
     client.read_to_end(&mut got).unwrap();
     assert_eq!(got, b"abc");
     socket.set_peer("[::ffff:192.0.2.7]:5".parse().unwrap());
-    assert_eq!(socket.peer(), "192.0.2.7:5".parse().unwrap());
+    assert_eq!(socket.peer(), "192.0.2.7:5".parse::<std::net::SocketAddr>().unwrap());
 }
 
 /// Runs one ignored test of this binary in a process of its own, because it changes the process.

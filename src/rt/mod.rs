@@ -138,7 +138,7 @@ fn run<T: 'static>(ex: &LocalExecutor, shard: usize, main: impl Future<Output = 
         // One look at the rings, which arms the bells, before anything can keep the shard busy. (A timer that is over
         // when it is first polled does not wait.)
         sleep(Duration::from_millis(1)).await;
-        spawn_into(Queue::Live, turn::paced(main)).await
+        spawn_into(Queue::Live, turn::paced(Queue::Live, main)).await
     })
 }
 
@@ -157,7 +157,7 @@ fn spawn_into<T: 'static>(
 ///
 /// Panics outside [`run_shards`] and [`block_on`].
 pub fn spawn(queue: Queue, future: impl Future<Output = ()> + 'static) {
-    spawn_into(queue, turn::paced(future)).detach();
+    spawn_into(queue, turn::paced(queue, future)).detach();
 }
 
 /// The index of this shard in `cores` as given to [`run_shards`].

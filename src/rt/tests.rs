@@ -389,12 +389,14 @@ fn mesh_latency() {
                             took.push(sent.elapsed());
                         }
                         took.sort();
-                        let n = took.len();
+                        let at = |per_mille| took[took.len() * per_mille / 1000];
                         println!(
-                            "busy {busy}: {n} values, p50 {:?} p99 {:?} max {:?}",
-                            took[n / 2],
-                            took[n * 99 / 100],
-                            took[n - 1]
+                            "busy {busy}: {} values, p50 {:?} p90 {:?} p99 {:?} p99.9 {:?}",
+                            took.len(),
+                            at(500),
+                            at(900),
+                            at(990),
+                            at(999)
                         );
                     }
                 }

@@ -17,6 +17,7 @@
 //! The same mistake is possible with the wake-ups of glommio's own channels and of wakers moved to other threads, so
 //! neither is used: [`mesh`](super::mesh) and [`inbox`](super::inbox) ring bells too. [`heartbeat`] bounds what is left.
 
+use super::Queue;
 use super::bell::{Bell, Ear};
 use glommio::executor;
 use std::cell::{Cell, RefCell};
@@ -24,7 +25,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::task::{Context, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 /// How long a queue may run before the others are looked at.
@@ -42,12 +43,14 @@ struct Turn {
     next: Cell<usize>,
     /// Whether the other one is on its way back.
     other_returns: Cell<bool>,
+    /// Something more urgent came, and no other queue has given way to it yet.
+    preempted: Cell<bool>,
 }
 
 thread_local! {
     static TURN: Turn = const {
         Turn { began: Cell::new(None), ended: Cell::new(None), bells: RefCell::new(None),
-            next: Cell::new(0), other_returns: Cell::new(true) }
+            next: Cell::new(0), other_returns: Cell::new(true), preempted: Cell::new(false) }
     };
 }
 
@@ -82,9 +85,16 @@ pub(super) async fn heartbeat() {
 }
 
 /// `future`, ending the slice when it or its predecessors have run long enough.
-pub(super) async fn paced<T>(future: impl Future<Output = T>) -> T {
+///
+/// A queue that wakes up is put just behind the one that runs, which would cost live traffic one more slice of the queue
+/// that it has preempted. So the first task of another queue after a preemption gives way once.
+pub(super) async fn paced<T>(queue: Queue, future: impl Future<Output = T>) -> T {
     let mut future = pin!(future);
     poll_fn(|cx| {
+        if queue != Queue::Live && TURN.with(Turn::gives_way) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         enter();
         let polled = future.as_mut().poll(cx);
         leave();
@@ -113,6 +123,8 @@ fn leave() {
         turn.ended.set(Some(now));
         if turn.is_over(now) {
             turn.end();
+        } else if executor().need_preempt() {
+            turn.preempted.set(true);
         }
     });
 }
@@ -134,19 +146,33 @@ impl Turn {
             .is_some_and(|began| now.duration_since(began) >= SLICE)
     }
 
+    fn gives_way(&self) -> bool {
+        // Not before the executor has looked at what preempted.
+        let gives_way = self.preempted.get() && !executor().need_preempt();
+        if gives_way {
+            self.preempted.set(false);
+            self.pass();
+        }
+        gives_way
+    }
+
     fn end(&self) {
         self.began.set(None);
-        // Polled once, it marks the running queue: its other tasks wait for its next turn.
-        let executor = executor();
-        let mut next_queue = pin!(executor.yield_task_queue_now());
-        let _ = next_queue
-            .as_mut()
-            .poll(&mut Context::from_waker(Waker::noop()));
-        if let Some(bells) = &*self.bells.borrow()
+        self.preempted.set(true);
+        self.pass();
+        if !executor().need_preempt()
+            && let Some(bells) = &*self.bells.borrow()
             && self.other_returns.replace(false)
         {
             bells[self.next.get()].ring();
             self.next.set(1 - self.next.get());
         }
+    }
+
+    /// Marks the running queue: its other tasks wait for its next turn.
+    fn pass(&self) {
+        let executor = executor();
+        let mut marks = pin!(executor.yield_task_queue_now());
+        let _ = marks.as_mut().poll(&mut Context::from_waker(Waker::noop()));
     }
 }

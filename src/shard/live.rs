@@ -45,7 +45,7 @@ impl Shard {
                     break;
                 }
                 let Some(link) = self.unread.borrow_mut().pop_front() else { break };
-                self.read(link);
+                self.read(link, true);
                 if rt::need_preempt() {
                     self.flush();
                     rt::yield_now().await;
@@ -95,13 +95,14 @@ impl Shard {
             if self.ways.borrow().congested() {
                 self.unread.borrow_mut().push_back(link);
             } else {
-                self.read(link);
+                self.read(link, event.closed);
             }
         }
     }
 
-    /// Reads a live connection and hands its elements to the slice.
-    pub(super) fn read(&self, link: u64) {
+    /// Reads a live connection and hands its elements to the slice. `to_the_end`: until the kernel says that there is no
+    /// more, because an end that came with the last bytes is not reported again.
+    pub(super) fn read(&self, link: u64, to_the_end: bool) {
         let mut links = self.links.borrow_mut();
         let Some(Kind::Live(live)) = links.get_mut(link) else { return };
         let mut slice = self.slice.borrow_mut();
@@ -124,7 +125,7 @@ impl Shard {
             }
             end = match live.transport.read(&mut scratch) {
                 Ok(Read::Data { bytes: data, more }) => {
-                    drained = !more;
+                    drained = !more && !to_the_end;
                     if live.rest.is_empty() {
                         take_frames(&mut slice, sid, &mut live.framer, data, &mut live.rest)
                     } else {

@@ -210,7 +210,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
             *kind = Kind::Live(Box::new(LiveLink { transport, framer, rest, session: sid, _pass: pass }));
         }
         // what came behind the binding, and edges that nobody saw meanwhile
-        shard.read(link);
+        shard.read(link, true);
         shard.flush();
         if !shard.unread.borrow().is_empty() {
             shard.nudge();

@@ -176,6 +176,7 @@ impl Shard {
             ring: Rc::new((*parts.ring).clone()),
             limits: limits(&config),
             id_key: parts.id_key,
+            features: Default::default(),
         };
         let mut mesh = parts.mesh.connect().map_err(|e| format!("the mesh cannot be connected: {e}"))?;
         let receivers: Vec<_> = (0..shards).filter_map(|n| mesh.receiver(n)).collect();

@@ -7,6 +7,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
+use std::cell::OnceCell;
 use std::rc::Rc;
 
 use fnv::FnvHashMap;
@@ -36,9 +37,16 @@ pub struct Env {
     pub limits: Limits,
     /// Key of the permutation that makes stable ids (XEP-0359).
     pub id_key: [u64; 2],
+    /// See [`Env::stream_features`].
+    pub features: OnceCell<Box<str>>,
 }
 
 impl Env {
+    /// What the table of features adds to `<stream:features/>` after authentication.
+    pub fn stream_features(&self) -> &str {
+        self.features.get_or_init(|| feature::FEATURES.iter().filter_map(|f| f.stream).map(|f| f(self)).collect())
+    }
+
     /// The shard that owns the user.
     pub fn owner(&self, name: &str) -> u16 {
         self.ring.owner(name) as u16
@@ -507,7 +515,7 @@ impl Slice {
     /// Gives a stanza (in parts, self-contained, to be read in a stream of `jabber:client`) to a session.
     pub fn send(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta) {
         let Some(session) = self.sessions.get_mut(sid) else { return };
-        if session.csi.inactive && feature::csi::hold(session, parts, meta) {
+        if session.csi.inactive && feature::csi::hold(session, parts, meta, self.env.limits.deferred_stanzas_max) {
             return;
         }
         if session.out.capacity() == 0

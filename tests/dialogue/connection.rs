@@ -15,7 +15,7 @@ use super::xml::{Element, Framer, Item};
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
 pub struct Connection {
-    socket: TcpStream,
+    pub socket: TcpStream,
     framer: Framer,
     /// Items that came while something else was waited for.
     inbox: VecDeque<Item>,
@@ -27,6 +27,11 @@ impl Connection {
     pub fn connect(server: SocketAddr) -> Result<Connection, String> {
         let socket = TcpStream::connect_timeout(&server, ANSWER_WITHIN)
             .map_err(|why| format!("connect: {why}"))?;
+        Connection::over(socket)
+    }
+
+    /// A connection that stands already, and on which something may have been said.
+    pub fn over(socket: TcpStream) -> Result<Connection, String> {
         socket.set_nodelay(true).map_err(|why| why.to_string())?;
         Ok(Connection {
             socket,

@@ -91,7 +91,8 @@ mod tests {
     use crate::xml::StreamNs;
 
     fn flags(message: &str) -> u16 {
-        meta(&View::parse(message.as_bytes(), &StreamNs::client(), &Default::default()).unwrap()).flags
+        meta(&View::parse(message.as_bytes(), &StreamNs::client(), &Default::default()).unwrap())
+            .flags
     }
 
     #[test]
@@ -100,23 +101,39 @@ mod tests {
         assert!(copied("<message type='chat'/>"));
         assert!(copied("<message><body>x</body></message>"));
         assert!(!copied("<message><subject>x</subject></message>"));
-        assert!(copied("<message><received xmlns='urn:xmpp:receipts' id='1'/></message>"));
-        assert!(copied("<message><paused xmlns='http://jabber.org/protocol/chatstates'/></message>"));
-        assert!(copied("<message><displayed xmlns='urn:xmpp:chat-markers:0' id='1'/></message>"));
-        assert!(copied("<message><x xmlns='jabber:x:conference' jid='r@c'/></message>"));
+        assert!(copied(
+            "<message><received xmlns='urn:xmpp:receipts' id='1'/></message>"
+        ));
+        assert!(copied(
+            "<message><paused xmlns='http://jabber.org/protocol/chatstates'/></message>"
+        ));
+        assert!(copied(
+            "<message><displayed xmlns='urn:xmpp:chat-markers:0' id='1'/></message>"
+        ));
+        assert!(copied(
+            "<message><x xmlns='jabber:x:conference' jid='r@c'/></message>"
+        ));
         assert!(copied(
             "<message><x xmlns='http://jabber.org/protocol/muc#user'><invite from='a@b'/></x></message>"
         ));
         assert!(!copied("<message type='headline'><body>x</body></message>"));
-        assert!(copied("<message type='error'><body>x</body><error type='cancel'/></message>"));
-        assert!(copied("<message type='error'><error type='cancel'/></message>"));
-        assert!(!copied("<message type='error'><q xmlns='urn:q'/><error type='cancel'/></message>"));
+        assert!(copied(
+            "<message type='error'><body>x</body><error type='cancel'/></message>"
+        ));
+        assert!(copied(
+            "<message type='error'><error type='cancel'/></message>"
+        ));
+        assert!(!copied(
+            "<message type='error'><q xmlns='urn:q'/><error type='cancel'/></message>"
+        ));
     }
 
     #[test]
     fn private_messages_of_rooms_are_told_from_invitations() {
         let room = |message| flags(message) & Meta::ROOM != 0;
-        assert!(room("<message type='chat'><body>x</body><x xmlns='http://jabber.org/protocol/muc#user'/></message>"));
+        assert!(room(
+            "<message type='chat'><body>x</body><x xmlns='http://jabber.org/protocol/muc#user'/></message>"
+        ));
         assert!(!room(
             "<message><x xmlns='http://jabber.org/protocol/muc#user'><invite from='a@b'/></x></message>"
         ));
@@ -124,19 +141,38 @@ mod tests {
 
     #[test]
     fn hints_are_seen() {
-        assert_eq!(flags("<message><no-store xmlns='urn:xmpp:hints'/></message>"), Meta::NO_STORE);
-        assert_eq!(flags("<message><no-permanent-store xmlns='urn:xmpp:hints'/></message>"), 0);
-        assert_eq!(flags("<message><store xmlns='urn:xmpp:hints'/></message>"), Meta::STORE);
-        assert_eq!(flags("<message><no-copy xmlns='urn:xmpp:hints'/></message>"), Meta::NO_COPY);
-        assert_eq!(flags("<message><private xmlns='urn:xmpp:carbons:2'/></message>") & Meta::NO_COPY, Meta::NO_COPY);
+        assert_eq!(
+            flags("<message><no-store xmlns='urn:xmpp:hints'/></message>"),
+            Meta::NO_STORE
+        );
+        assert_eq!(
+            flags("<message><no-permanent-store xmlns='urn:xmpp:hints'/></message>"),
+            0
+        );
+        assert_eq!(
+            flags("<message><store xmlns='urn:xmpp:hints'/></message>"),
+            Meta::STORE
+        );
+        assert_eq!(
+            flags("<message><no-copy xmlns='urn:xmpp:hints'/></message>"),
+            Meta::NO_COPY
+        );
+        assert_eq!(
+            flags("<message><private xmlns='urn:xmpp:carbons:2'/></message>") & Meta::NO_COPY,
+            Meta::NO_COPY
+        );
         assert_eq!(flags("<message><no-copy xmlns='urn:other'/></message>"), 0);
     }
 
     #[test]
     fn chat_states_alone_may_wait() {
         let lazy = |message| flags(message) & Meta::LAZY != 0;
-        assert!(lazy("<message type='chat'><composing xmlns='http://jabber.org/protocol/chatstates'/><thread>1</thread></message>"));
-        assert!(!lazy("<message type='chat'><active xmlns='http://jabber.org/protocol/chatstates'/><body>x</body></message>"));
+        assert!(lazy(
+            "<message type='chat'><composing xmlns='http://jabber.org/protocol/chatstates'/><thread>1</thread></message>"
+        ));
+        assert!(!lazy(
+            "<message type='chat'><active xmlns='http://jabber.org/protocol/chatstates'/><body>x</body></message>"
+        ));
         assert!(!lazy("<message type='chat'/>"));
     }
 }
