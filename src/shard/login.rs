@@ -84,7 +84,7 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
             Ok(None) if shard.stopping.get() => break,
             Ok(None) => notify.wait().await,
             Err(error) => {
-                shard.gauges.accept_failed();
+                shard.gauges.accept_failures.one();
                 tracing::warn!(%error, "connections cannot be accepted for the moment");
                 rt::sleep(EXHAUSTED_PAUSE).await;
             }
@@ -157,13 +157,14 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
 
 /// A connection comes to this shard because its user lives here.
 pub fn arrived(shard: Rc<Shard>, moved: Moved) {
-    shard.gauges.handed_over();
+    shard.hand_overs.set(shard.hand_overs.get() + 1);
     rt::spawn(Queue::Login, negotiate(shard, moved.connecting, Some(moved.wish)));
 }
 
 /// Too many connections: said in plain text where that is possible.
 fn turn_away(shard: &Shard, mut transport: Transport, tls_first: bool, shut: Shut) {
-    shard.gauges.turned_away(shut);
+    shard.gauges.turned_away.one();
+    tracing::debug!(?shut, "turned away");
     if tls_first {
         return;
     }
