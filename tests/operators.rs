@@ -371,7 +371,7 @@ fn a_mistake_in_the_configuration_is_one_sentence_with_key_and_line_and_status_2
         ("[limits]\n\nstanza_bytes_max = \"big\"\n", "limits.stanza_bytes_max", 3),
         ("registration = \"perhaps\"\n", "registration", 1),
         ("[ping]\nidle_seconds = 1\n", "ping.idle_seconds", 2),
-        ("domain = \n", "domain", 1),
+        ("domain = \n", "TOML", 1),
     ] {
         fs::write(&file, text).unwrap();
         let why = start_refused(&[], 2, |command| {
@@ -499,9 +499,9 @@ fn sighup_reloads_the_certificate_and_says_what_it_cannot() {
     nitro::net::generate_certificate(DOMAIN, &certificate, &key).unwrap();
     write("registration = \"off\"\ncores = \"0\"\n");
     hang_up();
-    wait_until("the reload", REFUSED_WITHIN, || said().contains(" reloaded: "));
+    wait_until("the reload", REFUSED_WITHIN, || said().contains("INFO nitro::blade: reloaded: "));
     let log = said();
-    let line = log.lines().find(|line| line.contains(" reloaded: ")).unwrap();
+    let line = log.lines().find(|line| line.contains("INFO nitro::blade: reloaded: ")).unwrap();
     assert!(line.contains("registration"), "{line}");
     let (_, later) = line
         .split_once("until a restart")

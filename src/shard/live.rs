@@ -197,6 +197,12 @@ impl Shard {
             Inbound::Nudge => {}
             Inbound::Stop => {
                 self.stopping.set(true);
+                // listeners and those who are logging in look again, and hear that it is over
+                for (_, link) in &self.links.borrow().slab {
+                    if let Kind::Waits(notify) = &link.kind {
+                        notify.notify();
+                    }
+                }
                 let mut slice = self.slice.borrow_mut();
                 slice.end_all(&StreamError::text("system-shutdown", "the server stops"));
             }

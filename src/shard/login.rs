@@ -250,8 +250,7 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
         let step = match next.take() {
             Some(step) => step,
             None => {
-                let limits = shard.slice.borrow().env.limits.xml;
-                match c.framer.next(&c.rest, &limits) {
+                match c.framer.next(&c.rest, c.negotiation.limits()) {
                     Err(error) => return Outcome::Refuse(error.into()),
                     Ok(None) => match fill(shard, c, notify).await {
                         Ok(()) => continue,
