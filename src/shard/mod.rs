@@ -253,6 +253,10 @@ impl Shard {
             };
             self.end_closing(now_ms);
             self.flush();
+            if self.stopping.get() {
+                // those who did not hang up have just been left: the live loop may end
+                self.nudge();
+            }
         }
     }
 }
