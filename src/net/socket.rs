@@ -1,7 +1,7 @@
 //! One connected stream socket. In: a descriptor. Out: bytes, without ever waiting. Promise: every call is one system
 //! call, and a peer that is gone is an error, never a signal.
 
-use rustix::net::{RecvFlags, SendFlags, Shutdown, sockopt};
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
