@@ -164,6 +164,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     tracing::info!("stopping");
     // whatever hangs, the process ends in time
     let patience = Duration::from_secs(current.shutdown.seconds_max);
+    let until = Instant::now() + patience.mul_f32(0.8);
     std::thread::spawn(move || {
         std::thread::sleep(patience);
         eprintln!("nitro: stopping took longer than shutdown.seconds_max; ending now");
@@ -173,8 +174,9 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     for sender in &senders {
         let _ = sender.send(Inbound::Stop, INBOX_PATIENCE);
     }
-    for thread in threads {
-        let _ = thread.join();
+    // what was written so far must reach the disk, even if a shard does not end
+    while !threads.iter().all(|thread| thread.is_finished()) && Instant::now() < until {
+        std::thread::sleep(Duration::from_millis(2));
     }
     lane.stop();
     tracing::info!("stopped");

@@ -163,7 +163,11 @@ fn accounts_are_managed_on_the_running_and_on_the_stopped_server_alike() {
         let list = done(&blade, &["user", "list", "a"], "");
         assert!(list.contains("disabled"), "{list}");
         done(&blade, &["user", "enable", "alice"], "");
-        done(&blade, &["user", "passwd", "bob", "--password-stdin"], "new\n");
+        done(
+            &blade,
+            &["user", "passwd", "bob", "--password-stdin"],
+            "new\n",
+        );
         done(&blade, &["user", "remove", "alice"], "");
         done(&blade, &["user", "remove", "bob"], "");
         assert_eq!(done(&blade, &["user", "list"], ""), "");
@@ -190,7 +194,11 @@ fn a_change_by_the_operator_holds_at_once_on_the_running_server() {
     let log_in = |password| authenticated(blade.c2s, "alice", password).map(drop);
     // in the cache before each change
     assert_eq!(log_in(PASSWORD), Ok(()));
-    done(&blade, &["user", "passwd", "alice", "--password-stdin"], "other\n");
+    done(
+        &blade,
+        &["user", "passwd", "alice", "--password-stdin"],
+        "other\n",
+    );
     assert_eq!(log_in(PASSWORD), Err("not-authorized".to_owned()));
     assert_eq!(log_in("other"), Ok(()));
 
@@ -203,7 +211,10 @@ fn a_change_by_the_operator_holds_at_once_on_the_running_server() {
 
     let mut session = Client::online(&blade, "bob", "desk");
     done(&blade, &["user", "remove", "bob"], "");
-    assert!(session.ends().is_some(), "the stream ended without an error");
+    assert!(
+        session.ends().is_some(),
+        "the stream ended without an error"
+    );
     let removed = authenticated(blade.c2s, "bob", PASSWORD).map(drop);
     assert_eq!(removed, Err("not-authorized".to_owned()));
     blade.add_user("bob", "new");
@@ -222,7 +233,10 @@ fn sessions_are_listed_and_kicked() {
     for jid in [&desk.jid, &phone.jid, &bob.jid] {
         assert!(list.contains(jid.as_str()), "{jid} is not in:\n{list}");
     }
-    assert!(list.contains("no presence") && list.contains("priority 0"), "{list}");
+    assert!(
+        list.contains("no presence") && list.contains("priority 0"),
+        "{list}"
+    );
     let list = done(&blade, &["session", "list", "bob"], "");
     assert_eq!(list.lines().count(), 1, "{list}");
     done(&blade, &["session", "kick", "alice@localhost/desk"], "");
@@ -368,10 +382,14 @@ fn a_mistake_in_the_configuration_is_one_sentence_with_key_and_line_and_status_2
     let file = own.path().join("nitro.toml");
     for (text, key, line) in [
         ("domain = \"a.example\"\nspeling = 1\n", "speling", 2),
-        ("[limits]\n\nstanza_bytes_max = \"big\"\n", "limits.stanza_bytes_max", 3),
+        (
+            "[limits]\n\nstanza_bytes_max = \"big\"\n",
+            "limits.stanza_bytes_max",
+            3,
+        ),
         ("registration = \"perhaps\"\n", "registration", 1),
         ("[ping]\nidle_seconds = 1\n", "ping.idle_seconds", 2),
-        ("domain = \n", "domain", 1),
+        ("domain = \n", "TOML", 1),
     ] {
         fs::write(&file, text).unwrap();
         let why = start_refused(&[], 2, |command| {
@@ -380,7 +398,10 @@ fn a_mistake_in_the_configuration_is_one_sentence_with_key_and_line_and_status_2
         assert_eq!(why.trim_end().lines().count(), 1, "{why}");
         let name = key.rsplit('.').next().unwrap();
         assert!(why.contains(name), "{key}: {why}");
-        assert!(why.contains(&format!("line {line}")) || why.contains(&format!(":{line}")), "{why}");
+        assert!(
+            why.contains(&format!("line {line}")) || why.contains(&format!(":{line}")),
+            "{why}"
+        );
     }
     let why = start_refused(&["speling=1".to_owned()], 2, |_| {});
     assert!(why.contains("speling"), "{why}");
@@ -393,7 +414,10 @@ fn too_little_locked_memory_is_a_sentence() {
         // SAFETY: between fork and exec this makes one system call, which is async-signal-safe.
         unsafe {
             command.pre_exec(|| {
-                let limit = libc::rlimit { rlim_cur: 65_536, rlim_max: 65_536 };
+                let limit = libc::rlimit {
+                    rlim_cur: 65_536,
+                    rlim_max: 65_536,
+                };
                 match libc::setrlimit(libc::RLIMIT_MEMLOCK, &limit) {
                     0 => Ok(()),
                     _ => Err(std::io::Error::last_os_error()),
@@ -424,10 +448,17 @@ fn sigterm_says_farewell_keeps_what_was_accepted_and_ends_with_status_0() {
     let begun = Instant::now();
     blade.signal(libc::SIGTERM);
     assert_eq!(alice.ends().as_deref(), Some("system-shutdown"));
-    assert_eq!(client::ended(&mut negotiating).as_deref(), Some("system-shutdown"));
+    assert_eq!(
+        client::ended(&mut negotiating).as_deref(),
+        Some("system-shutdown")
+    );
     let status = blade.wait(Duration::from_secs(12));
     assert_eq!(status.code(), Some(0), "{}", blade.log());
-    assert!(begun.elapsed() < Duration::from_secs(5), "{:?}", begun.elapsed());
+    assert!(
+        begun.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        begun.elapsed()
+    );
     assert!(!blade.data_dir().join("nitro.sock").exists());
     blade.restart();
     let mut bob = Client::bind(&blade, "bob", "b");
@@ -483,7 +514,9 @@ fn sighup_reloads_the_certificate_and_says_what_it_cannot() {
     let mut child = Killed(child);
     let pid = child.0.id() as libc::pid_t;
     let said = || fs::read_to_string(&log_path).unwrap_or_default();
-    wait_until("the start", blade::READY_WITHIN, || said().contains("SHA-256"));
+    wait_until("the start", blade::READY_WITHIN, || {
+        said().contains("SHA-256")
+    });
     let before = served_fingerprint(ports.c2s_tls);
     let hang_up = || {
         // SAFETY: the pid is that of a child which has not been waited for, so it names no other process.
@@ -493,20 +526,30 @@ fn sighup_reloads_the_certificate_and_says_what_it_cannot() {
     fs::remove_file(&certificate).unwrap();
     fs::remove_file(&key).unwrap();
     hang_up();
-    wait_until("the refusal", REFUSED_WITHIN, || said().contains("not reloaded"));
+    wait_until("the refusal", REFUSED_WITHIN, || {
+        said().contains("not reloaded")
+    });
     assert_eq!(served_fingerprint(ports.c2s_tls), before);
 
     nitro::net::generate_certificate(DOMAIN, &certificate, &key).unwrap();
     write("registration = \"off\"\ncores = \"0\"\n");
     hang_up();
-    wait_until("the reload", REFUSED_WITHIN, || said().contains(" reloaded: "));
+    wait_until("the reload", REFUSED_WITHIN, || {
+        said().contains("INFO nitro::blade: reloaded: ")
+    });
     let log = said();
-    let line = log.lines().find(|line| line.contains(" reloaded: ")).unwrap();
+    let line = log
+        .lines()
+        .find(|line| line.contains("INFO nitro::blade: reloaded: "))
+        .unwrap();
     assert!(line.contains("registration"), "{line}");
     let (_, later) = line
         .split_once("until a restart")
         .unwrap_or_else(|| panic!("nothing about what a restart needs: {line}"));
-    assert!(later.contains("cores") && !later.contains("listen"), "{line}");
+    assert!(
+        later.contains("cores") && !later.contains("listen"),
+        "{line}"
+    );
     wait_until("the new certificate", REFUSED_WITHIN, || {
         let now = served_fingerprint(ports.c2s_tls);
         now != before && line.contains(&now)
@@ -594,4 +637,3 @@ fn served_fingerprint(address: SocketAddr) -> String {
     let _ = socket.read(&mut [0; 64]);
     fingerprint
 }
-

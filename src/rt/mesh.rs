@@ -2,18 +2,13 @@
 //! locks, wakes a sleeping shard, and never blocks the sender: a full channel gives the batch back.
 //!
 //! Not glommio's `shared_channel`: see `turn` for what its wake-ups can do. Here each pair and direction has a bounded
-//! queue, and each shard one bell that a task of its live queue hears through the ring: a batch that arrives while the
-//! shard is busy with log-ins preempts them.
+//! queue, and each shard one bell in its readiness set.
 
-use super::bell::{Bell, Ear};
-use super::{Queue, spawn};
-use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
-use std::cell::RefCell;
-use std::future::poll_fn;
+use super::bell::Bell;
+use crossbeam_channel::{Receiver, Sender, bounded};
 use std::io;
-use std::rc::{Rc, Weak};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::task::{Poll, Waker};
 
 /// A shard's end before it is connected; may be sent to the shard's thread.
 pub struct MeshEnd<T: Send + 'static> {
@@ -22,23 +17,17 @@ pub struct MeshEnd<T: Send + 'static> {
     bell: Arc<Bell>,
 }
 
-/// A shard's end of the channels to and from all other shards.
+/// A shard's end of the channels to and from all other shards: add it to the shard's [`Readiness`](super::Readiness) and
+/// [`receive`](Self::receive) when reported.
 pub struct Mesh<T: Send + 'static> {
     senders: Vec<Option<Outgoing<T>>>,
-    receivers: Vec<Option<MeshReceiver<T>>>,
+    receivers: Vec<Option<Receiver<T>>>,
+    bell: Arc<Bell>,
 }
-
-/// What one other shard sends.
-pub struct MeshReceiver<T: Send + 'static>(Rc<Incoming<T>>);
 
 struct Outgoing<T> {
     queue: Option<Sender<T>>,
     bell: Arc<Bell>,
-}
-
-struct Incoming<T> {
-    queue: Receiver<T>,
-    waiting: RefCell<Option<Waker>>,
 }
 
 /// Makes a full mesh between `n` shards: end `i` is for shard `i`. Each direction of each pair holds at most
@@ -66,45 +55,9 @@ pub fn mesh<T: Send + 'static>(n: usize, capacity: usize) -> io::Result<Vec<Mesh
 }
 
 impl<T: Send + 'static> MeshEnd<T> {
-    /// Connects on the shard's own executor, whose live queue gets the task that hears the bell.
-    pub fn connect(self) -> io::Result<Mesh<T>> {
-        let ear = Ear::new(self.bell)?;
-        let incoming: Vec<Option<Rc<Incoming<T>>>> = self
-            .receivers
-            .into_iter()
-            .map(|queue| {
-                queue.map(|queue| {
-                    let waiting = RefCell::new(None);
-                    Rc::new(Incoming { queue, waiting })
-                })
-            })
-            .collect();
-        let heard = incoming.iter().flatten().map(Rc::downgrade).collect();
-        spawn(Queue::Live, hear(ear, heard));
-        Ok(Mesh {
-            senders: self.senders,
-            receivers: incoming
-                .into_iter()
-                .map(|one| one.map(MeshReceiver))
-                .collect(),
-        })
-    }
-}
-
-/// Wakes whoever waits for a channel in which there is something now. Ends when all receivers are gone.
-async fn hear<T>(ear: Ear, mut channels: Vec<Weak<Incoming<T>>>) {
-    while !channels.is_empty() {
-        ear.hear().await;
-        channels.retain(|channel| {
-            let Some(channel) = channel.upgrade() else {
-                return false;
-            };
-            // A waiter is woken although his queue is empty: it may have ended.
-            if let Some(waiting) = channel.waiting.take() {
-                waiting.wake();
-            }
-            true
-        });
+    /// On the shard that it is for.
+    pub fn connect(self) -> Mesh<T> {
+        Mesh { senders: self.senders, receivers: self.receivers, bell: self.bell }
     }
 }
 
@@ -131,30 +84,27 @@ impl<T: Send + 'static> Mesh<T> {
         Ok(())
     }
 
-    /// Takes the receiving end for what `shard` sends, for the one task that will read it; `None` for this shard's own
-    /// index and when it was taken already.
-    pub fn receiver(&mut self, shard: usize) -> Option<MeshReceiver<T>> {
-        self.receivers.get_mut(shard)?.take()
+    /// Appends what has arrived to `into`, in order for each sender, at most `most` values; returns how many. If more is
+    /// there, the readiness set reports the mesh again.
+    pub fn receive(&self, into: &mut Vec<T>, most: usize) -> usize {
+        // In this order: a bell rung after it was stilled is for a value that this look may miss.
+        self.bell.still();
+        let before = into.len();
+        for queue in self.receivers.iter().flatten() {
+            let room = most - (into.len() - before);
+            into.extend(queue.try_iter().take(room));
+        }
+        let taken = into.len() - before;
+        if taken == most {
+            self.bell.ring();
+        }
+        taken
     }
 }
 
-impl<T: Send + 'static> MeshReceiver<T> {
-    /// The next value in order, or `None` when that shard has ended and everything was received.
-    pub async fn recv(&self) -> Option<T> {
-        poll_fn(|cx| match self.0.queue.try_recv() {
-            Ok(value) => Poll::Ready(Some(value)),
-            Err(TryRecvError::Disconnected) => Poll::Ready(None),
-            Err(TryRecvError::Empty) => {
-                self.0.waiting.replace(Some(cx.waker().clone()));
-                Poll::Pending
-            }
-        })
-        .await
-    }
-
-    /// The next value if one is there: to take all of a burst without giving the turn away.
-    pub fn try_recv(&self) -> Option<T> {
-        self.0.queue.try_recv().ok()
+impl<T: Send + 'static> AsFd for Mesh<T> {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.bell.as_fd()
     }
 }
 

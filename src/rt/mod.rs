@@ -13,7 +13,7 @@ mod turn;
 
 pub use inbox::{Inbox, InboxSender, SendError, inbox};
 pub use local::{Notify, Slot, SlotSetter, slot};
-pub use mesh::{Mesh, MeshEnd, MeshReceiver, mesh};
+pub use mesh::{Mesh, MeshEnd, mesh};
 pub use probe::{cores_online, probe, raise_open_files};
 pub use readiness::{Readiness, Ready};
 
@@ -207,6 +207,23 @@ pub async fn yield_if_needed() {
         turn::end_slice();
         yield_now().await;
     }
+}
+
+/// Is there a task of this shard, other than the one that asks, which could run now?
+pub fn others_runnable() -> bool {
+    turn::others_runnable()
+}
+
+/// Lets the other runnable tasks of all queues run, for a slice at most. Returns at once if there are none.
+pub async fn others_first() {
+    turn::others_first().await;
+}
+
+/// Has the executor look at its timers and files. A task that never waits in the ring ([`Readiness::nap`]) calls it every
+/// millisecond.
+pub async fn look_at_rings() {
+    turn::pass_rings();
+    yield_now().await;
 }
 
 /// Whether something more urgent waits, for loops that keep their state and return instead of awaiting. Looks at the

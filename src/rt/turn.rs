@@ -14,8 +14,12 @@
 //! looked at the rings. The second is rung only when the first is on its way back, so that one is always armed; until
 //! then the end of a slice only passes the turn to the next queue.
 //!
+//! The live loop sleeps in its readiness set (one system call, which also brings the events), not in glommio's ring (about
+//! twenty), as long as something comes every millisecond. It may do so only when no other task is runnable, which glommio
+//! does not tell; so wake-ups are counted here ([`others_runnable`]).
+//!
 //! The same mistake is possible with the wake-ups of glommio's own channels and of wakers moved to other threads, so
-//! neither is used: [`mesh`](super::mesh) and [`inbox`](super::inbox) ring bells too. [`heartbeat`] bounds what is left.
+//! neither is used: [`mesh`](super::mesh) and [`inbox`](super::inbox) ring bells that the readiness set reports. [`heartbeat`] bounds what is left.
 
 use super::Queue;
 use super::bell::{Bell, Ear};
@@ -24,8 +28,10 @@ use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::pin::pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, Waker};
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::ThreadId;
 use std::time::{Duration, Instant};
 
 /// How long a queue may run before the others are looked at.
@@ -84,23 +90,126 @@ pub(super) async fn heartbeat() {
     }
 }
 
-/// `future`, ending the slice when it or its predecessors have run long enough.
+/// `future`, ending the slice when it or its predecessors have run long enough, and counted among the runnable tasks of
+/// this shard whenever it is one ([`others_runnable`]).
 ///
 /// A queue that wakes up is put just behind the one that runs, which would cost live traffic one more slice of the queue
 /// that it has preempted. So the first task of another queue after a preemption gives way once.
-pub(super) async fn paced<T>(queue: Queue, future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
+pub(super) fn paced<T>(queue: Queue, future: impl Future<Output = T>) -> impl Future<Output = T> {
+    // made now, not at the first poll: a task is runnable from its start
+    let runnable = Runnable::new();
+    async move {
+        let waker = Waker::from(runnable.0.clone());
+        let mut future = pin!(future);
+        poll_fn(|cx| {
+            runnable.0.inner.get_or_init(|| cx.waker().clone());
+            if queue != Queue::Live && TURN.with(Turn::gives_way) {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            runnable.0.set_idle();
+            enter();
+            let polled = future.as_mut().poll(&mut Context::from_waker(&waker));
+            leave();
+            polled
+        })
+        .await
+    }
+}
+
+/// Is there a task of this shard, other than the one that asks, which could run now?
+pub(super) fn others_runnable() -> bool {
+    RUNNABLE.get() > 0
+}
+
+/// Waits until no other task of this shard is runnable, but no longer than a slice.
+pub(super) async fn others_first() {
+    let mut waited = false;
     poll_fn(|cx| {
-        if queue != Queue::Live && TURN.with(Turn::gives_way) {
-            cx.waker().wake_by_ref();
-            return Poll::Pending;
+        if waited || !others_runnable() {
+            return Poll::Ready(());
         }
-        enter();
-        let polled = future.as_mut().poll(cx);
-        leave();
-        polled
+        waited = true;
+        RESTING.with(|resting| resting.replace(Some(cx.waker().clone())));
+        Poll::Pending
     })
-    .await
+    .await;
+}
+
+/// Has the executor look at its rings (timers, files) before the calling task, which now yields, goes on.
+pub(super) fn pass_rings() {
+    TURN.with(|turn| {
+        turn.began.set(None);
+        turn.pass();
+    });
+}
+
+/// This thread has slept in the kernel: what was, does not count for the slice.
+pub(super) fn slept() {
+    TURN.with(|turn| turn.began.set(Some(Instant::now())));
+}
+
+thread_local! {
+    /// Tasks of this shard that have been woken and not been polled since.
+    static RUNNABLE: Cell<usize> = const { Cell::new(0) };
+    /// Who waits for there to be none.
+    static RESTING: RefCell<Option<Waker>> = const { RefCell::new(None) };
+}
+
+/// Counts one task as runnable, from its wake-up (or start) to its poll (or end). Wakes from other threads are passed on
+/// without being counted: nothing of this house sends any.
+struct Runnable(Arc<Wakeable>);
+
+struct Wakeable {
+    /// glommio's waker of the task.
+    inner: OnceLock<Waker>,
+    state: AtomicU8,
+    home: ThreadId,
+}
+
+const IDLE: u8 = 0;
+const WOKEN: u8 = 1;
+const DONE: u8 = 2;
+
+impl Runnable {
+    fn new() -> Runnable {
+        RUNNABLE.set(RUNNABLE.get() + 1);
+        let home = std::thread::current().id();
+        Runnable(Arc::new(Wakeable { inner: OnceLock::new(), state: AtomicU8::new(WOKEN), home }))
+    }
+}
+
+impl Drop for Runnable {
+    fn drop(&mut self) {
+        if self.0.state.swap(DONE, Relaxed) == WOKEN {
+            RUNNABLE.set(RUNNABLE.get().saturating_sub(1));
+        }
+    }
+}
+
+impl Wakeable {
+    fn set_idle(&self) {
+        if self.state.swap(IDLE, Relaxed) == WOKEN {
+            RUNNABLE.set(RUNNABLE.get().saturating_sub(1));
+        }
+    }
+}
+
+impl Wake for Wakeable {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        let counted = self.state.load(Relaxed) == IDLE && self.home == std::thread::current().id();
+        if counted {
+            self.state.store(WOKEN, Relaxed);
+            RUNNABLE.set(RUNNABLE.get() + 1);
+        }
+        if let Some(waker) = self.inner.get() {
+            waker.wake_by_ref();
+        }
+    }
 }
 
 fn enter() {
@@ -121,8 +230,17 @@ fn leave() {
     TURN.with(|turn| {
         let now = Instant::now();
         turn.ended.set(Some(now));
-        if turn.is_over(now) {
+        let over = turn.is_over(now);
+        if over || !others_runnable() {
+            let resting = RESTING.with(|resting| resting.borrow_mut().take());
+            if let Some(waker) = resting {
+                waker.wake();
+            }
+        }
+        if over && others_runnable() {
             turn.end();
+        } else if over {
+            turn.began.set(Some(now));
         } else if executor().need_preempt() {
             turn.preempted.set(true);
         }
@@ -131,7 +249,7 @@ fn leave() {
 
 /// Whether something more urgent waits or this slice is over.
 pub(super) fn need_preempt() -> bool {
-    executor().need_preempt() || TURN.with(|turn| turn.is_over(Instant::now()))
+    executor().need_preempt() || (others_runnable() && TURN.with(|turn| turn.is_over(Instant::now())))
 }
 
 /// Ends the slice; the task that calls it then yields.

@@ -31,10 +31,12 @@ pub fn call(slice: &mut Slice, call: Call) {
                 return answer(&reply, AdminReply::user_exists(&name));
             }
             let record = Record::new(&keys.into_record(slice.now.unix));
-            add(slice, &name, record, Box::new(move |slice, result| answer(&reply, done(slice, result))));
+            let who = name.clone();
+            add(slice, &name, record, Box::new(move |_, result| answer(&reply, done(&who, result))));
         }),
         UserPasswd { name, keys } => with(slice, name, reply, |slice, name, reply| {
-            let then: Then = Box::new(move |slice, result| answer(&reply, done(slice, result)));
+            let who = name.clone();
+            let then: Then = Box::new(move |_, result| answer(&reply, done(&who, result)));
             slice.edit(&name, |record| keys.put_into(record), then);
         }),
         UserDisable { name } => with(slice, name, reply, |slice, name, reply| {
@@ -43,16 +45,18 @@ pub fn call(slice: &mut Slice, call: Call) {
                 if result.is_ok() {
                     end_sessions(slice, &who, None, &StreamError::text("not-authorized", "the account is disabled"));
                 }
-                answer(&reply, done(slice, result));
+                answer(&reply, done(&who, result));
             });
             slice.edit(&name, |record| record.disabled = true, then);
         }),
         UserEnable { name } => with(slice, name, reply, |slice, name, reply| {
-            let then: Then = Box::new(move |slice, result| answer(&reply, done(slice, result)));
+            let who = name.clone();
+            let then: Then = Box::new(move |_, result| answer(&reply, done(&who, result)));
             slice.edit(&name, |record| record.disabled = false, then);
         }),
         UserRemove { name } => with(slice, name, reply, |slice, name, reply| {
-            register::remove_account(slice, &name, Box::new(move |slice, result| answer(&reply, done(slice, result))));
+            let who = name.clone();
+            register::remove_account(slice, &name, Box::new(move |_, result| answer(&reply, done(&who, result))));
         }),
         UserShow { name } => with(slice, name, reply, |slice, name, reply| {
             let shown = slice.user(&name).map(|user| UserDetail {
@@ -101,9 +105,12 @@ fn answer(reply: &Sender<AdminReply>, with: AdminReply) {
     let _ = reply.send(with);
 }
 
-fn done(_: &Slice, result: Result<(), WriteError>) -> AdminReply {
+/// The same sentences as when nitro does not run.
+fn done(name: &str, result: Result<(), WriteError>) -> AdminReply {
     match result {
         Ok(()) => AdminReply::Done,
+        Err(WriteError::Missing) => AdminReply::no_such_user(name),
+        Err(WriteError::Conflict) => AdminReply::user_exists(name),
         Err(error) => AdminReply::refused(error.to_string()),
     }
 }

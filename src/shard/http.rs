@@ -34,7 +34,7 @@ pub async fn serve(shard: Rc<Shard>, socket: Socket) {
                     }
                 };
                 if !data {
-                    notify.wait().await;
+                    notify.ready.wait().await;
                 }
             }
         })

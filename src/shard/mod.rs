@@ -127,11 +127,20 @@ struct Link {
 
 enum Kind {
     /// Somebody waits for readiness: a listener, a login, an HTTP request.
-    Waits(Rc<Notify>),
+    Waits(Rc<Waits>),
     Live(Box<LiveLink>),
     /// Says its last words.
     Closing { transport: Box<Transport>, until_ms: u64, shut: bool },
     Inbox,
+    Mesh,
+}
+
+/// What a task waits for that is not a session yet.
+#[derive(Default)]
+struct Waits {
+    ready: Notify,
+    /// The peer sends no more; that edge does not come again.
+    closed: Cell<bool>,
 }
 
 /// The connection of a session.
@@ -181,8 +190,7 @@ impl Shard {
             id_key: parts.id_key,
             features: Default::default(),
         };
-        let mut mesh = parts.mesh.connect().map_err(|e| format!("the mesh cannot be connected: {e}"))?;
-        let receivers: Vec<_> = (0..shards).filter_map(|n| mesh.receiver(n)).collect();
+        let mesh = parts.mesh.connect();
         let shard = Rc::new(Shard {
             number,
             slice: RefCell::new(Slice::new(env, shards, config.cache.bytes_max / shards)),
@@ -212,19 +220,11 @@ impl Shard {
         shard.clock();
         let bell = shard.links.borrow_mut().insert(Kind::Inbox);
         shard.readiness.add(&shard.inbox, bell).map_err(|e| format!("epoll_ctl: {e}"))?;
+        let bell = shard.links.borrow_mut().insert(Kind::Mesh);
+        shard.readiness.add(shard.ways.borrow().mesh(), bell).map_err(|e| format!("epoll_ctl: {e}"))?;
         for (address, door) in parts.listen {
             let listener = crate::net::listen_shared(address, config.c2s.backlog as i32)?;
             rt::spawn(Queue::Login, login::accept(shard.clone(), listener, door));
-        }
-        for receiver in receivers {
-            let shard = shard.clone();
-            rt::spawn(Queue::Live, async move {
-                while let Some(parcel) = receiver.recv().await {
-                    shard.clock();
-                    shard.parcel(parcel);
-                    shard.flush();
-                }
-            });
         }
         let ticking = shard.clone();
         rt::spawn(Queue::House, async move { ticking.tick_forever().await });
@@ -286,6 +286,10 @@ impl Shard {
             self.publish();
             self.end_closing(now_ms);
             self.flush();
+            if self.stopping.get() {
+                // those who did not hang up have just been left: the live loop may end
+                self.nudge();
+            }
         }
     }
 }

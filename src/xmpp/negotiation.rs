@@ -122,6 +122,11 @@ impl Negotiation {
         self.user.as_deref()
     }
 
+    /// What a frame of this connection may be, before it is complete.
+    pub fn limits(&self) -> &Limits {
+        &self.policy.xml
+    }
+
     pub fn stream_ns(&self) -> &StreamNs {
         &self.ns
     }

@@ -123,7 +123,11 @@ pub fn opened(address: SocketAddr) -> Connection {
 }
 
 /// A connection that is authenticated and waits for binding or resumption. `Err`: the SASL failure's condition.
-pub fn authenticated(address: SocketAddr, name: &str, password: &str) -> Result<Connection, String> {
+pub fn authenticated(
+    address: SocketAddr,
+    name: &str,
+    password: &str,
+) -> Result<Connection, String> {
     let mut connection = opened(address);
     let outcome = connection
         .authenticate(name, password)
@@ -174,10 +178,7 @@ pub fn ended(connection: &mut Connection) -> Option<String> {
 pub fn wait_until(what: &str, within: Duration, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + within;
     while !holds() {
-        assert!(
-            Instant::now() < deadline,
-            "{what}: not within {within:?}"
-        );
+        assert!(Instant::now() < deadline, "{what}: not within {within:?}");
         std::thread::sleep(Duration::from_millis(5)); // the poll's interval; the bound is the deadline
     }
 }
