@@ -30,9 +30,6 @@ use std::time::Duration;
 /// How long a queue may run before the others are looked at. Measured: 200 us brings the p99 of a cross-core message
 /// from 2-3 ms down to about 0.1 ms on idle cores.
 const PREEMPT_TIMER: Duration = Duration::from_micros(200);
-/// The same before there are queues: long, because until its first turn an executor that parked by mistake (see [`guard`])
-/// cannot be woken.
-const START_TIMER: Duration = Duration::from_secs(1);
 /// How late live traffic may at most become runnable behind other queues.
 const LIVE_LATENCY: Duration = Duration::from_micros(500);
 /// Registered against the locked-memory limit three times per shard; only file I/O through rings would use it.
@@ -116,7 +113,7 @@ fn executor_on(placement: Placement) -> Result<LocalExecutor, String> {
         .name("shard")
         .io_memory(IO_MEMORY_BYTES)
         .ring_depth(RING_DEPTH)
-        .preempt_timer(START_TIMER)
+        .preempt_timer(PREEMPT_TIMER)
         .make()
         .map_err(|e| format!("cannot start the executor: {e}"))
 }
@@ -132,17 +129,8 @@ fn run<T: 'static>(ex: &LocalExecutor, shard: usize, main: impl Future<Output = 
                 Latency::Matters(LIVE_LATENCY),
                 "live",
             ),
-            // These two for the sake of the preempt timer, which follows the active queues.
-            executor().create_task_queue(
-                share(Queue::Login),
-                Latency::Matters(PREEMPT_TIMER),
-                "login",
-            ),
-            executor().create_task_queue(
-                share(Queue::House),
-                Latency::Matters(PREEMPT_TIMER),
-                "house",
-            ),
+            executor().create_task_queue(share(Queue::Login), Latency::NotImportant, "login"),
+            executor().create_task_queue(share(Queue::House), Latency::NotImportant, "house"),
         ]));
         SHARD.set(shard);
         glommio::spawn_local_into(main, handle(Queue::Live))
