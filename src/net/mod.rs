@@ -23,7 +23,7 @@ pub use listener::{Listener, REFUSED_NO_DESCRIPTOR, listen_shared, probe_port};
 pub use proxy::{PROXY_HEADER_MAX_BYTES, Proxied, ProxyError, parse_proxy_header};
 pub use socket::Socket;
 pub use tls::{ChannelBindings, TlsConfig, TlsVersion};
-pub use transport::{Read, Scratch, Transport, UNSENT_MAX_BYTES};
+pub use transport::{Read, Scratch, Transport};
 
 #[cfg(test)]
 mod tests;

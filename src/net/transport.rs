@@ -1,6 +1,7 @@
 //! One client's bytes, plain or TLS, behind one type. In: readiness from the shard, plaintext to send. Out: plaintext
 //! received. Promise: one call of [`Transport::read`] is at most one `recv`, one call of [`Transport::write`] at most
-//! one `send` in the usual case; what the kernel did not take is kept, bounded, and sent in order.
+//! one `send` in the usual case; what the kernel did not take is kept and sent in order
+//! (who writes bounds it: look at [`Transport::pending`]).
 
 use super::socket::Socket;
 use super::tls::{ChannelBindings, Opened, Tls, TlsConfig, TlsVersion};
@@ -10,10 +11,6 @@ use std::io::{self, ErrorKind};
 const INPUT_BYTES: usize = 96 * 1024;
 /// Plaintext encrypted and sent at once.
 const CHUNK_BYTES: usize = 64 * 1024;
-/// A transport keeps at most about this much that the kernel did not take; beyond it [`Transport::write`] fails. The
-/// limit for slow readers in the configuration is below: look at [`Transport::pending`].
-pub const UNSENT_MAX_BYTES: usize = 4 * 1024 * 1024;
-
 /// Buffers that all connections of a shard share: make two, one to read with and one to write with, so that answers
 /// can be written while the bytes read are still borrowed.
 #[derive(Default)]
@@ -150,12 +147,8 @@ impl Transport {
     /// Sends all of `bytes`: encrypts them where TLS is on, hands them to the kernel in one call, and keeps what it
     /// did not take ([`pending`](Self::pending), to be [`flush`](Self::flush)ed when the socket is writable).
     ///
-    /// Errors: the connection is broken; a TLS handshake is under way; more than [`UNSENT_MAX_BYTES`] wait already
-    /// (`StorageFull`, nothing was taken).
+    /// Errors: the connection is broken; a TLS handshake is under way.
     pub fn write(&mut self, bytes: &[u8], scratch: &mut Scratch) -> io::Result<()> {
-        if self.pending() > UNSENT_MAX_BYTES {
-            return Err(ErrorKind::StorageFull.into());
-        }
         let Some(tls) = &mut self.tls else {
             return send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, bytes);
         };

@@ -49,6 +49,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         stream_ns: arrival.stream_ns,
         out: Vec::new(),
         unsent: 0,
+        burst: (0, 0),
         link: Some(arrival.link),
         dirty: false,
         interested: false,

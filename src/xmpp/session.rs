@@ -42,6 +42,9 @@ pub struct Session {
     pub out: Vec<u8>,
     /// Bytes which the kernel has not taken yet; the shard keeps it up to date.
     pub unsent: usize,
+    /// Bytes and stanzas that the server itself sent at once (offline messages, what a resumption repeats): they do not count
+    /// against a client, however fast it reads.
+    pub burst: (usize, usize),
     /// The connection, by a handle of the shard's; `None`: cut off and able to resume.
     pub link: Option<u64>,
     /// Waits in [`super::slice::Effects::dirty`].

@@ -546,15 +546,24 @@ impl Slice {
 
     /// The session has new output: written at the end of the turn, unless its client reads too slowly.
     pub(super) fn touched(&mut self, sid: SessionId) {
-        let limits = &self.env.limits;
         let Some(session) = self.sessions.get_mut(sid) else { return };
-        let kept = session.sm.as_ref().is_some_and(|sm| sm.over(limits.unacked_bytes_max, limits.unacked_stanzas_max));
-        if kept || session.out.len() + session.unsent > limits.send_queue_bytes_max {
+        if !session.dirty && session.unsent == 0 && session.sm.as_ref().is_none_or(|sm| sm.waiting() <= 1) {
+            session.burst = (0, 0);
+        }
+        if overflow(session, &self.env.limits).is_some() {
             self.fx.overflown.push(sid);
         }
         if !session.dirty && session.link.is_some() {
             session.dirty = true;
             self.fx.dirty.push(sid);
+        }
+    }
+
+    /// The server itself sent so much (bytes, stanzas) at once.
+    pub(super) fn allow(&mut self, sid: SessionId, (bytes, stanzas): (usize, usize)) {
+        if let Some(session) = self.sessions.get_mut(sid) {
+            session.burst.0 += bytes;
+            session.burst.1 += stanzas;
         }
     }
 
@@ -584,13 +593,11 @@ impl Slice {
     /// Slow readers: parked if they can resume, else ended.
     pub fn cut_slow_readers(&mut self) {
         while let Some(sid) = self.fx.overflown.pop() {
-            let limits = &self.env.limits;
             let Some(session) = self.sessions.get_mut(sid) else { continue };
-            let kept =
-                session.sm.as_ref().is_some_and(|sm| sm.over(limits.unacked_bytes_max, limits.unacked_stanzas_max));
+            let Some(overflow) = overflow(session, &self.env.limits) else { continue };
             let error = StreamError::text("resource-constraint", "the client does not read what it is sent");
             self.counters.overflows += 1;
-            if kept || session.link.is_none() {
+            if overflow == Overflow::Kept || session.link.is_none() {
                 // nothing more can be kept for it
                 self.end(sid, Some(error));
             } else if let Some(link) = session.link {
@@ -957,6 +964,30 @@ impl Slice {
 
 fn user_bytes(user: &User) -> usize {
     USER_BYTES + user.record.bytes().len() + user.offline_bytes + 32 * user.offline.len()
+}
+
+/// What there is too much of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Overflow {
+    /// Stanzas that the client has not acknowledged.
+    Kept,
+    /// Bytes that the kernel does not take.
+    Unsent,
+}
+
+fn overflow(session: &Session, limits: &Limits) -> Option<Overflow> {
+    let (bytes, stanzas) = session.burst;
+    let kept = session
+        .sm
+        .as_ref()
+        .is_some_and(|sm| sm.over(limits.unacked_bytes_max + bytes, limits.unacked_stanzas_max + stanzas));
+    // what was not offered to the kernel yet says nothing about the client
+    let unsent = session.unsent > 0 && session.unsent + session.out.len() > limits.send_queue_bytes_max + bytes;
+    match (kept, unsent) {
+        (true, _) => Some(Overflow::Kept),
+        (false, true) => Some(Overflow::Unsent),
+        (false, false) => None,
+    }
 }
 
 /// RFC 6120 8.1.2.1: a client may name itself, by full or bare JID, and nobody else.

@@ -125,10 +125,12 @@ fn deliver_all(slice: &mut Slice, sid: SessionId) {
     user.offline_bytes = 0;
     slice.resize(&name);
     let up_to = queue.back().map(|(id, _)| *id).unwrap_or_default();
+    let burst = (queue.iter().map(|(_, stanza)| stanza.len()).sum(), queue.len());
     for (_, stanza) in queue {
         let meta = Meta::new(Kind::Chat).with(Meta::BODY);
         slice.send(sid, &[&stanza], meta);
     }
+    slice.allow(sid, burst);
     slice.write(
         &name,
         Op::DropOffline { name: (&*name).into(), up_to },

@@ -63,6 +63,11 @@ impl Sm {
         self.kept.bytes() > bytes_max || self.kept.entries.len() > stanzas_max
     }
 
+    /// Stanzas that the client has not acknowledged.
+    pub fn waiting(&self) -> usize {
+        self.kept.entries.len()
+    }
+
     /// Asks for an acknowledgement behind what goes out now, unless one is on its way.
     pub fn ask(&mut self, out: &mut Vec<u8>) {
         if !self.requested && !self.kept.entries.is_empty() && !out.is_empty() {
@@ -261,8 +266,10 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     session.out.extend_from_slice(resumed.as_bytes());
     session.out.extend_from_slice(sm.kept.all());
     sm.requested = false;
+    let repeated = (sm.kept.bytes(), sm.kept.entries.len());
     slice.counters.resumptions += 1;
     slice.touched(sid);
+    slice.allow(sid, repeated);
     Ok(())
 }
 
