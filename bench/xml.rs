@@ -11,7 +11,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 const HEADER: &[u8] = b"<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' to='localhost' version='1.0'>";
 
-/// 306 bytes, 151 of them namespaces and the body's text.
+/// 220 bytes: what a graphical client sends with a line of chat.
 const CHAT: &[u8] = b"<message to='bob@localhost/desk' id='c0ffee42' type='chat' xml:lang='en'>\
 <body>EURUSD 1.0842/44, can you do 25m?</body>\
 <active xmlns='http://jabber.org/protocol/chatstates'/>\

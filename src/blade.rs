@@ -5,7 +5,6 @@ use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -18,16 +17,17 @@ use crate::admin::server::AdminServer;
 use crate::admin::{AdminReply, AdminRequest, Outcome, UserLine};
 use crate::config::{Config, reloadable_diff};
 use crate::net::{self, TlsConfig};
+use crate::observe::Gauges;
 use crate::rt::{self, InboxSender};
 use crate::shard::admin::Call;
-use crate::shard::doors::{Doors, Shut};
+use crate::shard::doors::Doors;
 use crate::shard::{Door, Inbound, Parts, Shard};
 use crate::store::admin::Store;
 use crate::store::lane::{Lane, LaneConfig};
 use crate::store::ring::Ring;
 use crate::store::tier::Ticket;
 use crate::xmpp::sasl::decoy::{Decoy, Profile, Shape};
-use crate::xmpp::slice::{Job, Slice};
+use crate::xmpp::slice::Job;
 
 /// Batches of answers and other messages that may wait for one shard.
 const INBOX_MAX: usize = 4096;
@@ -95,7 +95,8 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
     ];
     let shared = Arc::new(config.clone());
-    let meshes = rt::mesh(shards, config.limits.mesh_queue_batches_max);
+    let meshes =
+        rt::mesh(shards, config.limits.mesh_queue_batches_max).map_err(|e| format!("the mesh cannot be made: {e}"))?;
     let parts: Vec<Option<Parts>> = inboxes
         .into_iter()
         .zip(meshes)
@@ -140,7 +141,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let admin = AdminServer::start(&config.data_dir, config.limits.admin_connections_max, move |request| {
         handler.answer(request)
     })?;
-    let up = gauges.wait_ready(shards, &failures)?;
+    let up = wait_ready(&gauges, shards, &failures)?;
     announce(&config, &listen, &fingerprint, accounts, first_start, shards, up);
 
     let mut current = config;
@@ -511,65 +512,16 @@ fn follow_accounts(config: &Arc<Config>, secret: [u8; 32], senders: &[InboxSende
     Ok(changed)
 }
 
-// ---- figures -------------------------------------------------------------------------------------------------------
-
-/// Figures that shards publish a few times a second, for whoever looks from outside.
-pub struct Gauges {
-    ready: AtomicUsize,
-    accept_failures: AtomicU64,
-    hand_overs: AtomicU64,
-    turned_away: AtomicU64,
-    sessions: Vec<AtomicUsize>,
-    negotiating: Vec<AtomicUsize>,
-}
-
-impl Gauges {
-    fn new(shards: usize) -> Gauges {
-        let zeros = || (0..shards).map(|_| AtomicUsize::new(0)).collect();
-        Gauges {
-            ready: AtomicUsize::new(0),
-            accept_failures: AtomicU64::new(0),
-            hand_overs: AtomicU64::new(0),
-            turned_away: AtomicU64::new(0),
-            sessions: zeros(),
-            negotiating: zeros(),
+/// Waits until all shards listen; how long it took.
+fn wait_ready(gauges: &Gauges, shards: usize, failures: &mpsc::Receiver<String>) -> Result<Duration, String> {
+    let begun = Instant::now();
+    while gauges.shards_ready() < shards {
+        if let Ok(sentence) = failures.recv_timeout(Duration::from_millis(2)) {
+            return Err(sentence);
+        }
+        if begun.elapsed() > Duration::from_secs(30) {
+            return Err("the shards did not start within 30 s".into());
         }
     }
-
-    /// A shard listens.
-    pub fn ready(&self) {
-        self.ready.fetch_add(1, Relaxed);
-    }
-
-    pub fn accept_failed(&self) {
-        self.accept_failures.fetch_add(1, Relaxed);
-    }
-
-    /// A connection came to its user's owner from another shard.
-    pub fn handed_over(&self) {
-        self.hand_overs.fetch_add(1, Relaxed);
-    }
-
-    pub fn turned_away(&self, _: Shut) {
-        self.turned_away.fetch_add(1, Relaxed);
-    }
-
-    pub fn publish(&self, shard: usize, slice: &Slice, negotiating: usize) {
-        self.sessions[shard].store(slice.sessions.len(), Relaxed);
-        self.negotiating[shard].store(negotiating, Relaxed);
-    }
-
-    /// Waits until all shards listen; how long it took.
-    fn wait_ready(&self, shards: usize, failures: &mpsc::Receiver<String>) -> Result<Duration, String> {
-        let begun = Instant::now();
-        while self.ready.load(Relaxed) < shards {
-            if let Ok(sentence) = failures.recv_timeout(Duration::from_millis(2)) {
-                return Err(sentence);
-            }
-            if begun.elapsed() > Duration::from_secs(30) {
-                return Err("the shards did not start within 30 s".into());
-            }
-        }
-        Ok(begun.elapsed())
-    }
+    Ok(begun.elapsed())
 }

@@ -201,7 +201,7 @@ keys! {
         live offline_messages_max: usize = 1000 => 0..=1_000_000;
         /// Bytes of messages kept for a user who is off line.
         live offline_bytes_max: usize = 4_194_304 => 0..=1_073_741_824;
-        /// Bytes of one element in private storage (XEP-0049).
+        /// Bytes of all that one user keeps in private storage (XEP-0049).
         live private_bytes_max: usize = 65_536 => 1024..=16_777_216;
         /// Bytes of a vCard, photo included (XEP-0054).
         live vcard_bytes_max: usize = 196_608 => 1024..=16_777_216;

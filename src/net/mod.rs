@@ -19,7 +19,7 @@ mod tls;
 mod transport;
 
 pub use certificate::{fingerprint, generate_certificate};
-pub use listener::{Listener, listen_shared, probe_port};
+pub use listener::{Listener, REFUSED_NO_DESCRIPTOR, listen_shared, probe_port};
 pub use proxy::{PROXY_HEADER_MAX_BYTES, Proxied, ProxyError, parse_proxy_header};
 pub use socket::Socket;
 pub use tls::{ChannelBindings, TlsConfig, TlsVersion};

@@ -1,7 +1,7 @@
 //! One connected stream socket. In: a descriptor. Out: bytes, without ever waiting. Promise: every call is one system
 //! call, and a peer that is gone is an error, never a signal.
 
-use rustix::net::{RecvFlags, SendFlags, Shutdown, sockopt};
+use rustix::net::{RecvFlags, SendFlags, Shutdown};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -46,11 +46,6 @@ impl Socket {
     /// Replaces the peer's address by what a trusted proxy says.
     pub fn set_peer(&mut self, peer: SocketAddr) {
         self.peer = canonical(peer);
-    }
-
-    /// Small writes leave at once: the shard collects its output itself.
-    pub fn set_nodelay(&self) -> io::Result<()> {
-        Ok(sockopt::set_tcp_nodelay(&self.fd, true)?)
     }
 
     /// Bytes that the kernel took and the peer has not acknowledged (SIOCOUTQ). Zero after a shutdown means that

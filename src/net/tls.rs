@@ -170,6 +170,10 @@ impl Tls {
         self.connection.is_handshaking()
     }
 
+    pub(super) fn failed(&self) -> bool {
+        self.failed
+    }
+
     pub(super) fn closed_by_peer(&self) -> bool {
         self.closed_by_peer
     }

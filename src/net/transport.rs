@@ -100,6 +100,9 @@ impl Transport {
                 },
             });
         };
+        if tls.failed() {
+            return Err(ErrorKind::InvalidData.into());
+        }
         if tls.closed_by_peer() {
             return Ok(Read::Eof);
         }

@@ -1,6 +1,10 @@
 //! What an SRE counts. In: single increments from the core that saw the thing. Out: the sum, whenever somebody reads.
 //! Promise: recording takes no lock and never waits; the module knows nobody else in the house.
 
+mod gauges;
+
+pub use gauges::{Gauges, Snapshot};
+
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 /// A number that only grows. Declare it where it is recorded, one per core where the rate is high:

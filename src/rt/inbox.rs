@@ -2,12 +2,11 @@
 //! Out: the same values on the shard, woken through its readiness set. Promise: bounded; only the foreign thread ever
 //! waits, and never past its deadline.
 
+use super::bell::Bell;
 use crossbeam_channel::{Receiver, SendTimeoutError, Sender, TrySendError, bounded};
-use rustix::event::{EventfdFlags, eventfd};
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering::AcqRel};
 use std::time::Duration;
 
 /// The foreign side; clone it for every thread.
@@ -23,12 +22,6 @@ pub struct Inbox<T> {
     bell: Arc<Bell>,
 }
 
-struct Bell {
-    fd: OwnedFd,
-    /// Rung and not yet heard: one system call wakes the shard however much is sent meanwhile.
-    rung: AtomicBool,
-}
-
 /// Why a value could not be sent; it comes back.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SendError<T> {
@@ -42,10 +35,7 @@ pub enum SendError<T> {
 
 /// An inbox for at most `capacity` values.
 pub fn inbox<T: Send>(capacity: usize) -> io::Result<(InboxSender<T>, Inbox<T>)> {
-    let bell = Arc::new(Bell {
-        fd: eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
-        rung: AtomicBool::new(false),
-    });
+    let bell = Arc::new(Bell::new()?);
     let (sender, receiver) = bounded(capacity.max(1));
     Ok((
         InboxSender {
@@ -97,7 +87,6 @@ impl<T> Inbox<T> {
     /// Appends what has arrived to `into`, at most one capacity's worth; returns how many. If more arrived meanwhile,
     /// the readiness set reports the inbox again.
     pub fn drain(&self, into: &mut Vec<T>) -> usize {
-        // In this order: a bell rung after it was stilled is for a value that this drain may miss.
         self.bell.still();
         let before = into.len();
         into.extend(self.queue.try_iter().take(self.capacity));
@@ -112,20 +101,6 @@ impl<T> Inbox<T> {
 impl<T> AsFd for Inbox<T> {
     /// Becomes readable when something arrives.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.bell.fd.as_fd()
-    }
-}
-
-impl Bell {
-    fn ring(&self) {
-        if !self.rung.swap(true, AcqRel) {
-            // Only EAGAIN is possible, at 2^64 rings unheard: it is readable then.
-            let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
-        }
-    }
-
-    fn still(&self) {
-        let _ = rustix::io::read(&self.fd, &mut [0u8; 8]);
-        self.rung.swap(false, AcqRel);
+        self.bell.as_fd()
     }
 }

@@ -3,16 +3,17 @@
 //! between shards ([`mesh`]) and the inbox for foreign threads ([`inbox`]).
 //! Promise: a shard never spins; with nothing to do it sleeps in its ring, and live traffic preempts all else.
 
-mod guard;
+mod bell;
 mod inbox;
 mod local;
 mod mesh;
 mod probe;
 mod readiness;
+mod turn;
 
 pub use inbox::{Inbox, InboxSender, SendError, inbox};
 pub use local::{Notify, Slot, SlotSetter, slot};
-pub use mesh::{Mesh, MeshEnd, MeshReceiver, mesh};
+pub use mesh::{Mesh, MeshEnd, mesh};
 pub use probe::{cores_online, probe, raise_open_files};
 pub use readiness::{Readiness, Ready};
 
@@ -27,11 +28,9 @@ use std::task::Poll;
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
-/// How long a queue may run before the others are looked at. Measured: 200 us brings the p99 of a cross-core message
-/// from 2-3 ms down to about 0.1 ms on idle cores.
-const PREEMPT_TIMER: Duration = Duration::from_micros(200);
-/// How late live traffic may at most become runnable behind other queues.
-const LIVE_LATENCY: Duration = Duration::from_micros(500);
+/// glommio's own preempt timer, and the latency asked of it for live traffic: far off, for the reason told in [`turn`].
+/// That a latency is asked for at all is what makes an event of the live queue preempt the others.
+const PREEMPT_TIMER: Duration = Duration::from_secs(10);
 /// Registered against the locked-memory limit three times per shard; only file I/O through rings would use it.
 const IO_MEMORY_BYTES: usize = 64 * 1024;
 /// A shard keeps few requests in its rings (one poll of its readiness set, timers, file writes); sockets do not go there.
@@ -119,39 +118,46 @@ fn executor_on(placement: Placement) -> Result<LocalExecutor, String> {
 }
 
 fn run<T: 'static>(ex: &LocalExecutor, shard: usize, main: impl Future<Output = T> + 'static) -> T {
-    let guard = guard::Guard::start();
     ex.run(async move {
-        guard.watch().await;
         let share = |q: Queue| Shares::Static(SHARES[q as usize]);
         QUEUES.set(Some([
             executor().create_task_queue(
                 share(Queue::Live),
-                Latency::Matters(LIVE_LATENCY),
+                Latency::Matters(PREEMPT_TIMER),
                 "live",
             ),
             executor().create_task_queue(share(Queue::Login), Latency::NotImportant, "login"),
             executor().create_task_queue(share(Queue::House), Latency::NotImportant, "house"),
         ]));
         SHARD.set(shard);
-        glommio::spawn_local_into(main, handle(Queue::Live))
-            .expect("the queue was just made")
-            .await
+        let bells = turn::set_up().expect("two descriptors: they belong to what a shard needs");
+        for hear in bells {
+            spawn_into(Queue::Live, hear).detach();
+        }
+        spawn_into(Queue::House, turn::heartbeat()).detach();
+        // One look at the rings, which arms the bells, before anything can keep the shard busy. (A timer that is over
+        // when it is first polled does not wait.)
+        sleep(Duration::from_millis(1)).await;
+        spawn_into(Queue::Live, turn::paced(Queue::Live, main)).await
     })
 }
 
-fn handle(queue: Queue) -> TaskQueueHandle {
-    QUEUES
+fn spawn_into<T: 'static>(
+    queue: Queue,
+    future: impl Future<Output = T> + 'static,
+) -> glommio::Task<T> {
+    let queues = QUEUES
         .get()
-        .expect("called on a shard: run_shards or block_on made its queues")[queue as usize]
+        .expect("called on a shard: run_shards or block_on made its queues");
+    glommio::spawn_local_into(future, queues[queue as usize])
+        .expect("queues live as long as their shard")
 }
 
 /// Starts a detached task on this shard. It first runs when its queue's turn comes, never inside this call.
 ///
 /// Panics outside [`run_shards`] and [`block_on`].
 pub fn spawn(queue: Queue, future: impl Future<Output = ()> + 'static) {
-    glommio::spawn_local_into(future, handle(queue))
-        .expect("queues live as long as their shard")
-        .detach();
+    spawn_into(queue, turn::paced(queue, future)).detach();
 }
 
 /// The index of this shard in `cores` as given to [`run_shards`].
@@ -197,12 +203,33 @@ pub async fn yield_now() {
 
 /// Yields if something more urgent waits: call it in every loop that may run longer than about 100 us.
 pub async fn yield_if_needed() {
-    glommio::yield_if_needed().await;
+    if turn::need_preempt() {
+        turn::end_slice();
+        yield_now().await;
+    }
 }
 
-/// Whether something more urgent waits, for loops that keep their state and return instead of awaiting.
+/// Is there a task of this shard, other than the one that asks, which could run now?
+pub fn others_runnable() -> bool {
+    turn::others_runnable()
+}
+
+/// Lets the other runnable tasks of all queues run, for a slice at most. Returns at once if there are none.
+pub async fn others_first() {
+    turn::others_first().await;
+}
+
+/// Has the executor look at its timers and files. A task that never waits in the ring ([`Readiness::nap`]) calls it every
+/// millisecond.
+pub async fn look_at_rings() {
+    turn::pass_rings();
+    yield_now().await;
+}
+
+/// Whether something more urgent waits, for loops that keep their state and return instead of awaiting. Looks at the
+/// clock: about 30 ns.
 pub fn need_preempt() -> bool {
-    executor().need_preempt()
+    turn::need_preempt()
 }
 
 #[cfg(test)]

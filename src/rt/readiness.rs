@@ -13,6 +13,7 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::pin::Pin;
+use std::time::Duration;
 
 /// Events taken from the kernel by one [`Readiness::harvest`]; more stay for the next.
 const HARVEST_EVENTS_MAX: usize = 256;
@@ -64,12 +65,28 @@ impl Readiness {
     /// Appends at most 256 ready descriptors to `events`, without waiting; returns how many. 0: time to
     /// [`wait`](Self::wait).
     pub fn harvest(&self, events: &mut Vec<Ready>) -> io::Result<usize> {
+        self.harvest_within(events, Duration::ZERO)
+    }
+
+    /// The same, but the whole thread sleeps for up to `most` if nothing is ready: for a loop that knows that no other
+    /// task is runnable ([`others_runnable`](super::others_runnable)). One system call for sleeping and harvesting.
+    pub fn nap(&self, events: &mut Vec<Ready>, most: Duration) -> io::Result<usize> {
+        let taken = self.harvest_within(events, most);
+        super::turn::slept();
+        taken
+    }
+
+    fn harvest_within(&self, events: &mut Vec<Ready>, most: Duration) -> io::Result<usize> {
         let mut batch = [const { std::mem::MaybeUninit::<Event>::uninit() }; HARVEST_EVENTS_MAX];
-        let at_once = Timespec {
+        let most = Timespec {
             tv_sec: 0,
-            tv_nsec: 0,
+            tv_nsec: most.as_nanos().min(999_999_999) as i64,
         };
-        let (batch, _) = epoll::wait(&self.epoll, &mut batch[..], Some(&at_once))?;
+        let batch = match epoll::wait(&self.epoll, &mut batch[..], Some(&most)) {
+            Ok((batch, _)) => batch,
+            Err(rustix::io::Errno::INTR) => return Ok(0),
+            Err(error) => return Err(error.into()),
+        };
         events.extend(batch.iter().map(|event| {
             // Copied out: the kernel's struct is packed.
             let (flags, data) = (event.flags, event.data);
@@ -85,7 +102,7 @@ impl Readiness {
     }
 }
 
-/// Waits through the shard's ring until `fd`, which need not be a socket, polls readable.
+/// Waits through the shard's ring until `fd`, an epoll set, polls readable.
 ///
 /// glommio has no public call for this. But its streams arm a poll in the ring as soon as they are made, and when the
 /// poll has completed they try to receive; on an epoll descriptor that fails with ENOTSOCK, which is the moment waited

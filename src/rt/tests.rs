@@ -4,7 +4,6 @@ use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::time::Instant;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -64,17 +63,18 @@ fn live_work_overtakes_a_busy_login_queue() {
                     yield_if_needed().await;
                 }
                 order.borrow_mut().push(Queue::Login);
-                if order.borrow().len() == 51 {
-                    done.notify();
-                }
+                done.notify();
             });
         }
-        let live = order.clone();
+        let (live, live_done) = (order.clone(), done.clone());
         spawn(Queue::Live, async move {
             sleep(Duration::from_millis(3)).await;
             live.borrow_mut().push(Queue::Live);
+            live_done.notify();
         });
-        timeout(PATIENCE, done.wait()).await.unwrap();
+        while order.borrow().len() < 51 {
+            timeout(PATIENCE, done.wait()).await.unwrap();
+        }
         let at = order.borrow().iter().position(|q| *q == Queue::Live);
         assert!(at.unwrap() < 25, "live ran as number {at:?} of 51");
     });
@@ -165,120 +165,116 @@ fn a_wait_returns_for_every_event_of_many() {
     });
 }
 
-/// A mesh end for each shard to take by its index.
-type Ends<T> = Arc<std::sync::Mutex<Vec<Option<MeshEnd<T>>>>>;
-
-fn ends<T: Send>(n: usize, capacity: usize) -> Ends<T> {
-    let ends = mesh(n, capacity).into_iter().map(Some).collect();
-    Arc::new(std::sync::Mutex::new(ends))
+/// Receives on a shard that sleeps until something comes.
+async fn next<T: Send>(mesh: &Mesh<T>, set: &Readiness, got: &mut Vec<T>) {
+    while mesh.receive(got, 64) == 0 {
+        set.wait().await;
+        set.harvest(&mut Vec::new()).unwrap();
+    }
 }
 
-fn take<T: Send>(ends: &Ends<T>, shard: usize) -> MeshEnd<T> {
-    ends.lock().unwrap()[shard].take().unwrap()
-}
-
-#[test]
-fn a_mesh_of_four_connects_and_keeps_order() {
-    let [a, b] = two_cores();
-    let all = ends::<(usize, u32)>(4, 8);
-    join(
-        run_shards(&[a, b, a, b], move |me| {
-            let end = take(&all, me);
-            async move {
-                let mut mesh = end.connect().await;
-                assert_eq!(mesh.shards(), 4);
-                assert!(mesh.receiver(me).is_none());
-                assert_eq!(mesh.try_send(me, (me, 0)), Err((me, 0)));
-                let (done, finished) = (Rc::new(Notify::new()), Rc::new(Cell::new(0)));
-                for peer in (0..4).filter(|peer| *peer != me) {
-                    let from = mesh.receiver(peer).unwrap();
-                    assert!(mesh.receiver(peer).is_none());
-                    let (done, finished) = (done.clone(), finished.clone());
-                    spawn(Queue::Live, async move {
-                        for expected in 0..1000 {
-                            assert_eq!(from.recv().await, Some((peer, expected)));
-                        }
-                        finished.set(finished.get() + 1);
-                        done.notify();
-                    });
-                }
-                for number in 0..1000 {
-                    for peer in (0..4).filter(|peer| *peer != me) {
-                        while mesh.try_send(peer, (me, number)).is_err() {
-                            yield_now().await;
-                        }
-                    }
-                }
-                while finished.get() < 3 {
-                    timeout(PATIENCE, done.wait()).await.unwrap();
-                }
-            }
-        })
-        .unwrap(),
-    );
+/// Each shard takes its own end.
+fn ends<T: Send + 'static>(capacity: usize) -> impl Fn(usize) -> MeshEnd<T> + Clone {
+    let ends: Vec<_> = mesh::<T>(2, capacity).unwrap().into_iter().map(Some).collect();
+    let ends = Arc::new(std::sync::Mutex::new(ends));
+    move |me| ends.lock().unwrap()[me].take().unwrap()
 }
 
 #[test]
-fn a_full_channel_gives_the_value_back_and_an_ended_shard_ends_the_stream() {
-    let all = ends::<u32>(2, 4);
-    join(
-        run_shards(&two_cores(), move |me| {
-            let end = take(&all, me);
-            async move {
-                let mut mesh = end.connect().await;
-                let from = mesh.receiver(1 - me).unwrap();
+fn a_mesh_wakes_a_sleeping_shard_every_time_and_keeps_order() {
+    const ROUNDS: u64 = 3000;
+    let ends = ends::<u64>(4);
+    let threads = run_shards(&two_cores(), move |me| {
+        let mesh = ends(me).connect();
+        async move {
+            let set = Readiness::new().unwrap();
+            set.add(&mesh, 0).unwrap();
+            assert_eq!((mesh.shards(), mesh.try_send(me, 0)), (2, Err(0)));
+            let mut got = Vec::new();
+            for n in 0..ROUNDS {
                 if me == 0 {
-                    let sent = (0..100)
-                        .take_while(|n| mesh.try_send(1, *n).is_ok())
-                        .count();
-                    // The other shard reads nothing before it is told to.
-                    assert!((4..=8).contains(&sent), "{sent} values fit into 4 slots");
-                    assert_eq!(mesh.try_send(1, 77), Err(77));
-                    drop(from);
-                } else {
-                    // The stream back ends when shard 0 has filled the channel.
-                    assert_eq!(from.recv().await, None);
-                    assert_eq!(from.recv().await, None);
+                    mesh.try_send(1, n).unwrap();
+                }
+                next(&mesh, &set, &mut got).await;
+                assert_eq!(got.drain(..).collect::<Vec<_>>(), [n]);
+                if me == 1 {
+                    mesh.try_send(0, n).unwrap();
                 }
             }
-        })
-        .unwrap(),
-    );
+        }
+    });
+    join(threads.unwrap());
 }
 
 #[test]
-fn the_mesh_wakes_a_sleeping_shard_every_time() {
-    static CPU_US: AtomicUsize = AtomicUsize::new(0);
-    let all = ends::<u32>(2, 4);
-    join(
-        run_shards(&two_cores(), move |me| {
-            let end = take(&all, me);
-            async move {
-                eprintln!("{me} connecting");
-                let mut mesh = end.connect().await;
-                eprintln!("{me} connected");
-                let from = mesh.receiver(1 - me).unwrap();
-                let before = thread_cpu();
-                for n in 0..3000 {
-                    if n % 100 == 0 || n < 5 {
-                        eprintln!("{me} at {n}");
-                    }
-                    if me == 0 {
-                        mesh.try_send(1, n).unwrap();
-                    }
-                    let got = timeout(PATIENCE, from.recv())
-                        .await
-                        .expect("a lost wake-up");
-                    assert_eq!(got, Some(n));
-                    if me == 1 {
-                        mesh.try_send(0, n).unwrap();
-                    }
-                }
-                CPU_US.fetch_add((thread_cpu() - before).as_micros() as usize, SeqCst);
+fn a_full_way_gives_the_value_back_and_what_is_left_over_is_reported_again() {
+    block_on(async {
+        let mut ends = mesh::<u32>(2, 3).unwrap().into_iter();
+        let (here, there) = (ends.next().unwrap().connect(), ends.next().unwrap().connect());
+        let sent = (0..9).take_while(|n| here.try_send(1, *n).is_ok()).count();
+        assert_eq!(sent, 3);
+        let set = Readiness::new().unwrap();
+        set.add(&there, 7).unwrap();
+        let mut got = Vec::new();
+        assert_eq!(there.receive(&mut got, 2), 2);
+        let mut events = Vec::new();
+        assert_eq!(set.harvest(&mut events).unwrap(), 1);
+        assert_eq!(there.receive(&mut got, 2), 1);
+        assert_eq!(got, [0, 1, 2]);
+        assert_eq!(here.try_send(1, 3), Ok(()));
+    });
+}
+
+#[test]
+fn a_nap_ends_with_the_first_event_and_others_run_before_it() {
+    block_on(async {
+        let ran = Rc::new(RefCell::new(0));
+        for queue in [Queue::Live, Queue::Login, Queue::House] {
+            let ran = ran.clone();
+            spawn(queue, async move {
+                yield_now().await;
+                *ran.borrow_mut() += 1;
+            });
+        }
+        assert!(others_runnable());
+        while others_runnable() {
+            others_first().await;
+        }
+        assert_eq!(*ran.borrow(), 3);
+        let set = Readiness::new().unwrap();
+        let (sender, inbox) = inbox::<u32>(4).unwrap();
+        set.add(&inbox, 1).unwrap();
+        let begun = Instant::now();
+        let thread = std::thread::spawn(move || sender.try_send(5).unwrap());
+        let mut events = Vec::new();
+        while events.is_empty() && begun.elapsed() < PATIENCE {
+            set.nap(&mut events, Duration::from_millis(900)).unwrap();
+        }
+        assert!(!events.is_empty());
+        thread.join().unwrap();
+    });
+}
+
+#[test]
+fn timers_run_while_a_task_only_naps() {
+    block_on(async {
+        let fired = Rc::new(RefCell::new(false));
+        let alarm = fired.clone();
+        spawn(Queue::House, async move {
+            sleep(Duration::from_millis(5)).await;
+            *alarm.borrow_mut() = true;
+        });
+        let set = Readiness::new().unwrap();
+        let begun = Instant::now();
+        while !*fired.borrow() {
+            assert!(begun.elapsed() < PATIENCE);
+            others_first().await;
+            look_at_rings().await;
+            if !others_runnable() {
+                set.nap(&mut Vec::new(), Duration::from_millis(1)).unwrap();
             }
-        })
-        .unwrap(),
-    );
+        }
+    });
 }
 
 #[test]
@@ -362,45 +358,27 @@ fn a_slot_hands_over_one_value_or_says_that_none_will_come() {
 #[test]
 #[ignore = "a measurement: cargo test --release --lib mesh_latency -- --ignored --nocapture"]
 fn mesh_latency() {
-    for busy in [false, true] {
-        let all = ends::<Instant>(2, 1024);
-        join(
-            run_shards(&two_cores(), move |me| {
-                let end = take(&all, me);
-                async move {
-                    let mut mesh = end.connect().await;
-                    if busy {
-                        spawn(Queue::Login, async {
-                            loop {
-                                let until = Instant::now() + Duration::from_micros(20);
-                                while Instant::now() < until {}
-                                yield_if_needed().await;
-                            }
-                        });
-                    }
-                    if me == 0 {
-                        for _ in 0..5000 {
-                            sleep(Duration::from_micros(300)).await;
-                            mesh.try_send(1, Instant::now()).unwrap();
-                        }
-                    } else {
-                        let from = mesh.receiver(0).unwrap();
-                        let mut took = Vec::new();
-                        while let Some(sent) = from.recv().await {
-                            took.push(sent.elapsed());
-                        }
-                        took.sort();
-                        let n = took.len();
-                        println!(
-                            "busy {busy}: {n} values, p50 {:?} p99 {:?} max {:?}",
-                            took[n / 2],
-                            took[n * 99 / 100],
-                            took[n - 1]
-                        );
-                    }
+    let ends = ends::<Instant>(4);
+    let threads = run_shards(&two_cores(), move |me| {
+        let mesh = ends(me).connect();
+        async move {
+            if me == 0 {
+                for _ in 0..2000 {
+                    sleep(Duration::from_millis(1)).await;
+                    mesh.try_send(1, Instant::now()).unwrap();
                 }
-            })
-            .unwrap(),
-        );
-    }
+                return;
+            }
+            let set = Readiness::new().unwrap();
+            set.add(&mesh, 0).unwrap();
+            let (mut got, mut took) = (Vec::new(), Vec::new());
+            while took.len() < 2000 {
+                next(&mesh, &set, &mut got).await;
+                took.extend(got.drain(..).map(|sent: Instant| sent.elapsed()));
+            }
+            took.sort();
+            println!("mesh: p50 {:?} p90 {:?} p99 {:?}", took[1000], took[1800], took[1980]);
+        }
+    });
+    join(threads.unwrap());
 }

@@ -1,4 +1,4 @@
-//! The HTTP door. For now `/healthz`: 200 when this shard turns.
+//! The HTTP door: `/healthz` (200 when the shard turns) and `/metrics` (OpenMetrics).
 
 use std::rc::Rc;
 
@@ -19,7 +19,7 @@ pub async fn serve(shard: Rc<Shard>, socket: Socket) {
         .with_readiness(&mut transport, deadline_ms, async |shard, transport, notify| {
             let mut head = Vec::new();
             loop {
-                if let Some(answer) = answer(&head, most) {
+                if let Some(answer) = answer(&head, most, || shard.metrics()) {
                     return answer;
                 }
                 let data = {
@@ -34,7 +34,7 @@ pub async fn serve(shard: Rc<Shard>, socket: Socket) {
                     }
                 };
                 if !data {
-                    notify.wait().await;
+                    notify.ready.wait().await;
                 }
             }
         })
@@ -45,8 +45,24 @@ pub async fn serve(shard: Rc<Shard>, socket: Socket) {
     shard.http_open.set(shard.http_open.get() - 1);
 }
 
+impl Shard {
+    fn metrics(&self) -> String {
+        let sql = self.lane.counters();
+        let get = |counter: &std::sync::atomic::AtomicU64| counter.load(std::sync::atomic::Ordering::Relaxed);
+        self.gauges.render(&[
+            ("nitro_sql_statements", "SQL statements, BEGIN and COMMIT included.", get(&sql.statements)),
+            ("nitro_sql_loads", "Users asked for.", get(&sql.loads)),
+            ("nitro_sql_writes", "Changes asked for.", get(&sql.writes)),
+            ("nitro_sql_transactions", "Transactions committed.", get(&sql.transactions)),
+            ("nitro_sql_retries", "Attempts repeated because the database was locked or gone.", get(&sql.retries)),
+            ("nitro_sql_failures", "Requests answered by a failure.", get(&sql.failures)),
+            ("nitro_sql_refused", "Batches refused because the lane's queue was full.", get(&sql.refused)),
+        ])
+    }
+}
+
 /// The whole answer, once the request's head is complete.
-fn answer(head: &[u8], most: usize) -> Option<String> {
+fn answer(head: &[u8], most: usize, metrics: impl FnOnce() -> String) -> Option<String> {
     let mut headers = [httparse::EMPTY_HEADER; 64];
     let mut request = httparse::Request::new(&mut headers);
     match request.parse(head) {
@@ -59,7 +75,8 @@ fn answer(head: &[u8], most: usize) -> Option<String> {
     }
     Some(match (request.method, request.path) {
         (Some("GET" | "HEAD"), Some("/healthz")) => response(200, "OK", "ok\n"),
-        (Some("GET" | "HEAD"), _) => response(404, "Not Found", "there is nothing here; try /healthz\n"),
+        (Some("GET" | "HEAD"), Some("/metrics")) => response(200, "OK", &metrics()),
+        (Some("GET" | "HEAD"), _) => response(404, "Not Found", "there is nothing here; try /healthz or /metrics\n"),
         _ => response(405, "Method Not Allowed", "only GET and HEAD\n"),
     })
 }
@@ -80,16 +97,16 @@ mod tests {
     fn a_request_is_answered_when_its_head_is_complete() {
         let whole = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n";
         for cut in 0..whole.len() {
-            assert_eq!(answer(&whole[..cut], 8192), None);
+            assert_eq!(answer(&whole[..cut], 8192, String::new), None);
         }
-        assert!(answer(whole, 8192).unwrap().starts_with("HTTP/1.1 200 OK\r\n"));
+        assert!(answer(whole, 8192, String::new).unwrap().starts_with("HTTP/1.1 200 OK\r\n"));
     }
 
     #[test]
     fn what_is_no_request_or_too_large_is_refused() {
-        assert!(answer(b"\x16\x03\x01 hello\r\n\r\n", 8192).unwrap().starts_with("HTTP/1.1 400 "));
-        assert!(answer(&[b'G'; 100], 64).unwrap().starts_with("HTTP/1.1 431 "));
-        assert!(answer(b"POST / HTTP/1.1\r\n\r\n", 8192).unwrap().starts_with("HTTP/1.1 405 "));
-        assert!(answer(b"GET /x HTTP/1.1\r\n\r\n", 8192).unwrap().starts_with("HTTP/1.1 404 "));
+        assert!(answer(b"\x16\x03\x01 hello\r\n\r\n", 8192, String::new).unwrap().starts_with("HTTP/1.1 400 "));
+        assert!(answer(&[b'G'; 100], 64, String::new).unwrap().starts_with("HTTP/1.1 431 "));
+        assert!(answer(b"POST / HTTP/1.1\r\n\r\n", 8192, String::new).unwrap().starts_with("HTTP/1.1 405 "));
+        assert!(answer(b"GET /x HTTP/1.1\r\n\r\n", 8192, String::new).unwrap().starts_with("HTTP/1.1 404 "));
     }
 }

@@ -2,6 +2,7 @@
 //! carrying out all effects at once.
 
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use super::moves::Parcel;
 use super::{Inbound, Kind, Shard, give_job, limits, login};
@@ -12,6 +13,10 @@ use crate::xmpp::error::StreamError;
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Computed, Slice};
 
+/// How long the shard sleeps in its readiness set before it sleeps in the ring; timers may be late by as much.
+const NAP: Duration = Duration::from_millis(1);
+/// How long a full way to another shard is given.
+const CONGESTED_PAUSE: Duration = Duration::from_micros(100);
 /// Reads of one connection in one turn.
 const READS_MAX: usize = 4;
 /// How long a connection may take to hear its last words.
@@ -20,24 +25,32 @@ const FAREWELL_MS: u64 = 3000;
 impl Shard {
     /// Turns until the shard has stopped.
     pub(super) async fn live(self: Rc<Self>) {
-        let mut events = Vec::with_capacity(1024);
-        let mut inbound = Vec::new();
+        let mut events = Vec::with_capacity(256);
+        let (mut inbound, mut parcels) = (Vec::new(), Vec::new());
+        let mut looked = Instant::now();
         loop {
             events.clear();
-            if let Err(error) = self.readiness.harvest(&mut events) {
+            let busy = !self.unread.borrow().is_empty() || rt::others_runnable();
+            let harvested = match busy {
+                true => self.readiness.harvest(&mut events),
+                false => self.readiness.nap(&mut events, NAP),
+            };
+            if let Err(error) = harvested {
                 tracing::error!(%error, "epoll_wait failed");
             }
             self.clock();
             for event in &events {
                 self.ready(event);
-                if rt::need_preempt() {
-                    self.flush();
-                    rt::yield_now().await;
-                }
+                self.breathe().await;
             }
             self.inbox.drain(&mut inbound);
             for message in inbound.drain(..) {
                 self.inbound(message);
+            }
+            self.ways.borrow().receive(&mut parcels);
+            for parcel in parcels.drain(..) {
+                self.parcel(parcel);
+                self.breathe().await;
             }
             let again = self.unread.borrow().len();
             for _ in 0..again {
@@ -45,25 +58,35 @@ impl Shard {
                     break;
                 }
                 let Some(link) = self.unread.borrow_mut().pop_front() else { break };
-                self.read(link);
-                if rt::need_preempt() {
-                    self.flush();
-                    rt::yield_now().await;
-                }
+                self.read(link, true);
+                self.breathe().await;
             }
             self.flush();
             if self.stopping.get() && self.all_closed() {
                 return;
             }
-            let congested = self.ways.borrow().congested();
-            if congested {
-                rt::sleep(std::time::Duration::from_micros(100)).await;
+            if self.ways.borrow().congested() {
+                rt::sleep(CONGESTED_PAUSE).await;
                 self.ways.borrow_mut().retry();
-            } else if self.unread.borrow().is_empty() && events.is_empty() {
+            } else if events.is_empty() && !busy {
+                // nothing for a whole nap: sleep in the ring
                 self.readiness.wait().await;
-            } else {
-                rt::yield_now().await;
+                looked = Instant::now();
+                continue;
             }
+            rt::others_first().await;
+            if looked.elapsed() >= NAP {
+                rt::look_at_rings().await;
+                looked = Instant::now();
+            }
+        }
+    }
+
+    /// Lets others run if this turn has become long; what was decided so far goes out before.
+    async fn breathe(&self) {
+        if rt::need_preempt() {
+            self.flush();
+            rt::yield_now().await;
         }
     }
 
@@ -72,8 +95,11 @@ impl Shard {
         let live = {
             let mut links = self.links.borrow_mut();
             match links.get_mut(link) {
-                Some(Kind::Waits(notify)) => {
-                    notify.notify();
+                Some(Kind::Waits(waits)) => {
+                    if event.closed {
+                        waits.closed.set(true);
+                    }
+                    waits.ready.notify();
                     false
                 }
                 Some(Kind::Live(_)) => true,
@@ -82,7 +108,7 @@ impl Shard {
                     self.go_on_closing(link);
                     false
                 }
-                Some(Kind::Inbox) | None => false,
+                Some(Kind::Inbox | Kind::Mesh) | None => false,
             }
         };
         if !live {
@@ -95,13 +121,14 @@ impl Shard {
             if self.ways.borrow().congested() {
                 self.unread.borrow_mut().push_back(link);
             } else {
-                self.read(link);
+                self.read(link, event.closed);
             }
         }
     }
 
-    /// Reads a live connection and hands its elements to the slice.
-    pub(super) fn read(&self, link: u64) {
+    /// Reads a live connection and hands its elements to the slice. `to_the_end`: until the kernel says that there is no
+    /// more, because an end that came with the last bytes is not reported again.
+    pub(super) fn read(&self, link: u64, to_the_end: bool) {
         let mut links = self.links.borrow_mut();
         let Some(Kind::Live(live)) = links.get_mut(link) else { return };
         let mut slice = self.slice.borrow_mut();
@@ -124,7 +151,7 @@ impl Shard {
             }
             end = match live.transport.read(&mut scratch) {
                 Ok(Read::Data { bytes: data, more }) => {
-                    drained = !more;
+                    drained = !more && !to_the_end;
                     if live.rest.is_empty() {
                         take_frames(&mut slice, sid, &mut live.framer, data, &mut live.rest)
                     } else {
@@ -199,8 +226,8 @@ impl Shard {
                 self.stopping.set(true);
                 // listeners and those who are logging in look again, and hear that it is over
                 for (_, link) in &self.links.borrow().slab {
-                    if let Kind::Waits(notify) = &link.kind {
-                        notify.notify();
+                    if let Kind::Waits(waits) = &link.kind {
+                        waits.ready.notify();
                     }
                 }
                 let mut slice = self.slice.borrow_mut();

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use super::doors::{Pass, Shut};
 use super::moves::Parcel;
-use super::{Door, Kind, LiveLink, Shard, http};
+use super::{Door, Kind, LiveLink, Shard, Waits, http};
 use crate::config::Registration;
 use crate::net::{Listener, Proxied, Read, Socket, Transport, parse_proxy_header};
-use crate::rt::{self, Notify, Queue, slot};
+use crate::rt::{self, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::store::tier::{Op, WriteError};
 use crate::xml::{Framer, StreamNs};
@@ -27,6 +27,8 @@ pub struct Connecting {
     framer: Framer,
     /// Read and not yet taken.
     rest: Vec<u8>,
+    /// The last read left nothing in the kernel.
+    drained: bool,
     negotiation: Negotiation,
     /// The client, as a believed proxy names it.
     peer: SocketAddr,
@@ -65,7 +67,7 @@ const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 
 /// Accepts what comes in at one port.
 pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
-    let notify = Rc::new(Notify::new());
+    let notify = Rc::new(Waits::default());
     let link = shard.links.borrow_mut().insert(Kind::Waits(notify.clone()));
     if let Err(error) = shard.readiness.add(&listener, link) {
         tracing::error!(%error, "a listener cannot be watched");
@@ -82,9 +84,9 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
                 }
             }
             Ok(None) if shard.stopping.get() => break,
-            Ok(None) => notify.wait().await,
+            Ok(None) => notify.ready.wait().await,
             Err(error) => {
-                shard.gauges.accept_failed();
+                shard.gauges.accept_failures.one();
                 tracing::warn!(%error, "connections cannot be accepted for the moment");
                 rt::sleep(EXHAUSTED_PAUSE).await;
             }
@@ -147,6 +149,7 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
         transport,
         framer: Framer::new(),
         rest,
+        drained: false,
         negotiation: Negotiation::new(&config.domain, policy),
         peer: client,
         pass,
@@ -157,13 +160,14 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
 
 /// A connection comes to this shard because its user lives here.
 pub fn arrived(shard: Rc<Shard>, moved: Moved) {
-    shard.gauges.handed_over();
+    shard.hand_overs.set(shard.hand_overs.get() + 1);
     rt::spawn(Queue::Login, negotiate(shard, moved.connecting, Some(moved.wish)));
 }
 
 /// Too many connections: said in plain text where that is possible.
 fn turn_away(shard: &Shard, mut transport: Transport, tls_first: bool, shut: Shut) {
-    shard.gauges.turned_away(shut);
+    shard.gauges.turned_away.one();
+    tracing::debug!(?shut, "turned away");
     if tls_first {
         return;
     }
@@ -187,7 +191,7 @@ fn turn_away(shard: &Shard, mut transport: Transport, tls_first: bool, shut: Shu
 
 async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
     shard.negotiating.set(shard.negotiating.get() + 1);
-    let notify = Rc::new(Notify::new());
+    let notify = Rc::new(Waits::default());
     let link = shard.links.borrow_mut().insert(Kind::Waits(notify.clone()));
     let outcome = match shard.readiness.add(c.transport.socket(), link) {
         Err(_) => Outcome::Gone,
@@ -210,7 +214,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
             *kind = Kind::Live(Box::new(LiveLink { transport, framer, rest, session: sid, _pass: pass }));
         }
         // what came behind the binding, and edges that nobody saw meanwhile
-        shard.read(link);
+        shard.read(link, true);
         shard.flush();
         if !shard.unread.borrow().is_empty() {
             shard.nudge();
@@ -237,7 +241,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
 }
 
 /// Negotiates until the session stands or there is nothing more to say.
-async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: &Notify, link: u64) -> Outcome {
+async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: &Waits, link: u64) -> Outcome {
     let mut out = Vec::new();
     let mut next = wish.map(|wish| match wish {
         Wish::Login(name) => Step::Login { name },
@@ -361,17 +365,22 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
 }
 
 /// Reads until there is something new in `rest`, with the handshake on the way.
-async fn fill(shard: &Shard, c: &mut Connecting, notify: &Notify) -> Result<(), ()> {
+async fn fill(shard: &Shard, c: &mut Connecting, notify: &Waits) -> Result<(), ()> {
     loop {
-        let handshake_done = {
+        if std::mem::take(&mut c.drained) && !notify.closed.get() {
+            // the last read took all that was there: an edge tells when there is more
+            notify.ready.wait().await;
+        }
+        let handshaking = c.transport.handshaking();
+        let read = {
             let mut scratch = shard.scratch.borrow_mut();
             match c.transport.read(&mut scratch) {
-                Ok(Read::Data { bytes, .. }) => {
+                Ok(Read::Data { bytes, more }) => {
+                    c.drained = !more;
                     c.rest.extend_from_slice(bytes);
-                    return Ok(());
+                    true
                 }
-                Ok(Read::HandshakeDone) => true,
-                Ok(Read::WouldBlock) => false,
+                Ok(Read::HandshakeDone | Read::WouldBlock) => false,
                 Ok(Read::Eof) => return Err(()),
                 Err(error) => {
                     tracing::debug!(peer = %c.peer, %error, "a connection broke before its session");
@@ -379,15 +388,22 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Notify) -> Result<(), 
                 }
             }
         };
+        // not only when the read says so: data may come together with the handshake's last message
+        let handshake_done = handshaking && !c.transport.handshaking();
         if handshake_done {
             let bound = c.transport.channel_bindings();
             c.negotiation.encrypted(ChannelBindings {
                 exporter: bound.exporter,
                 server_end_point: bound.end_point.map(Into::into),
             });
+        }
+        if read {
+            return Ok(());
+        }
+        if handshake_done {
             continue;
         }
-        notify.wait().await;
+        notify.ready.wait().await;
         if c.transport.pending() > 0 && c.transport.flush().is_err() {
             return Err(());
         }
@@ -401,7 +417,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Notify) -> Result<(), 
 async fn proxy_header(
     shard: &Shard,
     transport: &mut Transport,
-    notify: &Notify,
+    notify: &Waits,
 ) -> Option<(Option<SocketAddr>, Vec<u8>)> {
     let mut bytes = Vec::new();
     loop {
@@ -432,7 +448,7 @@ async fn proxy_header(
             }
         };
         if !more {
-            notify.wait().await;
+            notify.ready.wait().await;
         }
     }
 }
@@ -443,9 +459,9 @@ impl Shard {
         &self,
         transport: &mut Transport,
         deadline_ms: u64,
-        with: impl AsyncFnOnce(&Shard, &mut Transport, &Notify) -> T,
+        with: impl AsyncFnOnce(&Shard, &mut Transport, &Waits) -> T,
     ) -> Option<T> {
-        let notify = Rc::new(Notify::new());
+        let notify = Rc::new(Waits::default());
         let link = self.links.borrow_mut().insert(Kind::Waits(notify.clone()));
         let mut outcome = None;
         if self.readiness.add(transport.socket(), link).is_ok() {

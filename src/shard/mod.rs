@@ -30,6 +30,7 @@ use slab::Slab;
 
 use crate::config::Config;
 use crate::net::{Scratch, TlsConfig, Transport};
+use crate::observe::Snapshot;
 use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
 use crate::store::lane::LaneSender;
 use crate::store::ring::Ring;
@@ -82,7 +83,7 @@ pub struct Parts {
     pub own_inbox: InboxSender<Inbound>,
     pub doors: Arc<Doors>,
     pub started: Instant,
-    pub gauges: Arc<crate::blade::Gauges>,
+    pub gauges: Arc<crate::observe::Gauges>,
 }
 
 pub struct Shard {
@@ -108,12 +109,14 @@ pub struct Shard {
     stopping: Cell<bool>,
     /// Connections of the login phase.
     negotiating: Cell<usize>,
+    /// Connections that came from other shards.
+    hand_overs: Cell<u64>,
     http_open: Cell<usize>,
     /// Sessions that have begun, until their login task hands the connection over.
     bound: RefCell<Vec<(u64, SessionId)>>,
     /// The namespaces that most stream headers declare.
     usual_ns: RefCell<Rc<StreamNs>>,
-    gauges: Arc<crate::blade::Gauges>,
+    gauges: Arc<crate::observe::Gauges>,
 }
 
 /// A place in the readiness set. A link is its slot and generation, as one number.
@@ -124,11 +127,20 @@ struct Link {
 
 enum Kind {
     /// Somebody waits for readiness: a listener, a login, an HTTP request.
-    Waits(Rc<Notify>),
+    Waits(Rc<Waits>),
     Live(Box<LiveLink>),
     /// Says its last words.
     Closing { transport: Box<Transport>, until_ms: u64, shut: bool },
     Inbox,
+    Mesh,
+}
+
+/// What a task waits for that is not a session yet.
+#[derive(Default)]
+struct Waits {
+    ready: Notify,
+    /// The peer sends no more; that edge does not come again.
+    closed: Cell<bool>,
 }
 
 /// The connection of a session.
@@ -176,9 +188,9 @@ impl Shard {
             ring: Rc::new((*parts.ring).clone()),
             limits: limits(&config),
             id_key: parts.id_key,
+            features: Default::default(),
         };
-        let mut mesh = parts.mesh.connect().await;
-        let receivers: Vec<_> = (0..shards).filter_map(|n| mesh.receiver(n)).collect();
+        let mesh = parts.mesh.connect();
         let shard = Rc::new(Shard {
             number,
             slice: RefCell::new(Slice::new(env, shards, config.cache.bytes_max / shards)),
@@ -199,6 +211,7 @@ impl Shard {
             started: parts.started,
             stopping: Cell::new(false),
             negotiating: Cell::new(0),
+            hand_overs: Cell::new(0),
             http_open: Cell::new(0),
             bound: RefCell::default(),
             usual_ns: RefCell::new(Rc::new(StreamNs::client())),
@@ -207,25 +220,45 @@ impl Shard {
         shard.clock();
         let bell = shard.links.borrow_mut().insert(Kind::Inbox);
         shard.readiness.add(&shard.inbox, bell).map_err(|e| format!("epoll_ctl: {e}"))?;
+        let bell = shard.links.borrow_mut().insert(Kind::Mesh);
+        shard.readiness.add(shard.ways.borrow().mesh(), bell).map_err(|e| format!("epoll_ctl: {e}"))?;
         for (address, door) in parts.listen {
             let listener = crate::net::listen_shared(address, config.c2s.backlog as i32)?;
             rt::spawn(Queue::Login, login::accept(shard.clone(), listener, door));
         }
-        for receiver in receivers {
-            let shard = shard.clone();
-            rt::spawn(Queue::Live, async move {
-                while let Some(parcel) = receiver.recv().await {
-                    shard.clock();
-                    shard.parcel(parcel);
-                    shard.flush();
-                }
-            });
-        }
         let ticking = shard.clone();
         rt::spawn(Queue::House, async move { ticking.tick_forever().await });
-        shard.gauges.ready();
+        shard.gauges.shard_is_ready();
         shard.live().await;
         Ok(())
+    }
+
+    fn publish(&self) {
+        let slice = self.slice.borrow();
+        let (ways, cache, c) = (self.ways.borrow(), slice.users.stats(), &slice.counters);
+        let snapshot = Snapshot {
+            sessions: slice.sessions.len() as u64,
+            parked: slice.parked as u64,
+            negotiating: self.negotiating.get() as u64,
+            binds: c.binds,
+            resumptions: c.resumptions,
+            hand_overs: self.hand_overs.get(),
+            messages_in: c.messages_in,
+            messages_delivered: c.messages_delivered,
+            messages_offline: c.messages_offline,
+            presences_in: c.presences_in,
+            iqs_in: c.iqs_in,
+            bounces: c.bounces,
+            overflows: c.overflows,
+            load_queue_full: c.load_queue_full,
+            mesh_sent: ways.sent,
+            mesh_full: ways.full,
+            cache_hits: cache.hits,
+            cache_misses: cache.misses,
+            cache_evictions: cache.evictions,
+            cache_bytes: cache.bytes as u64,
+        };
+        self.gauges.publish(self.number, snapshot);
     }
 
     /// Makes the live loop turn, from another task of this shard.
@@ -248,9 +281,9 @@ impl Shard {
             let now_ms = {
                 let mut slice = self.slice.borrow_mut();
                 slice.tick();
-                self.gauges.publish(self.number, &slice, self.negotiating.get());
                 slice.now.ms
             };
+            self.publish();
             self.end_closing(now_ms);
             self.flush();
             if self.stopping.get() {

@@ -17,6 +17,9 @@ pub enum Parcel {
     Moved(Box<Moved>),
 }
 
+/// Parcels taken in one turn; more stay for the next.
+const PARCELS_MAX: usize = 256;
+
 /// The ways to all shards.
 pub struct Ways {
     mesh: Mesh<Parcel>,
@@ -31,6 +34,16 @@ impl Ways {
     pub fn new(mesh: Mesh<Parcel>) -> Ways {
         let kept = (0..mesh.shards()).map(|_| VecDeque::new()).collect();
         Ways { mesh, kept, kept_count: 0, full: 0, sent: 0 }
+    }
+
+    /// What the readiness set watches.
+    pub fn mesh(&self) -> &Mesh<Parcel> {
+        &self.mesh
+    }
+
+    /// What has come from other shards, a bounded number of parcels.
+    pub fn receive(&self, into: &mut Vec<Parcel>) {
+        self.mesh.receive(into, PARCELS_MAX);
     }
 
     /// Sends a parcel, behind those that are kept for the same shard.

@@ -4,13 +4,12 @@
 //! direct children, all as slices of the frame.
 //! Promise: what is accepted is well-formed XML 1.0, namespace-well-formed and restricted (RFC 6120 §11.1) through and
 //! through, not only where the view looks, so that its bytes may be sent to anybody. [`View::standalone`] says when they need
-//! nothing from the stream they came from. A usual stanza costs no allocation of ours; quick-xml makes two small ones.
+//! nothing from the stream they came from. A usual stanza costs no allocation.
 
 use std::borrow::Cow;
 
-use memchr::{memchr, memchr_iter};
-use quick_xml::events::Event;
-use quick_xml::reader::Reader;
+use memchr::{memchr, memchr_iter, memmem};
+use quick_xml::parser::{ElementParser, Parser};
 use smallvec::SmallVec;
 
 use super::dom::Element;
@@ -206,50 +205,62 @@ impl<'a, 's> Check<'a, 's> {
 
     fn run(&mut self) -> Result<(), XmlError> {
         let raw = self.view.raw;
-        let may_hold_cdata_end = memchr(b']', raw.as_bytes()).is_some();
-        let mut reader = Reader::from_str(raw);
-        let config = reader.config_mut();
-        config.check_end_names = false; // we keep the names anyway, as slices
-        config.trim_markup_names_in_closing_tags = false;
+        let bytes = raw.as_bytes();
+        let may_hold_cdata_end = memchr(b']', bytes).is_some();
         let mut inner_start = 0;
+        let mut at = 0;
         loop {
-            let start = reader.buffer_position() as usize;
-            let event = reader.read_event().map_err(tokenizer_error)?;
-            let end = reader.buffer_position() as usize;
-            match event {
-                Event::Start(_) => {
-                    self.start(start, end, false)?;
-                    if self.open.len() == 1 {
-                        inner_start = end;
-                    }
+            let unfinished = XmlError::NotWellFormed("element without an end");
+            let start = match bytes.get(at) {
+                Some(b'<') => at,
+                _ => at + memchr(b'<', &bytes[at..]).ok_or(unfinished)?,
+            };
+            if start > at {
+                if may_hold_cdata_end && raw[at..start].contains("]]>") {
+                    return Err(XmlError::NotWellFormed("']]>' in text"));
                 }
-                Event::Empty(_) => {
-                    self.start(start, end, true)?;
-                    if self.open.is_empty() {
-                        return at_end(raw, end);
-                    }
-                }
-                Event::End(_) => {
-                    self.end(start, end)?;
+                check_references(&bytes[at..start])?;
+            }
+            let rest = &bytes[start..];
+            match rest.get(1) {
+                Some(b'/') => {
+                    at = start + memchr(b'>', rest).ok_or(unfinished)? + 1;
+                    self.end(start, at)?;
                     if self.open.is_empty() {
                         self.view.inner = &raw[inner_start..start];
-                        return at_end(raw, end);
+                        return at_end(raw, at);
                     }
                 }
-                Event::Text(_) => {
-                    if may_hold_cdata_end && raw[start..end].contains("]]>") {
-                        return Err(XmlError::NotWellFormed("']]>' in text"));
+                Some(b'!') => at = start + self.cdata_len(rest)?,
+                Some(b'?') => return Err(XmlError::Restricted("processing instruction")),
+                _ => {
+                    at = start + ElementParser::Outside.feed(rest).ok_or(unfinished)? + 1;
+                    let empty = bytes[at - 2] == b'/';
+                    self.start(start, at, empty)?;
+                    match (self.open.len(), empty) {
+                        (0, _) => return at_end(raw, at),
+                        (1, false) => inner_start = at,
+                        _ => {}
                     }
                 }
-                Event::GeneralRef(_) => check_references(&raw.as_bytes()[start..end])?,
-                Event::CData(_) => {}
-                Event::Comment(_) => return Err(XmlError::Restricted("comment")),
-                Event::Decl(_) | Event::PI(_) => {
-                    return Err(XmlError::Restricted("processing instruction"));
-                }
-                Event::DocType(_) => return Err(XmlError::Restricted("document type declaration")),
-                Event::Eof => return Err(XmlError::NotWellFormed("element without an end")),
             }
+        }
+    }
+
+    /// The length of the CDATA section at the start of `rest`, which begins with `<!`.
+    fn cdata_len(&self, rest: &[u8]) -> Result<usize, XmlError> {
+        const OPEN: &[u8] = b"<![CDATA[";
+        match rest.get(2) {
+            Some(b'-') => return Err(XmlError::Restricted("comment")),
+            Some(b'D') => return Err(XmlError::Restricted("document type declaration")),
+            _ => {}
+        }
+        let end = rest
+            .strip_prefix(OPEN)
+            .and_then(|content| memmem::find(content, b"]]>"));
+        match end {
+            Some(end) if !self.open.is_empty() => Ok(OPEN.len() + end + 3),
+            _ => Err(XmlError::NotWellFormed("CDATA section")),
         }
     }
 
@@ -444,13 +455,6 @@ fn intern<'a>(ns: &str) -> Cow<'a, str> {
         }
     }
     Cow::Owned(ns.to_owned())
-}
-
-fn tokenizer_error(error: quick_xml::Error) -> XmlError {
-    match error {
-        quick_xml::Error::Encoding(_) => XmlError::Encoding,
-        _ => XmlError::NotWellFormed("markup"),
-    }
 }
 
 /// Only characters that XML 1.0 allows (production 2)? Surrogates cannot occur in a `str`.

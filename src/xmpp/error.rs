@@ -71,15 +71,21 @@ impl StanzaError {
 pub struct StreamError {
     pub condition: &'static str,
     pub text: Option<&'static str>,
+    /// Application-specific condition, as XML (RFC 6120 4.9.4).
+    pub detail: Option<Box<str>>,
 }
 
 impl StreamError {
     pub const fn new(condition: &'static str) -> Self {
-        StreamError { condition, text: None }
+        StreamError { condition, text: None, detail: None }
     }
 
     pub const fn text(condition: &'static str, text: &'static str) -> Self {
-        StreamError { condition, text: Some(text) }
+        StreamError { condition, text: Some(text), detail: None }
+    }
+
+    pub fn detail(self, xml: String) -> Self {
+        StreamError { detail: Some(xml.into()), ..self }
     }
 
     /// Writes the error and the closing tag of the stream.
@@ -91,6 +97,9 @@ impl StreamError {
             out.extend_from_slice(b"<text xmlns='urn:ietf:params:xml:ns:xmpp-streams' xml:lang='en'>");
             crate::xml::escape::escape_text(text, out);
             out.extend_from_slice(b"</text>");
+        }
+        if let Some(detail) = &self.detail {
+            out.extend_from_slice(detail.as_bytes());
         }
         out.extend_from_slice(b"</stream:error></stream:stream>");
     }

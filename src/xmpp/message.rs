@@ -226,8 +226,11 @@ pub fn deliver(
                 let bytes = stamped.as_deref().unwrap_or(stanza);
                 let fate = offline::store(slice, to, from, bytes, meta, receipt);
                 let incoming = Incoming { to, from, stanza: bytes, meta };
-                for hook in slice.hooks.message_in.clone().iter() {
-                    hook(slice, name, &incoming, &[]);
+                // a message that was refused has not come in
+                if fate == Fate::Open {
+                    for hook in slice.hooks.message_in.clone().iter() {
+                        hook(slice, name, &incoming, &[]);
+                    }
                 }
                 fate
             };
@@ -272,14 +275,17 @@ fn choose(slice: &Slice, to: &Jid<'_>, meta: Meta, taken: &mut SmallVec<[Session
     }
 }
 
-/// Delivers a message that a session left unacknowledged: as to the bare JID, and to the offline queue beyond its limits.
+/// Delivers a message that a session left unacknowledged, as if to the bare JID, and to the offline queue beyond its limits.
+/// What was addressed to the bare JID went to all sessions at once: those that are left have it.
 pub fn redeliver(slice: &mut Slice, to: &Jid<'_>, stanza: &[u8], meta: Meta) {
     let name = to.local().expect("a session's messages are for its user");
     let mut taken: SmallVec<[SessionId; 4]> = SmallVec::new();
-    match choose(slice, to, meta, &mut taken) {
+    match choose(slice, &to.to_bare(), meta, &mut taken) {
+        Rule::Sessions if to.is_bare() => {}
         Rule::Sessions => {
+            let stanza = offline::delayed(stanza, to.domain(), slice.now.unix);
             for sid in &taken {
-                slice.send(*sid, &[stanza], meta);
+                slice.send(*sid, &[&stanza], meta);
             }
         }
         Rule::Offline if meta.has(Meta::BODY) => offline::keep(slice, name, to.domain(), stanza, None),

@@ -107,7 +107,7 @@ pub struct Meta {
 impl Meta {
     /// Has a non-empty `<body/>`.
     pub const BODY: u16 = 1;
-    /// XEP-0334 `<no-store/>` or `<no-permanent-store/>`: not for the offline queue.
+    /// XEP-0334 `<no-store/>`: not for the offline queue.
     pub const NO_STORE: u16 = 2;
     /// XEP-0334 `<store/>`.
     pub const STORE: u16 = 4;

@@ -29,7 +29,14 @@ pub fn random_id() -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-/// The tree of a stanza that stands in a client's stream (default namespace `jabber:client`).
+/// The tree of a stanza that stands in a client's stream (default namespace `jabber:client`) and was within the limits when
+/// it entered.
 pub fn parse_stanza(stanza: &[u8]) -> Option<crate::xml::Element> {
-    crate::xml::Element::parse_in(stanza, &crate::xml::StreamNs::client(), &crate::xml::Limits::default()).ok()
+    let limits = crate::xml::Limits {
+        stanza_bytes_max: usize::MAX,
+        header_bytes_max: 0,
+        depth_max: u16::MAX,
+        attributes_max: u16::MAX,
+    };
+    crate::xml::Element::parse_in(stanza, &crate::xml::StreamNs::client(), &limits).ok()
 }

@@ -8,7 +8,7 @@ use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
 use super::error::{StanzaError, StreamError};
-use super::feature::{FEATURES, sm};
+use super::feature::sm;
 use super::jid;
 use super::sasl::{self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck};
 use super::slice::Env;
@@ -175,7 +175,7 @@ impl Negotiation {
             return Err(StreamError::new("invalid-namespace"));
         }
         let major = header.version.as_deref().and_then(|v| v.split('.').next()).and_then(|v| v.parse::<u32>().ok());
-        if !major.is_some_and(|v| v >= 1) {
+        if major.is_none_or(|v| v < 1) {
             return Err(StreamError::new("unsupported-version"));
         }
         let to = header.to.as_deref().and_then(|to| jid::domainpart(to).ok());
@@ -194,9 +194,7 @@ impl Negotiation {
         let mut text = String::from("<stream:features>");
         if self.user.is_some() {
             text.push_str(&format!("<bind xmlns='{NS_BIND}'/>"));
-            for stream in FEATURES.iter().filter_map(|f| f.stream) {
-                text.push_str(&stream(env));
-            }
+            text.push_str(env.stream_features());
         } else {
             if self.policy.tls_offered && !self.encrypted {
                 let required = if self.policy.tls_required { "<required/>" } else { "" };

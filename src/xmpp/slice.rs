@@ -7,6 +7,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
+use std::cell::OnceCell;
 use std::rc::Rc;
 
 use fnv::FnvHashMap;
@@ -36,9 +37,16 @@ pub struct Env {
     pub limits: Limits,
     /// Key of the permutation that makes stable ids (XEP-0359).
     pub id_key: [u64; 2],
+    /// See [`Env::stream_features`].
+    pub features: OnceCell<Box<str>>,
 }
 
 impl Env {
+    /// What the table of features adds to `<stream:features/>` after authentication.
+    pub fn stream_features(&self) -> &str {
+        self.features.get_or_init(|| feature::FEATURES.iter().filter_map(|f| f.stream).map(|f| f(self)).collect())
+    }
+
     /// The shard that owns the user.
     pub fn owner(&self, name: &str) -> u16 {
         self.ring.owner(name) as u16
@@ -93,6 +101,10 @@ pub struct User {
     pub record: Record,
     /// Grows with each change of `record`.
     pub revision: u64,
+    /// The last record that the tiers have, while changes are on their way there.
+    pub durable: Option<Record>,
+    /// How many are.
+    pub edits: usize,
     /// Bound resources, those that wait for resumption included.
     pub sessions: SmallVec<[SessionId; 2]>,
     /// Messages for the next resource that becomes available, oldest first (XEP-0160); the tier holds the same.
@@ -346,6 +358,8 @@ impl Slice {
                             name: name.clone().into(),
                             record: loaded.record,
                             revision: 0,
+                            durable: None,
+                            edits: 0,
                             sessions: SmallVec::new(),
                             offline_bytes: loaded.offline.iter().map(|(_, s)| s.len()).sum(),
                             offline: loaded.offline.into(),
@@ -501,7 +515,7 @@ impl Slice {
     /// Gives a stanza (in parts, self-contained, to be read in a stream of `jabber:client`) to a session.
     pub fn send(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta) {
         let Some(session) = self.sessions.get_mut(sid) else { return };
-        if session.csi.inactive && feature::csi::hold(session, parts, meta) {
+        if session.csi.inactive && feature::csi::hold(session, parts, meta, self.env.limits.deferred_stanzas_max) {
             return;
         }
         if session.out.capacity() == 0
@@ -711,7 +725,9 @@ impl Slice {
             _ => Kind::IqError,
         };
         let answer = answer.child(error.element());
-        self.route_element(&back, to.as_str(), &answer, Meta::new(kind).with(Meta::SERVER), None);
+        // XEP-0280 6.1: those who got a copy of the message get one of the error
+        let flags = Meta::SERVER | (meta.flags & (Meta::CARBON | Meta::NO_COPY));
+        self.route_element(&back, to.as_str(), &answer, Meta::new(kind).with(flags), None);
     }
 
     pub fn defer(&mut self, receipt: Receipt) {
@@ -837,22 +853,32 @@ impl Slice {
         };
         let mut record = user.record.to_owned();
         change(&mut record);
-        let before = std::mem::replace(&mut user.record, Record::new(&record));
+        let record = Record::new(&record);
+        let before = std::mem::replace(&mut user.record, record.clone());
+        user.durable.get_or_insert(before);
+        user.edits += 1;
         user.revision += 1;
         let revision = user.revision;
         let bytes = user_bytes(user);
-        let op = Op::PutUser { name: name.into(), record: user.record.clone() };
+        let op = Op::PutUser { name: name.into(), record: record.clone() };
         self.users.set_bytes(name, bytes);
         let who: Rc<str> = name.into();
         self.write(
             name,
             op,
             Box::new(move |slice, result| {
-                if result.is_err()
-                    && let Some(user) = slice.user_mut(&who)
-                    && user.revision == revision
-                {
-                    user.record = before;
+                if let Some(user) = slice.user_mut(&who) {
+                    user.edits = user.edits.saturating_sub(1);
+                    if result.is_ok() {
+                        user.durable = Some(record);
+                    } else if user.revision == revision
+                        && let Some(durable) = &user.durable
+                    {
+                        user.record = durable.clone();
+                    }
+                    if user.edits == 0 {
+                        user.durable = None;
+                    }
                 }
                 then(slice, result);
             }),
@@ -887,6 +913,8 @@ impl Slice {
                 name: name.into(),
                 record,
                 revision: 0,
+                            durable: None,
+                            edits: 0,
                 sessions: SmallVec::new(),
                 offline: VecDeque::new(),
                 offline_bytes: 0,

@@ -108,6 +108,7 @@ impl World {
                 ring: ring.clone(),
                 limits: limits.clone(),
                 id_key: [1, 2],
+                features: Default::default(),
             };
             let mut slice = Slice::new(env, shards, 64 << 20);
             slice.now = now;

@@ -127,7 +127,8 @@ class AioBot(Bot):
                 self.note(StreamEnd(repr(error)))
 
         def cut(reason):
-            self.note(StreamEnd(getattr(getattr(reason, "condition", None), "name", repr(reason)).lower()))
+            name = getattr(getattr(reason, "condition", None), "name", repr(reason))
+            self.note(StreamEnd(name.lower().replace("_", "-")))
 
         def resumed():
             self.resumed.set()

@@ -432,34 +432,47 @@ async def unsupported_binding_is_refused(stage):
     """A client that insists on a channel binding that is not there gets a failure at once, and may go on."""
     alice = await stage.online(SlixBot, "alice")
     context = ssl.create_default_context(cafile=stage.server.certificate)
-    reader, writer = await asyncio.open_connection(
-        stage.server.host, stage.server.tls_port, ssl=context, server_hostname="localhost")
 
-    async def until(pattern):
-        text = ""
-        async with asyncio.timeout(10):
-            while not re.search(pattern, text):
-                chunk = await reader.read(4096)
-                assert chunk, f"closed after: {text}"
-                text += chunk.decode()
-        return text
+    class Connection:
+        """A connection of its own for each few attempts: their number is limited."""
 
-    writer.write(
-        b"<stream:stream to='localhost' version='1.0' xmlns='jabber:client' "
-        b"xmlns:stream='http://etherx.jabber.org/streams'>")
-    features = await until("</stream:features>")
-    for mechanism in ("SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS"):
-        for binding in ("tls-foo", "tls-unique"):  # TLS 1.3 has no tls-unique
-            first = base64.b64encode(f"p={binding},,n={alice.name},r=abcdefgh".encode()).decode()
-            writer.write(
+        async def __aenter__(self):
+            self.reader, self.writer = await asyncio.open_connection(
+                stage.server.host, stage.server.tls_port, ssl=context, server_hostname="localhost")
+            self.writer.write(
+                b"<stream:stream to='localhost' version='1.0' xmlns='jabber:client' "
+                b"xmlns:stream='http://etherx.jabber.org/streams'>")
+            self.features = await self.until("</stream:features>")
+            return self
+
+        async def __aexit__(self, *_):
+            self.writer.close()
+
+        async def until(self, pattern):
+            text = ""
+            async with asyncio.timeout(10):
+                while not re.search(pattern, text):
+                    chunk = await self.reader.read(4096)
+                    assert chunk, f"closed after: {text}"
+                    text += chunk.decode()
+            return text
+
+        async def attempt(self, mechanism, header):
+            first = base64.b64encode(f"{header},,n={alice.name},r=abcdefgh".encode()).decode()
+            self.writer.write(
                 f"<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='{mechanism}'>{first}</auth>".encode())
-            answer = await until("</failure>|<failure[^>]*/>|challenge|success")
-            assert "<failure" in answer, f"{mechanism}, {binding}: {answer}"
+            return await self.until("</failure>|<failure[^>]*/>|</challenge>|</success>")
+
+    for mechanism in ("SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS"):
+        async with Connection() as connection:
+            for binding in ("tls-foo", "tls-unique"):  # TLS 1.3 has no tls-unique
+                answer = await connection.attempt(mechanism, f"p={binding}")
+                assert "<failure" in answer, f"{mechanism}, {binding}: {answer}"
+            # The connection is still good for a client that gives in.
+            answer = await connection.attempt("SCRAM-SHA-256", "n")
+            assert "</challenge>" in answer, answer
     # "y": I know of channel binding and believe that you do not. If it was offered, somebody in between took it away.
-    if "-PLUS<" in features:
-        first = base64.b64encode(f"y,,n={alice.name},r=abcdefgh".encode()).decode()
-        writer.write(
-            f"<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='SCRAM-SHA-256'>{first}</auth>".encode())
-        answer = await until("</failure>|<failure[^>]*/>|challenge|success")
-        assert "<failure" in answer, answer
-    writer.close()
+    async with Connection() as connection:
+        if "-PLUS<" in connection.features:
+            answer = await connection.attempt("SCRAM-SHA-256", "y")
+            assert "<failure" in answer, answer

@@ -120,10 +120,12 @@ class SlixBot(Bot):
         await self.ask(self.client.del_roster_item(jid))
 
     async def roster(self):
-        # With versioning the answer may be empty; the library keeps the roster.
-        await self.client.get_roster()
-        kept = self.client.client_roster
-        return {jid: (kept[jid]["name"], kept[jid]["subscription"]) for jid in kept if not kept[jid]["removed"]}
+        # Without a version, so that the server tells all of it; the library makes items up for whoever sends presence.
+        iq = self.client.make_iq_get()
+        ET.SubElement(iq.xml, "{jabber:iq:roster}query")
+        answer = await self.ask(iq.send())
+        items = answer.xml.iter("{jabber:iq:roster}item")
+        return {item.get("jid"): (item.get("name"), item.get("subscription")) for item in items}
 
     async def ask(self, request):
         try:

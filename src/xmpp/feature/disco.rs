@@ -18,10 +18,30 @@ pub static FEATURE: Feature = Feature {
     server: &[NS_INFO, NS_ITEMS],
     account: &[NS_INFO, NS_ITEMS],
     iq: &[
-        IqRoute { name: "query", ns: NS_INFO, target: Target::Server, handle: server_info },
-        IqRoute { name: "query", ns: NS_INFO, target: Target::Account, handle: account_info },
-        IqRoute { name: "query", ns: NS_ITEMS, target: Target::Server, handle: server_items },
-        IqRoute { name: "query", ns: NS_ITEMS, target: Target::Account, handle: account_items },
+        IqRoute {
+            name: "query",
+            ns: NS_INFO,
+            target: Target::Server,
+            handle: server_info,
+        },
+        IqRoute {
+            name: "query",
+            ns: NS_INFO,
+            target: Target::Account,
+            handle: account_info,
+        },
+        IqRoute {
+            name: "query",
+            ns: NS_ITEMS,
+            target: Target::Server,
+            handle: server_items,
+        },
+        IqRoute {
+            name: "query",
+            ns: NS_ITEMS,
+            target: Target::Account,
+            handle: account_items,
+        },
     ],
     ..NONE
 };
@@ -35,7 +55,11 @@ pub fn server_features(env: &Env) -> Vec<&'static str> {
 }
 
 fn collect(env: &Env, of: fn(&Feature) -> &'static [&'static str]) -> Vec<&'static str> {
-    let mut all: Vec<_> = FEATURES.iter().filter(|f| (f.on)(env)).flat_map(|f| of(f).iter().copied()).collect();
+    let mut all: Vec<_> = FEATURES
+        .iter()
+        .filter(|f| (f.on)(env))
+        .flat_map(|f| of(f).iter().copied())
+        .collect();
     all.sort_unstable();
     all.dedup();
     all
@@ -47,8 +71,13 @@ pub fn may_see(slice: &Slice, name: &str, asker: &Jid<'_>) -> bool {
     if slice.env.is_local(asker) && asker.local() == Some(name) {
         return true;
     }
-    let Some(user) = slice.user(name) else { return false };
-    user.record.get().roster_item(asker.bare()).is_some_and(|item| item.subscription().from())
+    let Some(user) = slice.user(name) else {
+        return false;
+    };
+    user.record
+        .get()
+        .roster_item(asker.bare())
+        .is_some_and(|item| item.subscription().from())
 }
 
 fn server_info(slice: &mut Slice, iq: Iq) {
@@ -67,7 +96,11 @@ fn account_info(slice: &mut Slice, iq: Iq) {
     if let Err(error) = check_account(slice, &iq) {
         return slice.iq_error(&iq, &error);
     }
-    let answer = info(None, ("account", "registered", ""), &collect(&slice.env, |feature| feature.account));
+    let answer = info(
+        None,
+        ("account", "registered", ""),
+        &collect(&slice.env, |feature| feature.account),
+    );
     slice.iq_result(&iq, Some(answer));
 }
 
@@ -111,8 +144,14 @@ fn check_account(slice: &Slice, iq: &Iq) -> Result<(), StanzaError> {
     }
 }
 
-fn info(node: Option<&str>, (category, typ, name): (&str, &str, &str), features: &[&str]) -> Element {
-    let mut identity = Element::new("identity", NS_INFO).attr("category", category).attr("type", typ);
+fn info(
+    node: Option<&str>,
+    (category, typ, name): (&str, &str, &str),
+    features: &[&str],
+) -> Element {
+    let mut identity = Element::new("identity", NS_INFO)
+        .attr("category", category)
+        .attr("type", typ);
     if !name.is_empty() {
         identity = identity.attr("name", name);
     }
@@ -121,5 +160,129 @@ fn info(node: Option<&str>, (category, typ, name): (&str, &str, &str), features:
         query = query.attr("node", node);
     }
     let query = query.child(identity);
-    features.iter().fold(query, |query, feature| query.child(Element::new("feature", NS_INFO).attr("var", *feature)))
+    features.iter().fold(query, |query, feature| {
+        query.child(Element::new("feature", NS_INFO).attr("var", *feature))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::record::Subscription;
+    use crate::xmpp::testing::{Client, World};
+
+    fn ask(to: &str, what: &str, node: &str) -> String {
+        format!(
+            "<iq type='get' id='d' to='{to}'><query xmlns='http://jabber.org/protocol/disco#{what}'{node}/></iq>"
+        )
+    }
+
+    fn answer(w: &mut World, client: Client, request: &str) -> Element {
+        w.send(client, request);
+        let got = w.take(client);
+        assert_eq!(got.len(), 1);
+        crate::xmpp::parse_stanza(got[0].as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn the_server_tells_what_it_is_and_what_the_table_says() {
+        let mut w = World::new(1);
+        w.add("alice");
+        let a = w.login("alice", "a");
+        let got = answer(&mut w, a, &ask("localhost", "info", ""));
+        let query = got.find("query", NS_INFO).unwrap();
+        let identity = query.find("identity", NS_INFO).unwrap();
+        assert_eq!(
+            (identity.get("category"), identity.get("type")),
+            (Some("server"), Some("im"))
+        );
+        let vars: Vec<_> = query.elements().filter_map(|e| e.get("var")).collect();
+        assert_eq!(vars, server_features(&w.slices[0].env));
+        for var in [
+            NS_INFO,
+            NS_ITEMS,
+            "vcard-temp",
+            "urn:xmpp:carbons:2",
+            "jabber:iq:register",
+        ] {
+            assert!(vars.contains(&var), "{var}");
+        }
+        assert!(vars.is_sorted_by(|a, b| a < b));
+        w.send(a, &ask("localhost", "items", ""));
+        w.expect(a, &["<iq type='result' id='d' from='localhost' to='alice@localhost/a'><query xmlns='http://jabber.org/protocol/disco#items'/></iq>"]);
+        for what in ["info", "items"] {
+            w.send(a, &ask("localhost", what, " node='no such'"));
+            assert!(w.take(a).concat().contains("<item-not-found"));
+            w.send(a, &ask("localhost", what, "").replace("get", "set"));
+            assert!(w.take(a).concat().contains("<bad-request"));
+        }
+    }
+
+    #[test]
+    fn an_account_answers_its_user_and_those_who_see_him() {
+        let mut w = World::new(2);
+        let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+        w.item(&alice, &bob, Subscription::From);
+        w.item(&bob, &alice, Subscription::To);
+        let a = w.online(&alice, "a");
+        let silent = w.login(&alice, "silent");
+        let b = w.online(&bob, "b");
+        for client in [a, silent, b] {
+            let got = answer(
+                &mut w,
+                client,
+                &ask(&format!("{alice}@localhost"), "info", ""),
+            );
+            let query = got.find("query", NS_INFO).unwrap();
+            let identity = query.find("identity", NS_INFO).unwrap();
+            assert_eq!(
+                (identity.get("category"), identity.get("type")),
+                (Some("account"), Some("registered"))
+            );
+            assert!(
+                query
+                    .elements()
+                    .any(|e| e.get("var") == Some("urn:xmpp:sid:0"))
+            );
+            let got = answer(
+                &mut w,
+                client,
+                &ask(&format!("{alice}@localhost"), "items", ""),
+            );
+            let items: Vec<_> = got
+                .elements()
+                .flat_map(Element::elements)
+                .filter_map(|e| e.get("jid"))
+                .collect();
+            assert_eq!(
+                items,
+                [format!("{alice}@localhost/a")],
+                "available resources only"
+            );
+        }
+        w.send(b, &ask(&format!("{alice}@localhost"), "info", " node='x'"));
+        assert!(w.take(b).concat().contains("<item-not-found"));
+    }
+
+    #[test]
+    fn to_a_stranger_an_account_looks_like_none() {
+        let mut w = World::new(1);
+        w.add("alice");
+        w.add("mallory");
+        w.item("alice", "mallory", Subscription::To);
+        w.online("alice", "a");
+        let m = w.online("mallory", "m");
+        for name in ["alice", "nobody"] {
+            for what in ["info", "items"] {
+                for node in ["", " node='x'"] {
+                    w.send(m, &ask(&format!("{name}@localhost"), what, node));
+                    let got = w.take(m).concat();
+                    assert!(
+                        got.contains("<service-unavailable") && got.contains("type='cancel'"),
+                        "{got}"
+                    );
+                }
+            }
+        }
+    }
 }

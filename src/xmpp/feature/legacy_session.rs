@@ -11,7 +11,12 @@ pub static FEATURE: Feature = Feature {
     name: "Session establishment for old clients",
     spec: "RFC 3921 3",
     stream: Some(|_| format!("<session xmlns='{NS}'><optional/></session>")),
-    iq: &[IqRoute { name: "session", ns: NS, target: Target::Both, handle: answer }],
+    iq: &[IqRoute {
+        name: "session",
+        ns: NS,
+        target: Target::Both,
+        handle: answer,
+    }],
     ..NONE
 };
 
@@ -23,5 +28,27 @@ fn answer(slice: &mut Slice, iq: Iq) {
         slice.iq_error(&iq, &StanzaError::SERVICE_UNAVAILABLE);
     } else {
         slice.iq_result(&iq, None);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn whoever_asks_for_a_session_has_one() {
+        let mut w = crate::xmpp::testing::World::new(1);
+        w.add("alice");
+        w.add("bob");
+        let a = w.login("alice", "a");
+        let ask =
+            "<iq type='set' id='s'><session xmlns='urn:ietf:params:xml:ns:xmpp-session'/></iq>";
+        w.send(a, ask);
+        w.expect(a, &["<iq type='result' id='s' to='alice@localhost/a'/>"]);
+        w.send(a, &ask.replace("<iq ", "<iq to='localhost' "));
+        w.expect(
+            a,
+            &["<iq type='result' id='s' from='localhost' to='alice@localhost/a'/>"],
+        );
+        w.send(a, &ask.replace("<iq ", "<iq to='bob@localhost' "));
+        assert!(w.take(a).concat().contains("<service-unavailable"));
     }
 }

@@ -57,14 +57,16 @@ pub struct Feature {
     /// A message was delivered to (or stored for) a user of this slice; the sessions that have got it.
     pub message_in: Option<MessageIn>,
     /// A session sent its initial presence (RFC 6121 4.2), or left negative priorities; after the broadcast.
-    pub available: Option<fn(&mut Slice, SessionId)>,
+    pub available: Option<Available>,
     /// A session ended for good; it is out of the tables already.
-    pub ended: Option<fn(&mut Slice, &mut Session)>,
+    pub ended: Option<Ended>,
 }
 
 pub type MessageOut = fn(&mut Slice, SessionId, &Outgoing<'_>) -> Result<(), StanzaError>;
 pub type Admit = fn(&Slice, user: &str, from: &Jid<'_>, meta: Meta) -> Result<(), Refusal>;
 pub type MessageIn = fn(&mut Slice, user: &str, message: &Incoming<'_>, taken: &[SessionId]);
+pub type Available = fn(&mut Slice, SessionId);
+pub type Ended = fn(&mut Slice, &mut Session);
 pub type NonzaHandler = fn(&mut Slice, SessionId, &View<'_>) -> Result<(), StreamError>;
 
 /// Nothing; rows name what they have.
@@ -156,8 +158,8 @@ pub struct Hooks {
     pub message_out: Rc<[MessageOut]>,
     pub admit: Rc<[Admit]>,
     pub message_in: Rc<[MessageIn]>,
-    pub available: Rc<[fn(&mut Slice, SessionId)]>,
-    pub ended: Rc<[fn(&mut Slice, &mut Session)]>,
+    pub available: Rc<[Available]>,
+    pub ended: Rc<[Ended]>,
 }
 
 impl Hooks {

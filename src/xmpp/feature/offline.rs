@@ -93,14 +93,18 @@ fn wanted(meta: Meta) -> Wanted {
     }
 }
 
-/// The stanza with `<delay/>` (XEP-0203) as its last child.
-fn delayed(stanza: &[u8], domain: &str, unix: u64) -> Vec<u8> {
-    let Some(inner) = stanza.strip_suffix(b"</message>") else { return stanza.to_vec() };
+/// The stanza with `<delay/>` (XEP-0203) as its last child, unless this server has stamped it before.
+pub fn delayed(stanza: &[u8], domain: &str, unix: u64) -> Vec<u8> {
+    let mut delay = b"<delay xmlns='urn:xmpp:delay' from='".to_vec();
+    crate::xml::escape::escape_attr(domain, &mut delay);
+    delay.extend_from_slice(b"' stamp='");
+    // behind the stable id stands only what this server wrote; a client's own claim stands before it
+    let id = memchr::memmem::rfind(stanza, b"<stanza-id xmlns='urn:xmpp:sid:0' by='");
+    let stamped = memchr::memmem::rfind(stanza, &delay) > id;
+    let Some(inner) = stanza.strip_suffix(b"</message>").filter(|_| !stamped) else { return stanza.to_vec() };
     let mut out = Vec::with_capacity(stanza.len() + 96);
     out.extend_from_slice(inner);
-    out.extend_from_slice(b"<delay xmlns='urn:xmpp:delay' from='");
-    crate::xml::escape::escape_attr(domain, &mut out);
-    out.extend_from_slice(b"' stamp='");
+    out.extend_from_slice(&delay);
     out.extend_from_slice(super::time::stamp(unix).as_bytes());
     out.extend_from_slice(b"'/></message>");
     out

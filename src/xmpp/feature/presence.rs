@@ -687,10 +687,9 @@ pub fn answer_unsubscribed(slice: &mut Slice, to: &Jid<'_>, from: &str) {
     }
 }
 
-// ---- for subscriptions and blocking ------------------------------------------------------------------------------
+// ---- for subscriptions -------------------------------------------------------------------------------------------
 
-/// The contact (bare or full JID) sees all resources of the user go: the subscription ends (3.2.2, 3.3.3), or the user
-/// blocks the contact (XEP-0191 3.3; before the block stands).
+/// The contact (bare or full JID) sees all resources of the user go: the subscription ends (3.2.2, 3.3.3).
 pub fn hide(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
     for sid in slice.sessions_of(name) {
         let Some(session) = slice.sessions.get_mut(sid) else {
@@ -1325,29 +1324,6 @@ mod tests {
             assert_eq!(
                 world.stored(&romeo).roster[0].subscription,
                 Subscription::Both
-            );
-        }
-    }
-
-    #[test]
-    fn blocking_hides_and_unblocking_shows() {
-        for shard in [0, 1] {
-            let (mut world, r, j, _, balcony) = couple(shard);
-            let name = r.split('@').next().unwrap().to_owned();
-            let contact = Jid::parse(&j).unwrap();
-            hide(world.slice_of(&name), &name, &contact);
-            world.run();
-            world.expect(
-                balcony,
-                &[&format!(
-                    "<presence type='unavailable' from='{r}/orchard' to='{j}'/>"
-                )],
-            );
-            show(world.slice_of(&name), &name, &contact);
-            world.run();
-            world.expect(
-                balcony,
-                &[&format!("<presence from='{r}/orchard' to='{j}'/>")],
             );
         }
     }

@@ -22,7 +22,12 @@ pub static FEATURE: Feature = Feature {
     version: "1.2",
     server: &[NS],
     account: &[NS],
-    iq: &[IqRoute { name: "query", ns: NS, target: Target::Account, handle }],
+    iq: &[IqRoute {
+        name: "query",
+        ns: NS,
+        target: Target::Account,
+        handle,
+    }],
     ..NONE
 };
 
@@ -43,7 +48,9 @@ fn handle(slice: &mut Slice, iq: Iq) {
         0 if iq.set => Some(StanzaError::NOT_ACCEPTABLE),
         0 => Some(StanzaError::BAD_REQUEST),
         2.. if !iq.set => Some(StanzaError::BAD_REQUEST),
-        _ if iq.payload.elements().any(|e| e.ns.is_empty() || e.ns == NS) => Some(StanzaError::NOT_ACCEPTABLE),
+        _ if iq.payload.elements().any(|e| e.ns.is_empty() || e.ns == NS) => {
+            Some(StanzaError::NOT_ACCEPTABLE)
+        }
         _ => None,
     };
     match error {
@@ -56,7 +63,11 @@ fn handle(slice: &mut Slice, iq: Iq) {
 fn get(slice: &mut Slice, iq: Iq) {
     read(slice, iq, |slice, iq, stored| {
         let wanted = iq.payload.elements().next().expect("was checked");
-        let found = stored.elements().find(|e| e.is(&wanted.name, &wanted.ns)).unwrap_or(wanted).clone();
+        let found = stored
+            .elements()
+            .find(|e| e.is(&wanted.name, &wanted.ns))
+            .unwrap_or(wanted)
+            .clone();
         slice.iq_result(&iq, Some(Element::new("query", NS).child(found)));
     });
 }
@@ -81,10 +92,17 @@ fn work(slice: &mut Slice, iq: Iq) {
         }
         let bytes = stored.to_xml("").into_bytes();
         if bytes.len() > slice.env.limits.private_bytes_max {
-            slice.iq_error(&iq, &StanzaError::POLICY_VIOLATION.text("the private storage is full"));
+            slice.iq_error(
+                &iq,
+                &StanzaError::POLICY_VIOLATION.text("the private storage is full"),
+            );
             return next(slice, &name);
         }
-        let op = Op::PutDocument { name: name.as_str().into(), key: KEY.into(), value: Some(bytes.into()) };
+        let op = Op::PutDocument {
+            name: name.as_str().into(),
+            key: KEY.into(),
+            value: Some(bytes.into()),
+        };
         slice.write(
             &name.clone(),
             op,
@@ -104,7 +122,9 @@ fn work(slice: &mut Slice, iq: Iq) {
 
 /// The change at work is over: the next one.
 fn next(slice: &mut Slice, name: &str) {
-    let Some(waiting) = slice.private.0.get_mut(name) else { return };
+    let Some(waiting) = slice.private.0.get_mut(name) else {
+        return;
+    };
     match waiting.pop_front() {
         Some(iq) => work(slice, iq),
         None => {
@@ -116,7 +136,10 @@ fn next(slice: &mut Slice, name: &str) {
 /// Reads the user's document; `then` gets `<query/>` with all elements. A failure is answered here.
 fn read(slice: &mut Slice, iq: Iq, then: impl FnOnce(&mut Slice, Iq, Element) + 'static) {
     let name = iq.account().to_owned();
-    let query = Query::Document { name: name.as_str().into(), key: KEY.into() };
+    let query = Query::Document {
+        name: name.as_str().into(),
+        key: KEY.into(),
+    };
     slice.read(
         &name.clone(),
         query,
@@ -134,7 +157,149 @@ fn read(slice: &mut Slice, iq: Iq, then: impl FnOnce(&mut Slice, Iq, Element) + 
 }
 
 fn document(read: Result<Option<Box<[u8]>>, ReadError>) -> Result<Element, String> {
-    let Some(bytes) = read.map_err(|error| error.to_string())? else { return Ok(Element::new("query", NS)) };
+    let Some(bytes) = read.map_err(|error| error.to_string())? else {
+        return Ok(Element::new("query", NS));
+    };
     let text = std::str::from_utf8(&bytes).map_err(|error| error.to_string())?;
     Element::parse(text).map_err(|error| error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::xmpp::testing::{Client, World};
+
+    fn iq(typ: &str, inner: &str) -> String {
+        format!("<iq type='{typ}' id='p'><query xmlns='jabber:iq:private'>{inner}</query></iq>")
+    }
+
+    fn world() -> (World, Client) {
+        let mut w = World::with(1, |limits| limits.private_bytes_max = 200);
+        w.add("alice");
+        let a = w.login("alice", "a");
+        (w, a)
+    }
+
+    const DONE: &str = "<iq type='result' id='p' to='alice@localhost/a'/>";
+
+    #[track_caller]
+    fn holds(w: &mut World, a: Client, asked: &str, found: &str) {
+        w.send(a, &iq("get", asked));
+        w.expect(a, &[&format!(
+            "<iq type='result' id='p' to='alice@localhost/a'><query xmlns='jabber:iq:private'>{found}</query></iq>"
+        )]);
+    }
+
+    #[test]
+    fn elements_are_kept_by_name_and_namespace() {
+        let (mut w, a) = world();
+        holds(&mut w, a, "<s xmlns='urn:a'/>", "<s xmlns='urn:a'/>");
+        w.send(
+            a,
+            &iq(
+                "set",
+                "<s xmlns='urn:a'>1</s><t xmlns='urn:a'>2</t><s xmlns='urn:b'>3</s>",
+            ),
+        );
+        w.expect(a, &[DONE]);
+        w.send(a, &iq("set", "<s xmlns='urn:a'><x/>new</s>"));
+        w.expect(a, &[DONE]);
+        holds(
+            &mut w,
+            a,
+            "<s xmlns='urn:a'/>",
+            "<s xmlns='urn:a'><x/>new</s>",
+        );
+        holds(&mut w, a, "<t xmlns='urn:a'/>", "<t xmlns='urn:a'>2</t>");
+        holds(&mut w, a, "<s xmlns='urn:b'/>", "<s xmlns='urn:b'>3</s>");
+    }
+
+    #[test]
+    fn changes_that_overtake_one_another_are_all_kept() {
+        let (mut w, a) = world();
+        w.tier.held = true;
+        for name in ["a", "b", "c"] {
+            w.send(a, &iq("set", &format!("<{name} xmlns='urn:a'>1</{name}>")));
+        }
+        w.expect(a, &[]);
+        w.release();
+        w.expect(a, &[DONE, DONE, DONE]);
+        for name in ["a", "b", "c"] {
+            holds(
+                &mut w,
+                a,
+                &format!("<{name} xmlns='urn:a'/>"),
+                &format!("<{name} xmlns='urn:a'>1</{name}>"),
+            );
+        }
+        assert!(w.slices[0].private.0.is_empty());
+    }
+
+    #[test]
+    fn changes_that_wait_have_a_limit() {
+        let (mut w, a) = world();
+        w.tier.held = true;
+        for _ in 0..super::WAITING_MAX + 2 {
+            w.send(a, &iq("set", "<s xmlns='urn:a'/>"));
+        }
+        let got = w.take(a);
+        assert!(
+            got.len() == 1 && got[0].contains("<resource-constraint"),
+            "{got:?}"
+        );
+        w.release();
+        assert_eq!(w.take(a).len(), super::WAITING_MAX + 1);
+    }
+
+    #[test]
+    fn all_elements_together_have_a_limit() {
+        let (mut w, a) = world();
+        let long = "x".repeat(100);
+        w.send(a, &iq("set", &format!("<s xmlns='urn:a'>{long}</s>")));
+        w.expect(a, &[DONE]);
+        w.send(a, &iq("set", &format!("<t xmlns='urn:a'>{long}</t>")));
+        assert!(w.take(a).concat().contains("<policy-violation"));
+        // the next change goes on
+        w.send(a, &iq("set", "<s xmlns='urn:a'/>"));
+        w.expect(a, &[DONE]);
+    }
+
+    #[test]
+    fn mistakes_are_answered() {
+        let (mut w, a) = world();
+        w.add("bob");
+        let b = w.login("bob", "b");
+        for (request, condition) in [
+            (iq("get", ""), "bad-request"),
+            (iq("set", ""), "not-acceptable"),
+            (
+                iq("get", "<s xmlns='urn:a'/><s xmlns='urn:b'/>"),
+                "bad-request",
+            ),
+            (iq("set", "<s/>"), "not-acceptable"),
+        ] {
+            w.send(a, &request);
+            let got = w.take(a).concat();
+            assert!(got.contains(&format!("<{condition} ")), "{request}: {got}");
+        }
+        for typ in ["get", "set"] {
+            w.send(
+                b,
+                &iq(typ, "<s xmlns='urn:a'/>").replace("<iq ", "<iq to='alice@localhost' "),
+            );
+            assert!(w.take(b).concat().contains("<service-unavailable"));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_read_or_stored_is_an_error_and_blocks_nothing() {
+        let (mut w, a) = world();
+        w.tier.broken = true;
+        for typ in ["get", "set", "set"] {
+            w.send(a, &iq(typ, "<s xmlns='urn:a'>1</s>"));
+            assert!(w.take(a).concat().contains("<internal-server-error"));
+        }
+        w.tier.broken = false;
+        w.send(a, &iq("set", "<s xmlns='urn:a'>1</s>"));
+        w.expect(a, &[DONE]);
+    }
 }

@@ -20,7 +20,12 @@ pub static FEATURE: Feature = Feature {
     version: "2.4",
     server: &[NS],
     on: |env| env.limits.registration,
-    iq: &[IqRoute { name: "query", ns: NS, target: Target::Both, handle }],
+    iq: &[IqRoute {
+        name: "query",
+        ns: NS,
+        target: Target::Both,
+        handle,
+    }],
     ..NONE
 };
 
@@ -63,7 +68,12 @@ fn refuse(slice: &mut Slice, mut iq: Iq, error: &StanzaError) {
 }
 
 fn change_password(slice: &mut Slice, mut iq: Iq) {
-    let field = |name| iq.payload.find(name, NS).map(|e| e.text_content()).unwrap_or_default();
+    let field = |name| {
+        iq.payload
+            .find(name, NS)
+            .map(|e| e.text_content())
+            .unwrap_or_default()
+    };
     let (username, password) = (field("username"), field("password"));
     // held no longer than needed
     iq.payload = Element::new("query", NS);
@@ -75,7 +85,10 @@ fn change_password(slice: &mut Slice, mut iq: Iq) {
         // section 3.1.1: a second identity
         return refuse(slice, iq, &StanzaError::NOT_ACCEPTABLE);
     }
-    let job = Job::Derive { password, iterations: slice.env.limits.iterations };
+    let job = Job::Derive {
+        password,
+        iterations: slice.env.limits.iterations,
+    };
     slice.compute(
         job,
         Box::new(move |slice, computed| {
@@ -114,7 +127,7 @@ fn stored(keys: ScramKeys) -> record::ScramKeys {
 
 fn remove(slice: &mut Slice, iq: Iq) {
     if iq.payload.elements().count() != 1 {
-        return slice.iq_error(&iq, &StanzaError::BAD_REQUEST);
+        return refuse(slice, iq, &StanzaError::BAD_REQUEST);
     }
     let name: Box<str> = iq.from.local().expect("only users ask").into();
     let then: Then = Box::new(move |slice, result| match result {
@@ -153,10 +166,20 @@ fn removed(slice: &mut Slice, name: &str) {
     let record = user.record.to_owned();
     for sid in slice.sessions_of(name) {
         // what it was sent has no recipient any more
-        if let Some(sm) = slice.sessions.get_mut(sid).and_then(|session| session.sm.as_mut()) {
+        if let Some(sm) = slice
+            .sessions
+            .get_mut(sid)
+            .and_then(|session| session.sm.as_mut())
+        {
             sm.unacknowledged();
         }
-        slice.end(sid, Some(StreamError::text("not-authorized", "the account was removed")));
+        slice.end(
+            sid,
+            Some(StreamError::text(
+                "not-authorized",
+                "the account was removed",
+            )),
+        );
     }
     slice.set_user(name, None);
     let from = format!("{name}@{}", slice.env.domain);
@@ -165,11 +188,23 @@ fn removed(slice: &mut Slice, name: &str) {
             cancel(slice, &from, &contact.jid, Kind::Unsubscribe, "unsubscribe");
         }
         if contact.subscription.from() || contact.approved {
-            cancel(slice, &from, &contact.jid, Kind::Unsubscribed, "unsubscribed");
+            cancel(
+                slice,
+                &from,
+                &contact.jid,
+                Kind::Unsubscribed,
+                "unsubscribed",
+            );
         }
     }
     for request in &record.requests {
-        cancel(slice, &from, &request.jid, Kind::Unsubscribed, "unsubscribed");
+        cancel(
+            slice,
+            &from,
+            &request.jid,
+            Kind::Unsubscribed,
+            "unsubscribed",
+        );
     }
 }
 
@@ -181,4 +216,188 @@ fn cancel(slice: &mut Slice, from: &str, to: &str, kind: Kind, typ: &str) {
     attribute("to", to.as_str(), &mut stanza);
     stanza.extend_from_slice(b"/>");
     slice.route(&to, from, &stanza, Meta::new(kind), None);
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::store::record::Subscription;
+    use crate::xmpp::testing::{Client, World};
+
+    fn iq(typ: &str, inner: &str) -> String {
+        format!("<iq type='{typ}' id='r'><query xmlns='jabber:iq:register'>{inner}</query></iq>")
+    }
+
+    fn change(username: &str, password: &str) -> String {
+        iq(
+            "set",
+            &format!("<username>{username}</username><password>{password}</password>"),
+        )
+    }
+
+    fn alice() -> (World, Client) {
+        let mut w = World::new(1);
+        w.add("alice");
+        let a = w.online("alice", "a");
+        (w, a)
+    }
+
+    #[test]
+    fn who_asks_is_told_his_name_and_no_password() {
+        let (mut w, a) = alice();
+        w.send(a, &iq("get", ""));
+        w.expect(a, &["<iq type='result' id='r' to='alice@localhost/a'><query xmlns='jabber:iq:register'><registered/>\
+            <instructions>Send a new password to change it.</instructions><username>alice</username><password/></query></iq>"]);
+    }
+
+    #[test]
+    fn a_new_password_is_confirmed_when_its_keys_are_durable() {
+        let (mut w, a) = alice();
+        w.tier.held = true;
+        // the name is compared as an address
+        w.send(a, &change("Alice", "n3w"));
+        w.expect(a, &[]);
+        assert!(w.stored("alice").sha256.is_none());
+        w.release();
+        w.expect(a, &["<iq type='result' id='r' to='alice@localhost/a'/>"]);
+        let keys = w.stored("alice").sha256.clone().unwrap();
+        let hash = crate::xmpp::sasl::Hash::Sha256;
+        let derived = crate::xmpp::sasl::derive(hash, "n3w", &keys.salt, keys.iterations).unwrap();
+        assert_eq!(derived.stored_key, keys.stored_key);
+        assert_eq!(keys.iterations, 4096);
+        assert!(w.stored("alice").sha1.is_some());
+    }
+
+    #[test]
+    fn a_refused_change_changes_nothing_and_repeats_no_password() {
+        let (mut w, a) = alice();
+        w.add("bob");
+        for (request, condition) in [
+            (change("bob", "secret"), "not-acceptable"),
+            (change("alice", ""), "bad-request"),
+            (change("", "secret"), "bad-request"),
+            (iq("set", "<password>secret</password>"), "bad-request"),
+            (change("alice", "secret\u{7}"), "not-acceptable"),
+            (
+                iq("set", "<remove/><password>secret</password>"),
+                "bad-request",
+            ),
+        ] {
+            let Ok(()) = w.element(a, &request) else {
+                continue;
+            };
+            w.run();
+            let got = w.take(a).concat();
+            assert!(got.contains(&format!("<{condition} ")), "{request}: {got}");
+            assert!(!got.contains("secret"), "{got}");
+        }
+        w.tier.broken = true;
+        w.send(a, &change("alice", "secret"));
+        let got = w.take(a).concat();
+        assert!(
+            got.contains("<internal-server-error") && !got.contains("secret"),
+            "{got}"
+        );
+        w.tier.broken = false;
+        assert!(w.stored("alice").sha1.is_none() && w.stored("bob").sha1.is_none());
+    }
+
+    #[test]
+    fn without_registration_there_is_none_of_this() {
+        let mut w = World::with(1, |limits| limits.registration = false);
+        w.add("alice");
+        let a = w.online("alice", "a");
+        w.send(a, &iq("get", ""));
+        assert!(w.take(a).concat().contains("<service-unavailable"));
+        for request in [change("alice", "x"), iq("set", "<remove/>")] {
+            w.send(a, &request);
+            assert!(w.take(a).concat().contains("<not-allowed"));
+        }
+        assert!(w.tier.users.contains_key("alice"));
+        w.send(a, "<iq type='get' id='d' to='localhost'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>");
+        assert!(!w.take(a).concat().contains("jabber:iq:register"));
+    }
+
+    #[test]
+    fn somebody_elses_account_is_none_of_ones_business() {
+        let (mut w, a) = alice();
+        w.add("bob");
+        for name in ["bob", "nobody"] {
+            for request in [iq("get", ""), iq("set", "<remove/>"), change(name, "x")] {
+                w.send(
+                    a,
+                    &request.replace("<iq ", &format!("<iq to='{name}@localhost' ")),
+                );
+                assert!(w.take(a).concat().contains("<service-unavailable"));
+            }
+        }
+        assert!(w.tier.users.contains_key("bob"));
+    }
+
+    #[test]
+    fn a_removed_account_ends_its_sessions_and_subscriptions() {
+        let mut w = World::new(2);
+        let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+        let (carol, dave) = (w.on(0, "carol"), w.on(1, "dave"));
+        w.befriend(&alice, &bob);
+        w.item(&alice, &carol, Subscription::To);
+        w.item(&carol, &alice, Subscription::From);
+        w.item(&alice, &dave, Subscription::From);
+        w.item(&dave, &alice, Subscription::To);
+        let a = w.online(&alice, "a");
+        let phone = w.online(&alice, "phone");
+        let clients: Vec<Client> = [&bob, &carol, &dave].map(|name| w.online(name, "x")).into();
+        w.take(a);
+        w.take(phone);
+        w.tier.held = true;
+        w.send(a, &iq("set", "<remove/>"));
+        assert!(!w.closed(a));
+        w.release();
+        let got = w.take(a);
+        assert!(got[0].contains("type='result'"), "{got:?}");
+        for (client, got) in [(a, got), (phone, w.take(phone))] {
+            assert!(got.concat().contains("<not-authorized "), "{got:?}");
+            assert!(w.closed(client));
+        }
+        let subscription = |w: &World, name: &str| {
+            w.stored(name)
+                .roster_item(&format!("{alice}@localhost"))
+                .map(|item| item.subscription)
+        };
+        for (client, name, kinds) in [
+            (
+                clients[0],
+                &bob,
+                &["unavailable", "unsubscribe", "unsubscribed"][..],
+            ),
+            (clients[1], &carol, &["unsubscribe"][..]),
+            (clients[2], &dave, &["unavailable", "unsubscribed"][..]),
+        ] {
+            let got = w.take(client).concat();
+            for kind in kinds {
+                assert!(
+                    got.contains(&format!("type='{kind}'")),
+                    "{kind} for {name}: {got}"
+                );
+            }
+            assert_eq!(subscription(&w, name), Some(Subscription::None));
+        }
+        assert!(!w.tier.users.contains_key(&alice));
+        w.send(
+            clients[0],
+            &format!("<message type='chat' to='{alice}@localhost'><body>x</body></message>"),
+        );
+        assert!(w.take(clients[0]).concat().contains("<service-unavailable"));
+    }
+
+    #[test]
+    fn an_account_that_cannot_be_removed_stays() {
+        let (mut w, a) = alice();
+        w.tier.broken = true;
+        w.send(a, &iq("set", "<remove/>"));
+        assert!(w.take(a).concat().contains("<internal-server-error"));
+        assert!(!w.closed(a));
+        w.tier.broken = false;
+        w.send(a, &iq("set", "<remove/>"));
+        assert!(w.closed(a));
+    }
 }

@@ -22,7 +22,7 @@ pub const NS: &str = "jabber:iq:roster";
 pub static FEATURE: Feature = Feature {
     name: "Roster, with versions",
     spec: "RFC 6121 2, XEP-0237",
-    version: "1.3",
+    version: ", 1.3",
     server: &[NS],
     stream: Some(|_| "<ver xmlns='urn:xmpp:features:rosterver'/>".to_owned()),
     iq: &[IqRoute {

@@ -17,7 +17,7 @@ pub const NS: &str = "urn:xmpp:sm:3";
 pub static FEATURE: Feature = Feature {
     name: "Stream management",
     spec: "XEP-0198",
-    version: "1.6.1",
+    version: "1.6.3",
     stream: Some(|_| format!("<sm xmlns='{NS}'/>")),
     nonza: &[
         NonzaRoute { name: "enable", ns: NS, handle: enable },
@@ -209,8 +209,14 @@ fn acknowledged(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<()
             }
             Ok(())
         }
-        Err(_) => Err(StreamError::text("undefined-condition", "h is higher than what was sent")),
+        Err(sent) => Err(too_high(h, sent)),
     }
+}
+
+/// XEP-0198 section 6.
+fn too_high(h: u32, sent: u32) -> StreamError {
+    StreamError::text("undefined-condition", "h is higher than what was sent")
+        .detail(format!("<handled-count-too-high xmlns='{NS}' h='{h}' send-count='{sent}'/>"))
 }
 
 fn resume_too_late(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {
@@ -239,9 +245,9 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
     super::csi::activate(session);
     let Some(sm) = &mut session.sm else { return Ok(()) };
-    if sm.acknowledge(h).is_err() {
+    if let Err(sent) = sm.acknowledge(h) {
         slice.end(sid, None);
-        return Err(StreamError::text("undefined-condition", "h is higher than what was sent"));
+        return Err(too_high(h, sent));
     }
     match session.link.replace(link) {
         None => slice.parked = slice.parked.saturating_sub(1),
@@ -289,7 +295,6 @@ pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
             slice.bounce(&to, from, &stanza, meta, &crate::xmpp::error::StanzaError::SERVICE_UNAVAILABLE);
             continue;
         }
-        // as to the bare JID: the resource is gone
-        message::redeliver(slice, &to.to_bare(), &stanza, meta);
+        message::redeliver(slice, &to, &stanza, meta);
     }
 }

@@ -8,6 +8,7 @@ use super::{Feature, NONE};
 use crate::xml::dom::Element;
 use crate::xml::escape::escape_attr;
 use crate::xml::view::View;
+use crate::xmpp::jid::Jid;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::slice::Slice;
 
@@ -24,18 +25,23 @@ pub static FEATURE: Feature = Feature {
 
 /// Does a stanza carry a stable id that somebody gave it?
 pub fn present(view: &View<'_>) -> bool {
-    view.children().iter().any(|c| c.name == "stanza-id" && &*c.ns == NS)
+    view.children()
+        .iter()
+        .any(|c| c.name == "stanza-id" && &*c.ns == NS)
 }
 
 /// Takes out the ids that claim to be given by `by` (XEP-0359 section 3.1: an entity removes those that name itself).
 pub fn strip(element: &mut Element, by: &str) {
-    element.remove_children(|c| c.name == "stanza-id" && c.ns == NS && c.get("by") == Some(by));
+    // whoever reads it normalises the address, so it is compared as one
+    let same = |claimed: &str| Jid::parse(claimed).is_ok_and(|jid| jid.as_str() == by);
+    element.remove_children(|c| c.is("stanza-id", NS) && c.get("by").is_some_and(same));
 }
 
 /// The stanza with the id of the recipient's account, if it is one that he may keep.
 /// Give the buffer back by [`Slice::reuse`].
 pub fn stamp(slice: &mut Slice, by: &str, stanza: &[u8], meta: Meta) -> Option<Vec<u8>> {
-    let kept = matches!(meta.kind, Kind::Chat | Kind::Normal) && (meta.has(Meta::BODY) || meta.has(Meta::STORE));
+    let kept = matches!(meta.kind, Kind::Chat | Kind::Normal)
+        && (meta.has(Meta::BODY) || meta.has(Meta::STORE));
     if !kept || meta.has(Meta::COPY) || !stanza.ends_with(b"</message>") {
         return None;
     }
@@ -55,7 +61,9 @@ pub fn stamp(slice: &mut Slice, by: &str, stanza: &[u8], meta: Meta) -> Option<V
 pub fn permute(value: u64, key: [u64; 2]) -> u64 {
     let (mut left, mut right) = ((value >> 32) as u32, value as u32);
     for round in 0..8u64 {
-        let mixed = mix(u64::from(right) ^ key[(round & 1) as usize].rotate_left(7 * round as u32) ^ (round << 40));
+        let mixed = mix(u64::from(right)
+            ^ key[(round & 1) as usize].rotate_left(7 * round as u32)
+            ^ (round << 40));
         (left, right) = (right, left ^ (mixed >> 32) as u32);
     }
     (u64::from(left) << 32) | u64::from(right)
@@ -73,11 +81,44 @@ mod tests {
     use super::*;
 
     #[test]
+    fn nobody_gives_an_id_in_the_name_of_the_recipients_account() {
+        let mut w = crate::xmpp::testing::World::new(1);
+        w.add("alice");
+        w.add("bob");
+        let a = w.online("alice", "a");
+        let b = w.online("bob", "b");
+        let forged: String = ["alice@localhost", "ALICE@localhost", "bob@localhost"]
+            .iter()
+            .map(|by| format!("<stanza-id xmlns='urn:xmpp:sid:0' by='{by}' id='forged'/>"))
+            .collect();
+        w.send(
+            b,
+            &format!("<message to='alice@localhost' type='chat'><body>x</body>{forged}</message>"),
+        );
+        w.expect(
+            a,
+            &[
+                "<message from='bob@localhost/b' to='alice@localhost' type='chat'><body>x</body>\
+            <stanza-id xmlns='urn:xmpp:sid:0' by='bob@localhost' id='forged'/>\
+            <stanza-id xmlns='urn:xmpp:sid:0' by='alice@localhost' id='*'/></message>",
+            ],
+        );
+        // nor where the server gives none
+        w.send(
+            b,
+            &format!("<message to='alice@localhost' type='headline'>{forged}</message>"),
+        );
+        assert!(!w.take(a).concat().to_lowercase().contains("by='alice"));
+    }
+
+    #[test]
     fn ids_of_neighbours_are_distinct_and_unlike() {
         let key = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210];
         let ids: std::collections::HashSet<u64> = (0..100_000).map(|i| permute(i, key)).collect();
         assert_eq!(ids.len(), 100_000);
-        let bits: u32 = (0..1000u64).map(|i| (permute(i, key) ^ permute(i + 1, key)).count_ones()).sum();
+        let bits: u32 = (0..1000u64)
+            .map(|i| (permute(i, key) ^ permute(i + 1, key)).count_ones())
+            .sum();
         assert!((28_000..36_000).contains(&bits), "{bits}");
     }
 }

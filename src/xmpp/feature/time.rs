@@ -12,7 +12,12 @@ pub static FEATURE: Feature = Feature {
     spec: "XEP-0202",
     version: "2.0",
     server: &[NS],
-    iq: &[IqRoute { name: "time", ns: NS, target: Target::Server, handle: answer }],
+    iq: &[IqRoute {
+        name: "time",
+        ns: NS,
+        target: Target::Server,
+        handle: answer,
+    }],
     ..NONE
 };
 
@@ -41,18 +46,36 @@ fn civil(days: u64) -> (u64, u64, u64) {
     // of this count is 0000-03-01.
     let days = days + 719_468;
     let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let year_of_era =
+        (day_of_era - day_of_era / 1_460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     // March to July and August to December have the same lengths: 153 days in five months
     let month = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month + 2) / 5 + 1;
-    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    let (month, next) = if month < 10 {
+        (month + 3, 0)
+    } else {
+        (month - 9, 1)
+    };
     (era * 400 + year_of_era + next, month, day)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_server_tells_its_time() {
+        let mut w = crate::xmpp::testing::World::new(1);
+        w.add("alice");
+        let a = w.login("alice", "a");
+        w.send(
+            a,
+            "<iq type='get' id='t' to='localhost'><time xmlns='urn:xmpp:time'/></iq>",
+        );
+        w.expect(a, &["<iq type='result' id='t' from='localhost' to='alice@localhost/a'><time xmlns='urn:xmpp:time'>\
+            <tzo>+00:00</tzo><utc>2026-09-21T14:13:20Z</utc></time></iq>"]);
+    }
 
     #[test]
     fn stamps_are_those_of_the_calendar() {
@@ -66,7 +89,8 @@ mod tests {
 
     #[test]
     fn each_day_of_eight_centuries_follows_the_day_before() {
-        let leap = |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
+        let leap =
+            |y: u64| y.is_multiple_of(4) && (!y.is_multiple_of(100) || y.is_multiple_of(400));
         let (mut year, mut month, mut day) = (1970, 1, 1);
         for count in 0..292_194 {
             assert_eq!(civil(count), (year, month, day));

@@ -1,0 +1,152 @@
+//! Figures of the blade, for whoever looks from outside. In: each shard's figures, a few times a second; events that no
+//! shard counts. Out: the OpenMetrics text of `GET /metrics`. Promise: a reader never touches what a shard works with.
+
+use std::fmt::Write;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use super::Counter;
+
+/// A shard's row: declares each metric once, with its kind and what it means.
+macro_rules! snapshot {
+    ($( $(#[doc = $help:literal])+ $kind:ident $field:ident = $name:literal; )*) => {
+        /// The figures of one shard at one moment.
+        #[derive(Clone, Debug, Default)]
+        pub struct Snapshot { $( $(#[doc = $help])+ pub $field: u64, )* }
+
+        const ROWS: &[Row] = &[ $( Row {
+            name: $name, kind: stringify!($kind), help: concat!($($help),+), get: |s| s.$field,
+        }, )* ];
+    };
+}
+
+struct Row {
+    name: &'static str,
+    kind: &'static str,
+    help: &'static str,
+    get: fn(&Snapshot) -> u64,
+}
+
+snapshot! {
+    /// Sessions, those that wait to be resumed included.
+    gauge sessions = "nitro_sessions";
+    /// Sessions whose connection was cut and that can be resumed.
+    gauge parked = "nitro_sessions_parked";
+    /// Connections that have not begun a session yet.
+    gauge negotiating = "nitro_connections_negotiating";
+    /// Sessions begun.
+    counter binds = "nitro_binds";
+    /// Sessions resumed.
+    counter resumptions = "nitro_resumptions";
+    /// Connections that came from another shard because their user lives here.
+    counter hand_overs = "nitro_hand_overs";
+    /// Messages from clients.
+    counter messages_in = "nitro_messages_in";
+    /// Messages handed to sessions.
+    counter messages_delivered = "nitro_messages_delivered";
+    /// Messages for the offline queue.
+    counter messages_offline = "nitro_messages_offline";
+    /// Presence stanzas from clients.
+    counter presences_in = "nitro_presences_in";
+    /// IQ stanzas from clients.
+    counter iqs_in = "nitro_iqs_in";
+    /// Stanzas answered by an error.
+    counter bounces = "nitro_bounces";
+    /// Clients cut because they did not read (limits.send_queue_bytes_max, stream_management.unacked_*).
+    counter overflows = "nitro_slow_readers_cut";
+    /// Stanzas refused because too much waits for one user to be loaded.
+    counter load_queue_full = "nitro_load_queue_full";
+    /// Mesh messages sent to other shards.
+    counter mesh_sent = "nitro_mesh_messages";
+    /// Mesh messages that found their way full: reading from clients stops until they are gone.
+    counter mesh_full = "nitro_mesh_full";
+    /// Lookups that found the user in the cache.
+    counter cache_hits = "nitro_cache_hits";
+    /// Lookups that did not.
+    counter cache_misses = "nitro_cache_misses";
+    /// Users evicted from the cache.
+    counter cache_evictions = "nitro_cache_evictions";
+    /// Bytes of the cache.
+    gauge cache_bytes = "nitro_cache_bytes";
+}
+
+/// Figures of the whole blade.
+pub struct Gauges {
+    ready: AtomicUsize,
+    shards: Vec<Mutex<Snapshot>>,
+    /// Accepts that failed because descriptors or memory were exhausted.
+    pub accept_failures: Counter,
+    /// Connections turned away by a limit.
+    pub turned_away: Counter,
+}
+
+impl Gauges {
+    pub fn new(shards: usize) -> Gauges {
+        Gauges {
+            ready: AtomicUsize::new(0),
+            shards: (0..shards).map(|_| Mutex::default()).collect(),
+            accept_failures: Counter::new(),
+            turned_away: Counter::new(),
+        }
+    }
+
+    /// A shard listens.
+    pub fn shard_is_ready(&self) {
+        self.ready.fetch_add(1, Relaxed);
+    }
+
+    pub fn shards_ready(&self) -> usize {
+        self.ready.load(Relaxed)
+    }
+
+    pub fn publish(&self, shard: usize, snapshot: Snapshot) {
+        if let Ok(mut place) = self.shards[shard].lock() {
+            *place = snapshot;
+        }
+    }
+
+    /// OpenMetrics text, with `more` (name, help, value) counters of the blade.
+    pub fn render(&self, more: &[(&str, &str, u64)]) -> String {
+        let shards: Vec<Snapshot> =
+            self.shards.iter().map(|s| s.lock().map(|s| s.clone()).unwrap_or_default()).collect();
+        let mut out = String::with_capacity(8 * 1024);
+        for row in ROWS {
+            let (name, kind) = (row.name, row.kind);
+            let total = if kind == "counter" { "_total" } else { "" };
+            let _ = writeln!(out, "# TYPE {name} {kind}\n# HELP {name} {}", row.help.trim());
+            for (n, shard) in shards.iter().enumerate() {
+                let _ = writeln!(out, "{name}{total}{{shard=\"{n}\"}} {}", (row.get)(shard));
+            }
+        }
+        let own = [
+            ("nitro_accept_failures", "Accepts that failed for lack of descriptors or memory.", self.accept_failures.get()),
+            ("nitro_turned_away", "Connections turned away by a limit of connections.", self.turned_away.get()),
+        ];
+        for (name, help, value) in own.iter().chain(more) {
+            let _ = writeln!(out, "# TYPE {name} counter\n# HELP {name} {help}\n{name}_total {value}");
+        }
+        out.push_str("# EOF\n");
+        out
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_is_there_once_for_each_shard_with_type_and_help() {
+        let gauges = Gauges::new(2);
+        gauges.publish(1, Snapshot { sessions: 7, ..Snapshot::default() });
+        let text = gauges.render(&[("nitro_sql_statements", "Statements.", 3)]);
+        assert!(text.contains("nitro_sessions{shard=\"1\"} 7\n") && text.contains("nitro_sql_statements_total 3\n"));
+        assert_eq!(text.matches("# TYPE ").count(), ROWS.len() + 3);
+        assert_eq!(text.matches("# HELP ").count(), ROWS.len() + 3);
+        assert_eq!(text.matches("{shard=\"0\"}").count(), ROWS.len());
+        assert!(text.ends_with("# EOF\n"));
+        let mut names: Vec<&str> = ROWS.iter().map(|r| r.name).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), ROWS.len());
+    }
+}
