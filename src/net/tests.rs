@@ -299,24 +299,19 @@ fn data_that_comes_with_the_end_of_the_handshake_is_not_lost() {
 }
 
 #[test]
-fn a_slow_reader_gets_everything_in_order_and_is_bounded() {
+fn a_slow_reader_gets_everything_in_order() {
     let files = Files::new();
     let mut scratch = Scratch::new();
     let (mut server, mut client) = tls_pair(&files, files.client(None));
     shake(&mut server, &mut client, &mut scratch);
     let mut sent = Vec::new();
-    let refused = loop {
+    while server.pending() < 4 << 20 {
         let line: Vec<u8> = (0..100_000u32)
             .map(|n| (n + sent.len() as u32) as u8)
             .collect();
-        match server.write(&line, &mut scratch) {
-            Ok(()) => sent.extend(line),
-            Err(e) => break e,
-        }
-    };
-    assert_eq!(refused.kind(), ErrorKind::StorageFull);
-    assert!(server.pending() > UNSENT_MAX_BYTES);
-    assert!(server.pending() < UNSENT_MAX_BYTES + 200_000);
+        server.write(&line, &mut scratch).unwrap();
+        sent.extend(line);
+    }
     assert!(server.socket().unsent().unwrap() > 0);
     while !server.flush().unwrap() {
         client.receive();
