@@ -37,6 +37,8 @@ const INBOX_PATIENCE: Duration = Duration::from_secs(30);
 const ADMIN_PATIENCE: Duration = Duration::from_secs(50);
 /// The look of decoys follows the accounts not more often than that.
 const DECOY_PAUSE: Duration = Duration::from_secs(5);
+/// And at least that often, for the accounts that are made in-band.
+const DECOY_IDLE: Duration = Duration::from_secs(300);
 
 /// Runs the server until it is told to stop. A mistake of the operator is one sentence on standard error.
 pub fn serve(config: Config, load: impl Fn() -> Result<Config, String>) -> ExitCode {
@@ -133,9 +135,8 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let handler = Operators {
         senders: senders.clone(),
         ring: ring.clone(),
-        store: Mutex::new((store, Instant::now())),
-        secret,
-        config: shared.clone(),
+        store: Mutex::new(store),
+        changed: follow_accounts(&shared, secret, &senders)?,
     };
     let admin = AdminServer::start(&config.data_dir, config.limits.admin_connections_max, move |request| {
         handler.answer(request)
@@ -368,10 +369,9 @@ impl Helpers {
 struct Operators {
     senders: Vec<InboxSender<Inbound>>,
     ring: Arc<Ring>,
-    /// And when the decoys last followed the accounts.
-    store: Mutex<(Store, Instant)>,
-    secret: [u8; 32],
-    config: Arc<Config>,
+    store: Mutex<Store>,
+    /// Accounts have changed.
+    changed: SyncSender<()>,
 }
 
 impl Operators {
@@ -415,7 +415,8 @@ impl Operators {
             }
         };
         if changes {
-            self.follow_accounts();
+            // full: the next count sees this change too
+            let _ = self.changed.try_send(());
         }
         reply
     }
@@ -469,7 +470,7 @@ impl Operators {
 
     fn list(&self, prefix: &str, after: &str, limit: usize) -> AdminReply {
         let Ok(mut store) = self.store.lock() else { return AdminReply::refused("the server is stopping") };
-        match store.0.list(prefix, after, limit) {
+        match store.list(prefix, after, limit) {
             Ok(users) => AdminReply::Users {
                 users: users.into_iter().map(|u| UserLine { name: u.name, disabled: u.disabled }).collect(),
             },
@@ -480,29 +481,35 @@ impl Operators {
     fn known(&self, names: &[String]) -> AdminReply {
         let Ok(mut store) = self.store.lock() else { return AdminReply::refused("the server is stopping") };
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        match store.0.load(&names) {
+        match store.load(&names) {
             Ok(users) => AdminReply::Known { known: users.iter().map(Option::is_some).collect() },
             Err(sentence) => AdminReply::refused(sentence),
         }
     }
+}
 
-    /// Challenges to unknown users follow the look of the accounts.
-    fn follow_accounts(&self) {
-        let Ok(mut store) = self.store.lock() else { return };
-        if store.1.elapsed() < DECOY_PAUSE {
-            return;
-        }
-        store.1 = Instant::now();
-        match decoy(&mut store.0, &self.secret, &self.config) {
-            Ok(decoy) => {
-                let decoy = Arc::new(decoy);
-                for sender in &self.senders {
-                    let _ = sender.send(Inbound::Decoy(decoy.clone()), INBOX_PATIENCE);
+/// Has challenges to unknown users follow the look of the accounts, also of those that registered in-band: a while after each
+/// change by an operator, and now and then. The sender says that something has changed.
+fn follow_accounts(config: &Arc<Config>, secret: [u8; 32], senders: &[InboxSender<Inbound>]) -> Result<SyncSender<()>, String> {
+    let (changed, changes) = mpsc::sync_channel(1);
+    let (config, senders) = (config.clone(), senders.to_vec());
+    let mut store = Store::open(config.sqlite_path())?;
+    let follow = move || {
+        while !matches!(changes.recv_timeout(DECOY_IDLE), Err(mpsc::RecvTimeoutError::Disconnected)) {
+            match decoy(&mut store, &secret, &config) {
+                Ok(decoy) => {
+                    let decoy = Arc::new(decoy);
+                    for sender in &senders {
+                        let _ = sender.send(Inbound::Decoy(decoy.clone()), INBOX_PATIENCE);
+                    }
                 }
+                Err(error) => tracing::warn!(error, "the accounts' keys could not be counted"),
             }
-            Err(error) => tracing::warn!(error, "the accounts' keys could not be counted"),
+            std::thread::sleep(DECOY_PAUSE);
         }
-    }
+    };
+    std::thread::Builder::new().name("decoys".into()).spawn(follow).map_err(|e| format!("a thread cannot start: {e}"))?;
+    Ok(changed)
 }
 
 /// Waits until all shards listen; how long it took.
