@@ -196,7 +196,7 @@ fn a_mesh_wakes_a_sleeping_shard_every_time_and_keeps_order() {
                     mesh.try_send(1, n).unwrap();
                 }
                 next(&mesh, &set, &mut got).await;
-                assert_eq!(got.drain(..).collect::<Vec<_>>(), [n]);
+                assert_eq!(std::mem::take(&mut got), [n]);
                 if me == 1 {
                     mesh.try_send(0, n).unwrap();
                 }
