@@ -56,7 +56,10 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     rt::probe()?;
     let files = rt::raise_open_files()?;
     if files < 4096 {
-        tracing::warn!(files, "few open files are allowed: raise the hard limit (ulimit -Hn) for more connections");
+        tracing::warn!(
+            files,
+            "few open files are allowed: raise the hard limit (ulimit -Hn) for more connections"
+        );
     }
     let _lock = DataLock::acquire(&config.data_dir)?;
     let first_start = !config.sqlite_path().exists();
@@ -95,8 +98,8 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
     ];
     let shared = Arc::new(config.clone());
-    let meshes =
-        rt::mesh(shards, config.limits.mesh_queue_batches_max).map_err(|e| format!("the mesh cannot be made: {e}"))?;
+    let meshes = rt::mesh(shards, config.limits.mesh_queue_batches_max)
+        .map_err(|e| format!("the mesh cannot be made: {e}"))?;
     let parts: Vec<Option<Parts>> = inboxes
         .into_iter()
         .zip(meshes)
@@ -108,7 +111,11 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 ring: ring.clone(),
                 decoy: decoy.clone(),
                 id_key,
-                listen: listen.iter().copied().filter(|(_, door)| *door != Door::Http || n == 0).collect(),
+                listen: listen
+                    .iter()
+                    .copied()
+                    .filter(|(_, door)| *door != Door::Http || n == 0)
+                    .collect(),
                 mesh,
                 inbox,
                 lane: lane.sender(),
@@ -138,14 +145,25 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         store: Mutex::new(store),
         changed: follow_accounts(&shared, secret, &senders)?,
     };
-    let admin = AdminServer::start(&config.data_dir, config.limits.admin_connections_max, move |request| {
-        handler.answer(request)
-    })?;
+    let admin = AdminServer::start(
+        &config.data_dir,
+        config.limits.admin_connections_max,
+        move |request| handler.answer(request),
+    )?;
     let up = wait_ready(&gauges, shards, &failures)?;
-    announce(&config, &listen, &fingerprint, accounts, first_start, shards, up);
+    announce(
+        &config,
+        &listen,
+        &fingerprint,
+        accounts,
+        first_start,
+        shards,
+        up,
+    );
 
     let mut current = config;
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(|e| format!("signals cannot be heard: {e}"))?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+        .map_err(|e| format!("signals cannot be heard: {e}"))?;
     for signal in signals.forever() {
         if signal != SIGHUP {
             break;
@@ -154,7 +172,8 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
             Ok((config, tls, sentence)) => {
                 let shared = Arc::new(config.clone());
                 for sender in &senders {
-                    let _ = sender.send(Inbound::Reload(shared.clone(), tls.clone()), INBOX_PATIENCE);
+                    let _ =
+                        sender.send(Inbound::Reload(shared.clone(), tls.clone()), INBOX_PATIENCE);
                 }
                 current = config;
                 tracing::info!("{sentence}");
@@ -208,11 +227,15 @@ fn open_ports(config: &mut Config) -> Result<Vec<(SocketAddr, Door)>, String> {
         for address in addresses.iter() {
             match net::probe_port(*address).map_err(|e| format!("{key}: {e}"))? {
                 Some(address) => open.push(address),
-                None => tracing::warn!(key, %address, "this machine has no such address family: left out"),
+                None => {
+                    tracing::warn!(key, %address, "this machine has no such address family: left out")
+                }
             }
         }
         if open.is_empty() && !addresses.is_empty() {
-            return Err(format!("{key}: none of its addresses can be had on this machine; name one that can"));
+            return Err(format!(
+                "{key}: none of its addresses can be had on this machine; name one that can"
+            ));
         }
         all.extend(open.iter().map(|a| (*a, door)));
         *addresses = open;
@@ -225,7 +248,11 @@ fn load_tls(config: &Config) -> Result<(TlsConfig, String), String> {
     if own && !certificate.exists() && !key.exists() {
         net::generate_certificate(&config.domain, &certificate, &key)?;
     }
-    let tls = TlsConfig::load(&certificate, &key, config.tls.version_min == crate::config::TlsVersion::V1_3)?;
+    let tls = TlsConfig::load(
+        &certificate,
+        &key,
+        config.tls.version_min == crate::config::TlsVersion::V1_3,
+    )?;
     let fingerprint = tls.fingerprint().to_owned();
     Ok((tls, fingerprint))
 }
@@ -234,17 +261,28 @@ fn load_tls(config: &Config) -> Result<(TlsConfig, String), String> {
 fn secret(dir: &Path) -> Result<[u8; 32], String> {
     use std::os::unix::fs::OpenOptionsExt;
     let path: PathBuf = dir.join("secret");
-    let cannot = |e: std::io::Error| format!("{}: {e}; make the data folder writable", path.display());
+    let cannot =
+        |e: std::io::Error| format!("{}: {e}; make the data folder writable", path.display());
     match std::fs::read(&path) {
         Ok(bytes) => bytes.try_into().map_err(|_| {
-            format!("{}: it must hold 32 bytes; remove it, and nitro makes a new one", path.display())
+            format!(
+                "{}: it must hold 32 bytes; remove it, and nitro makes a new one",
+                path.display()
+            )
         }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let mut secret = [0; 32];
-            aws_lc_rs::rand::fill(&mut secret).map_err(|_| "the system gives no random bytes".to_owned())?;
-            let mut file =
-                std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path).map_err(cannot)?;
-            file.write_all(&secret).and_then(|()| file.sync_all()).map_err(cannot)?;
+            aws_lc_rs::rand::fill(&mut secret)
+                .map_err(|_| "the system gives no random bytes".to_owned())?;
+            let mut file = std::fs::OpenOptions::new()
+                .write(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&path)
+                .map_err(cannot)?;
+            file.write_all(&secret)
+                .and_then(|()| file.sync_all())
+                .map_err(cannot)?;
             Ok(secret)
         }
         Err(e) => Err(cannot(e)),
@@ -254,14 +292,28 @@ fn secret(dir: &Path) -> Result<[u8; 32], String> {
 /// What a challenge to an unknown user looks like: as those to known ones do.
 fn decoy(store: &mut Store, secret: &[u8; 32], config: &Config) -> Result<Decoy, String> {
     let shape = |shape: Option<(u32, usize)>| {
-        shape.map(|(iterations, salt_len)| Shape { iterations, salt_len: salt_len.min(255) as u8 })
+        shape.map(|(iterations, salt_len)| Shape {
+            iterations,
+            salt_len: salt_len.min(255) as u8,
+        })
     };
     let profiles: Vec<Profile> = store
         .key_distribution()?
         .into_iter()
-        .map(|kind| Profile { sha1: shape(kind.sha1), sha256: shape(kind.sha256), accounts: kind.users })
+        .map(|kind| Profile {
+            sha1: shape(kind.sha1),
+            sha256: shape(kind.sha256),
+            accounts: kind.users,
+        })
         .collect();
-    Ok(Decoy::new(secret, &profiles, Shape { iterations: config.sasl.iterations, salt_len: 16 }))
+    Ok(Decoy::new(
+        secret,
+        &profiles,
+        Shape {
+            iterations: config.sasl.iterations,
+            salt_len: 16,
+        },
+    ))
 }
 
 fn answer_sink(inbox: InboxSender<Inbound>) -> crate::store::lane::AnswerSink {
@@ -285,7 +337,10 @@ fn reload(
     }
     // ports were resolved at the start: they differ from what the file says without having changed
     if !restart.is_empty() {
-        sentence.push_str(&format!("; unchanged until a restart: {}", restart.join(", ")));
+        sentence.push_str(&format!(
+            "; unchanged until a restart: {}",
+            restart.join(", ")
+        ));
     }
     Ok((merged, tls, sentence))
 }
@@ -300,7 +355,11 @@ fn announce(
     up: Duration,
 ) {
     let at = |door: Door| {
-        let all: Vec<String> = listen.iter().filter(|(_, d)| *d == door).map(|(a, _)| a.to_string()).collect();
+        let all: Vec<String> = listen
+            .iter()
+            .filter(|(_, d)| *d == door)
+            .map(|(a, _)| a.to_string())
+            .collect();
         all.join(", ")
     };
     let mut out = format!(
@@ -310,14 +369,24 @@ fn announce(
         if shards == 1 { "" } else { "s" },
         up.as_millis(),
     );
-    for (name, door) in [("XMPP, STARTTLS", Door::Xmpp), ("XMPP, TLS", Door::XmppTls), ("HTTP", Door::Http)] {
+    for (name, door) in [
+        ("XMPP, STARTTLS", Door::Xmpp),
+        ("XMPP, TLS", Door::XmppTls),
+        ("HTTP", Door::Http),
+    ] {
         out.push_str(&format!("  {name:<15} {}\n", at(door)));
     }
-    out.push_str(&format!("  data            {}\n", config.data_dir.display()));
+    out.push_str(&format!(
+        "  data            {}\n",
+        config.data_dir.display()
+    ));
     out.push_str(&format!("  certificate     SHA-256 {fingerprint}\n"));
     if accounts == 0 || first_start {
         let exe = std::env::args().next().unwrap_or_else(|| "nitro".into());
-        out.push_str(&format!("  add an account  {exe} user add alice@{}\n", config.domain));
+        out.push_str(&format!(
+            "  add an account  {exe} user add alice@{}\n",
+            config.domain
+        ));
     }
     print!("{out}");
     let _ = std::io::stdout().flush();
@@ -335,7 +404,9 @@ impl Helpers {
     fn start(waiting_max: usize) -> Helpers {
         let (queue, jobs) = mpsc::sync_channel::<(InboxSender<Inbound>, Ticket, Job)>(waiting_max);
         let jobs = Arc::new(Mutex::new(jobs));
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(4);
+        let threads = std::thread::available_parallelism()
+            .map_or(1, |n| n.get())
+            .min(4);
         for n in 0..threads {
             let jobs = jobs.clone();
             let work = move || {
@@ -344,12 +415,16 @@ impl Helpers {
                 unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
                 loop {
                     let job = jobs.lock().ok().and_then(|jobs| jobs.recv().ok());
-                    let Some((inbox, ticket, job)) = job else { return };
+                    let Some((inbox, ticket, job)) = job else {
+                        return;
+                    };
                     let outcome = job.run();
                     let _ = inbox.send(Inbound::Computed(ticket, outcome), INBOX_PATIENCE);
                 }
             };
-            let _ = std::thread::Builder::new().name(format!("helper-{n}")).spawn(work);
+            let _ = std::thread::Builder::new()
+                .name(format!("helper-{n}"))
+                .spawn(work);
         }
         Helpers { queue }
     }
@@ -377,12 +452,29 @@ struct Operators {
 impl Operators {
     fn answer(&self, request: AdminRequest) -> AdminReply {
         use AdminRequest::*;
-        let changes = matches!(request, UserAdd { .. } | UserPasswd { .. } | UserRemove { .. } | ImportUsers { .. });
+        let changes = matches!(
+            request,
+            UserAdd { .. } | UserPasswd { .. } | UserRemove { .. } | ImportUsers { .. }
+        );
         let reply = match request {
-            UserList { prefix, after, limit } => self.list(&prefix, &after, limit),
+            UserList {
+                prefix,
+                after,
+                limit,
+            } => self.list(&prefix, &after, limit),
             UsersKnown { names } => self.known(&names),
-            SessionList { name: None, after, limit } => {
-                let all = self.ask_all(|_| Some(SessionList { name: None, after: after.clone(), limit }));
+            SessionList {
+                name: None,
+                after,
+                limit,
+            } => {
+                let all = self.ask_all(|_| {
+                    Some(SessionList {
+                        name: None,
+                        after: after.clone(),
+                        limit,
+                    })
+                });
                 let mut sessions = Vec::new();
                 for reply in all {
                     match reply {
@@ -394,24 +486,34 @@ impl Operators {
                 sessions.truncate(limit);
                 AdminReply::Sessions { sessions }
             }
-            ImportUsers { existing, users } => {
-                self.split(users, |u| u.name.as_str().into(), |users| ImportUsers { existing, users })
-            }
-            ImportRosters { rosters } => {
-                self.split(rosters, |r| r.name.as_str().into(), |rosters| ImportRosters { rosters })
-            }
+            ImportUsers { existing, users } => self.split(
+                users,
+                |u| u.name.as_str().into(),
+                |users| ImportUsers { existing, users },
+            ),
+            ImportRosters { rosters } => self.split(
+                rosters,
+                |r| r.name.as_str().into(),
+                |rosters| ImportRosters { rosters },
+            ),
             UserAdd { ref name, .. }
             | UserPasswd { ref name, .. }
             | UserRemove { ref name }
             | UserShow { ref name }
             | UserDisable { ref name }
             | UserEnable { ref name }
-            | SessionList { name: Some(ref name), .. }
+            | SessionList {
+                name: Some(ref name),
+                ..
+            }
             | SessionKick { ref name, .. } => {
                 let owner = self.ring.owner(name);
                 let mut request = Some(request);
                 let mut replies = self.ask_all(|n| if n == owner { request.take() } else { None });
-                replies.pop().map_or_else(|| AdminReply::refused("the server is stopping"), |(_, reply)| reply)
+                replies.pop().map_or_else(
+                    || AdminReply::refused("the server is stopping"),
+                    |(_, reply)| reply,
+                )
             }
         };
         if changes {
@@ -422,17 +524,26 @@ impl Operators {
     }
 
     /// Asks the shards for which there is a request, all at once, and waits for them.
-    fn ask_all(&self, mut request: impl FnMut(usize) -> Option<AdminRequest>) -> Vec<(usize, AdminReply)> {
+    fn ask_all(
+        &self,
+        mut request: impl FnMut(usize) -> Option<AdminRequest>,
+    ) -> Vec<(usize, AdminReply)> {
         let mut asked = Vec::new();
         for (n, sender) in self.senders.iter().enumerate() {
             let Some(request) = request(n) else { continue };
             let (reply, answer) = mpsc::channel();
-            if sender.send(Inbound::Admin(Call { request, reply }), ADMIN_PATIENCE).is_ok() {
+            if sender
+                .send(Inbound::Admin(Call { request, reply }), ADMIN_PATIENCE)
+                .is_ok()
+            {
                 asked.push((n, answer));
             }
         }
         let late = || AdminReply::refused("the server did not answer in time; repeat the command");
-        asked.into_iter().map(|(n, a)| (n, a.recv_timeout(ADMIN_PATIENCE).unwrap_or_else(|_| late()))).collect()
+        asked
+            .into_iter()
+            .map(|(n, a)| (n, a.recv_timeout(ADMIN_PATIENCE).unwrap_or_else(|_| late())))
+            .collect()
     }
 
     /// Sends each shard its part of a batch and puts the outcomes back in order.
@@ -458,7 +569,8 @@ impl Operators {
         for (n, reply) in replies {
             match reply {
                 AdminReply::Imported { outcomes: some } => {
-                    for (at, outcome) in places.remove(&n).unwrap_or_default().into_iter().zip(some) {
+                    for (at, outcome) in places.remove(&n).unwrap_or_default().into_iter().zip(some)
+                    {
                         outcomes[at] = outcome;
                     }
                 }
@@ -469,20 +581,32 @@ impl Operators {
     }
 
     fn list(&self, prefix: &str, after: &str, limit: usize) -> AdminReply {
-        let Ok(mut store) = self.store.lock() else { return AdminReply::refused("the server is stopping") };
+        let Ok(mut store) = self.store.lock() else {
+            return AdminReply::refused("the server is stopping");
+        };
         match store.list(prefix, after, limit) {
             Ok(users) => AdminReply::Users {
-                users: users.into_iter().map(|u| UserLine { name: u.name, disabled: u.disabled }).collect(),
+                users: users
+                    .into_iter()
+                    .map(|u| UserLine {
+                        name: u.name,
+                        disabled: u.disabled,
+                    })
+                    .collect(),
             },
             Err(sentence) => AdminReply::refused(sentence),
         }
     }
 
     fn known(&self, names: &[String]) -> AdminReply {
-        let Ok(mut store) = self.store.lock() else { return AdminReply::refused("the server is stopping") };
+        let Ok(mut store) = self.store.lock() else {
+            return AdminReply::refused("the server is stopping");
+        };
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
         match store.load(&names) {
-            Ok(users) => AdminReply::Known { known: users.iter().map(Option::is_some).collect() },
+            Ok(users) => AdminReply::Known {
+                known: users.iter().map(Option::is_some).collect(),
+            },
             Err(sentence) => AdminReply::refused(sentence),
         }
     }
@@ -490,12 +614,19 @@ impl Operators {
 
 /// Has challenges to unknown users follow the look of the accounts, also of those that registered in-band: a while after each
 /// change by an operator, and now and then. The sender says that something has changed.
-fn follow_accounts(config: &Arc<Config>, secret: [u8; 32], senders: &[InboxSender<Inbound>]) -> Result<SyncSender<()>, String> {
+fn follow_accounts(
+    config: &Arc<Config>,
+    secret: [u8; 32],
+    senders: &[InboxSender<Inbound>],
+) -> Result<SyncSender<()>, String> {
     let (changed, changes) = mpsc::sync_channel(1);
     let (config, senders) = (config.clone(), senders.to_vec());
     let mut store = Store::open(config.sqlite_path())?;
     let follow = move || {
-        while !matches!(changes.recv_timeout(DECOY_IDLE), Err(mpsc::RecvTimeoutError::Disconnected)) {
+        while !matches!(
+            changes.recv_timeout(DECOY_IDLE),
+            Err(mpsc::RecvTimeoutError::Disconnected)
+        ) {
             match decoy(&mut store, &secret, &config) {
                 Ok(decoy) => {
                     let decoy = Arc::new(decoy);
@@ -508,12 +639,19 @@ fn follow_accounts(config: &Arc<Config>, secret: [u8; 32], senders: &[InboxSende
             std::thread::sleep(DECOY_PAUSE);
         }
     };
-    std::thread::Builder::new().name("decoys".into()).spawn(follow).map_err(|e| format!("a thread cannot start: {e}"))?;
+    std::thread::Builder::new()
+        .name("decoys".into())
+        .spawn(follow)
+        .map_err(|e| format!("a thread cannot start: {e}"))?;
     Ok(changed)
 }
 
 /// Waits until all shards listen; how long it took.
-fn wait_ready(gauges: &Gauges, shards: usize, failures: &mpsc::Receiver<String>) -> Result<Duration, String> {
+fn wait_ready(
+    gauges: &Gauges,
+    shards: usize,
+    failures: &mpsc::Receiver<String>,
+) -> Result<Duration, String> {
     let begun = Instant::now();
     while gauges.shards_ready() < shards {
         if let Ok(sentence) = failures.recv_timeout(Duration::from_millis(2)) {

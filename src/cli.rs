@@ -178,7 +178,10 @@ pub fn run() -> ExitCode {
             };
             match command {
                 Command::Serve => {
-                    let load = || Config::load(options.config.as_deref(), &options.sets).map_err(|e| e.to_string());
+                    let load = || {
+                        Config::load(options.config.as_deref(), &options.sets)
+                            .map_err(|e| e.to_string())
+                    };
                     return crate::blade::serve(config, load);
                 }
                 Command::User(User::Import {

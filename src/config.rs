@@ -139,6 +139,9 @@ keys! {
     sasl: Sasl {
         /// PBKDF2 iterations of the SCRAM keys of new passwords. Existing accounts keep theirs until the password changes.
         live iterations: u32 = 10_000 => 4096..=10_000_000;
+        /// Milliseconds that the answer to a client's first message takes at least, so that its time does not tell whether
+        /// the account exists or is cached: a little more than a query of the database takes.
+        live answer_ms_min: u64 = 3 => 0..=1000;
         /// The mechanisms that are offered. Those with channel binding (-PLUS) and PLAIN need TLS anyway.
         live mechanisms: Vec<String> = MECHANISMS.iter().map(|m| m.to_string()).collect();
     }

@@ -35,7 +35,13 @@ pub fn probe_port(address: SocketAddr) -> Result<Option<SocketAddr>, String> {
             let bound = rustix::net::getsockname(&fd).map_err(|e| sentence(address, e.into()))?;
             Ok(Some(bound.try_into().unwrap_or(address)))
         }
-        Err(e) if address.is_ipv6() && matches!(e.raw_os_error(), Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)) => {
+        Err(e)
+            if address.is_ipv6()
+                && matches!(
+                    e.raw_os_error(),
+                    Some(libc::EAFNOSUPPORT | libc::EADDRNOTAVAIL)
+                ) =>
+        {
             Ok(None)
         }
         Err(e) => Err(sentence(address, e)),

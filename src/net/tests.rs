@@ -554,7 +554,15 @@ fn shards_share_a_port_and_a_second_process_is_refused() {
 fn the_same_port_can_be_had_for_both_address_families() {
     let v6 = listen_shared("[::]:0".parse().unwrap(), 16).unwrap();
     let port = v6.address().port();
-    let v4 = listen_shared(("0.0.0.0:0".parse::<std::net::SocketAddr>().unwrap().ip(), port).into(), 16).unwrap();
+    let v4 = listen_shared(
+        (
+            "0.0.0.0:0".parse::<std::net::SocketAddr>().unwrap().ip(),
+            port,
+        )
+            .into(),
+        16,
+    )
+    .unwrap();
     let client = TcpStream::connect(("127.0.0.1", port)).unwrap();
     let (_socket, peer) = v4.accept().unwrap().unwrap();
     assert_eq!(peer, client.local_addr().unwrap());
@@ -575,7 +583,10 @@ fn a_socket_tells_what_the_peer_has_not_taken() {
     client.read_to_end(&mut got).unwrap();
     assert_eq!(got, b"abc");
     socket.set_peer("[::ffff:192.0.2.7]:5".parse().unwrap());
-    assert_eq!(socket.peer(), "192.0.2.7:5".parse::<std::net::SocketAddr>().unwrap());
+    assert_eq!(
+        socket.peer(),
+        "192.0.2.7:5".parse::<std::net::SocketAddr>().unwrap()
+    );
 }
 
 /// Runs one ignored test of this binary in a process of its own, because it changes the process.

@@ -107,23 +107,41 @@ impl Gauges {
 
     /// OpenMetrics text, with `more` (name, help, value) counters of the blade.
     pub fn render(&self, more: &[(&str, &str, u64)]) -> String {
-        let shards: Vec<Snapshot> =
-            self.shards.iter().map(|s| s.lock().map(|s| s.clone()).unwrap_or_default()).collect();
+        let shards: Vec<Snapshot> = self
+            .shards
+            .iter()
+            .map(|s| s.lock().map(|s| s.clone()).unwrap_or_default())
+            .collect();
         let mut out = String::with_capacity(8 * 1024);
         for row in ROWS {
             let (name, kind) = (row.name, row.kind);
             let total = if kind == "counter" { "_total" } else { "" };
-            let _ = writeln!(out, "# TYPE {name} {kind}\n# HELP {name} {}", row.help.trim());
+            let _ = writeln!(
+                out,
+                "# TYPE {name} {kind}\n# HELP {name} {}",
+                row.help.trim()
+            );
             for (n, shard) in shards.iter().enumerate() {
                 let _ = writeln!(out, "{name}{total}{{shard=\"{n}\"}} {}", (row.get)(shard));
             }
         }
         let own = [
-            ("nitro_accept_failures", "Accepts that failed for lack of descriptors or memory.", self.accept_failures.get()),
-            ("nitro_turned_away", "Connections turned away by a limit of connections.", self.turned_away.get()),
+            (
+                "nitro_accept_failures",
+                "Accepts that failed for lack of descriptors or memory.",
+                self.accept_failures.get(),
+            ),
+            (
+                "nitro_turned_away",
+                "Connections turned away by a limit of connections.",
+                self.turned_away.get(),
+            ),
         ];
         for (name, help, value) in own.iter().chain(more) {
-            let _ = writeln!(out, "# TYPE {name} counter\n# HELP {name} {help}\n{name}_total {value}");
+            let _ = writeln!(
+                out,
+                "# TYPE {name} counter\n# HELP {name} {help}\n{name}_total {value}"
+            );
         }
         out.push_str("# EOF\n");
         out
@@ -137,9 +155,18 @@ mod tests {
     #[test]
     fn every_metric_is_there_once_for_each_shard_with_type_and_help() {
         let gauges = Gauges::new(2);
-        gauges.publish(1, Snapshot { sessions: 7, ..Snapshot::default() });
+        gauges.publish(
+            1,
+            Snapshot {
+                sessions: 7,
+                ..Snapshot::default()
+            },
+        );
         let text = gauges.render(&[("nitro_sql_statements", "Statements.", 3)]);
-        assert!(text.contains("nitro_sessions{shard=\"1\"} 7\n") && text.contains("nitro_sql_statements_total 3\n"));
+        assert!(
+            text.contains("nitro_sessions{shard=\"1\"} 7\n")
+                && text.contains("nitro_sql_statements_total 3\n")
+        );
         assert_eq!(text.matches("# TYPE ").count(), ROWS.len() + 3);
         assert_eq!(text.matches("# HELP ").count(), ROWS.len() + 3);
         assert_eq!(text.matches("{shard=\"0\"}").count(), ROWS.len());

@@ -57,7 +57,11 @@ pub fn mesh<T: Send + 'static>(n: usize, capacity: usize) -> io::Result<Vec<Mesh
 impl<T: Send + 'static> MeshEnd<T> {
     /// On the shard that it is for.
     pub fn connect(self) -> Mesh<T> {
-        Mesh { senders: self.senders, receivers: self.receivers, bell: self.bell }
+        Mesh {
+            senders: self.senders,
+            receivers: self.receivers,
+            bell: self.bell,
+        }
     }
 }
 

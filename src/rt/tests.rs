@@ -175,7 +175,11 @@ async fn next<T: Send>(mesh: &Mesh<T>, set: &Readiness, got: &mut Vec<T>) {
 
 /// Each shard takes its own end.
 fn ends<T: Send + 'static>(capacity: usize) -> impl Fn(usize) -> MeshEnd<T> + Clone {
-    let ends: Vec<_> = mesh::<T>(2, capacity).unwrap().into_iter().map(Some).collect();
+    let ends: Vec<_> = mesh::<T>(2, capacity)
+        .unwrap()
+        .into_iter()
+        .map(Some)
+        .collect();
     let ends = Arc::new(std::sync::Mutex::new(ends));
     move |me| ends.lock().unwrap()[me].take().unwrap()
 }
@@ -210,7 +214,10 @@ fn a_mesh_wakes_a_sleeping_shard_every_time_and_keeps_order() {
 fn a_full_way_gives_the_value_back_and_what_is_left_over_is_reported_again() {
     block_on(async {
         let mut ends = mesh::<u32>(2, 3).unwrap().into_iter();
-        let (here, there) = (ends.next().unwrap().connect(), ends.next().unwrap().connect());
+        let (here, there) = (
+            ends.next().unwrap().connect(),
+            ends.next().unwrap().connect(),
+        );
         let sent = (0..9).take_while(|n| here.try_send(1, *n).is_ok()).count();
         assert_eq!(sent, 3);
         let set = Readiness::new().unwrap();
@@ -377,7 +384,10 @@ fn mesh_latency() {
                 took.extend(got.drain(..).map(|sent: Instant| sent.elapsed()));
             }
             took.sort();
-            println!("mesh: p50 {:?} p90 {:?} p99 {:?}", took[1000], took[1800], took[1980]);
+            println!(
+                "mesh: p50 {:?} p90 {:?} p99 {:?}",
+                took[1000], took[1800], took[1980]
+            );
         }
     });
     join(threads.unwrap());

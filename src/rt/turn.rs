@@ -175,7 +175,11 @@ impl Runnable {
     fn new() -> Runnable {
         RUNNABLE.set(RUNNABLE.get() + 1);
         let home = std::thread::current().id();
-        Runnable(Arc::new(Wakeable { inner: OnceLock::new(), state: AtomicU8::new(WOKEN), home }))
+        Runnable(Arc::new(Wakeable {
+            inner: OnceLock::new(),
+            state: AtomicU8::new(WOKEN),
+            home,
+        }))
     }
 }
 
@@ -249,7 +253,8 @@ fn leave() {
 
 /// Whether something more urgent waits or this slice is over.
 pub(super) fn need_preempt() -> bool {
-    executor().need_preempt() || (others_runnable() && TURN.with(|turn| turn.is_over(Instant::now())))
+    executor().need_preempt()
+        || (others_runnable() && TURN.with(|turn| turn.is_over(Instant::now())))
 }
 
 /// Ends the slice; the task that calls it then yields.

@@ -6,8 +6,8 @@ use std::rc::Rc;
 use std::sync::mpsc::Sender;
 
 use crate::admin::{
-    AdminReply, AdminRequest, Existing, ImportRoster, ImportUser, Outcome, SessionLine, UserDetail, import_roster,
-    import_user,
+    AdminReply, AdminRequest, Existing, ImportRoster, ImportUser, Outcome, SessionLine, UserDetail,
+    import_roster, import_user,
 };
 use crate::store::record::Record;
 use crate::store::tier::{Op, WriteError};
@@ -32,7 +32,12 @@ pub fn call(slice: &mut Slice, call: Call) {
             }
             let record = Record::new(&keys.into_record(slice.now.unix));
             let who = name.clone();
-            add(slice, &name, record, Box::new(move |_, result| answer(&reply, done(&who, result))));
+            add(
+                slice,
+                &name,
+                record,
+                Box::new(move |_, result| answer(&reply, done(&who, result))),
+            );
         }),
         UserPasswd { name, keys } => with(slice, name, reply, |slice, name, reply| {
             let who = name.clone();
@@ -43,7 +48,12 @@ pub fn call(slice: &mut Slice, call: Call) {
             let who = name.clone();
             let then: Then = Box::new(move |slice, result| {
                 if result.is_ok() {
-                    end_sessions(slice, &who, None, &StreamError::text("not-authorized", "the account is disabled"));
+                    end_sessions(
+                        slice,
+                        &who,
+                        None,
+                        &StreamError::text("not-authorized", "the account is disabled"),
+                    );
                 }
                 answer(&reply, done(&who, result));
             });
@@ -56,7 +66,11 @@ pub fn call(slice: &mut Slice, call: Call) {
         }),
         UserRemove { name } => with(slice, name, reply, |slice, name, reply| {
             let who = name.clone();
-            register::remove_account(slice, &name, Box::new(move |_, result| answer(&reply, done(&who, result))));
+            register::remove_account(
+                slice,
+                &name,
+                Box::new(move |_, result| answer(&reply, done(&who, result))),
+            );
         }),
         UserShow { name } => with(slice, name, reply, |slice, name, reply| {
             let shown = slice.user(&name).map(|user| UserDetail {
@@ -65,10 +79,13 @@ pub fn call(slice: &mut Slice, call: Call) {
                 sessions: Some(user.sessions.len()),
                 ..UserDetail::of(&name, &user.record.to_owned())
             });
-            answer(&reply, match shown {
-                Some(user) => AdminReply::User { user },
-                None => AdminReply::no_such_user(&name),
-            });
+            answer(
+                &reply,
+                match shown {
+                    Some(user) => AdminReply::User { user },
+                    None => AdminReply::no_such_user(&name),
+                },
+            );
         }),
         SessionKick { name, resource } => {
             let error = StreamError::text("policy-violation", "ended by an operator");
@@ -96,7 +113,9 @@ pub fn call(slice: &mut Slice, call: Call) {
         }
         ImportUsers { existing, users } => import_users(slice, existing, users, reply),
         ImportRosters { rosters } => import_rosters(slice, rosters, reply),
-        UserList { .. } | UsersKnown { .. } => answer(&reply, AdminReply::refused("this request is not a shard's")),
+        UserList { .. } | UsersKnown { .. } => {
+            answer(&reply, AdminReply::refused("this request is not a shard's"))
+        }
     }
 }
 
@@ -129,7 +148,10 @@ fn with(
 /// Adds an account whose name is known to be free.
 fn add(slice: &mut Slice, name: &str, record: Record, then: Then) {
     let who = name.to_owned();
-    let op = Op::AddUser { name: name.into(), record: record.clone() };
+    let op = Op::AddUser {
+        name: name.into(),
+        record: record.clone(),
+    };
     slice.write(
         name,
         op,
@@ -142,10 +164,18 @@ fn add(slice: &mut Slice, name: &str, record: Record, then: Then) {
     );
 }
 
-fn end_sessions(slice: &mut Slice, name: &str, resource: Option<&str>, error: &StreamError) -> usize {
+fn end_sessions(
+    slice: &mut Slice,
+    name: &str,
+    resource: Option<&str>,
+    error: &StreamError,
+) -> usize {
     let mut ended = 0;
     for sid in slice.sessions_of(name) {
-        let wanted = slice.sessions.get(sid).is_some_and(|s| resource.is_none_or(|r| s.resource() == r));
+        let wanted = slice
+            .sessions
+            .get(sid)
+            .is_some_and(|s| resource.is_none_or(|r| s.resource() == r));
         if wanted {
             slice.end(sid, Some(error.clone()));
             ended += 1;
@@ -163,9 +193,18 @@ struct Batch {
 
 impl Batch {
     fn new(entries: usize, reply: Sender<AdminReply>) -> Rc<RefCell<Batch>> {
-        let batch = Batch { outcomes: vec![Outcome::Skipped; entries], open: entries, reply };
+        let batch = Batch {
+            outcomes: vec![Outcome::Skipped; entries],
+            open: entries,
+            reply,
+        };
         if entries == 0 {
-            answer(&batch.reply, AdminReply::Imported { outcomes: Vec::new() });
+            answer(
+                &batch.reply,
+                AdminReply::Imported {
+                    outcomes: Vec::new(),
+                },
+            );
         }
         Rc::new(RefCell::new(batch))
     }
@@ -174,7 +213,12 @@ impl Batch {
         self.outcomes[at] = outcome;
         self.open -= 1;
         if self.open == 0 {
-            answer(&self.reply, AdminReply::Imported { outcomes: std::mem::take(&mut self.outcomes) });
+            answer(
+                &self.reply,
+                AdminReply::Imported {
+                    outcomes: std::mem::take(&mut self.outcomes),
+                },
+            );
         }
     }
 }
@@ -186,7 +230,12 @@ fn written(outcome: Outcome, result: Result<(), WriteError>) -> Outcome {
     }
 }
 
-fn import_users(slice: &mut Slice, existing: Existing, users: Vec<ImportUser>, reply: Sender<AdminReply>) {
+fn import_users(
+    slice: &mut Slice,
+    existing: Existing,
+    users: Vec<ImportUser>,
+    reply: Sender<AdminReply>,
+) {
     let batch = Batch::new(users.len(), reply);
     for (at, user) in users.into_iter().enumerate() {
         let batch = batch.clone();
@@ -197,12 +246,17 @@ fn import_users(slice: &mut Slice, existing: Existing, users: Vec<ImportUser>, r
             Box::new(move |slice| {
                 let old = slice.user(&name).map(|user| user.record.to_owned());
                 if old.is_none() && !matches!(slice.users.peek(&name), Some(Slot::Missing)) {
-                    return batch.borrow_mut().set(at, Outcome::Refused("the database does not answer".into()));
+                    return batch
+                        .borrow_mut()
+                        .set(at, Outcome::Refused("the database does not answer".into()));
                 }
                 let is_new = old.is_none();
                 let (record, outcome) = import_user(old, user.keys, existing, slice.now.unix);
-                let Some(record) = record else { return batch.borrow_mut().set(at, outcome) };
-                let then: Then = Box::new(move |_, result| batch.borrow_mut().set(at, written(outcome, result)));
+                let Some(record) = record else {
+                    return batch.borrow_mut().set(at, outcome);
+                };
+                let then: Then =
+                    Box::new(move |_, result| batch.borrow_mut().set(at, written(outcome, result)));
                 match is_new {
                     true => add(slice, &name, Record::new(&record), then),
                     false => slice.edit(&name, |old| *old = record, then),
@@ -222,7 +276,9 @@ fn import_rosters(slice: &mut Slice, rosters: Vec<ImportRoster>, reply: Sender<A
             &who,
             Box::new(move |slice| {
                 let Some(user) = slice.user(&entry.name) else {
-                    return batch.borrow_mut().set(at, Outcome::Refused("there is no such user".into()));
+                    return batch
+                        .borrow_mut()
+                        .set(at, Outcome::Refused("there is no such user".into()));
                 };
                 let mut record = user.record.to_owned();
                 let outcome = import_roster(&mut record, &entry.items, most);

@@ -63,17 +63,29 @@ const FORGIVEN: Duration = Duration::from_secs(900);
 impl Doors {
     fn tables(&self) -> MutexGuard<'_, Tables> {
         // a panic ends the process, so nobody meets a poisoned lock
-        self.tables.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.tables
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// A connection comes from `address`.
-    pub fn enter(self: &Arc<Self>, address: IpAddr, config: &Config) -> Result<Pass, Shut> {
-        let exempt = config.is_exempt(address);
+    /// A connection comes from `address`; `proxied`: a proxy says so. A proxy's word makes nobody local.
+    pub fn enter(
+        self: &Arc<Self>,
+        address: IpAddr,
+        proxied: bool,
+        config: &Config,
+    ) -> Result<Pass, Shut> {
+        let exempt =
+            config.is_exempt(address) && !(proxied && address.to_canonical().is_loopback());
         if self.open.fetch_add(1, Ordering::Relaxed) >= config.limits.connections_max {
             self.open.fetch_sub(1, Ordering::Relaxed);
             return Err(Shut::Blade);
         }
-        let mut pass = Pass { doors: self.clone(), address: None, authenticated: false };
+        let mut pass = Pass {
+            doors: self.clone(),
+            address: None,
+            authenticated: false,
+        };
         if exempt {
             return Ok(pass);
         }
@@ -100,7 +112,9 @@ impl Doors {
         }
         let hour = Duration::from_secs(3600);
         let mut tables = self.tables();
-        tables.registrations.retain(|_, times| times.back().is_some_and(|t| t.elapsed() < hour));
+        tables
+            .registrations
+            .retain(|_, times| times.back().is_some_and(|t| t.elapsed() < hour));
         if tables.registrations.len() >= config.limits.auth_failures_remembered_max {
             return false;
         }
@@ -125,8 +139,14 @@ impl Doors {
         for key in by_address.as_deref().into_iter().chain(account) {
             worst = worst.max(tables.count_failure(key, limits.auth_failures_remembered_max));
         }
-        let doubled = limits.auth_failure_delay_ms.saturating_mul(1 << worst.saturating_sub(1).min(16));
-        Duration::from_millis(doubled.max(limits.auth_failure_delay_ms).min(limits.auth_failure_delay_ms_max))
+        let doubled = limits
+            .auth_failure_delay_ms
+            .saturating_mul(1 << worst.saturating_sub(1).min(16));
+        Duration::from_millis(
+            doubled
+                .max(limits.auth_failure_delay_ms)
+                .min(limits.auth_failure_delay_ms_max),
+        )
     }
 
     /// The account's owner has proved himself.
@@ -151,12 +171,22 @@ impl Tables {
             self.failures.remove(&oldest);
         }
         if let Some(failures) = self.failures.get_mut(key) {
-            failures.count = if failures.last.elapsed() > FORGIVEN { 1 } else { failures.count.saturating_add(1) };
+            failures.count = if failures.last.elapsed() > FORGIVEN {
+                1
+            } else {
+                failures.count.saturating_add(1)
+            };
             failures.last = Instant::now();
             return failures.count;
         }
         self.order.push_back(key.into());
-        self.failures.insert(key.into(), Failures { count: 1, last: Instant::now() });
+        self.failures.insert(
+            key.into(),
+            Failures {
+                count: 1,
+                last: Instant::now(),
+            },
+        );
         1
     }
 }
@@ -178,7 +208,9 @@ impl Drop for Pass {
         self.doors.open.fetch_sub(1, Ordering::Relaxed);
         let Some(address) = self.address else { return };
         let mut tables = self.doors.tables();
-        let Some(count) = tables.addresses.get_mut(&address) else { return };
+        let Some(count) = tables.addresses.get_mut(&address) else {
+            return;
+        };
         count.connections = count.connections.saturating_sub(1);
         if !self.authenticated {
             count.unauthenticated = count.unauthenticated.saturating_sub(1);
@@ -214,13 +246,26 @@ mod tests {
         let config = config(&["limits.connections_per_address_max=2"]);
         let doors = Arc::new(Doors::default());
         let stranger = "192.0.2.1".parse().unwrap();
-        let first = doors.enter(stranger, &config).unwrap();
-        let _second = doors.enter(stranger, &config).unwrap();
-        assert_eq!(doors.enter(stranger, &config).err(), Some(Shut::Address));
+        let first = doors.enter(stranger, false, &config).unwrap();
+        let _second = doors.enter(stranger, false, &config).unwrap();
+        assert_eq!(
+            doors.enter(stranger, false, &config).err(),
+            Some(Shut::Address)
+        );
         drop(first);
-        assert!(doors.enter(stranger, &config).is_ok());
+        assert!(doors.enter(stranger, false, &config).is_ok());
         assert_eq!(doors.open(), 1);
-        assert!((0..5).all(|_| doors.enter("127.0.0.1".parse().unwrap(), &config).is_ok()));
+        let local = "127.0.0.1".parse().unwrap();
+        let _claimed = [
+            doors.enter(local, true, &config).unwrap(),
+            doors.enter(local, true, &config).unwrap(),
+        ];
+        assert_eq!(doors.enter(local, true, &config).err(), Some(Shut::Address));
+        assert!((0..5).all(|_| {
+            doors
+                .enter("127.0.0.1".parse().unwrap(), false, &config)
+                .is_ok()
+        }));
     }
 
     #[test]
@@ -228,21 +273,32 @@ mod tests {
         let config = config(&["limits.unauthenticated_per_address_max=1"]);
         let doors = Arc::new(Doors::default());
         let stranger = "192.0.2.1".parse().unwrap();
-        let mut first = doors.enter(stranger, &config).unwrap();
-        assert_eq!(doors.enter(stranger, &config).err(), Some(Shut::Unauthenticated));
+        let mut first = doors.enter(stranger, false, &config).unwrap();
+        assert_eq!(
+            doors.enter(stranger, false, &config).err(),
+            Some(Shut::Unauthenticated)
+        );
         first.authenticated();
-        assert!(doors.enter(stranger, &config).is_ok());
+        assert!(doors.enter(stranger, false, &config).is_ok());
     }
 
     #[test]
     fn failures_are_held_back_longer_and_longer_up_to_a_bound_and_forgotten_after_success() {
-        let config = config(&["limits.auth_failure_delay_ms=100", "limits.auth_failure_delay_ms_max=350"]);
+        let config = config(&[
+            "limits.auth_failure_delay_ms=100",
+            "limits.auth_failure_delay_ms_max=350",
+        ]);
         let doors = Doors::default();
         let exempt = "127.0.0.1".parse().unwrap();
-        let delays: Vec<u128> = (0..4).map(|_| doors.failed(exempt, Some("alice"), &config).as_millis()).collect();
+        let delays: Vec<u128> = (0..4)
+            .map(|_| doors.failed(exempt, Some("alice"), &config).as_millis())
+            .collect();
         assert_eq!(delays, [100, 200, 350, 350]);
         doors.succeeded("alice");
-        assert_eq!(doors.failed(exempt, Some("alice"), &config).as_millis(), 100);
+        assert_eq!(
+            doors.failed(exempt, Some("alice"), &config).as_millis(),
+            100
+        );
     }
 
     #[test]
@@ -250,7 +306,11 @@ mod tests {
         let config = config(&["limits.auth_failures_remembered_max=100"]);
         let doors = Doors::default();
         for i in 0..1000 {
-            doors.failed("127.0.0.1".parse().unwrap(), Some(&format!("user{i}")), &config);
+            doors.failed(
+                "127.0.0.1".parse().unwrap(),
+                Some(&format!("user{i}")),
+                &config,
+            );
         }
         assert!(doors.tables().failures.len() <= 100 && doors.tables().order.len() <= 100);
     }

@@ -57,7 +57,9 @@ impl Shard {
                 if self.ways.borrow().congested() {
                     break;
                 }
-                let Some(link) = self.unread.borrow_mut().pop_front() else { break };
+                let Some(link) = self.unread.borrow_mut().pop_front() else {
+                    break;
+                };
                 self.read(link, true);
                 self.breathe().await;
             }
@@ -130,7 +132,9 @@ impl Shard {
     /// more, because an end that came with the last bytes is not reported again.
     pub(super) fn read(&self, link: u64, to_the_end: bool) {
         let mut links = self.links.borrow_mut();
-        let Some(Kind::Live(live)) = links.get_mut(link) else { return };
+        let Some(Kind::Live(live)) = links.get_mut(link) else {
+            return;
+        };
         let mut slice = self.slice.borrow_mut();
         let mut scratch = self.scratch.borrow_mut();
         let sid = live.session;
@@ -184,7 +188,9 @@ impl Shard {
 
     fn write_rest(&self, link: u64) {
         let mut links = self.links.borrow_mut();
-        let Some(Kind::Live(live)) = links.get_mut(link) else { return };
+        let Some(Kind::Live(live)) = links.get_mut(link) else {
+            return;
+        };
         if live.transport.pending() == 0 {
             return;
         }
@@ -249,7 +255,9 @@ impl Shard {
         let mut slice = self.slice.borrow_mut();
         slice.cut_slow_readers();
         while let Some(sid) = slice.fx.dirty.pop() {
-            let Some((link, bytes)) = slice.take_out(sid) else { continue };
+            let Some((link, bytes)) = slice.take_out(sid) else {
+                continue;
+            };
             let sent = {
                 let mut links = self.links.borrow_mut();
                 match links.get_mut(link) {
@@ -315,7 +323,9 @@ impl Shard {
 
     fn begin_closing(&self, link: u64, bytes: &[u8]) {
         let mut links = self.links.borrow_mut();
-        let Some(Kind::Live(mut live)) = links.remove(link) else { return };
+        let Some(Kind::Live(mut live)) = links.remove(link) else {
+            return;
+        };
         let _ = live.transport.write(bytes, &mut self.scratch.borrow_mut());
         drop(links);
         self.readiness.remove(live.transport.socket());
@@ -327,8 +337,14 @@ impl Shard {
         let _ = transport.close_notify(&mut self.scratch.borrow_mut());
         let until_ms = self.slice.borrow().now.ms + FAREWELL_MS;
         let mut links = self.links.borrow_mut();
-        let link = links.insert(Kind::Closing { transport: Box::new(transport), until_ms, shut: false });
-        let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else { return };
+        let link = links.insert(Kind::Closing {
+            transport: Box::new(transport),
+            until_ms,
+            shut: false,
+        });
+        let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else {
+            return;
+        };
         if self.readiness.add(transport.socket(), link).is_err() {
             links.remove(link);
             return;
@@ -339,7 +355,12 @@ impl Shard {
 
     fn go_on_closing(&self, link: u64) {
         let mut links = self.links.borrow_mut();
-        let Some(Kind::Closing { transport, shut, .. }) = links.get_mut(link) else { return };
+        let Some(Kind::Closing {
+            transport, shut, ..
+        }) = links.get_mut(link)
+        else {
+            return;
+        };
         let over = loop {
             match transport.flush() {
                 Ok(true) if !*shut => {
@@ -378,7 +399,10 @@ impl Shard {
 
     fn all_closed(&self) -> bool {
         let links = self.links.borrow();
-        let open = links.slab.iter().any(|(_, l)| matches!(l.kind, Kind::Live(_) | Kind::Closing { .. }));
+        let open = links
+            .slab
+            .iter()
+            .any(|(_, l)| matches!(l.kind, Kind::Live(_) | Kind::Closing { .. }));
         !open && self.negotiating.get() == 0
     }
 }
@@ -402,16 +426,22 @@ fn take_frames(
     let limits = slice.env.limits.xml;
     let mut at = 0;
     loop {
-        let frame = framer.next(&bytes[at..], &limits).map_err(|e| End::Stream(Some(e.into())))?;
+        let frame = framer
+            .next(&bytes[at..], &limits)
+            .map_err(|e| End::Stream(Some(e.into())))?;
         let Some(frame) = frame else { break };
         match frame.kind {
             FrameKind::Element => {
                 let element = &bytes[at..at + frame.len];
-                slice.element(sid, element).map_err(|error| End::Stream(Some(error)))?;
+                slice
+                    .element(sid, element)
+                    .map_err(|error| End::Stream(Some(error)))?;
             }
             FrameKind::Whitespace => slice.keep_alive(sid),
             FrameKind::End => return Err(End::Stream(None)),
-            FrameKind::Header => return Err(End::Stream(Some(StreamError::new("not-well-formed")))),
+            FrameKind::Header => {
+                return Err(End::Stream(Some(StreamError::new("not-well-formed"))));
+            }
         }
         at += frame.len;
     }

@@ -3,7 +3,7 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::doors::{Pass, Shut};
 use super::moves::Parcel;
@@ -80,7 +80,10 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
                 shard.clock();
                 match door {
                     Door::Http => rt::spawn(Queue::House, http::serve(shard.clone(), socket)),
-                    _ => rt::spawn(Queue::Login, begin(shard.clone(), socket, peer, door == Door::XmppTls)),
+                    _ => rt::spawn(
+                        Queue::Login,
+                        begin(shard.clone(), socket, peer, door == Door::XmppTls),
+                    ),
                 }
             }
             Ok(None) if shard.stopping.get() => break,
@@ -105,9 +108,11 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
     let mut client = peer;
     let mut proxied = false;
     if config.is_trusted_proxy(peer.ip()) {
-        let named = shard.with_readiness(&mut transport, deadline_ms, async |shard, transport, notify| {
-            proxy_header(shard, transport, notify).await
-        });
+        let named = shard.with_readiness(
+            &mut transport,
+            deadline_ms,
+            async |shard, transport, notify| proxy_header(shard, transport, notify).await,
+        );
         match named.await {
             Some(Some((source, unread))) => {
                 proxied = true;
@@ -117,7 +122,7 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
             _ => return,
         }
     }
-    let pass = match shard.doors.enter(client.ip(), &config) {
+    let pass = match shard.doors.enter(client.ip(), proxied, &config) {
         Ok(pass) => pass,
         Err(shut) => return turn_away(&shard, transport, tls_first, shut),
     };
@@ -126,7 +131,10 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
     let policy = Policy {
         tls_offered: !tls_first,
         tls_required: config.c2s.require_tls,
-        mechanisms: Mechanism::ALL.into_iter().filter(|m| mechanisms.iter().any(|name| name == m.name())).collect(),
+        mechanisms: Mechanism::ALL
+            .into_iter()
+            .filter(|m| mechanisms.iter().any(|name| name == m.name()))
+            .collect(),
         register: match config.registration {
             Registration::Off => false,
             Registration::Loopback => loopback,
@@ -161,7 +169,10 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
 /// A connection comes to this shard because its user lives here.
 pub fn arrived(shard: Rc<Shard>, moved: Moved) {
     shard.hand_overs.set(shard.hand_overs.get() + 1);
-    rt::spawn(Queue::Login, negotiate(shard, moved.connecting, Some(moved.wish)));
+    rt::spawn(
+        Queue::Login,
+        negotiate(shard, moved.connecting, Some(moved.wish)),
+    );
 }
 
 /// Too many connections: said in plain text where that is possible.
@@ -184,7 +195,10 @@ fn turn_away(shard: &Shard, mut transport: Transport, tls_first: bool, shut: Shu
         },
     );
     let mut out = Vec::new();
-    negotiation.refuse(&StreamError::text("resource-constraint", "too many connections"), &mut out);
+    negotiation.refuse(
+        &StreamError::text("resource-constraint", "too many connections"),
+        &mut out,
+    );
     let _ = transport.write(&out, &mut shard.scratch.borrow_mut());
     shard.close_transport(transport);
 }
@@ -200,18 +214,36 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
             let run = run(&shard, &mut c, wish, &notify, link);
             match rt::timeout(Duration::from_millis(left), run).await {
                 Ok(outcome) => outcome,
-                Err(_) => Outcome::Refuse(StreamError::text("connection-timeout", "too slow to authenticate")),
+                Err(_) => Outcome::Refuse(StreamError::text(
+                    "connection-timeout",
+                    "too slow to authenticate",
+                )),
             }
         }
     };
     shard.negotiating.set(shard.negotiating.get() - 1);
     if let Outcome::Bound = outcome {
-        let Connecting { transport, framer, rest, mut pass, negotiation, .. } = c;
+        let Connecting {
+            transport,
+            framer,
+            rest,
+            mut pass,
+            negotiation,
+            ..
+        } = c;
         drop(negotiation);
         pass.authenticated();
-        let Some(sid) = shard.take_bound(link) else { return };
+        let Some(sid) = shard.take_bound(link) else {
+            return;
+        };
         if let Some(kind) = shard.links.borrow_mut().get_mut(link) {
-            *kind = Kind::Live(Box::new(LiveLink { transport, framer, rest, session: sid, _pass: pass }));
+            *kind = Kind::Live(Box::new(LiveLink {
+                transport,
+                framer,
+                rest,
+                session: sid,
+                _pass: pass,
+            }));
         }
         // what came behind the binding, and edges that nobody saw meanwhile
         shard.read(link, true);
@@ -225,7 +257,13 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
     shard.readiness.remove(c.transport.socket());
     match outcome {
         Outcome::Move(owner, wish) => {
-            shard.ways.borrow_mut().send(owner, Parcel::Moved(Box::new(Moved { connecting: c, wish })));
+            shard.ways.borrow_mut().send(
+                owner,
+                Parcel::Moved(Box::new(Moved {
+                    connecting: c,
+                    wish,
+                })),
+            );
         }
         Outcome::Refuse(error) => {
             let mut out = Vec::new();
@@ -241,7 +279,13 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
 }
 
 /// Negotiates until the session stands or there is nothing more to say.
-async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: &Waits, link: u64) -> Outcome {
+async fn run(
+    shard: &Rc<Shard>,
+    c: &mut Connecting,
+    wish: Option<Wish>,
+    notify: &Waits,
+    link: u64,
+) -> Outcome {
     let mut out = Vec::new();
     let mut next = wish.map(|wish| match wish {
         Wish::Login(name) => Step::Login { name },
@@ -253,26 +297,25 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
         }
         let step = match next.take() {
             Some(step) => step,
-            None => {
-                match c.framer.next(&c.rest, c.negotiation.limits()) {
-                    Err(error) => return Outcome::Refuse(error.into()),
-                    Ok(None) => match fill(shard, c, notify).await {
-                        Ok(()) => continue,
-                        Err(()) => return Outcome::Gone,
-                    },
-                    Ok(Some(frame)) => {
-                        let step = {
-                            let slice = shard.slice.borrow();
-                            c.negotiation.frame(frame.kind, &c.rest[..frame.len], &slice.env, &mut out)
-                        };
-                        c.rest.drain(..frame.len);
-                        match step {
-                            Ok(step) => step,
-                            Err(error) => return Outcome::Refuse(error),
-                        }
+            None => match c.framer.next(&c.rest, c.negotiation.limits()) {
+                Err(error) => return Outcome::Refuse(error.into()),
+                Ok(None) => match fill(shard, c, notify).await {
+                    Ok(()) => continue,
+                    Err(()) => return Outcome::Gone,
+                },
+                Ok(Some(frame)) => {
+                    let step = {
+                        let slice = shard.slice.borrow();
+                        c.negotiation
+                            .frame(frame.kind, &c.rest[..frame.len], &slice.env, &mut out)
+                    };
+                    c.rest.drain(..frame.len);
+                    match step {
+                        Ok(step) => step,
+                        Err(error) => return Outcome::Refuse(error),
                     }
                 }
-            }
+            },
         };
         match step {
             Step::Continue => {}
@@ -283,7 +326,10 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
                 }
             }
             Step::StartTls => {
-                if c.transport.write(&out, &mut shard.scratch.borrow_mut()).is_err() {
+                if c.transport
+                    .write(&out, &mut shard.scratch.borrow_mut())
+                    .is_err()
+                {
                     return Outcome::Gone;
                 }
                 out.clear();
@@ -308,7 +354,11 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
                 };
                 next = Some(c.negotiation.checked(right, &mut out));
             }
-            Step::Refused { name, condition, close } => {
+            Step::Refused {
+                name,
+                condition,
+                close,
+            } => {
                 tracing::info!(
                     peer = %c.peer.ip(),
                     user = name.as_deref().unwrap_or_default(),
@@ -334,7 +384,8 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
             Step::Bind { resource } => {
                 let outcome = shard.bind(c, resource.as_deref(), link);
                 let bound = outcome.is_ok();
-                c.negotiation.bound(outcome.as_deref().map_err(Clone::clone), &mut out);
+                c.negotiation
+                    .bound(outcome.as_deref().map_err(Clone::clone), &mut out);
                 if bound {
                     return match c.transport.write(&out, &mut shard.scratch.borrow_mut()) {
                         Ok(()) => Outcome::Bound,
@@ -356,7 +407,10 @@ async fn run(shard: &Rc<Shard>, c: &mut Connecting, wish: Option<Wish>, notify: 
             }
         }
         if next.is_none() && !out.is_empty() {
-            if c.transport.write(&out, &mut shard.scratch.borrow_mut()).is_err() {
+            if c.transport
+                .write(&out, &mut shard.scratch.borrow_mut())
+                .is_err()
+            {
                 return Outcome::Gone;
             }
             out.clear();
@@ -466,7 +520,9 @@ impl Shard {
         let mut outcome = None;
         if self.readiness.add(transport.socket(), link).is_ok() {
             let left = deadline_ms.saturating_sub(self.slice.borrow().now.ms);
-            outcome = rt::timeout(Duration::from_millis(left), with(self, transport, &notify)).await.ok();
+            outcome = rt::timeout(Duration::from_millis(left), with(self, transport, &notify))
+                .await
+                .ok();
             self.readiness.remove(transport.socket());
         }
         self.links.borrow_mut().remove(link);
@@ -475,7 +531,13 @@ impl Shard {
 
     /// Waits until the user is loaded, then goes on with his keys.
     async fn credentials(&self, c: &mut Connecting, name: &str, out: &mut Vec<u8>) -> Step {
+        let begun = Instant::now();
         self.load(name).await;
+        // known or not, cached or not: the time of the answer does not tell
+        let least = Duration::from_millis(self.config.borrow().sasl.answer_ms_min);
+        if let Some(left) = least.checked_sub(begun.elapsed()) {
+            rt::sleep(left).await;
+        }
         let slice = self.slice.borrow();
         let decoy = self.decoy.borrow().clone();
         match slice.users.peek(name) {
@@ -485,11 +547,14 @@ impl Shard {
                     sha1: record.sha1.as_ref().map(borrow_keys),
                     sha256: record.sha256.as_ref().map(borrow_keys),
                 };
-                c.negotiation.credentials(Some(keys), record.disabled, &decoy, out)
+                c.negotiation
+                    .credentials(Some(keys), record.disabled, &decoy, out)
             }
             Some(Slot::Missing) => c.negotiation.credentials(None, false, &decoy, out),
             // the tier cannot say
-            _ => c.negotiation.failed(crate::xmpp::sasl::Failure::TEMPORARY_AUTH_FAILURE, out),
+            _ => c
+                .negotiation
+                .failed(crate::xmpp::sasl::Failure::TEMPORARY_AUTH_FAILURE, out),
         }
     }
 
@@ -500,7 +565,11 @@ impl Shard {
             return;
         }
         let (setter, loaded) = slot();
-        self.waiting.borrow_mut().entry(name.into()).or_default().push(setter);
+        self.waiting
+            .borrow_mut()
+            .entry(name.into())
+            .or_default()
+            .push(setter);
         self.flush();
         loaded.take().await;
     }
@@ -508,13 +577,20 @@ impl Shard {
     /// Has a slow job done by a helper thread.
     async fn compute(&self, job: Job) -> Option<Computed> {
         let (setter, done) = slot();
-        self.slice.borrow_mut().compute(job, Box::new(move |_, outcome| setter.set(outcome)));
+        self.slice
+            .borrow_mut()
+            .compute(job, Box::new(move |_, outcome| setter.set(outcome)));
         self.flush();
         done.take().await
     }
 
     /// XEP-0077: makes the account. It exists when the answer says so.
-    async fn register(&self, c: &Connecting, name: &str, password: String) -> Result<(), StanzaError> {
+    async fn register(
+        &self,
+        c: &Connecting,
+        name: &str,
+        password: String,
+    ) -> Result<(), StanzaError> {
         let config = self.config.borrow().clone();
         self.load(name).await;
         match self.slice.borrow().users.peek(name) {
@@ -523,9 +599,14 @@ impl Shard {
             _ => return Err(StanzaError::RESOURCE_CONSTRAINT),
         }
         if !self.doors.register(c.peer.ip(), &config) {
-            return Err(StanzaError::RESOURCE_CONSTRAINT.text("too many accounts from this address"));
+            return Err(
+                StanzaError::RESOURCE_CONSTRAINT.text("too many accounts from this address")
+            );
         }
-        let job = Job::Derive { password, iterations: config.sasl.iterations };
+        let job = Job::Derive {
+            password,
+            iterations: config.sasl.iterations,
+        };
         let (sha1, sha256) = match self.compute(job).await {
             Some(Computed::Keys(Ok(keys))) => keys,
             Some(Computed::Keys(Err(_))) => return Err(StanzaError::NOT_ACCEPTABLE),
@@ -538,8 +619,13 @@ impl Shard {
             ..UserRecord::default()
         });
         let (setter, done) = slot();
-        let op = Op::AddUser { name: name.into(), record: record.clone() };
-        self.slice.borrow_mut().write(name, op, Box::new(move |_, result| setter.set(result)));
+        let op = Op::AddUser {
+            name: name.into(),
+            record: record.clone(),
+        };
+        self.slice
+            .borrow_mut()
+            .write(name, op, Box::new(move |_, result| setter.set(result)));
         self.flush();
         match done.take().await {
             Some(Ok(())) => {
@@ -552,7 +638,12 @@ impl Shard {
         }
     }
 
-    fn bind(&self, c: &mut Connecting, resource: Option<&str>, link: u64) -> Result<String, StanzaError> {
+    fn bind(
+        &self,
+        c: &mut Connecting,
+        resource: Option<&str>,
+        link: u64,
+    ) -> Result<String, StanzaError> {
         let mut slice = self.slice.borrow_mut();
         let arrival = Arrival {
             user: c.negotiation.user().unwrap_or_default(),
@@ -564,17 +655,29 @@ impl Shard {
             tls: c.negotiation.encrypted,
         };
         let sid = bind::bind(&mut slice, arrival)?;
-        let jid = slice.sessions.get(sid).map(|s| s.jid.to_string()).unwrap_or_default();
+        let jid = slice
+            .sessions
+            .get(sid)
+            .map(|s| s.jid.to_string())
+            .unwrap_or_default();
         self.bound.borrow_mut().push((link, sid));
         tracing::info!(jid, peer = %c.peer.ip(), tls = c.negotiation.encrypted, "logged in");
         Ok(jid)
     }
 
     /// `Ok(false)`: there is no such session.
-    fn resume(&self, c: &mut Connecting, previd: &str, h: u32, link: u64) -> Result<bool, StreamError> {
+    fn resume(
+        &self,
+        c: &mut Connecting,
+        previd: &str,
+        h: u32,
+        link: u64,
+    ) -> Result<bool, StreamError> {
         let mut slice = self.slice.borrow_mut();
         let name = c.negotiation.user().unwrap_or_default();
-        let Some(sid) = sm::find(&slice, name, previd) else { return Ok(false) };
+        let Some(sid) = sm::find(&slice, name, previd) else {
+            return Ok(false);
+        };
         let stream_ns = self.stream_ns(c.negotiation.stream_ns());
         sm::resume(&mut slice, sid, link, h)?;
         if let Some(session) = slice.sessions.get_mut(sid) {

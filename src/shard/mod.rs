@@ -130,7 +130,11 @@ enum Kind {
     Waits(Rc<Waits>),
     Live(Box<LiveLink>),
     /// Says its last words.
-    Closing { transport: Box<Transport>, until_ms: u64, shut: bool },
+    Closing {
+        transport: Box<Transport>,
+        until_ms: u64,
+        shut: bool,
+    },
     Inbox,
     Mesh,
 }
@@ -162,7 +166,10 @@ struct Links {
 impl Links {
     fn insert(&mut self, kind: Kind) -> u64 {
         self.generation = self.generation.wrapping_add(1);
-        let slot = self.slab.insert(Link { generation: self.generation, kind });
+        let slot = self.slab.insert(Link {
+            generation: self.generation,
+            kind,
+        });
         (u64::from(self.generation) << 32) | slot as u64
     }
 
@@ -219,9 +226,15 @@ impl Shard {
         });
         shard.clock();
         let bell = shard.links.borrow_mut().insert(Kind::Inbox);
-        shard.readiness.add(&shard.inbox, bell).map_err(|e| format!("epoll_ctl: {e}"))?;
+        shard
+            .readiness
+            .add(&shard.inbox, bell)
+            .map_err(|e| format!("epoll_ctl: {e}"))?;
         let bell = shard.links.borrow_mut().insert(Kind::Mesh);
-        shard.readiness.add(shard.ways.borrow().mesh(), bell).map_err(|e| format!("epoll_ctl: {e}"))?;
+        shard
+            .readiness
+            .add(shard.ways.borrow().mesh(), bell)
+            .map_err(|e| format!("epoll_ctl: {e}"))?;
         for (address, door) in parts.listen {
             let listener = crate::net::listen_shared(address, config.c2s.backlog as i32)?;
             rt::spawn(Queue::Login, login::accept(shard.clone(), listener, door));
@@ -269,8 +282,14 @@ impl Shard {
 
     /// Reads the clock for everything that this turn does.
     fn clock(&self) {
-        let unix = SystemTime::now().duration_since(UNIX_EPOCH).map(|d| d.as_secs()).unwrap_or_default();
-        self.slice.borrow_mut().now = Now { ms: self.started.elapsed().as_millis() as u64, unix };
+        let unix = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map(|d| d.as_secs())
+            .unwrap_or_default();
+        self.slice.borrow_mut().now = Now {
+            ms: self.started.elapsed().as_millis() as u64,
+            unix,
+        };
     }
 
     /// Seconds and slow things: timers of sessions, farewells that take too long, figures for whoever looks.
@@ -330,6 +349,11 @@ pub fn limits(config: &Config) -> Limits {
 }
 
 /// Gives a slow job to the helper threads; the answer comes by the inbox.
-fn give_job(helpers: &crate::blade::Helpers, inbox: &InboxSender<Inbound>, ticket: Ticket, job: Job) -> bool {
+fn give_job(
+    helpers: &crate::blade::Helpers,
+    inbox: &InboxSender<Inbound>,
+    ticket: Ticket,
+    job: Job,
+) -> bool {
     helpers.submit(inbox.clone(), ticket, job)
 }

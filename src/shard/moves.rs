@@ -33,7 +33,13 @@ pub struct Ways {
 impl Ways {
     pub fn new(mesh: Mesh<Parcel>) -> Ways {
         let kept = (0..mesh.shards()).map(|_| VecDeque::new()).collect();
-        Ways { mesh, kept, kept_count: 0, full: 0, sent: 0 }
+        Ways {
+            mesh,
+            kept,
+            kept_count: 0,
+            full: 0,
+            sent: 0,
+        }
     }
 
     /// What the readiness set watches.

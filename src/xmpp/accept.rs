@@ -39,10 +39,14 @@ impl Acceptance {
 
     /// A part of stanza `seq` is decided.
     pub fn settle(&mut self, seq: u32) {
-        let Some(front) = self.open.front().map(|(s, _)| *s) else { return };
+        let Some(front) = self.open.front().map(|(s, _)| *s) else {
+            return;
+        };
         // numbers ascend, but a stanza without open parts has no entry
         let guess = (seq.wrapping_sub(front) as usize).min(self.open.len().saturating_sub(1));
-        let Some(at) = (0..=guess).rev().find(|i| self.open[*i].0 == seq) else { return };
+        let Some(at) = (0..=guess).rev().find(|i| self.open[*i].0 == seq) else {
+            return;
+        };
         self.open[at].1 = self.open[at].1.saturating_sub(1);
         while self.open.front().is_some_and(|(_, parts)| *parts == 0) {
             self.open.pop_front();
@@ -152,7 +156,10 @@ mod tests {
 
     #[test]
     fn counts_wrap() {
-        let mut a = Acceptance { received: u32::MAX, ..Default::default() };
+        let mut a = Acceptance {
+            received: u32::MAX,
+            ..Default::default()
+        };
         let seq = a.receive();
         assert_eq!(seq, 0);
         a.defer(seq);

@@ -24,9 +24,20 @@ pub struct Receipt {
 #[derive(Debug)]
 pub enum Item {
     /// A stanza for one local address (bare or full). `receipt`: the sender waits for its fate.
-    Stanza { to: Span, from: Span, stanza: Span, meta: Meta, receipt: Option<Receipt> },
+    Stanza {
+        to: Span,
+        from: Span,
+        stanza: Span,
+        meta: Meta,
+        receipt: Option<Receipt>,
+    },
     /// Presence of full JID `from` for many users (local parts, each ended by a line feed), `to` not yet stamped.
-    Presence { from: Span, stanza: Span, meta: Meta, names: Span },
+    Presence {
+        from: Span,
+        stanza: Span,
+        meta: Meta,
+        names: Span,
+    },
     /// Who of these users (local parts, each ended by a line feed) is online, asks full JID `from`.
     Probe { from: Span, names: Span },
     /// The fate of a stanza is decided: durable, delivered or refused.
@@ -48,7 +59,10 @@ impl Batch {
     pub fn put(&mut self, bytes: &[u8]) -> Span {
         let start = self.bytes.len() as u32;
         self.bytes.extend_from_slice(bytes);
-        Span { start, len: bytes.len() as u32 }
+        Span {
+            start,
+            len: bytes.len() as u32,
+        }
     }
 
     /// Opens a span that grows until [`Batch::close`].
@@ -57,7 +71,10 @@ impl Batch {
     }
 
     pub fn close(&self, start: u32) -> Span {
-        Span { start, len: self.bytes.len() as u32 - start }
+        Span {
+            start,
+            len: self.bytes.len() as u32 - start,
+        }
     }
 
     pub fn get(&self, span: Span) -> &[u8] {

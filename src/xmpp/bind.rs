@@ -32,9 +32,17 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         }
     };
     if let Some(old) = slice.find_session(arrival.user, resource) {
-        slice.end(old, Some(StreamError::text("conflict", "the resource was bound by another connection")));
+        slice.end(
+            old,
+            Some(StreamError::text(
+                "conflict",
+                "the resource was bound by another connection",
+            )),
+        );
     }
-    let Some(user) = slice.user(arrival.user) else { return Err(StanzaError::NOT_AUTHORIZED) };
+    let Some(user) = slice.user(arrival.user) else {
+        return Err(StanzaError::NOT_AUTHORIZED);
+    };
     if user.sessions.len() >= slice.env.limits.resources_per_user_max {
         return Err(StanzaError::RESOURCE_CONSTRAINT.text("too many sessions of this user"));
     }
@@ -66,5 +74,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         peer: arrival.peer,
         tls: arrival.tls,
     };
-    slice.begin(arrival.user, session).ok_or(StanzaError::NOT_AUTHORIZED)
+    slice
+        .begin(arrival.user, session)
+        .ok_or(StanzaError::NOT_AUTHORIZED)
 }

@@ -57,7 +57,11 @@ impl StanzaError {
             .attr("type", self.kind)
             .child(Element::new(self.condition, NS_STANZAS));
         if let Some(text) = self.text {
-            error = error.child(Element::new("text", NS_STANZAS).attr("xml:lang", "en").text(text));
+            error = error.child(
+                Element::new("text", NS_STANZAS)
+                    .attr("xml:lang", "en")
+                    .text(text),
+            );
         }
         if let Some((name, ns)) = self.detail {
             error = error.child(Element::new(name, ns));
@@ -77,15 +81,26 @@ pub struct StreamError {
 
 impl StreamError {
     pub const fn new(condition: &'static str) -> Self {
-        StreamError { condition, text: None, detail: None }
+        StreamError {
+            condition,
+            text: None,
+            detail: None,
+        }
     }
 
     pub const fn text(condition: &'static str, text: &'static str) -> Self {
-        StreamError { condition, text: Some(text), detail: None }
+        StreamError {
+            condition,
+            text: Some(text),
+            detail: None,
+        }
     }
 
     pub fn detail(self, xml: String) -> Self {
-        StreamError { detail: Some(xml.into()), ..self }
+        StreamError {
+            detail: Some(xml.into()),
+            ..self
+        }
     }
 
     /// Writes the error and the closing tag of the stream.
@@ -94,7 +109,9 @@ impl StreamError {
         out.extend_from_slice(self.condition.as_bytes());
         out.extend_from_slice(b" xmlns='urn:ietf:params:xml:ns:xmpp-streams'/>");
         if let Some(text) = self.text {
-            out.extend_from_slice(b"<text xmlns='urn:ietf:params:xml:ns:xmpp-streams' xml:lang='en'>");
+            out.extend_from_slice(
+                b"<text xmlns='urn:ietf:params:xml:ns:xmpp-streams' xml:lang='en'>",
+            );
             crate::xml::escape::escape_text(text, out);
             out.extend_from_slice(b"</text>");
         }

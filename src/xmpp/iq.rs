@@ -36,7 +36,9 @@ impl Iq {
 
     /// Is it the asker's own account?
     pub fn own(&self) -> bool {
-        self.to.as_ref().is_none_or(|to| to.as_str() == self.from.bare())
+        self.to
+            .as_ref()
+            .is_none_or(|to| to.as_str() == self.from.bare())
     }
 }
 
@@ -52,7 +54,9 @@ impl Slice {
     }
 
     pub fn iq_error(&mut self, iq: &Iq, error: &StanzaError) {
-        let answer = answer(iq, "error").child(iq.payload.clone()).child(error.element());
+        let answer = answer(iq, "error")
+            .child(iq.payload.clone())
+            .child(error.element());
         self.iq_answer(iq, answer, Kind::IqError);
     }
 
@@ -61,7 +65,11 @@ impl Slice {
         match iq.session {
             Some(sid) => self.send_element(sid, &answer, meta),
             None => {
-                let from = iq.to.as_ref().map(|to| to.as_str().to_owned()).unwrap_or_default();
+                let from = iq
+                    .to
+                    .as_ref()
+                    .map(|to| to.as_str().to_owned())
+                    .unwrap_or_default();
                 self.route_element(&iq.from, &from, &answer, meta, None);
             }
         }
@@ -69,7 +77,10 @@ impl Slice {
 }
 
 fn answer(iq: &Iq, typ: &str) -> Element {
-    let answer = Element::new("iq", NS_CLIENT).attr("type", typ).attr("id", &*iq.id).attr("to", iq.from.as_str());
+    let answer = Element::new("iq", NS_CLIENT)
+        .attr("type", typ)
+        .attr("id", &*iq.id)
+        .attr("to", iq.from.as_str());
     match &iq.to {
         Some(to) => answer.attr("from", to.as_str()),
         None => answer,
@@ -88,7 +99,9 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     if requests && view.children().len() != 1 {
         return message::bounce_out(slice, sid, view, &StanzaError::BAD_REQUEST);
     }
-    let Some(session) = slice.sessions.get(sid) else { return };
+    let Some(session) = slice.sessions.get(sid) else {
+        return;
+    };
     let to = match view.attr("to") {
         None => None,
         Some(to) => match Jid::parse(&to) {
@@ -118,10 +131,17 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         // an answer to the server: its ping is answered by being heard
         return;
     }
-    let payload = view.to_element().elements().next().cloned().expect("one child was counted");
+    let payload = view
+        .to_element()
+        .elements()
+        .next()
+        .cloned()
+        .expect("one child was counted");
     let iq = Iq {
         session: Some(sid),
-        from: Jid::parse(&session.jid).expect("a session's JID is valid").into_owned(),
+        from: Jid::parse(&session.jid)
+            .expect("a session's JID is valid")
+            .into_owned(),
         to,
         id: id.into_owned(),
         set: kind == Kind::IqSet,
@@ -134,7 +154,9 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
 /// An IQ for a user of this slice who is present.
 pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) -> Fate {
     let name = to.local().expect("only users are routed to");
-    let Ok(from_jid) = Jid::parse(from) else { return Fate::Decided };
+    let Ok(from_jid) = Jid::parse(from) else {
+        return Fate::Decided;
+    };
     for admit in slice.hooks.admit.clone().iter() {
         match admit(slice, name, &from_jid, meta) {
             Ok(()) => {}
@@ -177,7 +199,9 @@ pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta:
 /// Finds the handler in the table of features.
 fn handle(slice: &mut Slice, iq: Iq, target: Target) {
     let route = slice.hooks.iq.iter().find(|r| {
-        r.name == iq.payload.name && r.ns == iq.payload.ns && (r.target == target || r.target == Target::Both)
+        r.name == iq.payload.name
+            && r.ns == iq.payload.ns
+            && (r.target == target || r.target == Target::Both)
     });
     match route {
         Some(route) => (route.handle)(slice, iq),

@@ -5,6 +5,7 @@
 
 use smallvec::SmallVec;
 
+use super::NS_CLIENT;
 use super::batch::Receipt;
 use super::error::StanzaError;
 use super::feature::{Incoming, Outgoing, Refusal, blocking, hints, offline, stable_id};
@@ -12,7 +13,6 @@ use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
 use super::slice::{Fate, Slice};
-use super::NS_CLIENT;
 use crate::xml::dom::Element;
 use crate::xml::escape::escape_attr;
 use crate::xml::view::View;
@@ -20,7 +20,9 @@ use crate::xml::view::View;
 /// A message of a session of this slice.
 pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     slice.counters.messages_in += 1;
-    let Some(session) = slice.sessions.get(sid) else { return };
+    let Some(session) = slice.sessions.get(sid) else {
+        return;
+    };
     let own: Box<str>;
     let to_text = view.attr("to");
     let to = match &to_text {
@@ -31,7 +33,9 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
             Jid::parse(&own)
         }
     };
-    let Ok(to) = to else { return bounce_out(slice, sid, view, &StanzaError::JID_MALFORMED) };
+    let Ok(to) = to else {
+        return bounce_out(slice, sid, view, &StanzaError::JID_MALFORMED);
+    };
     if !slice.env.is_local(&to) {
         return bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
     }
@@ -43,11 +47,18 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         return bounce_out(slice, sid, view, &error);
     }
     let meta = hints::meta(view);
-    let Some(session) = slice.sessions.get(sid) else { return };
+    let Some(session) = slice.sessions.get(sid) else {
+        return;
+    };
     let (lang, jid) = (session.lang.clone(), session.jid.clone());
     let scratch = slice.take_scratch();
     let stanza = compose(view, &jid, Some(&to), lang.as_deref(), scratch);
-    let outgoing = Outgoing { to: &to, from: &jid, stanza: &stanza, meta };
+    let outgoing = Outgoing {
+        to: &to,
+        from: &jid,
+        stanza: &stanza,
+        meta,
+    };
     for hook in slice.hooks.message_out.clone().iter() {
         if let Err(error) = hook(slice, sid, &outgoing) {
             slice.give_scratch(stanza);
@@ -61,13 +72,21 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
 
 /// XEP-0191 3: a user may not write to those whom the user blocks.
 pub fn may_send(slice: &Slice, sid: SessionId, to: &Jid<'_>) -> Result<(), StanzaError> {
-    let Some(session) = slice.sessions.get(sid) else { return Ok(()) };
+    let Some(session) = slice.sessions.get(sid) else {
+        return Ok(());
+    };
     blocking::may_send(slice, &session.user, to)
 }
 
 /// The stanza as its recipient gets it: start tag with `from` stamped and `to` normalised, the payload as it came.
 /// Stanzas whose payload hangs on the sender's stream (prefixes, other default namespaces) go through a tree.
-pub fn compose(view: &View<'_>, from: &str, to: Option<&Jid<'_>>, lang: Option<&str>, mut out: Vec<u8>) -> Vec<u8> {
+pub fn compose(
+    view: &View<'_>,
+    from: &str,
+    to: Option<&Jid<'_>>,
+    lang: Option<&str>,
+    mut out: Vec<u8>,
+) -> Vec<u8> {
     if !view.standalone() || stable_id::present(view) {
         let mut element = view.to_element();
         element.set("from", from);
@@ -133,17 +152,24 @@ pub fn attribute(name: &str, value: &str, out: &mut Vec<u8>) {
 pub fn bounce_out(slice: &mut Slice, sid: SessionId, view: &View<'_>, error: &StanzaError) {
     let typ = view.attr("type");
     let answerable = match view.name() {
-        "iq" => !matches!(Kind::iq(typ.as_deref()), Some(Kind::IqResult | Kind::IqError)),
+        "iq" => !matches!(
+            Kind::iq(typ.as_deref()),
+            Some(Kind::IqResult | Kind::IqError)
+        ),
         "message" => Kind::message(typ.as_deref()) != Kind::MessageError,
         _ => typ.as_deref() != Some("error"),
     };
-    let Some(session) = slice.sessions.get(sid) else { return };
+    let Some(session) = slice.sessions.get(sid) else {
+        return;
+    };
     if !answerable {
         return;
     }
     slice.counters.bounces += 1;
     let original = view.to_element();
-    let mut answer = Element::new(view.name(), NS_CLIENT).attr("type", "error").attr("to", &*session.jid);
+    let mut answer = Element::new(view.name(), NS_CLIENT)
+        .attr("type", "error")
+        .attr("to", &*session.jid);
     if let Some(to) = original.get("to") {
         answer = answer.attr("from", to);
     }
@@ -184,7 +210,9 @@ pub fn deliver(
 ) -> Fate {
     let name = to.local().expect("only users are routed to");
     // own stanzas meet no block list; the parse borrows
-    let Ok(from_jid) = Jid::parse(from) else { return Fate::Decided };
+    let Ok(from_jid) = Jid::parse(from) else {
+        return Fate::Decided;
+    };
     for admit in slice.hooks.admit.clone().iter() {
         match admit(slice, name, &from_jid, meta) {
             Ok(()) => {}
@@ -210,7 +238,12 @@ pub fn deliver(
             for sid in &taken {
                 slice.send(*sid, &[bytes], meta);
             }
-            let incoming = Incoming { to, from, stanza: bytes, meta };
+            let incoming = Incoming {
+                to,
+                from,
+                stanza: bytes,
+                meta,
+            };
             for hook in slice.hooks.message_in.clone().iter() {
                 hook(slice, name, &incoming, &taken);
             }
@@ -225,7 +258,12 @@ pub fn deliver(
             let fate = {
                 let bytes = stamped.as_deref().unwrap_or(stanza);
                 let fate = offline::store(slice, to, from, bytes, meta, receipt);
-                let incoming = Incoming { to, from, stanza: bytes, meta };
+                let incoming = Incoming {
+                    to,
+                    from,
+                    stanza: bytes,
+                    meta,
+                };
                 // a message that was refused has not come in
                 if fate == Fate::Open {
                     for hook in slice.hooks.message_in.clone().iter() {
@@ -245,7 +283,9 @@ pub fn deliver(
 /// The decision, without any effect.
 fn choose(slice: &Slice, to: &Jid<'_>, meta: Meta, taken: &mut SmallVec<[SessionId; 4]>) -> Rule {
     let name = to.local().expect("only users are routed to");
-    let Some(user) = slice.user(name) else { return Rule::Refuse };
+    let Some(user) = slice.user(name) else {
+        return Rule::Refuse;
+    };
     if let Some(resource) = to.resource() {
         if let Some(sid) = slice.find_session(name, resource) {
             taken.push(sid);
@@ -288,7 +328,9 @@ pub fn redeliver(slice: &mut Slice, to: &Jid<'_>, stanza: &[u8], meta: Meta) {
                 slice.send(*sid, &[&stanza], meta);
             }
         }
-        Rule::Offline if meta.has(Meta::BODY) => offline::keep(slice, name, to.domain(), stanza, None),
+        Rule::Offline if meta.has(Meta::BODY) => {
+            offline::keep(slice, name, to.domain(), stanza, None)
+        }
         _ => {}
     }
 }

@@ -74,7 +74,10 @@ impl Kind {
     }
 
     pub fn is_subscription(self) -> bool {
-        matches!(self, Kind::Subscribe | Kind::Subscribed | Kind::Unsubscribe | Kind::Unsubscribed)
+        matches!(
+            self,
+            Kind::Subscribe | Kind::Subscribed | Kind::Unsubscribe | Kind::Unsubscribed
+        )
     }
 
     /// Name of the stanza element.
@@ -92,7 +95,11 @@ impl Kind {
     pub fn may_bounce(self) -> bool {
         !matches!(
             self,
-            Kind::MessageError | Kind::PresenceError | Kind::IqResult | Kind::IqError | Kind::Headline
+            Kind::MessageError
+                | Kind::PresenceError
+                | Kind::IqResult
+                | Kind::IqError
+                | Kind::Headline
         )
     }
 }

@@ -10,12 +10,14 @@ use base64::prelude::BASE64_STANDARD;
 use super::error::{StanzaError, StreamError};
 use super::feature::sm;
 use super::jid;
-use super::sasl::{self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck};
+use super::sasl::{
+    self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck,
+};
 use super::slice::Env;
 use super::{NS_CLIENT, NS_STREAM, random_id};
 use crate::xml::dom::Element;
-use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs};
 use crate::xml::view::View;
+use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs};
 
 pub const NS_TLS: &str = "urn:ietf:params:xml:ns:xmpp-tls";
 pub const NS_SASL: &str = "urn:ietf:params:xml:ns:xmpp-sasl";
@@ -45,7 +47,11 @@ pub enum Step {
     /// Slow: run it elsewhere, then call [`Negotiation::checked`].
     CheckPassword(PasswordCheck),
     /// Authentication failed: hold `out` back for a moment. `close`: it was the last attempt.
-    Refused { name: Option<Box<str>>, condition: &'static str, close: bool },
+    Refused {
+        name: Option<Box<str>>,
+        condition: &'static str,
+        close: bool,
+    },
     /// Send `out`; a new stream begins.
     Authenticated,
     /// The connection belongs to the owner of this new user; there, call [`Negotiation::registered`] with the outcome.
@@ -132,7 +138,13 @@ impl Negotiation {
     }
 
     /// Takes one frame. An error ends the stream: [`Negotiation::refuse`] writes it.
-    pub fn frame(&mut self, kind: FrameKind, frame: &[u8], env: &Env, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+    pub fn frame(
+        &mut self,
+        kind: FrameKind,
+        frame: &[u8],
+        env: &Env,
+        out: &mut Vec<u8>,
+    ) -> Result<Step, StreamError> {
         match (kind, &self.stage) {
             (FrameKind::Whitespace, _) => Ok(Step::Continue),
             (FrameKind::Header, Stage::Header) => self.header(frame, env, out),
@@ -140,7 +152,10 @@ impl Negotiation {
                 out.extend_from_slice(b"</stream:stream>");
                 Ok(Step::End)
             }
-            (FrameKind::Element, Stage::Open | Stage::Initial(_) | Stage::Exchange(_) | Stage::Bind) => {
+            (
+                FrameKind::Element,
+                Stage::Open | Stage::Initial(_) | Stage::Exchange(_) | Stage::Bind,
+            ) => {
                 let ns = self.ns.clone();
                 let view = View::parse(frame, &ns, &self.policy.xml)?;
                 self.element(&view, out)
@@ -174,7 +189,11 @@ impl Negotiation {
         if &*header.ns.default != NS_CLIENT {
             return Err(StreamError::new("invalid-namespace"));
         }
-        let major = header.version.as_deref().and_then(|v| v.split('.').next()).and_then(|v| v.parse::<u32>().ok());
+        let major = header
+            .version
+            .as_deref()
+            .and_then(|v| v.split('.').next())
+            .and_then(|v| v.parse::<u32>().ok());
         if major.is_none_or(|v| v < 1) {
             return Err(StreamError::new("unsupported-version"));
         }
@@ -186,7 +205,11 @@ impl Negotiation {
         self.ns = header.ns;
         self.write_header(out);
         self.features(env, out);
-        self.stage = if self.user.is_some() { Stage::Bind } else { Stage::Open };
+        self.stage = if self.user.is_some() {
+            Stage::Bind
+        } else {
+            Stage::Open
+        };
         Ok(Step::Continue)
     }
 
@@ -197,18 +220,21 @@ impl Negotiation {
             text.push_str(env.stream_features());
         } else {
             if self.policy.tls_offered && !self.encrypted {
-                let required = if self.policy.tls_required { "<required/>" } else { "" };
+                let required = if self.policy.tls_required {
+                    "<required/>"
+                } else {
+                    ""
+                };
                 text.push_str(&format!("<starttls xmlns='{NS_TLS}'>{required}</starttls>"));
             }
             self.offered.clear();
             if self.encrypted || !self.policy.tls_required {
-                self.offered.extend(self.policy.mechanisms.iter().copied().filter(|m| {
-                    match m {
+                self.offered
+                    .extend(self.policy.mechanisms.iter().copied().filter(|m| match m {
                         Mechanism::Plain => self.encrypted,
                         m if m.is_plus() => !self.bindings.is_empty(),
                         _ => true,
-                    }
-                }));
+                    }));
                 text.push_str(&format!("<mechanisms xmlns='{NS_SASL}'>"));
                 for mechanism in &self.offered {
                     text.push_str(&format!("<mechanism>{}</mechanism>", mechanism.name()));
@@ -234,13 +260,20 @@ impl Negotiation {
                 Ok(Step::StartTls)
             }
             (Stage::Open, "auth", NS_SASL) => self.auth(view, out),
-            (Stage::Initial(_) | Stage::Exchange(_), "response", NS_SASL) => self.response(view, out),
-            (Stage::Open | Stage::Initial(_) | Stage::Exchange(_), "abort", NS_SASL) => Ok(self.failed(Failure::ABORTED, out)),
+            (Stage::Initial(_) | Stage::Exchange(_), "response", NS_SASL) => {
+                self.response(view, out)
+            }
+            (Stage::Open | Stage::Initial(_) | Stage::Exchange(_), "abort", NS_SASL) => {
+                Ok(self.failed(Failure::ABORTED, out))
+            }
             (Stage::Open, "response", NS_SASL) => Ok(self.failed(Failure::MALFORMED_REQUEST, out)),
             (Stage::Open, "iq", NS_CLIENT) => self.register(view, out),
             (Stage::Bind, "iq", NS_CLIENT) => self.bind(view, out),
             (Stage::Bind, "resume", sm::NS) => {
-                let previd = view.attr("previd").map(|v| v.into_owned()).unwrap_or_default();
+                let previd = view
+                    .attr("previd")
+                    .map(|v| v.into_owned())
+                    .unwrap_or_default();
                 let h = view.attr("h").and_then(|h| h.parse().ok());
                 let Some(h) = h else {
                     out.extend_from_slice(&sm::failed("bad-request", None));
@@ -259,11 +292,20 @@ impl Negotiation {
     // ---- SASL --------------------------------------------------------------------------------------------------
 
     fn auth(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
-        let mechanism = view.attr("mechanism").and_then(|m| Mechanism::from_name(&m));
+        let mechanism = view
+            .attr("mechanism")
+            .and_then(|m| Mechanism::from_name(&m));
         let Some(mechanism) = mechanism.filter(|m| self.offered.contains(m)) else {
             let plain = view.attr("mechanism").as_deref() == Some("PLAIN");
             let encryption = !self.encrypted && (plain || self.policy.tls_required);
-            return Ok(self.failed(if encryption { Failure::ENCRYPTION_REQUIRED } else { Failure::INVALID_MECHANISM }, out));
+            return Ok(self.failed(
+                if encryption {
+                    Failure::ENCRYPTION_REQUIRED
+                } else {
+                    Failure::INVALID_MECHANISM
+                },
+                out,
+            ));
         };
         let initial = match decode(view) {
             Ok(initial) => initial,
@@ -321,7 +363,9 @@ impl Negotiation {
         out: &mut Vec<u8>,
     ) -> Step {
         self.disabled = disabled;
-        let Stage::Exchange(exchange) = &mut self.stage else { return Step::Continue };
+        let Stage::Exchange(exchange) = &mut self.stage else {
+            return Step::Continue;
+        };
         let mut nonce = [0; 18];
         aws_lc_rs::rand::fill(&mut nonce).expect("the system gives random bytes");
         let step = exchange.credentials(credentials, decoy, &nonce);
@@ -343,7 +387,9 @@ impl Negotiation {
                 sasl_element("challenge", &data, out);
                 Step::Continue
             }
-            sasl::Step::Success { .. } if self.disabled => self.failed(Failure::ACCOUNT_DISABLED, out),
+            sasl::Step::Success { .. } if self.disabled => {
+                self.failed(Failure::ACCOUNT_DISABLED, out)
+            }
             sasl::Step::Success { additional } => {
                 sasl_element("success", &additional, out);
                 self.user = self.candidate.take();
@@ -370,9 +416,17 @@ impl Negotiation {
         self.user = None;
         let close = self.attempts >= self.policy.attempts_max;
         if close {
-            StreamError::text("policy-violation", "too many failed attempts to authenticate").write(out);
+            StreamError::text(
+                "policy-violation",
+                "too many failed attempts to authenticate",
+            )
+            .write(out);
         }
-        Step::Refused { name: self.candidate.take(), condition, close }
+        Step::Refused {
+            name: self.candidate.take(),
+            condition,
+            close,
+        }
     }
 
     // ---- registration ------------------------------------------------------------------------------------------
@@ -380,7 +434,9 @@ impl Negotiation {
     /// XEP-0077 before authentication.
     fn register(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
         let iq = view.to_element();
-        let Some(query) = iq.find("query", NS_REGISTER) else { return Err(StreamError::new("not-authorized")) };
+        let Some(query) = iq.find("query", NS_REGISTER) else {
+            return Err(StreamError::new("not-authorized"));
+        };
         self.iq = iq.get("id").unwrap_or_default().to_owned();
         if !self.policy.register || (self.policy.tls_required && !self.encrypted) {
             self.iq_error(&StanzaError::NOT_ALLOWED, out);
@@ -389,21 +445,32 @@ impl Negotiation {
         match iq.get("type") {
             Some("get") => {
                 let form = Element::new("query", NS_REGISTER)
-                    .child(Element::new("instructions", NS_REGISTER).text("Choose a username and a password."))
+                    .child(
+                        Element::new("instructions", NS_REGISTER)
+                            .text("Choose a username and a password."),
+                    )
                     .child(Element::new("username", NS_REGISTER))
                     .child(Element::new("password", NS_REGISTER));
                 self.iq_result(Some(form), out);
                 Ok(Step::Continue)
             }
             Some("set") => {
-                let field = |name| query.find(name, NS_REGISTER).map(|e| e.text_content()).unwrap_or_default();
+                let field = |name| {
+                    query
+                        .find(name, NS_REGISTER)
+                        .map(|e| e.text_content())
+                        .unwrap_or_default()
+                };
                 let (username, password) = (field("username"), field("password"));
                 if username.is_empty() || password.is_empty() {
                     self.iq_error(&StanzaError::NOT_ACCEPTABLE, out);
                     return Ok(Step::Continue);
                 }
                 match jid::localpart(&username) {
-                    Ok(name) => Ok(Step::Register { name: name.into_owned().into(), password }),
+                    Ok(name) => Ok(Step::Register {
+                        name: name.into_owned().into(),
+                        password,
+                    }),
                     Err(_) => {
                         // XEP-0077 3.1.1: a name that cannot be
                         self.iq_error(&StanzaError::NOT_ACCEPTABLE, out);
@@ -430,14 +497,22 @@ impl Negotiation {
 
     fn bind(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
         let iq = view.to_element();
-        let Some(bind) = iq.find("bind", NS_BIND).filter(|_| iq.get("type") == Some("set")) else {
+        let Some(bind) = iq
+            .find("bind", NS_BIND)
+            .filter(|_| iq.get("type") == Some("set"))
+        else {
             // RFC 6120 7.1: no stanzas before binding
             return Err(StreamError::new("not-authorized"));
         };
         self.iq = iq.get("id").unwrap_or_default().to_owned();
-        let wanted = bind.find("resource", NS_BIND).map(|r| r.text_content()).filter(|r| !r.is_empty());
+        let wanted = bind
+            .find("resource", NS_BIND)
+            .map(|r| r.text_content())
+            .filter(|r| !r.is_empty());
         match wanted.as_deref().map(jid::resourcepart).transpose() {
-            Ok(resource) => Ok(Step::Bind { resource: resource.map(|r| r.into_owned()) }),
+            Ok(resource) => Ok(Step::Bind {
+                resource: resource.map(|r| r.into_owned()),
+            }),
             Err(_) => {
                 self.iq_error(&StanzaError::BAD_REQUEST, out);
                 Ok(Step::Continue)
@@ -449,7 +524,8 @@ impl Negotiation {
     pub fn bound(&mut self, outcome: Result<&str, StanzaError>, out: &mut Vec<u8>) {
         match outcome {
             Ok(jid) => {
-                let bind = Element::new("bind", NS_BIND).child(Element::new("jid", NS_BIND).text(jid));
+                let bind =
+                    Element::new("bind", NS_BIND).child(Element::new("jid", NS_BIND).text(jid));
                 self.iq_result(Some(bind), out);
             }
             Err(error) => self.iq_error(&error, out),
@@ -462,12 +538,19 @@ impl Negotiation {
     }
 
     fn iq_result(&self, payload: Option<Element>, out: &mut Vec<u8>) {
-        let iq = Element::new("iq", NS_CLIENT).attr("type", "result").attr("id", &*self.iq);
-        payload.into_iter().fold(iq, Element::child).write(out, NS_CLIENT);
+        let iq = Element::new("iq", NS_CLIENT)
+            .attr("type", "result")
+            .attr("id", &*self.iq);
+        payload
+            .into_iter()
+            .fold(iq, Element::child)
+            .write(out, NS_CLIENT);
     }
 
     fn iq_error(&self, error: &StanzaError, out: &mut Vec<u8>) {
-        let iq = Element::new("iq", NS_CLIENT).attr("type", "error").attr("id", &*self.iq);
+        let iq = Element::new("iq", NS_CLIENT)
+            .attr("type", "error")
+            .attr("id", &*self.iq);
         iq.child(error.element()).write(out, NS_CLIENT);
     }
 }
@@ -477,7 +560,10 @@ fn decode(view: &View<'_>) -> Result<Option<Vec<u8>>, Failure> {
     match view.inner().trim() {
         "" => Ok(None),
         "=" => Ok(Some(Vec::new())),
-        data => BASE64_STANDARD.decode(data).map(Some).map_err(|_| Failure::INCORRECT_ENCODING),
+        data => BASE64_STANDARD
+            .decode(data)
+            .map(Some)
+            .map_err(|_| Failure::INCORRECT_ENCODING),
     }
 }
 

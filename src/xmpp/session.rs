@@ -114,7 +114,10 @@ impl Sessions {
     pub fn insert(&mut self, make: impl FnOnce(SessionId) -> Session) -> SessionId {
         self.generation = self.generation.wrapping_add(1);
         let entry = self.slab.vacant_entry();
-        let id = SessionId { slot: entry.key() as u32, generation: self.generation };
+        let id = SessionId {
+            slot: entry.key() as u32,
+            generation: self.generation,
+        };
         entry.insert(make(id));
         id
     }

@@ -5,9 +5,9 @@
 //! Everything here is one core's: no lock, no sharing. Promise: what is taken in is delivered, stored, forwarded or
 //! answered by an error, and the order between two full JIDs is kept.
 
+use std::cell::OnceCell;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
-use std::cell::OnceCell;
 use std::rc::Rc;
 
 use fnv::FnvHashMap;
@@ -25,8 +25,8 @@ use crate::store::cache::Cache;
 use crate::store::record::{Record, UserRecord};
 use crate::store::ring::Ring;
 use crate::store::tier::{Answer, Last, Op, Query, ReadError, Request, Ticket, WriteError};
-use crate::xml::dom::Element;
 use crate::xml;
+use crate::xml::dom::Element;
 use crate::xml::view::View;
 
 /// What a slice knows of its surroundings; fixed from start to stop.
@@ -44,7 +44,13 @@ pub struct Env {
 impl Env {
     /// What the table of features adds to `<stream:features/>` after authentication.
     pub fn stream_features(&self) -> &str {
-        self.features.get_or_init(|| feature::FEATURES.iter().filter_map(|f| f.stream).map(|f| f(self)).collect())
+        self.features.get_or_init(|| {
+            feature::FEATURES
+                .iter()
+                .filter_map(|f| f.stream)
+                .map(|f| f(self))
+                .collect()
+        })
     }
 
     /// The shard that owns the user.
@@ -117,7 +123,10 @@ pub struct User {
 /// What the slice's table holds under a name.
 pub enum Slot {
     /// Asked for; what came meanwhile waits in order.
-    Loading { queue: Vec<Queued>, bytes: usize },
+    Loading {
+        queue: Vec<Queued>,
+        bytes: usize,
+    },
     /// No such user; remembered like a user, so that the two cost the same.
     Missing,
     Present(Box<User>),
@@ -199,7 +208,10 @@ impl Job {
     pub fn run(self) -> Computed {
         match self {
             Job::Check(check) => Computed::Checked(check.run()),
-            Job::Derive { password, iterations } => Computed::Keys(sasl::new_keys(&password, iterations)),
+            Job::Derive {
+                password,
+                iterations,
+            } => Computed::Keys(sasl::new_keys(&password, iterations)),
         }
     }
 }
@@ -290,7 +302,9 @@ impl Slice {
     /// One element that the client of a live session sent. An error ends the stream: pass it to [`Slice::end`].
     pub fn element(&mut self, sid: SessionId, frame: &[u8]) -> Result<(), StreamError> {
         let ms = self.now.ms;
-        let Some(session) = self.sessions.get_mut(sid) else { return Ok(()) };
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return Ok(());
+        };
         session.heard_ms = ms;
         session.pinged = false;
         let ns = session.stream_ns.clone();
@@ -306,7 +320,11 @@ impl Slice {
             check_from(session, &from)?;
         }
         let seq = session.accept.receive();
-        self.current = session.sm.is_some().then_some(Receipt { shard: self.env.shard, session: sid, seq });
+        self.current = session.sm.is_some().then_some(Receipt {
+            shard: self.env.shard,
+            session: sid,
+            seq,
+        });
         match view.name() {
             "message" => message::outbound(self, sid, &view),
             "presence" => presence::outbound(self, sid, &view),
@@ -329,16 +347,36 @@ impl Slice {
     pub fn batch(&mut self, batch: &Batch) {
         for item in &batch.items {
             match *item {
-                Item::Stanza { to, from, stanza, meta, receipt } => {
+                Item::Stanza {
+                    to,
+                    from,
+                    stanza,
+                    meta,
+                    receipt,
+                } => {
                     // `to` was normalised by the sender's shard: parsing borrows
-                    let Ok(to) = Jid::parse(batch.text(to)) else { continue };
-                    let fate = self.deliver(&to, batch.text(from), batch.get(stanza), meta, receipt);
+                    let Ok(to) = Jid::parse(batch.text(to)) else {
+                        continue;
+                    };
+                    let fate =
+                        self.deliver(&to, batch.text(from), batch.get(stanza), meta, receipt);
                     if let (Fate::Decided, Some(receipt)) = (fate, receipt) {
                         self.settle(receipt);
                     }
                 }
-                Item::Presence { from, stanza, meta, names } => {
-                    presence::broadcast_in(self, batch.text(names), batch.text(from), batch.get(stanza), meta);
+                Item::Presence {
+                    from,
+                    stanza,
+                    meta,
+                    names,
+                } => {
+                    presence::broadcast_in(
+                        self,
+                        batch.text(names),
+                        batch.text(from),
+                        batch.get(stanza),
+                        meta,
+                    );
                 }
                 Item::Probe { from, names } => {
                     presence::probe_in(self, batch.text(names), batch.text(from));
@@ -421,8 +459,14 @@ impl Slice {
     // ---- sessions ----------------------------------------------------------------------------------------------
 
     /// A session begins: full JID is free, the user is present.
-    pub fn begin(&mut self, name: &str, make: impl FnOnce(SessionId) -> Session) -> Option<SessionId> {
-        let Some(Slot::Present(user)) = self.users.get_mut(name) else { return None };
+    pub fn begin(
+        &mut self,
+        name: &str,
+        make: impl FnOnce(SessionId) -> Session,
+    ) -> Option<SessionId> {
+        let Some(Slot::Present(user)) = self.users.get_mut(name) else {
+            return None;
+        };
         let sid = self.sessions.insert(make);
         user.sessions.push(sid);
         self.users.pin(name);
@@ -434,7 +478,9 @@ impl Slice {
     /// Ends a session for good: its contacts learn it, what it held is dealt with; its client gets `error` and the end
     /// of the stream.
     pub fn end(&mut self, sid: SessionId, error: Option<StreamError>) {
-        let Some(session) = self.sessions.get_mut(sid) else { return };
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
         if let Some(link) = session.link.take() {
             let mut bytes = std::mem::take(&mut session.out);
             match error {
@@ -463,7 +509,9 @@ impl Slice {
     /// The connection is gone without a farewell: the session waits for its client, or ends.
     pub fn link_lost(&mut self, sid: SessionId) {
         let room = self.parked < self.env.limits.parked_max;
-        let Some(session) = self.sessions.get_mut(sid) else { return };
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
         session.link = None;
         session.unsent = 0;
         let out = std::mem::take(&mut session.out);
@@ -486,9 +534,14 @@ impl Slice {
     }
 
     fn idle(&mut self, sid: SessionId) {
-        let (idle, timeout) = (self.env.limits.ping_idle_ms, self.env.limits.ping_timeout_ms);
+        let (idle, timeout) = (
+            self.env.limits.ping_idle_ms,
+            self.env.limits.ping_timeout_ms,
+        );
         let ms = self.now.ms;
-        let Some(session) = self.sessions.get_mut(sid) else { return };
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
         let silent = ms.saturating_sub(session.heard_ms);
         if session.link.is_none() || silent < idle {
             let wait = if silent < idle { idle - silent } else { idle };
@@ -507,15 +560,24 @@ impl Slice {
     }
 
     fn timer(&mut self, wait_ms: u64, sid: SessionId, timer: Timer) {
-        self.timers.push(Reverse((self.now.ms + wait_ms, sid.slot, sid.generation, timer)));
+        self.timers.push(Reverse((
+            self.now.ms + wait_ms,
+            sid.slot,
+            sid.generation,
+            timer,
+        )));
     }
 
     // ---- output ------------------------------------------------------------------------------------------------
 
     /// Gives a stanza (in parts, self-contained, to be read in a stream of `jabber:client`) to a session.
     pub fn send(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta) {
-        let Some(session) = self.sessions.get_mut(sid) else { return };
-        if session.csi.inactive && feature::csi::hold(session, parts, meta, self.env.limits.deferred_stanzas_max) {
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
+        if session.csi.inactive
+            && feature::csi::hold(session, parts, meta, self.env.limits.deferred_stanzas_max)
+        {
             return;
         }
         if session.out.capacity() == 0
@@ -537,7 +599,9 @@ impl Slice {
 
     /// Bytes that are no stanza: not counted, not kept, not deferred.
     pub fn send_raw(&mut self, sid: SessionId, bytes: &[u8]) {
-        let Some(session) = self.sessions.get_mut(sid) else { return };
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
         if session.link.is_some() {
             session.out.extend_from_slice(bytes);
             self.touched(sid);
@@ -546,8 +610,13 @@ impl Slice {
 
     /// The session has new output: written at the end of the turn, unless its client reads too slowly.
     pub(super) fn touched(&mut self, sid: SessionId) {
-        let Some(session) = self.sessions.get_mut(sid) else { return };
-        if !session.dirty && session.unsent == 0 && session.sm.as_ref().is_none_or(|sm| sm.waiting() <= 1) {
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
+        if !session.dirty
+            && session.unsent == 0
+            && session.sm.as_ref().is_none_or(|sm| sm.waiting() <= 1)
+        {
             session.burst = (0, 0);
         }
         if overflow(session, &self.env.limits).is_some() {
@@ -593,9 +662,16 @@ impl Slice {
     /// Slow readers: parked if they can resume, else ended.
     pub fn cut_slow_readers(&mut self) {
         while let Some(sid) = self.fx.overflown.pop() {
-            let Some(session) = self.sessions.get_mut(sid) else { continue };
-            let Some(overflow) = overflow(session, &self.env.limits) else { continue };
-            let error = StreamError::text("resource-constraint", "the client does not read what it is sent");
+            let Some(session) = self.sessions.get_mut(sid) else {
+                continue;
+            };
+            let Some(overflow) = overflow(session, &self.env.limits) else {
+                continue;
+            };
+            let error = StreamError::text(
+                "resource-constraint",
+                "the client does not read what it is sent",
+            );
             self.counters.overflows += 1;
             if overflow == Overflow::Kept || session.link.is_none() {
                 // nothing more can be kept for it
@@ -613,7 +689,14 @@ impl Slice {
 
     /// Sends a stanza (self-contained bytes, `from` and `to` as the recipient will see them) to a local user, wherever
     /// he lives. `receipt` is the inbound stanza that hangs on it: usually `slice.current`.
-    pub fn route(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta, receipt: Option<Receipt>) {
+    pub fn route(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) {
         let Some(name) = to.local() else { return };
         let owner = self.env.owner(name);
         if owner == self.env.shard {
@@ -638,14 +721,28 @@ impl Slice {
         }
     }
 
-    pub fn route_element(&mut self, to: &Jid<'_>, from: &str, element: &Element, meta: Meta, receipt: Option<Receipt>) {
+    pub fn route_element(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        element: &Element,
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) {
         let mut bytes = Vec::with_capacity(256);
         element.write(&mut bytes, NS_CLIENT);
         self.route(to, from, &bytes, meta, receipt);
     }
 
     /// Delivers to a user of this slice.
-    fn deliver(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta, receipt: Option<Receipt>) -> Fate {
+    fn deliver(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) -> Fate {
         let name = to.local().expect("only users are routed to");
         let full = match self.users.get_mut(name) {
             Some(Slot::Present(_)) => {
@@ -661,12 +758,20 @@ impl Slice {
                 self.refuse_missing(to, from, stanza, meta);
                 return Fate::Decided;
             }
-            Some(Slot::Loading { bytes, .. }) => *bytes + stanza.len() > self.env.limits.load_queue_bytes_max,
+            Some(Slot::Loading { bytes, .. }) => {
+                *bytes + stanza.len() > self.env.limits.load_queue_bytes_max
+            }
             None => false,
         };
         // who is not loaded has no sessions: these have nobody to go to
-        if matches!(meta.kind, Kind::Available | Kind::Unavailable | Kind::PresenceError | Kind::IqResult | Kind::IqError)
-        {
+        if matches!(
+            meta.kind,
+            Kind::Available
+                | Kind::Unavailable
+                | Kind::PresenceError
+                | Kind::IqResult
+                | Kind::IqError
+        ) {
             return Fate::Decided;
         }
         if full {
@@ -691,11 +796,18 @@ impl Slice {
     /// RFC 6121 8.5.1: the user does not exist.
     fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
         if meta.kind.is_message() || meta.kind.is_iq() {
-            let forbidden = to.local().zip(Jid::parse(from).ok()).is_some_and(|(name, from)| {
-                // what a stranger hears of an account that exists
-                feature::last::forbids(self, name, &from, stanza, meta)
-            });
-            let error = if forbidden { StanzaError::FORBIDDEN } else { StanzaError::SERVICE_UNAVAILABLE };
+            let forbidden = to
+                .local()
+                .zip(Jid::parse(from).ok())
+                .is_some_and(|(name, from)| {
+                    // what a stranger hears of an account that exists
+                    feature::last::forbids(self, name, &from, stanza, meta)
+                });
+            let error = if forbidden {
+                StanzaError::FORBIDDEN
+            } else {
+                StanzaError::SERVICE_UNAVAILABLE
+            };
             self.bounce(to, from, stanza, meta, &error);
         } else if matches!(meta.kind, Kind::Subscribe | Kind::Probe) {
             presence::answer_unsubscribed(self, to, from);
@@ -703,11 +815,20 @@ impl Slice {
     }
 
     /// Sends a stanza back to its sender as an error, if its kind may be answered by one.
-    pub fn bounce(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta, error: &StanzaError) {
+    pub fn bounce(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        error: &StanzaError,
+    ) {
         if !meta.kind.may_bounce() || meta.has(Meta::COPY) {
             return;
         }
-        let (Ok(back), Some(original)) = (Jid::parse(from), super::parse_stanza(stanza)) else { return };
+        let (Ok(back), Some(original)) = (Jid::parse(from), super::parse_stanza(stanza)) else {
+            return;
+        };
         self.counters.bounces += 1;
         let mut answer = Element::new(meta.kind.stanza(), NS_CLIENT)
             .attr("from", to.as_str())
@@ -727,7 +848,13 @@ impl Slice {
         let answer = answer.child(error.element());
         // XEP-0280 6.1: those who got a copy of the message get one of the error
         let flags = Meta::SERVER | (meta.flags & (Meta::CARBON | Meta::NO_COPY));
-        self.route_element(&back, to.as_str(), &answer, Meta::new(kind).with(flags), None);
+        self.route_element(
+            &back,
+            to.as_str(),
+            &answer,
+            Meta::new(kind).with(flags),
+            None,
+        );
     }
 
     pub fn defer(&mut self, receipt: Receipt) {
@@ -739,7 +866,9 @@ impl Slice {
     /// The fate of an inbound stanza is decided.
     pub fn settle(&mut self, receipt: Receipt) {
         if receipt.shard != self.env.shard {
-            self.fx.mesh[receipt.shard as usize].items.push(Item::Settled(receipt));
+            self.fx.mesh[receipt.shard as usize]
+                .items
+                .push(Item::Settled(receipt));
             return;
         }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
@@ -766,12 +895,18 @@ impl Slice {
 
     /// Sessions of a user, parked ones included.
     pub fn sessions_of(&self, name: &str) -> SmallVec<[SessionId; 4]> {
-        self.user(name).map(|u| u.sessions.iter().copied().collect()).unwrap_or_default()
+        self.user(name)
+            .map(|u| u.sessions.iter().copied().collect())
+            .unwrap_or_default()
     }
 
     /// The session with that resource.
     pub fn find_session(&self, name: &str, resource: &str) -> Option<SessionId> {
-        self.user(name)?.sessions.iter().copied().find(|sid| self.sessions.get(*sid).is_some_and(|s| s.resource() == resource))
+        self.user(name)?.sessions.iter().copied().find(|sid| {
+            self.sessions
+                .get(*sid)
+                .is_some_and(|s| s.resource() == resource)
+        })
     }
 
     /// Makes sure that the user is here or on his way; [`Effects::loaded`] tells when. `true`: known now.
@@ -780,7 +915,14 @@ impl Slice {
             Some(Slot::Loading { .. }) => false,
             Some(_) => true,
             None => {
-                self.users.insert(name, Slot::Loading { queue: Vec::new(), bytes: 0 }, USER_BYTES);
+                self.users.insert(
+                    name,
+                    Slot::Loading {
+                        queue: Vec::new(),
+                        bytes: 0,
+                    },
+                    USER_BYTES,
+                );
                 self.users.pin(name);
                 self.fx.requests.push(Request::Load { name: name.into() });
                 false
@@ -793,11 +935,15 @@ impl Slice {
             Slot::Present(user) => user_bytes(user),
             _ => USER_BYTES,
         };
-        let Some(place) = self.users.get_mut(name) else { return };
+        let Some(place) = self.users.get_mut(name) else {
+            return;
+        };
         if !matches!(place, Slot::Loading { .. }) {
             return;
         }
-        let Slot::Loading { queue, .. } = std::mem::replace(place, slot) else { return };
+        let Slot::Loading { queue, .. } = std::mem::replace(place, slot) else {
+            return;
+        };
         self.users.set_bytes(name, bytes);
         self.run_queue(queue);
         self.fx.loaded.push(name.into());
@@ -807,12 +953,20 @@ impl Slice {
     /// The tier cannot say: what waits is refused for now, and the next one asks again.
     fn load_failed(&mut self, name: &str) {
         self.users.unpin(name);
-        let Some(Slot::Loading { queue, .. }) = self.users.remove(name) else { return };
+        let Some(Slot::Loading { queue, .. }) = self.users.remove(name) else {
+            return;
+        };
         for waiting in queue {
             match waiting {
                 Queued::Call(call) => call(self),
                 Queued::Stanza(w) => {
-                    self.bounce(&w.to, &w.from, &w.stanza, w.meta, &StanzaError::RESOURCE_CONSTRAINT);
+                    self.bounce(
+                        &w.to,
+                        &w.from,
+                        &w.stanza,
+                        w.meta,
+                        &StanzaError::RESOURCE_CONSTRAINT,
+                    );
                     if let Some(receipt) = w.receipt {
                         self.settle(receipt);
                     }
@@ -860,7 +1014,10 @@ impl Slice {
         user.revision += 1;
         let revision = user.revision;
         let bytes = user_bytes(user);
-        let op = Op::PutUser { name: name.into(), record: record.clone() };
+        let op = Op::PutUser {
+            name: name.into(),
+            record: record.clone(),
+        };
         self.users.set_bytes(name, bytes);
         let who: Rc<str> = name.into();
         self.write(
@@ -888,21 +1045,30 @@ impl Slice {
     /// Writes something of a user; the user stays in the cache until it is durable.
     pub fn write(&mut self, name: &str, op: Op, then: Then) {
         self.ticket += 1;
-        self.waits.insert(self.ticket, (name.into(), Wait::Write(then)));
+        self.waits
+            .insert(self.ticket, (name.into(), Wait::Write(then)));
         self.users.pin(name);
-        self.fx.requests.push(Request::Write { ticket: self.ticket, op });
+        self.fx.requests.push(Request::Write {
+            ticket: self.ticket,
+            op,
+        });
     }
 
     pub fn read(&mut self, name: &str, query: Query, then: ThenRead) {
         self.ticket += 1;
-        self.waits.insert(self.ticket, (name.into(), Wait::Read(then)));
+        self.waits
+            .insert(self.ticket, (name.into(), Wait::Read(then)));
         self.users.pin(name);
-        self.fx.requests.push(Request::Read { ticket: self.ticket, query });
+        self.fx.requests.push(Request::Read {
+            ticket: self.ticket,
+            query,
+        });
     }
 
     pub fn compute(&mut self, job: Job, then: ThenComputed) {
         self.ticket += 1;
-        self.waits.insert(self.ticket, ("".into(), Wait::Compute(then)));
+        self.waits
+            .insert(self.ticket, ("".into(), Wait::Compute(then)));
         self.fx.jobs.push((self.ticket, job));
     }
 
@@ -913,8 +1079,8 @@ impl Slice {
                 name: name.into(),
                 record,
                 revision: 0,
-                            durable: None,
-                            edits: 0,
+                durable: None,
+                edits: 0,
                 sessions: SmallVec::new(),
                 offline: VecDeque::new(),
                 offline_bytes: 0,
@@ -977,12 +1143,15 @@ enum Overflow {
 
 fn overflow(session: &Session, limits: &Limits) -> Option<Overflow> {
     let (bytes, stanzas) = session.burst;
-    let kept = session
-        .sm
-        .as_ref()
-        .is_some_and(|sm| sm.over(limits.unacked_bytes_max + bytes, limits.unacked_stanzas_max + stanzas));
+    let kept = session.sm.as_ref().is_some_and(|sm| {
+        sm.over(
+            limits.unacked_bytes_max + bytes,
+            limits.unacked_stanzas_max + stanzas,
+        )
+    });
     // what was not offered to the kernel yet says nothing about the client
-    let unsent = session.unsent > 0 && session.unsent + session.out.len() > limits.send_queue_bytes_max + bytes;
+    let unsent = session.unsent > 0
+        && session.unsent + session.out.len() > limits.send_queue_bytes_max + bytes;
     match (kept, unsent) {
         (true, _) => Some(Overflow::Kept),
         (false, true) => Some(Overflow::Unsent),

@@ -176,6 +176,9 @@ impl Hooks {
     }
 
     pub fn nonza(&self, name: &str, ns: &str) -> Option<NonzaHandler> {
-        self.nonzas.iter().find(|r| r.name == name && r.ns == ns).map(|r| r.handle)
+        self.nonzas
+            .iter()
+            .find(|r| r.name == name && r.ns == ns)
+            .map(|r| r.handle)
     }
 }

@@ -30,8 +30,13 @@ pub fn store(
     receipt: Option<Receipt>,
 ) -> Fate {
     let name = to.local().expect("only users are routed to");
-    let (most, most_bytes) = (slice.env.limits.offline_messages_max, slice.env.limits.offline_bytes_max);
-    let Some(user) = slice.user(name) else { return Fate::Decided };
+    let (most, most_bytes) = (
+        slice.env.limits.offline_messages_max,
+        slice.env.limits.offline_bytes_max,
+    );
+    let Some(user) = slice.user(name) else {
+        return Fate::Decided;
+    };
     match wanted(meta) {
         Wanted::Yes => {}
         Wanted::No => return Fate::Decided,
@@ -53,24 +58,55 @@ pub fn store(
 pub fn keep(slice: &mut Slice, name: &str, domain: &str, stanza: &[u8], receipt: Option<Receipt>) {
     let id = slice.next_id();
     let stanza: Box<[u8]> = delayed(stanza, domain, slice.now.unix).into();
-    let Some(user) = slice.user_mut(name) else { return };
+    let Some(user) = slice.user_mut(name) else {
+        return;
+    };
     user.offline_bytes += stanza.len();
     user.offline.push_back((id, stanza.clone()));
     slice.resize(name);
     let who: Box<str> = name.into();
     slice.write(
         name,
-        Op::PutOffline { name: name.into(), id, stanza },
+        Op::PutOffline {
+            name: name.into(),
+            id,
+            stanza,
+        },
         Box::new(move |slice, result| {
             if let Err(error) = result {
-                // the queue in memory stays: the message is lost only if the process ends before it is delivered
                 tracing::error!(user = &*who, %error, "an offline message could not be stored");
+                take_back(slice, &who, id);
             }
             if let Some(receipt) = receipt {
                 slice.settle(receipt);
             }
         }),
     );
+}
+
+/// A message that is not durable must not look as if it were: it leaves the queue, and its sender hears of it.
+fn take_back(slice: &mut Slice, name: &str, id: u64) {
+    let Some(user) = slice.user_mut(name) else {
+        return;
+    };
+    // not there: somebody has got it meanwhile
+    let Some(at) = user.offline.iter().position(|(i, _)| *i == id) else {
+        return;
+    };
+    let Some((_, stanza)) = user.offline.remove(at) else {
+        return;
+    };
+    user.offline_bytes -= stanza.len();
+    slice.resize(name);
+    let Some(element) = crate::xmpp::parse_stanza(&stanza) else {
+        return;
+    };
+    if let (Some(to), Some(from)) = (element.get("to"), element.get("from"))
+        && let Ok(to) = Jid::parse(to)
+    {
+        let meta = Meta::new(Kind::message(element.get("type")));
+        slice.bounce(&to, from, &stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
+    }
 }
 
 enum Wanted {
@@ -101,7 +137,9 @@ pub fn delayed(stanza: &[u8], domain: &str, unix: u64) -> Vec<u8> {
     // behind the stable id stands only what this server wrote; a client's own claim stands before it
     let id = memchr::memmem::rfind(stanza, b"<stanza-id xmlns='urn:xmpp:sid:0' by='");
     let stamped = memchr::memmem::rfind(stanza, &delay) > id;
-    let Some(inner) = stanza.strip_suffix(b"</message>").filter(|_| !stamped) else { return stanza.to_vec() };
+    let Some(inner) = stanza.strip_suffix(b"</message>").filter(|_| !stamped) else {
+        return stanza.to_vec();
+    };
     let mut out = Vec::with_capacity(stanza.len() + 96);
     out.extend_from_slice(inner);
     out.extend_from_slice(&delay);
@@ -112,12 +150,16 @@ pub fn delayed(stanza: &[u8], domain: &str, unix: u64) -> Vec<u8> {
 
 /// A resource became available: it gets all that waits.
 fn deliver_all(slice: &mut Slice, sid: SessionId) {
-    let Some(session) = slice.sessions.get(sid) else { return };
+    let Some(session) = slice.sessions.get(sid) else {
+        return;
+    };
     if !session.takes_bare() {
         return;
     }
     let name = session.user.clone();
-    let Some(user) = slice.user_mut(&name) else { return };
+    let Some(user) = slice.user_mut(&name) else {
+        return;
+    };
     if user.offline.is_empty() {
         return;
     }
@@ -125,7 +167,10 @@ fn deliver_all(slice: &mut Slice, sid: SessionId) {
     user.offline_bytes = 0;
     slice.resize(&name);
     let up_to = queue.back().map(|(id, _)| *id).unwrap_or_default();
-    let burst = (queue.iter().map(|(_, stanza)| stanza.len()).sum(), queue.len());
+    let burst = (
+        queue.iter().map(|(_, stanza)| stanza.len()).sum(),
+        queue.len(),
+    );
     for (_, stanza) in queue {
         let meta = Meta::new(Kind::Chat).with(Meta::BODY);
         slice.send(sid, &[&stanza], meta);

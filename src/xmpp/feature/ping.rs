@@ -16,7 +16,12 @@ pub static FEATURE: Feature = Feature {
     version: "2.0.1",
     server: &[NS],
     account: &[NS],
-    iq: &[IqRoute { name: "ping", ns: NS, target: Target::Both, handle: answer }],
+    iq: &[IqRoute {
+        name: "ping",
+        ns: NS,
+        target: Target::Both,
+        handle: answer,
+    }],
     ..NONE
 };
 
@@ -33,7 +38,9 @@ fn answer(slice: &mut Slice, iq: Iq) {
 
 /// Asks a silent client; being heard at all answers it.
 pub fn ask(slice: &mut Slice, sid: SessionId) {
-    let Some(session) = slice.sessions.get(sid) else { return };
+    let Some(session) = slice.sessions.get(sid) else {
+        return;
+    };
     if session.sm.is_some() {
         return slice.send_raw(sid, b"<r xmlns='urn:xmpp:sm:3'/>");
     }

@@ -4,13 +4,13 @@
 use std::collections::VecDeque;
 
 use super::{Feature, NONE, NonzaRoute};
+use crate::xml::view::View;
 use crate::xmpp::error::StreamError;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::message;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::Slice;
-use crate::xml::view::View;
 
 pub const NS: &str = "urn:xmpp:sm:3";
 
@@ -20,10 +20,26 @@ pub static FEATURE: Feature = Feature {
     version: "1.6.3",
     stream: Some(|_| format!("<sm xmlns='{NS}'/>")),
     nonza: &[
-        NonzaRoute { name: "enable", ns: NS, handle: enable },
-        NonzaRoute { name: "r", ns: NS, handle: asked },
-        NonzaRoute { name: "a", ns: NS, handle: acknowledged },
-        NonzaRoute { name: "resume", ns: NS, handle: resume_too_late },
+        NonzaRoute {
+            name: "enable",
+            ns: NS,
+            handle: enable,
+        },
+        NonzaRoute {
+            name: "r",
+            ns: NS,
+            handle: asked,
+        },
+        NonzaRoute {
+            name: "a",
+            ns: NS,
+            handle: acknowledged,
+        },
+        NonzaRoute {
+            name: "resume",
+            ns: NS,
+            handle: resume_too_late,
+        },
     ],
     ..NONE
 };
@@ -49,7 +65,14 @@ pub struct Sm {
 
 impl Sm {
     fn new(id: Box<str>, resume_ms: u64) -> Sm {
-        Sm { id, resume_ms, sent: 0, acked: 0, kept: Kept::default(), requested: false }
+        Sm {
+            id,
+            resume_ms,
+            sent: 0,
+            acked: 0,
+            kept: Kept::default(),
+            requested: false,
+        }
     }
 
     /// A stanza goes out: counted and kept.
@@ -114,7 +137,8 @@ impl Kept {
         for part in parts {
             self.bytes.extend_from_slice(part);
         }
-        self.entries.push_back(((self.bytes.len() - before) as u32, meta));
+        self.entries
+            .push_back(((self.bytes.len() - before) as u32, meta));
     }
 
     fn front(&self) -> Option<(&[u8], Meta)> {
@@ -123,7 +147,9 @@ impl Kept {
     }
 
     fn pop(&mut self) {
-        let Some((len, _)) = self.entries.pop_front() else { return };
+        let Some((len, _)) = self.entries.pop_front() else {
+            return;
+        };
         self.head += len as usize;
         if self.entries.is_empty() {
             *self = Kept::default();
@@ -144,17 +170,33 @@ impl Kept {
 
 fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), StreamError> {
     let resume = matches!(view.attr("resume").as_deref(), Some("true" | "1"));
-    let wanted_ms = view.attr("max").and_then(|max| max.parse::<u64>().ok()).map(|s| s.saturating_mul(1000));
+    let wanted_ms = view
+        .attr("max")
+        .and_then(|max| max.parse::<u64>().ok())
+        .map(|s| s.saturating_mul(1000));
     let most_ms = slice.env.limits.resume_ms_max;
-    let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return Ok(());
+    };
     if session.sm.is_some() {
         slice.send_raw(sid, &failed("unexpected-request", None));
         return Ok(());
     }
-    let resume_ms = if resume { wanted_ms.unwrap_or(most_ms).min(most_ms) } else { 0 };
-    let id: Box<str> = if resume_ms > 0 { crate::xmpp::random_id().into() } else { "".into() };
+    let resume_ms = if resume {
+        wanted_ms.unwrap_or(most_ms).min(most_ms)
+    } else {
+        0
+    };
+    let id: Box<str> = if resume_ms > 0 {
+        crate::xmpp::random_id().into()
+    } else {
+        "".into()
+    };
     let answer = if resume_ms > 0 {
-        format!("<enabled xmlns='{NS}' id='{id}' resume='true' max='{}'/>", resume_ms / 1000)
+        format!(
+            "<enabled xmlns='{NS}' id='{id}' resume='true' max='{}'/>",
+            resume_ms / 1000
+        )
     } else {
         format!("<enabled xmlns='{NS}'/>")
     };
@@ -166,12 +208,20 @@ fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), Stre
 }
 
 fn asked(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {
-    let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return Ok(());
+    };
     if session.sm.is_none() {
-        return Err(StreamError::text("unsupported-stanza-type", "stream management is not enabled"));
+        return Err(StreamError::text(
+            "unsupported-stanza-type",
+            "stream management is not enabled",
+        ));
     }
     if !session.accept.ask(ASKED_MAX) {
-        return Err(StreamError::text("policy-violation", "too many unanswered requests for acknowledgement"));
+        return Err(StreamError::text(
+            "policy-violation",
+            "too many unanswered requests for acknowledgement",
+        ));
     }
     answer_asked(slice, sid);
     Ok(())
@@ -179,7 +229,9 @@ fn asked(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamEr
 
 /// Sends the acknowledgements that are due.
 pub fn answer_asked(slice: &mut Slice, sid: SessionId) {
-    let Some(session) = slice.sessions.get_mut(sid) else { return };
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
     while let Some(h) = session.accept.answer() {
         if session.link.is_some() {
             push_ack(h, &mut session.out);
@@ -194,9 +246,17 @@ fn push_ack(h: u32, out: &mut Vec<u8>) {
 }
 
 fn acknowledged(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), StreamError> {
-    let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
-    let (Some(sm), Some(h)) = (&mut session.sm, view.attr("h").and_then(|h| h.parse::<u32>().ok())) else {
-        return Err(StreamError::text("policy-violation", "an acknowledgement without enabled stream management or h"));
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return Ok(());
+    };
+    let (Some(sm), Some(h)) = (
+        &mut session.sm,
+        view.attr("h").and_then(|h| h.parse::<u32>().ok()),
+    ) else {
+        return Err(StreamError::text(
+            "policy-violation",
+            "an acknowledgement without enabled stream management or h",
+        ));
     };
     sm.requested = false;
     match sm.acknowledge(h) {
@@ -215,8 +275,9 @@ fn acknowledged(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<()
 
 /// XEP-0198 section 6.
 fn too_high(h: u32, sent: u32) -> StreamError {
-    StreamError::text("undefined-condition", "h is higher than what was sent")
-        .detail(format!("<handled-count-too-high xmlns='{NS}' h='{h}' send-count='{sent}'/>"))
+    StreamError::text("undefined-condition", "h is higher than what was sent").detail(format!(
+        "<handled-count-too-high xmlns='{NS}' h='{h}' send-count='{sent}'/>"
+    ))
 }
 
 fn resume_too_late(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {
@@ -242,9 +303,13 @@ pub fn find(slice: &Slice, name: &str, previd: &str) -> Option<SessionId> {
 /// The old connection must be closed before. `Err`: the client claims more than it was sent; the session ended.
 pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<(), StreamError> {
     let ms = slice.now.ms;
-    let Some(session) = slice.sessions.get_mut(sid) else { return Ok(()) };
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return Ok(());
+    };
     super::csi::activate(session);
-    let Some(sm) = &mut session.sm else { return Ok(()) };
+    let Some(sm) = &mut session.sm else {
+        return Ok(());
+    };
     if let Err(sent) = sm.acknowledge(h) {
         slice.end(sid, None);
         return Err(too_high(h, sent));
@@ -254,7 +319,10 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
         Some(old) => {
             let mut bytes = Vec::new();
             StreamError::text("conflict", "resumed by another connection").write(&mut bytes);
-            slice.fx.closing.push(crate::xmpp::slice::Closing { link: old, bytes });
+            slice
+                .fx
+                .closing
+                .push(crate::xmpp::slice::Closing { link: old, bytes });
         }
     }
     session.heard_ms = ms;
@@ -262,7 +330,11 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     session.unsent = 0;
     session.out.clear();
     session.accept.forget_asked();
-    let resumed = format!("<resumed xmlns='{NS}' previd='{}' h='{}'/>", sm.id, session.accept.h());
+    let resumed = format!(
+        "<resumed xmlns='{NS}' previd='{}' h='{}'/>",
+        sm.id,
+        session.accept.h()
+    );
     session.out.extend_from_slice(resumed.as_bytes());
     session.out.extend_from_slice(sm.kept.all());
     sm.requested = false;
@@ -284,15 +356,28 @@ pub fn expire(slice: &mut Slice, sid: SessionId) {
 /// session or the offline queue, requests are answered by an error, everything else is dropped.
 pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
     for (stanza, meta) in left {
-        let wanted = matches!(meta.kind, Kind::Chat | Kind::Normal | Kind::IqGet | Kind::IqSet);
+        let wanted = matches!(
+            meta.kind,
+            Kind::Chat | Kind::Normal | Kind::IqGet | Kind::IqSet
+        );
         if !wanted || meta.has(Meta::COPY) || meta.has(Meta::SERVER) {
             continue;
         }
-        let Some(element) = crate::xmpp::parse_stanza(&stanza) else { continue };
-        let (Some(to), Some(from)) = (element.get("to"), element.get("from")) else { continue };
+        let Some(element) = crate::xmpp::parse_stanza(&stanza) else {
+            continue;
+        };
+        let (Some(to), Some(from)) = (element.get("to"), element.get("from")) else {
+            continue;
+        };
         let Ok(to) = Jid::parse(to) else { continue };
         if meta.kind.is_iq() {
-            slice.bounce(&to, from, &stanza, meta, &crate::xmpp::error::StanzaError::SERVICE_UNAVAILABLE);
+            slice.bounce(
+                &to,
+                from,
+                &stanza,
+                meta,
+                &crate::xmpp::error::StanzaError::SERVICE_UNAVAILABLE,
+            );
             continue;
         }
         message::redeliver(slice, &to, &stanza, meta);

@@ -63,7 +63,10 @@ mod tests {
 
     #[test]
     fn what_is_advertised_can_be_used() {
-        let both = ChannelBindings { exporter: Some([7; 32]), server_end_point: Some([9; 48].into()) };
+        let both = ChannelBindings {
+            exporter: Some([7; 32]),
+            server_end_point: Some([9; 48].into()),
+        };
         let mut feature = String::new();
         both.write_feature(&mut feature);
         assert_eq!(
