@@ -87,7 +87,7 @@ impl<T> Inbox<T> {
     /// Appends what has arrived to `into`, at most one capacity's worth; returns how many. If more arrived meanwhile,
     /// the readiness set reports the inbox again.
     pub fn drain(&self, into: &mut Vec<T>) -> usize {
-        self.bell.still();
+        self.bell.still_if_rung();
         let before = into.len();
         into.extend(self.queue.try_iter().take(self.capacity));
         let drained = into.len() - before;
