@@ -181,10 +181,8 @@ keys! {
         live auth_failures_remembered_max: usize = 10_000 => 100..=10_000_000;
         /// Passwords (PLAIN, registration) that wait for the helper thread which computes their keys.
         restart password_checks_waiting_max: usize = 1000 => 1..=1_000_000;
-        /// Log-ins of one shard that compute at the same time.
-        live logins_in_progress_max: usize = 64 => 1..=100_000;
-        /// Log-ins of one shard that wait for a tier at the same time.
-        live logins_waiting_max: usize = 10_000 => 1..=10_000_000;
+        /// Connections of one shard that have not begun a session yet; more are turned away with `<resource-constraint/>`.
+        live logins_in_progress_max: usize = 20_000 => 1..=10_000_000;
         /// Accounts made in-band from one address in an hour.
         live registrations_per_address_per_hour: usize = 10 => 1..=1_000_000;
 
@@ -216,9 +214,8 @@ keys! {
 
         /// Batches in the queue from one shard to another.
         restart mesh_queue_batches_max: usize = 1024 => 64..=65_536;
-        /// Items in one batch from one shard to another.
-        live mesh_batch_items_max: usize = 512 => 1..=65_536;
-        /// Bytes that one shard keeps back for another one whose queue is full; what comes then is refused.
+        /// Bytes that one shard keeps back for another one whose queue is full (meanwhile it reads no client); beyond it
+        /// stanzas for that shard are refused with `<resource-constraint/>`.
         live mesh_backlog_bytes_max: usize = 67_108_864 => 1_048_576..=17_179_869_184;
 
         /// HTTP connections at the same time.

@@ -60,6 +60,8 @@ snapshot! {
     counter mesh_sent = "nitro_mesh_messages";
     /// Mesh messages that found their way full: reading from clients stops until they are gone.
     counter mesh_full = "nitro_mesh_full";
+    /// Stanzas refused because too much waits for another shard (limits.mesh_backlog_bytes_max).
+    counter mesh_refused = "nitro_mesh_refused";
     /// Lookups that found the user in the cache.
     counter cache_hits = "nitro_cache_hits";
     /// Lookups that did not.

@@ -47,6 +47,8 @@ pub enum Shut {
     Address,
     /// `limits.unauthenticated_per_address_max`
     Unauthenticated,
+    /// `limits.logins_in_progress_max`
+    Logins,
 }
 
 /// One connection's place; given back when dropped.

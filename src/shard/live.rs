@@ -305,6 +305,10 @@ impl Shard {
                 ways.send(shard, Parcel::Batch(std::mem::take(batch)));
             }
         }
+        let backlog_max = slice.env.limits.mesh_backlog_bytes_max;
+        for (shard, closed) in slice.fx.closed.iter_mut().enumerate() {
+            *closed = ways.kept_bytes(shard) > backlog_max;
+        }
         let loaded = std::mem::take(&mut slice.fx.loaded);
         drop((slice, ways));
         let mut waiting = self.waiting.borrow_mut();

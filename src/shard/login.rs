@@ -122,6 +122,9 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
             _ => return,
         }
     }
+    if shard.negotiating.get() >= config.limits.logins_in_progress_max {
+        return turn_away(&shard, transport, tls_first, Shut::Logins);
+    }
     let pass = match shard.doors.enter(client.ip(), proxied, &config) {
         Ok(pass) => pass,
         Err(shut) => return turn_away(&shard, transport, tls_first, shut),

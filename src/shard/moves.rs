@@ -1,20 +1,29 @@
 //! What travels between shards: batches of stanzas and connections that move to their owner.
 //!
 //! Every shard drains what comes in, whatever the state of its ways out, so two shards that flood each other go on. A full
-//! way keeps what is to go (counted); meanwhile the shard reads nothing from its clients, so what is kept is bounded by
-//! what other shards and answers of the tiers may still cause.
+//! way keeps what is to go (counted); meanwhile the shard reads nothing from its clients. Beyond a bound in bytes the slice
+//! refuses stanzas for that shard.
 
 use std::collections::VecDeque;
 
 use super::login::Moved;
 use crate::rt::Mesh;
-use crate::xmpp::batch::Batch;
+use crate::xmpp::batch::{Batch, Item};
 
 /// One mesh message.
 pub enum Parcel {
     Batch(Batch),
     /// A connection comes to its user's owner.
     Moved(Box<Moved>),
+}
+
+impl Parcel {
+    fn bytes(&self) -> usize {
+        match self {
+            Parcel::Batch(batch) => batch.bytes.len() + batch.items.len() * size_of::<Item>(),
+            Parcel::Moved(_) => size_of::<Moved>(),
+        }
+    }
 }
 
 /// Parcels taken in one turn; more stay for the next.
@@ -25,6 +34,7 @@ pub struct Ways {
     mesh: Mesh<Parcel>,
     kept: Vec<VecDeque<Parcel>>,
     kept_count: usize,
+    kept_bytes: Vec<usize>,
     /// How often a way was full.
     pub full: u64,
     pub sent: u64,
@@ -32,9 +42,10 @@ pub struct Ways {
 
 impl Ways {
     pub fn new(mesh: Mesh<Parcel>) -> Ways {
-        let kept = (0..mesh.shards()).map(|_| VecDeque::new()).collect();
+        let kept: Vec<_> = (0..mesh.shards()).map(|_| VecDeque::new()).collect();
         Ways {
             mesh,
+            kept_bytes: vec![0; kept.len()],
             kept,
             kept_count: 0,
             full: 0,
@@ -55,14 +66,15 @@ impl Ways {
     /// Sends a parcel, behind those that are kept for the same shard.
     pub fn send(&mut self, shard: usize, parcel: Parcel) {
         self.sent += 1;
-        if self.kept[shard].is_empty() {
-            match self.mesh.try_send(shard, parcel) {
+        let parcel = match self.kept[shard].is_empty() {
+            true => match self.mesh.try_send(shard, parcel) {
                 Ok(()) => return,
-                Err(back) => self.kept[shard].push_back(back),
-            }
-        } else {
-            self.kept[shard].push_back(parcel);
-        }
+                Err(back) => back,
+            },
+            false => parcel,
+        };
+        self.kept_bytes[shard] += parcel.bytes();
+        self.kept[shard].push_back(parcel);
         self.full += 1;
         self.kept_count += 1;
     }
@@ -74,13 +86,20 @@ impl Ways {
         }
         for (shard, kept) in self.kept.iter_mut().enumerate() {
             while let Some(parcel) = kept.pop_front() {
+                let bytes = parcel.bytes();
                 if let Err(back) = self.mesh.try_send(shard, parcel) {
                     kept.push_front(back);
                     break;
                 }
                 self.kept_count -= 1;
+                self.kept_bytes[shard] -= bytes;
             }
         }
+    }
+
+    /// Bytes that wait for one shard.
+    pub fn kept_bytes(&self, shard: usize) -> usize {
+        self.kept_bytes[shard]
     }
 
     /// Is a way full? Then no client is read.

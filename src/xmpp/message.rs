@@ -334,3 +334,61 @@ pub fn redeliver(slice: &mut Slice, to: &Jid<'_>, stanza: &[u8], meta: Meta) {
         _ => {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::xmpp::testing::World;
+
+    #[test]
+    fn what_waits_for_a_full_way_is_bounded_and_the_sender_hears_of_it() {
+        let mut w = World::new(2);
+        let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+        w.add(&alice);
+        w.add(&bob);
+        let a = w.online(&alice, "a");
+        let b = w.online(&bob, "b");
+        let message =
+            format!("<message type='chat' id='m' to='{bob}@localhost'><body>hi</body></message>");
+        w.slice_of(&alice).fx.closed[1] = true;
+        w.send(a, &message);
+        let refused = w.take(a);
+        assert!(
+            refused.len() == 1
+                && refused[0].contains("resource-constraint")
+                && refused[0].contains("type='wait'"),
+            "{refused:?}"
+        );
+        assert!(w.take(b).is_empty());
+        w.slice_of(&alice).fx.closed[1] = false;
+        w.send(a, &message);
+        assert!(w.take(a).is_empty());
+        assert_eq!(w.take(b).len(), 1);
+    }
+
+    #[test]
+    fn a_message_that_cannot_be_stored_comes_back_and_is_in_no_queue() {
+        for shards in [1, 2] {
+            let mut w = World::new(shards);
+            let (alice, bob) = (w.on(0, "alice"), w.on(shards - 1, "bob"));
+            w.add(&alice);
+            w.add(&bob);
+            let a = w.online(&alice, "a");
+            let b = w.online(&bob, "b");
+            w.logout(b);
+            w.tier.broken = true;
+            w.send(
+                a,
+                &format!(
+                    "<message type='chat' id='m' to='{bob}@localhost'><body>hi</body></message>"
+                ),
+            );
+            let back = w.take(a);
+            assert!(
+                back.len() == 1 && back[0].contains("resource-constraint"),
+                "{back:?}"
+            );
+            assert!(w.user(&bob).offline.is_empty());
+            assert_eq!(w.user(&bob).offline_bytes, 0);
+        }
+    }
+}

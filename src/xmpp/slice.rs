@@ -82,6 +82,8 @@ pub struct Limits {
     pub vcard_bytes_max: usize,
     /// Bytes that wait for one user to be loaded.
     pub load_queue_bytes_max: usize,
+    /// Bytes that wait for one other shard.
+    pub mesh_backlog_bytes_max: usize,
     pub unacked_bytes_max: usize,
     pub unacked_stanzas_max: usize,
     pub resume_ms_max: u64,
@@ -173,6 +175,8 @@ pub struct Effects {
     pub requests: Vec<Request>,
     /// One batch per shard.
     pub mesh: Vec<Batch>,
+    /// Shards for which too much waits: stanzas for them are refused.
+    pub closed: Vec<bool>,
     /// For the helper threads; answered by [`Slice::computed`].
     pub jobs: Vec<(Ticket, Job)>,
     /// Users whose loading has ended: logins may wait for them.
@@ -237,6 +241,7 @@ pub struct Counters {
     pub resumptions: u64,
     pub overflows: u64,
     pub load_queue_full: u64,
+    pub mesh_refused: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -277,6 +282,7 @@ impl Slice {
     pub fn new(env: Env, shards: usize, cache_bytes_max: usize) -> Slice {
         let mut fx = Effects::default();
         fx.mesh.resize_with(shards, Batch::default);
+        fx.closed.resize(shards, false);
         Slice {
             env,
             now: Now::default(),
@@ -706,6 +712,10 @@ impl Slice {
                 self.defer(receipt);
             }
             return;
+        }
+        if self.fx.closed[owner as usize] && meta.kind.may_bounce() {
+            self.counters.mesh_refused += 1;
+            return self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
         }
         let batch = &mut self.fx.mesh[owner as usize];
         let item = Item::Stanza {

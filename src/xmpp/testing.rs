@@ -33,6 +33,7 @@ pub fn limits() -> Limits {
         private_bytes_max: 1 << 16,
         vcard_bytes_max: 1 << 16,
         load_queue_bytes_max: 1 << 16,
+        mesh_backlog_bytes_max: 1 << 26,
         unacked_bytes_max: 1 << 20,
         unacked_stanzas_max: 1000,
         resume_ms_max: 300_000,
