@@ -2,7 +2,7 @@
 
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Refusal, Target, last};
+use super::feature::{Target, last};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
@@ -157,15 +157,8 @@ pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta:
     let Ok(from_jid) = Jid::parse(from) else {
         return Fate::Decided;
     };
-    for admit in slice.hooks.admit.clone().iter() {
-        match admit(slice, name, &from_jid, meta) {
-            Ok(()) => {}
-            Err(Refusal::Silent) => return Fate::Decided,
-            Err(Refusal::Error(error)) => {
-                slice.bounce(to, from, stanza, meta, &error);
-                return Fate::Decided;
-            }
-        }
+    if !slice.admits(to, &from_jid, stanza, meta) {
+        return Fate::Decided;
     }
     if let Some(resource) = to.resource() {
         if last::forbids(slice, name, &from_jid, stanza, meta) {

@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 use super::NS_CLIENT;
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Incoming, Outgoing, Refusal, blocking, hints, offline, stable_id};
+use super::feature::{Incoming, Outgoing, blocking, hints, offline, stable_id};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
@@ -213,15 +213,8 @@ pub fn deliver(
     let Ok(from_jid) = Jid::parse(from) else {
         return Fate::Decided;
     };
-    for admit in slice.hooks.admit.clone().iter() {
-        match admit(slice, name, &from_jid, meta) {
-            Ok(()) => {}
-            Err(Refusal::Silent) => return Fate::Decided,
-            Err(Refusal::Error(error)) => {
-                slice.bounce(to, from, stanza, meta, &error);
-                return Fate::Decided;
-            }
-        }
+    if !slice.admits(to, &from_jid, stanza, meta) {
+        return Fate::Decided;
     }
     let mut taken: SmallVec<[SessionId; 4]> = SmallVec::new();
     let rule = choose(slice, to, meta, &mut taken);

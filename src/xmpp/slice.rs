@@ -15,7 +15,7 @@ use smallvec::SmallVec;
 
 use super::batch::{Batch, Item, Receipt};
 use super::error::{StanzaError, StreamError};
-use super::feature::{self, Hooks, presence};
+use super::feature::{self, Hooks, Refusal, presence};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
@@ -822,6 +822,17 @@ impl Slice {
         } else if matches!(meta.kind, Kind::Subscribe | Kind::Probe) {
             presence::answer_unsubscribed(self, to, from);
         }
+    }
+
+    /// May the stanza come in to its recipient, a user of this slice? If not, its sender hears what he is to hear.
+    pub fn admits(&mut self, to: &Jid<'_>, from: &Jid<'_>, stanza: &[u8], meta: Meta) -> bool {
+        let name = to.local().expect("only users are routed to");
+        match self.hooks.admission(self, name, from, meta) {
+            Ok(()) => return true,
+            Err(Refusal::Silent) => {}
+            Err(Refusal::Error(error)) => self.bounce(to, from.as_str(), stanza, meta, &error),
+        }
+        false
     }
 
     /// Sends a stanza back to its sender as an error, if its kind may be answered by one.

@@ -175,6 +175,19 @@ impl Hooks {
         }
     }
 
+    /// May the stanza come in to the user?
+    pub fn admission(
+        &self,
+        slice: &Slice,
+        user: &str,
+        from: &Jid<'_>,
+        meta: Meta,
+    ) -> Result<(), Refusal> {
+        self.admit
+            .iter()
+            .try_for_each(|admit| admit(slice, user, from, meta))
+    }
+
     pub fn nonza(&self, name: &str, ns: &str) -> Option<NonzaHandler> {
         self.nonzas
             .iter()

@@ -16,7 +16,6 @@ use crate::xml::view::View;
 use crate::xmpp::NS_CLIENT;
 use crate::xmpp::batch::{Item, Receipt};
 use crate::xmpp::error::StanzaError;
-use crate::xmpp::feature::Refusal;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
@@ -580,10 +579,7 @@ pub fn deliver(
     let Ok(from_jid) = Jid::parse(from) else {
         return Fate::Decided;
     };
-    if let Err(refusal) = admission(slice, name, &from_jid, meta) {
-        if let Refusal::Error(error) = refusal {
-            slice.bounce(to, from, stanza, meta, &error);
-        }
+    if !slice.admits(to, &from_jid, stanza, meta) {
         return Fate::Decided;
     }
     if meta.kind.is_subscription() {
@@ -734,14 +730,7 @@ pub fn show(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
 
 /// May presence or a request of `from` come in to the user?
 pub fn admit(slice: &Slice, name: &str, from: &Jid<'_>, meta: Meta) -> bool {
-    admission(slice, name, from, meta).is_ok()
-}
-
-fn admission(slice: &Slice, name: &str, from: &Jid<'_>, meta: Meta) -> Result<(), Refusal> {
-    let hooks = &slice.hooks.admit;
-    hooks
-        .iter()
-        .try_for_each(|admit| admit(slice, name, from, meta))
+    slice.hooks.admission(slice, name, from, meta).is_ok()
 }
 
 // ---- tools -------------------------------------------------------------------------------------------------------
