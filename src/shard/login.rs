@@ -370,7 +370,7 @@ async fn run(
                 );
                 let config = shard.config.borrow().clone();
                 let pause = shard.doors.failed(c.peer.ip(), name.as_deref(), &config);
-                rt::sleep(pause).await;
+                shard.hold_back(c, notify, pause).await;
                 if close {
                     let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
                     return Outcome::Close;
@@ -532,6 +532,18 @@ impl Shard {
         outcome
     }
 
+    /// Waits for `pause`, or until the shard stops.
+    async fn hold_back(&self, c: &mut Connecting, notify: &Waits, pause: Duration) {
+        let until = Instant::now() + pause;
+        while !self.stopping.get()
+            && let Some(left) = until.checked_duration_since(Instant::now())
+        {
+            let _ = rt::timeout(left, notify.ready.wait()).await;
+        }
+        // what was reported meanwhile is not reported again
+        c.drained = false;
+    }
+
     /// Waits until the user is loaded, then goes on with his keys.
     async fn credentials(&self, c: &mut Connecting, name: &str, out: &mut Vec<u8>) -> Step {
         let begun = Instant::now();
@@ -685,6 +697,7 @@ impl Shard {
         sm::resume(&mut slice, sid, link, h)?;
         if let Some(session) = slice.sessions.get_mut(sid) {
             session.stream_ns = stream_ns;
+            session.tls = c.negotiation.encrypted;
             session.peer = c.peer.to_string().into();
             tracing::info!(jid = &*session.jid, peer = %c.peer.ip(), "resumed");
         }
