@@ -3,8 +3,8 @@
 //! Time: every name is tried once. For each step (until the challenge, until the failure) the medians of two kinds of
 //! names are compared; they may differ by no more than the larger interquartile range of the two. One attempt of a kind
 //! then tells nearly nothing, and there is no second one of the same state: the first brings the name into the cache.
-//! Names that were tried before are compared with such, others with others: a name that nobody tried and that is
-//! answered without SQL is in the cache, so it exists. That is not hidden.
+//! Names that were tried before are compared with such, others with others, and a name that nobody tried with one that is
+//! in the cache: `sasl.answer_ms_min` covers the query of the database.
 
 #[path = "blade/mod.rs"]
 mod blade;
@@ -209,7 +209,7 @@ fn an_unknown_user_takes_the_same_time_as_a_known_one() {
                 let [low, median, high] = times[kind][step];
                 told += &format!("step {step}, {name}: {low:?} {median:?} {high:?}\n");
             }
-            for (one, other) in [(0, 1), (0, 2), (3, 4)] {
+            for (one, other) in [(0, 1), (0, 2), (3, 4), (0, 4)] {
                 let [[a1, a2, a3], [b1, b2, b3]] = [times[one][step], times[other][step]];
                 let spread = (a3 - a1).max(b3 - b1);
                 if a2.abs_diff(b2) > spread {
