@@ -78,11 +78,6 @@ impl Transport {
         &self.socket
     }
 
-    /// The socket, to change what is known of the peer.
-    pub fn socket_mut(&mut self) -> &mut Socket {
-        &mut self.socket
-    }
-
     /// Reads once from the kernel and decrypts. During a handshake it also answers the peer; what the kernel does not
     /// take of that is [`pending`](Self::pending).
     ///

@@ -24,7 +24,7 @@ use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
 use crate::store::record::{Record, UserRecord};
 use crate::store::ring::Ring;
-use crate::store::tier::{Answer, Last, Op, Query, ReadError, Request, Ticket, WriteError};
+use crate::store::tier::{Answer, Last, Loaded, Op, Query, ReadError, Request, Ticket, WriteError};
 use crate::xml;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
@@ -120,6 +120,22 @@ pub struct User {
     pub offline_bytes: usize,
     /// The last log-out (XEP-0012).
     pub last: Option<Last>,
+}
+
+impl User {
+    fn new(name: &str, loaded: Loaded) -> User {
+        User {
+            name: name.into(),
+            record: loaded.record,
+            revision: 0,
+            durable: None,
+            edits: 0,
+            sessions: SmallVec::new(),
+            offline_bytes: loaded.offline.iter().map(|(_, s)| s.len()).sum(),
+            offline: loaded.offline.into(),
+            last: loaded.last,
+        }
+    }
 }
 
 /// What the slice's table holds under a name.
@@ -398,17 +414,7 @@ impl Slice {
             match answer {
                 Answer::Loaded { name, user } => {
                     let slot = match user {
-                        Some(loaded) => Slot::Present(Box::new(User {
-                            name: name.clone().into(),
-                            record: loaded.record,
-                            revision: 0,
-                            durable: None,
-                            edits: 0,
-                            sessions: SmallVec::new(),
-                            offline_bytes: loaded.offline.iter().map(|(_, s)| s.len()).sum(),
-                            offline: loaded.offline.into(),
-                            last: loaded.last,
-                        })),
+                        Some(loaded) => Slot::Present(Box::new(User::new(&name, loaded))),
                         None => Slot::Missing,
                     };
                     self.loaded(&name, slot);
@@ -1065,48 +1071,39 @@ impl Slice {
 
     /// Writes something of a user; the user stays in the cache until it is durable.
     pub fn write(&mut self, name: &str, op: Op, then: Then) {
-        self.ticket += 1;
-        self.waits
-            .insert(self.ticket, (name.into(), Wait::Write(then)));
+        let ticket = self.wait(name, Wait::Write(then));
         self.users.pin(name);
-        self.fx.requests.push(Request::Write {
-            ticket: self.ticket,
-            op,
-        });
+        self.fx.requests.push(Request::Write { ticket, op });
     }
 
     pub fn read(&mut self, name: &str, query: Query, then: ThenRead) {
-        self.ticket += 1;
-        self.waits
-            .insert(self.ticket, (name.into(), Wait::Read(then)));
+        let ticket = self.wait(name, Wait::Read(then));
         self.users.pin(name);
-        self.fx.requests.push(Request::Read {
-            ticket: self.ticket,
-            query,
-        });
+        self.fx.requests.push(Request::Read { ticket, query });
     }
 
     pub fn compute(&mut self, job: Job, then: ThenComputed) {
+        let ticket = self.wait("", Wait::Compute(then));
+        self.fx.jobs.push((ticket, job));
+    }
+
+    fn wait(&mut self, name: &str, wait: Wait) -> Ticket {
         self.ticket += 1;
-        self.waits
-            .insert(self.ticket, ("".into(), Wait::Compute(then)));
-        self.fx.jobs.push((self.ticket, job));
+        self.waits.insert(self.ticket, (name.into(), wait));
+        self.ticket
     }
 
     /// A new account is durable, or a removed one is gone: the table follows.
     pub fn set_user(&mut self, name: &str, record: Option<Record>) {
         let slot = match record {
-            Some(record) => Slot::Present(Box::new(User {
-                name: name.into(),
-                record,
-                revision: 0,
-                durable: None,
-                edits: 0,
-                sessions: SmallVec::new(),
-                offline: VecDeque::new(),
-                offline_bytes: 0,
-                last: None,
-            })),
+            Some(record) => Slot::Present(Box::new(User::new(
+                name,
+                Loaded {
+                    record,
+                    offline: Vec::new(),
+                    last: None,
+                },
+            ))),
             None => Slot::Missing,
         };
         match self.users.get_mut(name) {
