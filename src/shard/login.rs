@@ -427,6 +427,12 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Waits) -> Result<(), (
         if std::mem::take(&mut c.drained) && !notify.closed.get() {
             // the last read took all that was there: an edge tells when there is more
             notify.ready.wait().await;
+            if c.transport.pending() > 0 && c.transport.flush().is_err() {
+                return Err(());
+            }
+            if shard.stopping.get() {
+                return Ok(());
+            }
         }
         let handshaking = c.transport.handshaking();
         let read = {
@@ -460,13 +466,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Waits) -> Result<(), (
         if handshake_done {
             continue;
         }
-        notify.ready.wait().await;
-        if c.transport.pending() > 0 && c.transport.flush().is_err() {
-            return Err(());
-        }
-        if shard.stopping.get() {
-            return Ok(());
-        }
+        c.drained = true;
     }
 }
 
