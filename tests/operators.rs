@@ -109,6 +109,10 @@ fn mode(path: &Path) -> u32 {
 #[test]
 fn the_first_start_says_where_it_listens_the_fingerprint_and_how_to_add_an_account() {
     let mut blade = client::blade(&[]);
+    // it listens a moment before it says so
+    let announced = |log: &str| log.contains("  data  ");
+    let within = Duration::from_secs(10);
+    client::wait_until("the announcement", within, || announced(&blade.log()));
     let log = blade.log();
     for wanted in [
         blade.c2s.to_string(),
@@ -128,6 +132,9 @@ fn the_first_start_says_where_it_listens_the_fingerprint_and_how_to_add_an_accou
     blade.add_user("alice", PASSWORD);
     blade.terminate();
     blade.restart();
+    client::wait_until("the second announcement", within, || {
+        announced(&blade.log()[log.len()..])
+    });
     let second = &blade.log()[log.len()..];
     assert!(second.contains(&blade.c2s.to_string()), "{second}");
     assert!(!second.contains("user add"), "{second}");
