@@ -5,11 +5,13 @@
 
 pub mod admin;
 pub mod cache;
+pub mod change;
 pub mod lane;
 pub mod record;
 pub mod ring;
 mod sqlite;
 pub mod tier;
+pub mod tier2;
 
 #[cfg(test)]
 mod tests;
