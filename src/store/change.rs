@@ -11,7 +11,7 @@ use rkyv::with::InlineAsBox;
 use rkyv::{Archive, Deserialize, Serialize, rancor};
 
 /// Milliseconds since 1970 (42 bits), shard (8 bits), counter (13 bits): positive as an `i64` until 2109.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Id(pub u64);
 
 impl Id {
@@ -35,6 +35,11 @@ impl Id {
     /// The first id that any shard may give at `unix_ms`: the bound of a search by time.
     pub fn at(unix_ms: u64) -> Id {
         Id(unix_ms << Self::LOW_BITS)
+    }
+
+    /// Who gave it.
+    pub fn shard(self) -> u16 {
+        ((self.0 >> Self::COUNTER_BITS) & ((1 << Self::SHARD_BITS) - 1)) as u16
     }
 
     /// When the change was accepted.
@@ -152,7 +157,7 @@ pub struct Marks<'a> {
 #[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamCount {
     /// `previd`, zero-padded.
-    pub stream: [u8; 24],
+    pub stream: [u8; 32],
     pub count: u32,
 }
 
@@ -167,6 +172,16 @@ impl Change<'_> {
 }
 
 impl ArchivedChange<'_> {
+    /// Reads in place what [`Change::encode`] has just written, unchecked.
+    ///
+    /// # Safety
+    /// The bytes must be exactly those of one call of [`Change::encode`].
+    #[allow(unsafe_code)]
+    pub unsafe fn access_unchecked(bytes: &[u8]) -> &ArchivedChange<'static> {
+        // SAFETY: as the caller promises.
+        unsafe { rkyv::access_unchecked::<ArchivedChange<'static>>(bytes) }
+    }
+
     /// Checks bytes of [`Change::encode`] and reads them in place.
     pub fn access(bytes: &[u8]) -> Result<&ArchivedChange<'static>, String> {
         rkyv::access::<ArchivedChange<'static>, rancor::Error>(bytes).map_err(|e| e.to_string())
@@ -232,7 +247,7 @@ mod tests {
         for ms in [5, 5, 5, 4, 9, 1] {
             for _ in 0..5_000 {
                 let next = Id::next(last, ms, 7);
-                assert!(next > last && (next.0 >> Id::COUNTER_BITS) & 0xff == 7);
+                assert!(next > last && next.shard() == 7);
                 last = next;
             }
         }

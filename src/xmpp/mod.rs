@@ -10,12 +10,15 @@ pub mod error;
 pub mod feature;
 pub mod iq;
 pub mod jid;
+pub mod ledger;
 pub mod message;
 pub mod meta;
 pub mod negotiation;
 pub mod sasl;
 pub mod session;
 pub mod slice;
+#[cfg(test)]
+mod promise;
 #[cfg(test)]
 pub mod testing;
 

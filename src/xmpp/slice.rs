@@ -7,7 +7,7 @@
 
 use std::cell::OnceCell;
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::BinaryHeap;
 use std::rc::Rc;
 
 use fnv::FnvHashMap;
@@ -15,16 +15,24 @@ use smallvec::SmallVec;
 
 use super::batch::{Batch, Item, Receipt};
 use super::error::{StanzaError, StreamError};
-use super::feature::{self, Hooks, Refusal, presence};
+use super::feature::offline::Offline;
+use super::feature::{self, Hooks, Refusal, presence, stable_id};
 use super::jid::Jid;
+use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
 use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
+use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
+use crate::store::recovery::{Found, stream_key};
+use crate::store::journal::{Group, Place};
+use crate::store::overlay::{Item as Undrained, Overlay, Position, ReadBack};
 use crate::store::record::{Record, UserRecord};
 use crate::store::ring::Ring;
-use crate::store::tier::{Answer, Last, Loaded, Op, Query, ReadError, Request, Ticket, WriteError};
+use crate::store::tier::{
+    Answer, ArchiveQuery, Last, Loaded, Page, Query, ReadError, Request, Ticket,
+};
 use crate::xml;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
@@ -101,38 +109,35 @@ pub struct Now {
     pub ms: u64,
     /// Unix time in seconds.
     pub unix: u64,
+    /// Unix time in milliseconds.
+    pub unix_ms: u64,
 }
 
 /// A user of this slice, loaded.
 pub struct User {
     pub name: Rc<str>,
     pub record: Record,
-    /// Grows with each change of `record`.
+    /// Of the record; see [`Id`].
     pub revision: u64,
-    /// The last record that the tiers have, while changes are on their way there.
-    pub durable: Option<Record>,
-    /// How many are.
-    pub edits: usize,
     /// Bound resources, those that wait for resumption included.
     pub sessions: SmallVec<[SessionId; 2]>,
-    /// Messages for the next resource that becomes available, oldest first (XEP-0160); the tier holds the same.
-    pub offline: VecDeque<(u64, Box<[u8]>)>,
-    pub offline_bytes: usize,
+    /// Deliveries that nobody holds: for the next resource that becomes available (XEP-0160) and for those that are.
+    pub offline: Offline,
+    /// Deliveries that sessions hold, and how many do; ids ascend.
+    pub held: Vec<(u64, u16)>,
     /// The last log-out (XEP-0012).
     pub last: Option<Last>,
 }
 
 impl User {
-    fn new(name: &str, loaded: Loaded) -> User {
+    fn new(name: &str, loaded: Loaded, offline: Offline) -> User {
         User {
             name: name.into(),
             record: loaded.record,
-            revision: 0,
-            durable: None,
-            edits: 0,
+            revision: loaded.revision,
             sessions: SmallVec::new(),
-            offline_bytes: loaded.offline.iter().map(|(_, s)| s.len()).sum(),
-            offline: loaded.offline.into(),
+            offline,
+            held: Vec::new(),
             last: loaded.last,
         }
     }
@@ -161,7 +166,7 @@ pub type Call = Box<dyn FnOnce(&mut Slice)>;
 
 /// A stanza that waits for its recipient to be loaded.
 pub struct Waiting {
-    pub to: Jid<'static>,
+    pub to: Box<str>,
     pub from: Box<str>,
     pub stanza: Box<[u8]>,
     pub meta: Meta,
@@ -197,8 +202,52 @@ pub struct Effects {
     pub jobs: Vec<(Ticket, Job)>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
+    /// Sessions without stream management that were given messages: [`Slice::confirmed`] when their peer has all.
+    pub unconfirmed: Vec<SessionId>,
+    /// Sent messages below this are settled for good.
+    pub floor: u64,
+    /// Nothing of shards of an earlier start is open any more.
+    pub foreign_settled: bool,
     /// Sessions that have more to get than a slow reader may have.
     overflown: Vec<SessionId>,
+}
+
+/// A change of a user's data.
+#[derive(Debug, Clone)]
+pub enum Op {
+    /// Fails with [`WriteError::Conflict`] if there is such a user.
+    AddUser { record: Record },
+    /// The account with all that belongs to it.
+    RemoveUser,
+    /// `key` is "vcard", "private:NAMESPACE NAME", ...; `None` removes.
+    PutDocument {
+        key: Box<str>,
+        value: Option<Box<[u8]>>,
+    },
+    PutLast { last: Last },
+}
+
+impl From<WriteError> for StanzaError {
+    fn from(error: WriteError) -> StanzaError {
+        match error {
+            WriteError::Full | WriteError::Unavailable => StanzaError::RESOURCE_CONSTRAINT,
+            WriteError::Conflict => StanzaError::CONFLICT,
+            WriteError::Missing => StanzaError::ITEM_NOT_FOUND,
+        }
+    }
+}
+
+/// Why a change is not made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    #[error("the user exists already")]
+    Conflict,
+    #[error("there is no such user")]
+    Missing,
+    #[error("the journal is full: the database takes nothing, or the disk has no space left")]
+    Full,
+    #[error("the database is not available")]
+    Unavailable,
 }
 
 /// What goes on when a write is durable, or has failed.
@@ -238,9 +287,12 @@ impl Job {
 
 pub type ThenComputed = Box<dyn FnOnce(&mut Slice, Computed)>;
 
+/// What goes on when a page of an archive was read.
+pub type ThenPage = Box<dyn FnOnce(&mut Slice, Result<Page, ReadError>)>;
+
 enum Wait {
-    Write(Then),
     Read(ThenRead),
+    Page(Box<ArchiveQuery>, ThenPage),
     Compute(ThenComputed),
 }
 
@@ -276,7 +328,15 @@ pub struct Slice {
     pub hooks: Hooks,
     /// The inbound stanza at work, when its session has stream management.
     pub current: Option<Receipt>,
+    /// Its number.
+    pub seq: u32,
     pub parked: usize,
+    pub ledger: Ledger,
+    pub overlay: Overlay,
+    /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
+    counts: FnvHashMap<Box<str>, (u32, u64)>,
+    /// Users whom the tier could not load and for whom messages wait: when to ask again.
+    reload: Vec<(u64, Rc<str>)>,
     /// Changes of private storage at work.
     pub(super) private: feature::private::Changes,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
@@ -285,9 +345,32 @@ pub struct Slice {
     /// Output buffers at rest; a session owns one only while it has output.
     buffers: Vec<Vec<u8>>,
     scratch: Vec<u8>,
-    stable_ids: u64,
 }
 
+/// Where a slice goes on after the last start.
+pub struct Start {
+    /// The first free number of its journal.
+    pub next_seq: u64,
+    /// The highest id that any journal or SQL holds.
+    pub last_id: Id,
+    pub found: Found,
+    pub read_back: ReadBack,
+}
+
+impl Start {
+    /// Nothing was before.
+    pub fn new(read_back: ReadBack) -> Start {
+        Start {
+            next_seq: 1,
+            last_id: Id(0),
+            found: Found::default(),
+            read_back,
+        }
+    }
+}
+
+/// How long after a failure a user for whom messages wait is asked for again.
+const RELOAD_MS: u64 = 1000;
 const BUFFERS_MAX: usize = 64;
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
 
@@ -295,11 +378,13 @@ const BUFFER_BYTES_MAX: usize = 64 * 1024;
 const USER_BYTES: usize = 256;
 
 impl Slice {
-    pub fn new(env: Env, shards: usize, cache_bytes_max: usize) -> Slice {
+    pub fn new(env: Env, shards: usize, cache_bytes_max: usize, start: Start) -> Slice {
+        let ledger = Ledger::new(env.shard, start.next_seq, start.last_id);
+        let overlay = Overlay::new(start.read_back.clone());
         let mut fx = Effects::default();
         fx.mesh.resize_with(shards, Batch::default);
         fx.closed.resize(shards, false);
-        Slice {
+        let mut slice = Slice {
             env,
             now: Now::default(),
             users: Cache::new(cache_bytes_max),
@@ -308,15 +393,21 @@ impl Slice {
             counters: Counters::default(),
             hooks: Hooks::collect(),
             current: None,
+            seq: 0,
             parked: 0,
+            ledger,
+            overlay,
+            counts: FnvHashMap::default(),
+            reload: Vec::new(),
             private: Default::default(),
             waits: FnvHashMap::default(),
             ticket: 0,
             timers: BinaryHeap::new(),
             buffers: Vec::new(),
             scratch: Vec::new(),
-            stable_ids: 0,
-        }
+        };
+        slice.recover(start.found);
+        slice
     }
 
     // ---- input -------------------------------------------------------------------------------------------------
@@ -346,7 +437,9 @@ impl Slice {
             shard: self.env.shard,
             session: sid,
             seq,
+            twin: 0,
         });
+        self.seq = seq;
         match view.name() {
             "message" => message::outbound(self, sid, &view),
             "presence" => presence::outbound(self, sid, &view),
@@ -413,30 +506,49 @@ impl Slice {
         for answer in answers {
             match answer {
                 Answer::Loaded { name, user } => {
-                    let slot = match user {
-                        Some(loaded) => Slot::Present(Box::new(User::new(&name, loaded))),
-                        None => Slot::Missing,
-                    };
-                    self.loaded(&name, slot);
-                }
-                Answer::LoadFailed { name, .. } => self.load_failed(&name),
-                Answer::Written { ticket, result } => {
-                    if let Some((name, Wait::Write(then))) = self.waits.remove(&ticket) {
-                        then(self, result);
-                        self.users.unpin(&name);
+                    let user = self.overlay.apply(&name, user);
+                    self.overlay.release(&name);
+                    match user {
+                        Ok(user) => self.known(&name, user),
+                        Err(error) => {
+                            tracing::error!(user = &*name, error, "the journal cannot be read");
+                            self.load_failed(&name);
+                        }
                     }
                 }
-                Answer::Read { ticket, result } => {
+                Answer::LoadFailed { name, .. } => {
+                    // what the journal knows may be enough
+                    let user = self.overlay.apply(&name, None);
+                    self.overlay.release(&name);
+                    match user {
+                        Ok(user) if self.overlay.is_whole(&name) => self.known(&name, user),
+                        _ => self.load_failed(&name),
+                    }
+                }
+                Answer::Document { ticket, result } => {
                     if let Some((name, Wait::Read(then))) = self.waits.remove(&ticket) {
                         then(self, result);
                         self.users.unpin(&name);
                     }
                 }
-                // asked for nowhere: a user is loaded together with it
-                Answer::ReadLast { .. } => {}
+                Answer::Archive { ticket, result } => {
+                    if let Some((name, Wait::Page(query, then))) = self.waits.remove(&ticket) {
+                        let page = result.and_then(|page| {
+                            self.overlay.page(&query, page).map_err(ReadError)
+                        });
+                        self.overlay.release(&name);
+                        then(self, page);
+                        self.users.unpin(&name);
+                    }
+                }
             }
         }
         self.evict();
+    }
+
+    /// SQL has everything of a journal up to a position.
+    pub fn drained(&mut self, at: Position) {
+        self.overlay.drained(at);
     }
 
     /// The outcome of a job in [`Effects::jobs`].
@@ -459,6 +571,14 @@ impl Slice {
                 Timer::Resume => feature::sm::expire(self, sid),
             }
         }
+        let now = self.now.ms;
+        for at in (0..self.reload.len()).rev() {
+            if self.reload[at].0 <= now {
+                let (_, name) = self.reload.swap_remove(at);
+                self.load(&name);
+            }
+        }
+        self.counts.retain(|_, (_, until)| *until > now);
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -512,10 +632,30 @@ impl Slice {
         for hook in self.hooks.ended.clone().iter() {
             hook(self, &mut session);
         }
-        if let Some(mut sm) = session.sm.take() {
-            feature::sm::redirect(self, sm.unacknowledged());
+        let mut left = Vec::new();
+        if let Some(mut kept) = session.unconfirmed.take() {
+            left = kept.take_all();
         }
+        if let Some(mut sm) = session.sm.take() {
+            if sm.resume_ms > 0 && sm.durable > 0 {
+                self.remember_count(&sm.id, sm.durable);
+            }
+            left.extend(sm.unacknowledged());
+        }
+        feature::sm::redirect(self, &name, left);
         self.users.unpin(&name);
+    }
+
+    fn remember_count(&mut self, stream: &str, count: u32) {
+        if self.counts.len() < self.env.limits.parked_max.max(1) * 2 {
+            let until = self.now.ms + 2 * self.env.limits.resume_ms_max;
+            self.counts.insert(stream.into(), (count, until));
+        }
+    }
+
+    /// How many stanzas of a stream that is no more were durable.
+    pub fn count_of(&self, stream: &str) -> Option<u32> {
+        self.counts.get(stream).map(|(count, _)| *count)
     }
 
     /// The connection is gone without a farewell: the session waits for its client, or ends.
@@ -584,6 +724,11 @@ impl Slice {
 
     /// Gives a stanza (in parts, self-contained, to be read in a stream of `jabber:client`) to a session.
     pub fn send(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta) {
+        self.hand(sid, parts, meta, 0);
+    }
+
+    /// The same for a message that is a pending delivery of the user's, by its id.
+    pub fn hand(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta, id: u64) {
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
@@ -597,7 +742,10 @@ impl Slice {
         {
             session.out = buffer;
         }
-        session.push(parts, meta);
+        if id != 0 && session.sm.is_none() && session.unconfirmed.is_none() {
+            self.fx.unconfirmed.push(sid);
+        }
+        session.push(parts, meta, id);
         self.touched(sid);
     }
 
@@ -712,15 +860,18 @@ impl Slice {
         let Some(name) = to.local() else { return };
         let owner = self.env.owner(name);
         if owner == self.env.shard {
-            if self.deliver(to, from, stanza, meta, receipt) == Fate::Open
-                && let Some(receipt) = receipt
-            {
-                self.defer(receipt);
+            match (self.deliver(to, from, stanza, meta, receipt), receipt) {
+                (Fate::Open, Some(receipt)) => self.defer(receipt),
+                (Fate::Decided, Some(receipt)) => self.refused(receipt),
+                _ => {}
             }
             return;
         }
         if self.fx.closed[owner as usize] && meta.kind.may_bounce() {
             self.counters.mesh_refused += 1;
+            if let Some(receipt) = receipt {
+                self.refused(receipt);
+            }
             return self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
         }
         let batch = &mut self.fx.mesh[owner as usize];
@@ -734,6 +885,17 @@ impl Slice {
         batch.items.push(item);
         if let Some(receipt) = receipt {
             self.defer(receipt);
+            if receipt.twin != 0 {
+                self.ledger.opened(receipt.twin);
+            }
+        }
+    }
+
+    /// Nobody will journal the recipient's side of a message.
+    fn refused(&mut self, receipt: Receipt) {
+        if receipt.twin != 0 {
+            self.ledger.opened(receipt.twin);
+            self.ledger.settled(receipt.twin, self.now.ms);
         }
     }
 
@@ -761,14 +923,15 @@ impl Slice {
     ) -> Fate {
         let name = to.local().expect("only users are routed to");
         let full = match self.users.get_mut(name) {
-            Some(Slot::Present(_)) => {
-                return if meta.kind.is_message() {
-                    message::deliver(self, to, from, stanza, meta, receipt)
-                } else if meta.kind.is_presence() {
-                    presence::deliver(self, to, from, stanza, meta, receipt)
-                } else {
-                    iq::deliver(self, to, from, stanza, meta)
-                };
+            Some(Slot::Present(user)) => {
+                if meta.storable() {
+                    return message::accept(self, to, from, stanza, meta, receipt);
+                }
+                if self.ledger.holds(name) {
+                    let user = user.name.clone();
+                    return self.deliver_behind(&user, to, from, stanza, meta, receipt);
+                }
+                return self.deliver_now(to, from, stanza, meta, receipt);
             }
             Some(Slot::Missing) => {
                 self.refuse_missing(to, from, stanza, meta);
@@ -796,21 +959,379 @@ impl Slice {
             return Fate::Decided;
         }
         self.want(name);
-        if let Some(Slot::Loading { queue, bytes }) = self.users.get_mut(name) {
+        if let Some(Slot::Loading { bytes, .. }) = self.users.get_mut(name) {
             *bytes += stanza.len();
+        }
+        if meta.storable() {
+            // accepted now, decided when the user is known
+            return message::accept(self, to, from, stanza, meta, receipt);
+        }
+        if self.ledger.holds(name) {
+            return self.deliver_behind(&name.into(), to, from, stanza, meta, receipt);
+        }
+        self.wait_for_load(to, from, stanza, meta, receipt);
+        Fate::Open
+    }
+
+    /// To a user who is present; nothing that is older waits.
+    fn deliver_now(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) -> Fate {
+        if meta.kind.is_message() {
+            message::deliver(self, to, from, stanza, meta)
+        } else if meta.kind.is_presence() {
+            presence::deliver(self, to, from, stanza, meta, receipt)
+        } else {
+            iq::deliver(self, to, from, stanza, meta)
+        }
+    }
+
+    /// Older messages for (or of) the user wait for the journal: this stanza must not overtake them.
+    pub(super) fn deliver_behind(
+        &mut self,
+        user: &Rc<str>,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) -> Fate {
+        if self.ledger.bytes() > self.env.limits.mesh_backlog_bytes_max {
+            self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
+            return Fate::Decided;
+        }
+        let act = Act::Behind {
+            to: self.ledger.keep(to.as_str().as_bytes()),
+            from: self.ledger.keep(from.as_bytes()),
+            stanza: self.ledger.keep(stanza),
+            meta,
+            receipt,
+        };
+        self.ledger.queue(user, act);
+        Fate::Open
+    }
+
+    /// Sends a stanza that changes something of another user as soon as the journal has it, and again after a crash, until
+    /// it is settled at that user's owner. Called together with the change that it goes with: one group holds both.
+    pub fn forward(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) {
+        let Some(user) = Jid::parse(from)
+            .ok()
+            .and_then(|from| Some(Rc::from(from.local()?)))
+        else {
+            return;
+        };
+        let id = self.next_id();
+        let (kind, flags) = meta.numbers();
+        let change = Change::Message(Message {
+            id,
+            owner: &user,
+            what: Message::SENT,
+            kind,
+            flags,
+            peer: to.as_str(),
+            twin: 0,
+            stream: "",
+            count: 0,
+            stanza,
+        });
+        let receipt = Receipt {
+            twin: id,
+            ..receipt.unwrap_or(Receipt {
+                shard: self.env.shard,
+                session: SessionId::NONE,
+                seq: 0,
+                twin: 0,
+            })
+        };
+        let act = Act::Forward {
+            to: self.ledger.keep(to.as_str().as_bytes()),
+            from: self.ledger.keep(from.as_bytes()),
+            meta,
+            receipt,
+        };
+        self.ledger.journal(&user, &change, act);
+        self.defer(receipt);
+    }
+
+    fn wait_for_load(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) {
+        let name = to.local().expect("only users are routed to");
+        if let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) {
             queue.push(Queued::Stanza(Waiting {
-                to: to.clone().into_owned(),
+                to: to.as_str().into(),
                 from: from.into(),
                 stanza: stanza.into(),
                 meta,
                 receipt,
             }));
         }
-        Fate::Open
+    }
+
+    // ---- the journal -------------------------------------------------------------------------------------------
+
+    /// The next group for the journal, when `due`; none while one is being committed. A group without changes is acted
+    /// on at once.
+    /// A new segment begins: what the journal must say anew is said (see [`StreamCount`]).
+    pub fn new_segment(&mut self) {
+        let live = self.sessions.iter().filter_map(|session| {
+            let sm = session.sm.as_ref().filter(|sm| sm.resume_ms > 0)?;
+            (sm.durable > 0).then(|| StreamCount {
+                stream: stream_key(&sm.id),
+                count: sm.durable,
+            })
+        });
+        let past = self.counts.iter().map(|(stream, (count, _))| StreamCount {
+            stream: stream_key(stream),
+            count: *count,
+        });
+        self.ledger.count(live.chain(past), self.now.ms);
+    }
+
+    pub fn seal(&mut self) -> Option<Group> {
+        if self.ledger.is_flying() || self.ledger.due_ms(self.now.ms)? > self.now.ms {
+            return None;
+        }
+        let group = self.ledger.seal();
+        if group.is_none() {
+            self.committed(None, Place::default());
+        }
+        group
+    }
+
+    /// A group is durable; `base` is where its bytes begin.
+    pub fn committed(&mut self, group: Option<Group>, base: Place) {
+        let (mut acts, floor) = self.ledger.landed();
+        let Acts { entries, strings } = &mut acts;
+        for entry in entries.drain(..) {
+            self.act(entry, strings, group.as_ref(), base);
+        }
+        self.fx.floor = floor;
+        self.fx.foreign_settled = self.ledger.foreign_settled();
+        self.ledger.give_back(group, acts);
+    }
+
+    fn act(
+        &mut self,
+        entry: Entry,
+        strings: &super::batch::Spans,
+        group: Option<&Group>,
+        base: Place,
+    ) {
+        let Entry {
+            seq,
+            slot,
+            user,
+            act,
+        } = entry;
+        let at = Position {
+            journal: self.env.shard,
+            seq,
+        };
+        match act {
+            Act::Received { to, meta, receipt } => {
+                let message = message_of(group, slot);
+                let place = base.within(slot);
+                let (id, what) = (message.id.to_native(), message.what);
+                self.overlay
+                    .add(at, &user, Undrained::Message { id, what, place });
+                self.ledger.release(&user);
+                message::accepted(self, strings.text(to), message, meta);
+                if let Some(receipt) = receipt {
+                    if what & Message::SENT != 0 {
+                        self.count(receipt);
+                    }
+                    self.settle(receipt);
+                }
+            }
+            Act::Sent {
+                session,
+                to,
+                from,
+                stanza,
+                meta,
+                receipt,
+            } => {
+                let bytes = match stanza {
+                    Some(stanza) => strings.get(stanza),
+                    None => {
+                        let message = message_of(group, slot);
+                        let place = base.within(slot);
+                        let (id, what) = (message.id.to_native(), message.what);
+                        self.overlay
+                            .add(at, &user, Undrained::Message { id, what, place });
+                        &message.stanza
+                    }
+                };
+                self.ledger.release(&user);
+                message::sent(self, &user, session, strings.text(to), strings.text(from), bytes, meta);
+                if let Some(receipt) = receipt {
+                    self.count(receipt);
+                    self.settle(receipt);
+                }
+            }
+            Act::Behind {
+                to,
+                from,
+                stanza,
+                meta,
+                receipt,
+            } => {
+                self.ledger.release(&user);
+                let (from, stanza) = (strings.text(from), strings.get(stanza));
+                let Ok(to) = Jid::parse(strings.text(to)) else {
+                    return;
+                };
+                let fate = match self.users.get(&user) {
+                    Some(Slot::Present(_)) => self.deliver_now(&to, from, stanza, meta, receipt),
+                    Some(Slot::Loading { .. }) => {
+                        self.wait_for_load(&to, from, stanza, meta, receipt);
+                        Fate::Open
+                    }
+                    _ => self.deliver(&to, from, stanza, meta, receipt),
+                };
+                if let (Fate::Decided, Some(receipt)) = (fate, receipt) {
+                    self.settle(receipt);
+                }
+            }
+            Act::Forward {
+                to,
+                from,
+                meta,
+                receipt,
+            } => {
+                if let Ok(to) = Jid::parse(strings.text(to)) {
+                    let message = message_of(group, slot);
+                    self.route(&to, strings.text(from), &message.stanza, meta, Some(receipt));
+                }
+                let whole = Receipt { twin: 0, ..receipt };
+                self.settle(whole);
+            }
+            Act::Written { item, then } => {
+                self.overlay.add(at, &user, item);
+                then(self, Ok(()));
+                self.users.unpin(&user);
+            }
+            Act::Done(ids) => {
+                for id in ids {
+                    self.overlay.add(at, &user, Undrained::Done(id));
+                }
+            }
+            Act::Dropped(ids) => {
+                for id in ids {
+                    self.overlay.add(at, &user, Undrained::Dropped(id));
+                }
+            }
+        }
+    }
+
+    /// A stanza of a session is in its owner's journal.
+    fn count(&mut self, receipt: Receipt) {
+        if receipt.shard == self.env.shard
+            && let Some(session) = self.sessions.get_mut(receipt.session)
+            && let Some(sm) = &mut session.sm
+        {
+            sm.durable = receipt.seq;
+        }
+    }
+
+    /// Takes up what the last start left.
+    fn recover(&mut self, found: Found) {
+        for id in found.settled {
+            self.ledger.opened(id);
+            self.ledger.settled(id, 0);
+        }
+        for count in found.counts {
+            let end = count.stream.iter().position(|b| *b == 0);
+            let stream = &count.stream[..end.unwrap_or(count.stream.len())];
+            if let Ok(stream) = std::str::from_utf8(stream) {
+                self.remember_count(stream, count.count);
+            }
+        }
+        for (at, name, item) in found.undrained {
+            let name: Rc<str> = (*name).into();
+            self.overlay.add(at, &name, item);
+        }
+        for (at, id) in found.gone {
+            self.overlay.add_gone(at, id);
+        }
+        let undecided: Vec<Box<str>> = self
+            .overlay
+            .names()
+            .filter(|name| !self.overlay.undecided(name).is_empty())
+            .map(Box::from)
+            .collect();
+        for name in undecided {
+            self.want(&name);
+        }
+        let mut bytes = Vec::new();
+        for (id, place) in found.forward {
+            let receipt = Receipt {
+                shard: self.env.shard,
+                session: SessionId::NONE,
+                seq: 0,
+                twin: id,
+            };
+            let entry = match self.overlay.entry(place, &mut bytes) {
+                Ok((entry, _)) => entry,
+                Err(error) => {
+                    tracing::error!(id, error, "a message that was to be forwarded cannot be read");
+                    continue;
+                }
+            };
+            let meta = Meta::from_numbers(entry.kind, entry.flags);
+            let from = super::parse_stanza(&entry.stanza)
+                .and_then(|stanza| stanza.get("from").map(str::to_owned));
+            match (Jid::parse(&entry.peer), from) {
+                (Ok(to), Some(from)) => self.route(&to, &from, &entry.stanza, meta, Some(receipt)),
+                _ => self.refused(receipt),
+            }
+        }
+    }
+
+    /// A client has taken a pending delivery: no other gets it when this one's session ends.
+    pub fn taken(&mut self, name: &str, id: u64) {
+        let ms = self.now.ms;
+        let Some(user) = self.user_mut(name) else {
+            return;
+        };
+        if let Ok(at) = user.held.binary_search_by_key(&id, |(held, _)| *held) {
+            user.held.remove(at);
+            let user = user.name.clone();
+            self.ledger.done(&user, id, ms);
+        }
+    }
+
+    /// The peer of a session without stream management has all that it was sent.
+    pub fn confirmed(&mut self, sid: SessionId) {
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
+        let name = session.user.clone();
+        for (_, _, id) in session.unconfirmed.take().map(|mut k| k.take_all()).unwrap_or_default() {
+            self.taken(&name, id);
+        }
     }
 
     /// RFC 6121 8.5.1: the user does not exist.
-    fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
+    pub(super) fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
         if meta.kind.is_message() || meta.kind.is_iq() {
             let forbidden = to
                 .local()
@@ -898,8 +1419,15 @@ impl Slice {
                 .push(Item::Settled(receipt));
             return;
         }
+        if receipt.twin != 0 {
+            self.ledger.settled(receipt.twin, self.now.ms);
+        }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
             session.accept.settle(receipt.seq);
+            if session.settling && session.accept.waiting() == 0 {
+                let name = session.user.clone();
+                self.fx.loaded.push(name);
+            }
             feature::sm::answer_asked(self, receipt.session);
         }
     }
@@ -951,10 +1479,40 @@ impl Slice {
                     USER_BYTES,
                 );
                 self.users.pin(name);
-                self.fx.requests.push(Request::Load { name: name.into() });
+                self.load(name);
                 false
             }
         }
+    }
+
+    fn load(&mut self, name: &str) {
+        self.overlay.hold(name);
+        self.fx.requests.push(Request::Load { name: name.into() });
+    }
+
+    /// The tiers and the journal have told of a user.
+    fn known(&mut self, name: &str, user: Option<Loaded>) {
+        let Some(mut loaded) = user else {
+            self.loaded(name, Slot::Missing);
+            return message::decide_missing(self, name);
+        };
+        let by = format!("{name}@{}", self.env.domain);
+        let mut offline = Offline::default();
+        let mut undecided = Vec::new();
+        for pending in std::mem::take(&mut loaded.pending) {
+            if self.ledger.is_done(pending.id) {
+                continue;
+            }
+            if pending.what & Message::UNDECIDED != 0 {
+                undecided.push(pending.clone());
+            }
+            let meta = Meta::from_numbers(pending.kind, pending.flags);
+            let stanza = stable_id::stamped(&self.env, &by, pending);
+            offline.put(stanza.0, stanza.1, meta);
+        }
+        let user = Box::new(User::new(name, loaded, offline));
+        self.loaded(name, Slot::Present(user));
+        message::decide(self, name, undecided);
     }
 
     fn loaded(&mut self, name: &str, slot: Slot) {
@@ -977,23 +1535,33 @@ impl Slice {
         self.users.unpin(name);
     }
 
-    /// The tier cannot say: what waits is refused for now, and the next one asks again.
+    /// The tier cannot say: what waits is refused for now; messages that are in the journal wait on, and the tier is asked
+    /// again.
     fn load_failed(&mut self, name: &str) {
-        self.users.unpin(name);
-        let Some(Slot::Loading { queue, .. }) = self.users.remove(name) else {
+        let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) else {
             return;
         };
+        let queue = std::mem::take(queue);
+        let accepted = self.ledger.holds(name) || !self.overlay.undecided(name).is_empty();
+        if accepted {
+            self.reload.push((self.now.ms + RELOAD_MS, name.into()));
+        } else {
+            self.users.unpin(name);
+            self.users.remove(name);
+        }
         for waiting in queue {
             match waiting {
                 Queued::Call(call) => call(self),
                 Queued::Stanza(w) => {
-                    self.bounce(
-                        &w.to,
-                        &w.from,
-                        &w.stanza,
-                        w.meta,
-                        &StanzaError::RESOURCE_CONSTRAINT,
-                    );
+                    if let Ok(to) = Jid::parse(&w.to) {
+                        self.bounce(
+                            &to,
+                            &w.from,
+                            &w.stanza,
+                            w.meta,
+                            &StanzaError::RESOURCE_CONSTRAINT,
+                        );
+                    }
                     if let Some(receipt) = w.receipt {
                         self.settle(receipt);
                     }
@@ -1017,7 +1585,10 @@ impl Slice {
             match waiting {
                 Queued::Call(call) => call(self),
                 Queued::Stanza(w) => {
-                    let fate = self.deliver(&w.to, &w.from, &w.stanza, w.meta, w.receipt);
+                    let fate = match Jid::parse(&w.to) {
+                        Ok(to) => self.deliver(&to, &w.from, &w.stanza, w.meta, w.receipt),
+                        Err(_) => Fate::Decided,
+                    };
                     if let (Fate::Decided, Some(receipt)) = (fate, w.receipt) {
                         self.settle(receipt);
                     }
@@ -1026,59 +1597,141 @@ impl Slice {
         }
     }
 
-    /// Changes a user's record, here at once and in the tiers; `then` runs when it is durable, or has failed and the
-    /// record is as it was.
+    /// Changes a user's record, here at once and in the journal; `then` runs when it is durable, or at once if it is not made.
     pub fn edit(&mut self, name: &str, change: impl FnOnce(&mut UserRecord), then: Then) {
-        let Some(user) = self.user_mut(name) else {
+        if self.ledger.full {
+            return then(self, Err(WriteError::Full));
+        }
+        let Some(user) = self.user(name) else {
             return then(self, Err(WriteError::Missing));
         };
         let mut record = user.record.to_owned();
         change(&mut record);
         let record = Record::new(&record);
-        let before = std::mem::replace(&mut user.record, record.clone());
-        user.durable.get_or_insert(before);
-        user.edits += 1;
-        user.revision += 1;
-        let revision = user.revision;
-        let bytes = user_bytes(user);
-        let op = Op::PutUser {
-            name: name.into(),
-            record: record.clone(),
+        let revision = self.next_id();
+        let Some(user) = self.user_mut(name) else {
+            return then(self, Err(WriteError::Missing));
         };
+        user.record = record.clone();
+        user.revision = revision;
+        let (who, bytes) = (user.name.clone(), user_bytes(user));
         self.users.set_bytes(name, bytes);
-        let who: Rc<str> = name.into();
-        self.write(
+        let change = Change::PutUser {
             name,
-            op,
-            Box::new(move |slice, result| {
-                if let Some(user) = slice.user_mut(&who) {
-                    user.edits = user.edits.saturating_sub(1);
-                    if result.is_ok() {
-                        user.durable = Some(record);
-                    } else if user.revision == revision
-                        && let Some(durable) = &user.durable
-                    {
-                        user.record = durable.clone();
-                    }
-                    if user.edits == 0 {
-                        user.durable = None;
-                    }
-                }
-                then(slice, result);
-            }),
-        );
-    }
-
-    /// Writes something of a user; the user stays in the cache until it is durable.
-    pub fn write(&mut self, name: &str, op: Op, then: Then) {
-        let ticket = self.wait(name, Wait::Write(then));
+            revision,
+            record: record.bytes(),
+        };
+        let item = Undrained::Record {
+            revision,
+            record: record.clone(),
+            fresh: false,
+        };
         self.users.pin(name);
-        self.fx.requests.push(Request::Write { ticket, op });
+        self.ledger.journal(&who, &change, Act::Written { item, then });
     }
 
-    pub fn read(&mut self, name: &str, query: Query, then: ThenRead) {
+    /// Changes something of a user; `then` runs when it is durable, or at once if it is not made. The user stays in the
+    /// cache until then.
+    pub fn write(&mut self, name: &str, op: Op, then: Then) {
+        if self.ledger.full {
+            return then(self, Err(WriteError::Full));
+        }
+        let who: Rc<str> = match self.users.get(name) {
+            Some(Slot::Present(user)) => user.name.clone(),
+            Some(Slot::Missing) => name.into(),
+            Some(Slot::Loading { .. }) | None => {
+                let name: Box<str> = name.into();
+                return self.when_known(
+                    &name.clone(),
+                    Box::new(move |slice| match slice.users.peek(&name) {
+                        Some(Slot::Present(_) | Slot::Missing) => slice.write(&name, op, then),
+                        _ => then(slice, Err(WriteError::Unavailable)),
+                    }),
+                );
+            }
+        };
+        let present = self.user(name).is_some();
+        match op {
+            Op::AddUser { .. } if present => return then(self, Err(WriteError::Conflict)),
+            Op::AddUser { .. } => {}
+            _ if !present => return then(self, Err(WriteError::Missing)),
+            _ => {}
+        }
+        let revision = self.next_id();
+        self.users.pin(name);
+        match op {
+            Op::AddUser { record } => {
+                // known from now on, so that nobody adds it again; told when it is durable
+                self.set_user(name, Some((record.clone(), revision)));
+                let change = Change::AddUser {
+                    name,
+                    revision,
+                    record: record.bytes(),
+                };
+                let item = Undrained::Record {
+                    revision,
+                    record: record.clone(),
+                    fresh: true,
+                };
+                self.ledger.journal(&who, &change, Act::Written { item, then });
+            }
+            Op::RemoveUser => {
+                let change = Change::RemoveUser { name, revision };
+                let item = Undrained::Removed { revision };
+                self.ledger.journal(&who, &change, Act::Written { item, then });
+            }
+            Op::PutDocument { key, value } => {
+                let value = value.unwrap_or_default();
+                let change = Change::PutDocument {
+                    name,
+                    revision,
+                    key: &key,
+                    value: &value,
+                };
+                let item = Undrained::Document {
+                    revision,
+                    key: key.clone(),
+                    value: value.clone(),
+                };
+                self.ledger.journal(&who, &change, Act::Written { item, then });
+            }
+            Op::PutLast { last } => {
+                let change = Change::PutLast {
+                    name,
+                    revision,
+                    at: last.at,
+                    status: &last.status,
+                };
+                let item = Undrained::Last {
+                    revision,
+                    last: last.clone(),
+                };
+                self.ledger.journal(&who, &change, Act::Written { item, then });
+            }
+        }
+    }
+
+    /// Reads a document of a user.
+    pub fn read(&mut self, name: &str, key: &str, then: ThenRead) {
+        if let Some(found) = self.overlay.document(name, key) {
+            return then(self, Ok(found));
+        }
+        let query = Query::Document {
+            name: name.into(),
+            key: key.into(),
+        };
         let ticket = self.wait(name, Wait::Read(then));
         self.users.pin(name);
+        self.fx.requests.push(Request::Read { ticket, query });
+    }
+
+    /// Reads a page of a user's archive, what SQL does not have yet included.
+    pub fn read_archive(&mut self, query: ArchiveQuery, then: ThenPage) {
+        let name = query.name.clone();
+        let ticket = self.wait(&name, Wait::Page(Box::new(query.clone()), then));
+        self.users.pin(&name);
+        self.overlay.hold(&name);
+        let query = Query::Archive(query);
         self.fx.requests.push(Request::Read { ticket, query });
     }
 
@@ -1093,16 +1746,18 @@ impl Slice {
         self.ticket
     }
 
-    /// A new account is durable, or a removed one is gone: the table follows.
-    pub fn set_user(&mut self, name: &str, record: Option<Record>) {
+    /// There is a new account, with a revision, or none any more: the table follows.
+    pub fn set_user(&mut self, name: &str, record: Option<(Record, u64)>) {
         let slot = match record {
-            Some(record) => Slot::Present(Box::new(User::new(
+            Some((record, revision)) => Slot::Present(Box::new(User::new(
                 name,
                 Loaded {
                     record,
-                    offline: Vec::new(),
+                    revision,
+                    pending: Vec::new(),
                     last: None,
                 },
+                Offline::default(),
             ))),
             None => Slot::Missing,
         };
@@ -1124,12 +1779,9 @@ impl Slice {
         self.users.evict(|_, _| {});
     }
 
-    /// A number for a new stable id or queue position: grows, also over restarts.
+    /// A new id or revision; see [`Id`].
     pub fn next_id(&mut self) -> u64 {
-        // 2^22 ids a second and shard; for 256 shards
-        let floor = (self.now.unix << 30) | ((self.env.shard as u64) << 22);
-        self.stable_ids = (self.stable_ids + 1).max(floor);
-        self.stable_ids
+        self.ledger.next_id(self.now.unix_ms)
     }
 
     /// A scratch buffer of the slice's; give it back by [`Slice::give_scratch`].
@@ -1147,7 +1799,18 @@ impl Slice {
 }
 
 fn user_bytes(user: &User) -> usize {
-    USER_BYTES + user.record.bytes().len() + user.offline_bytes + 32 * user.offline.len()
+    USER_BYTES + user.record.bytes().len() + user.offline.bytes() + 32 * user.offline.len()
+}
+
+/// The message that a group holds at `slot`, which was appended by [`Ledger::journal`].
+#[allow(unsafe_code)]
+fn message_of(group: Option<&Group>, slot: crate::store::journal::Slot) -> &ArchivedMessage<'static> {
+    let payload = group.expect("a message has its group").payload(slot);
+    // SAFETY: the slot is what the group gave for exactly one encoded change, and its buffer is not written after.
+    match unsafe { ArchivedChange::access_unchecked(payload) } {
+        ArchivedChange::Message(message) => message,
+        _ => unreachable!("the act was put together with a message"),
+    }
 }
 
 /// What there is too much of.

@@ -3,7 +3,7 @@
 
 use super::{Feature, Iq, IqRoute, NONE, Target};
 use crate::store::record;
-use crate::store::tier::Op;
+use crate::xmpp::slice::Op;
 use crate::xml::dom::Element;
 use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::jid::{self, Jid};
@@ -108,7 +108,7 @@ fn change_password(slice: &mut Slice, mut iq: Iq) {
                     Ok(()) => slice.iq_result(&iq, None),
                     Err(error) => {
                         tracing::warn!(%error, "a password could not be stored");
-                        refuse(slice, iq, &StanzaError::INTERNAL_SERVER_ERROR);
+                        refuse(slice, iq, &error.into());
                     }
                 }),
             );
@@ -134,7 +134,7 @@ fn remove(slice: &mut Slice, iq: Iq) {
         Ok(()) => slice.iq_result(&iq, None),
         Err(error) => {
             tracing::warn!(%error, "an account could not be removed");
-            slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR);
+            slice.iq_error(&iq, &error.into());
         }
     });
     remove_account(slice, &name, then);
@@ -146,7 +146,7 @@ pub fn remove_account(slice: &mut Slice, name: &str, then: Then) {
     let who: Box<str> = name.into();
     slice.write(
         name,
-        Op::RemoveUser { name: name.into() },
+        Op::RemoveUser,
         Box::new(move |slice, result| {
             let gone = result.is_ok();
             then(slice, result);
@@ -155,15 +155,13 @@ pub fn remove_account(slice: &mut Slice, name: &str, then: Then) {
             }
         }),
     );
+    if !slice.ledger.full {
+        cancel_subscriptions(slice, name);
+    }
 }
 
-/// The account is gone from the tiers: its sessions end, its contacts are told that all subscriptions are cancelled (section
-/// 3.2), and from now on there is no such user.
+/// The account is gone for good: its sessions end, and from now on there is no such user.
 fn removed(slice: &mut Slice, name: &str) {
-    let Some(user) = slice.user(name) else {
-        return slice.set_user(name, None);
-    };
-    let record = user.record.to_owned();
     for sid in slice.sessions_of(name) {
         // what it was sent has no recipient any more
         if let Some(sm) = slice
@@ -172,6 +170,9 @@ fn removed(slice: &mut Slice, name: &str) {
             .and_then(|session| session.sm.as_mut())
         {
             sm.unacknowledged();
+        }
+        if let Some(session) = slice.sessions.get_mut(sid) {
+            session.unconfirmed = None;
         }
         slice.end(
             sid,
@@ -182,6 +183,13 @@ fn removed(slice: &mut Slice, name: &str) {
         );
     }
     slice.set_user(name, None);
+}
+
+/// Section 3.2: the contacts are told that all subscriptions are cancelled.
+fn cancel_subscriptions(slice: &mut Slice, name: &str) {
+    let Some(record) = slice.user(name).map(|user| user.record.to_owned()) else {
+        return;
+    };
     let from = format!("{name}@{}", slice.env.domain);
     for contact in &record.roster {
         if contact.subscription.to() || contact.ask {
@@ -215,7 +223,7 @@ fn cancel(slice: &mut Slice, from: &str, to: &str, kind: Kind, typ: &str) {
     attribute("from", from, &mut stanza);
     attribute("to", to.as_str(), &mut stanza);
     stanza.extend_from_slice(b"/>");
-    slice.route(&to, from, &stanza, Meta::new(kind), None);
+    slice.forward(&to, from, &stanza, Meta::new(kind), None);
 }
 
 #[cfg(test)]
@@ -294,7 +302,7 @@ mod tests {
         w.send(a, &change("alice", "secret"));
         let got = w.take(a).concat();
         assert!(
-            got.contains("<internal-server-error") && !got.contains("secret"),
+            got.contains("<resource-constraint") && !got.contains("secret"),
             "{got}"
         );
         w.tier.broken = false;
@@ -394,7 +402,7 @@ mod tests {
         let (mut w, a) = alice();
         w.tier.broken = true;
         w.send(a, &iq("set", "<remove/>"));
-        assert!(w.take(a).concat().contains("<internal-server-error"));
+        assert!(w.take(a).concat().contains("<resource-constraint"));
         assert!(!w.closed(a));
         w.tier.broken = false;
         w.send(a, &iq("set", "<remove/>"));

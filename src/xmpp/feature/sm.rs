@@ -3,7 +3,9 @@
 
 use std::collections::VecDeque;
 
-use super::{Feature, NONE, NonzaRoute};
+use smallvec::SmallVec;
+
+use super::{Feature, NONE, NonzaRoute, offline};
 use crate::xml::view::View;
 use crate::xmpp::error::StreamError;
 use crate::xmpp::jid::Jid;
@@ -61,6 +63,8 @@ pub struct Sm {
     kept: Kept,
     /// An `<r/>` is on its way.
     requested: bool,
+    /// The count of the last stanza of the client's that is in the journal; 0: none.
+    pub durable: u32,
 }
 
 impl Sm {
@@ -72,13 +76,14 @@ impl Sm {
             acked: 0,
             kept: Kept::default(),
             requested: false,
+            durable: 0,
         }
     }
 
     /// A stanza goes out: counted and kept.
-    pub fn sent(&mut self, parts: &[&[u8]], meta: Meta) {
+    pub fn sent(&mut self, parts: &[&[u8]], meta: Meta, id: u64) {
         self.sent = self.sent.wrapping_add(1);
-        self.kept.push(parts, meta);
+        self.kept.push(parts, meta, id);
     }
 
     /// Is more kept than a client may leave unacknowledged?
@@ -99,57 +104,61 @@ impl Sm {
         }
     }
 
-    /// The client has `h` stanzas. `Err`: it was never sent so many.
-    fn acknowledge(&mut self, h: u32) -> Result<(), u32> {
+    /// The client has `h` stanzas; gives the pending deliveries among them. `Err`: it was never sent so many.
+    fn acknowledge(&mut self, h: u32) -> Result<SmallVec<[u64; 16]>, u32> {
         let new = h.wrapping_sub(self.acked);
         if new as usize > self.kept.entries.len() {
             return Err(self.sent);
         }
+        let mut taken = SmallVec::new();
         for _ in 0..new {
-            self.kept.pop();
+            taken.extend(self.kept.pop().filter(|id| *id != 0));
         }
         self.acked = h;
-        Ok(())
+        Ok(taken)
     }
 
     /// Takes out everything that was not acknowledged.
-    pub fn unacknowledged(&mut self) -> Vec<(Box<[u8]>, Meta)> {
-        let mut all = Vec::with_capacity(self.kept.entries.len());
-        while let Some(front) = self.kept.front() {
-            all.push((front.0.into(), front.1));
-            self.kept.pop();
-        }
-        all
+    pub fn unacknowledged(&mut self) -> Vec<(Box<[u8]>, Meta, u64)> {
+        self.kept.take_all()
     }
 }
 
 /// Sent stanzas in one buffer, oldest first; owns nothing when empty.
 #[derive(Debug, Default)]
-struct Kept {
+pub struct Kept {
     bytes: Vec<u8>,
     head: usize,
-    entries: VecDeque<(u32, Meta)>,
+    /// Length, kind, and the id of the pending delivery or 0.
+    entries: VecDeque<(u32, Meta, u64)>,
 }
 
 impl Kept {
-    fn push(&mut self, parts: &[&[u8]], meta: Meta) {
+    pub fn push(&mut self, parts: &[&[u8]], meta: Meta, id: u64) {
         let before = self.bytes.len();
         for part in parts {
             self.bytes.extend_from_slice(part);
         }
         self.entries
-            .push_back(((self.bytes.len() - before) as u32, meta));
+            .push_back(((self.bytes.len() - before) as u32, meta, id));
     }
 
-    fn front(&self) -> Option<(&[u8], Meta)> {
-        let (len, meta) = *self.entries.front()?;
-        Some((&self.bytes[self.head..self.head + len as usize], meta))
+    /// Takes out everything.
+    pub fn take_all(&mut self) -> Vec<(Box<[u8]>, Meta, u64)> {
+        let kept = std::mem::take(self);
+        let mut rest = &kept.bytes[kept.head..];
+        let mut all = Vec::with_capacity(kept.entries.len());
+        for (len, meta, id) in &kept.entries {
+            let (stanza, next) = rest.split_at(*len as usize);
+            all.push((stanza.into(), *meta, *id));
+            rest = next;
+        }
+        all
     }
 
-    fn pop(&mut self) {
-        let Some((len, _)) = self.entries.pop_front() else {
-            return;
-        };
+    /// The id of what is taken out.
+    fn pop(&mut self) -> Option<u64> {
+        let (len, _, id) = self.entries.pop_front()?;
         self.head += len as usize;
         if self.entries.is_empty() {
             *self = Kept::default();
@@ -157,6 +166,7 @@ impl Kept {
             self.bytes.drain(..self.head);
             self.head = 0;
         }
+        Some(id)
     }
 
     fn bytes(&self) -> usize {
@@ -260,12 +270,16 @@ fn acknowledged(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<()
     };
     sm.requested = false;
     match sm.acknowledge(h) {
-        Ok(()) => {
+        Ok(taken) => {
+            let user = session.user.clone();
             // what came out meanwhile is asked for at the end of the turn
             if !sm.kept.entries.is_empty() {
                 session.out.extend_from_slice(b"<r xmlns='urn:xmpp:sm:3'/>");
                 sm.requested = true;
                 slice.touched(sid);
+            }
+            for id in taken {
+                slice.taken(&user, id);
             }
             Ok(())
         }
@@ -310,10 +324,13 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     let Some(sm) = &mut session.sm else {
         return Ok(());
     };
-    if let Err(sent) = sm.acknowledge(h) {
-        slice.end(sid, None);
-        return Err(too_high(h, sent));
-    }
+    let taken = match sm.acknowledge(h) {
+        Ok(taken) => taken,
+        Err(sent) => {
+            slice.end(sid, None);
+            return Err(too_high(h, sent));
+        }
+    };
     match session.link.replace(link) {
         None => slice.parked = slice.parked.saturating_sub(1),
         Some(old) => {
@@ -339,8 +356,13 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     session.out.extend_from_slice(sm.kept.all());
     sm.requested = false;
     let repeated = (sm.kept.bytes(), sm.kept.entries.len());
+    session.settling = false;
+    let user = session.user.clone();
     slice.counters.resumptions += 1;
     slice.touched(sid);
+    for id in taken {
+        slice.taken(&user, id);
+    }
     slice.allow(sid, repeated);
     Ok(())
 }
@@ -352,14 +374,19 @@ pub fn expire(slice: &mut Slice, sid: SessionId) {
     }
 }
 
-/// What a session that ends for good leaves unacknowledged (XEP-0198 section 5, RFC 6121 8.5.2): messages find another
-/// session or the offline queue, requests are answered by an error, everything else is dropped.
-pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
-    for (stanza, meta) in left {
-        let wanted = matches!(
-            meta.kind,
-            Kind::Chat | Kind::Normal | Kind::IqGet | Kind::IqSet
-        );
+/// What a session that ends for good leaves unacknowledged (XEP-0198 section 5, RFC 6121 8.5.2): pending deliveries wait for
+/// another client, requests are answered by an error, everything else is dropped.
+pub fn redirect(slice: &mut Slice, user: &str, left: Vec<(Box<[u8]>, Meta, u64)>) {
+    for (stanza, meta, id) in left {
+        if id != 0 {
+            offline::come_back(slice, user, id, stanza, meta);
+            continue;
+        }
+        let wanted = match meta.kind {
+            Kind::Chat | Kind::Normal => meta.has(Meta::BODY),
+            Kind::IqGet | Kind::IqSet => true,
+            _ => false,
+        };
         if !wanted || meta.has(Meta::COPY) || meta.has(Meta::SERVER) {
             continue;
         }
@@ -382,4 +409,5 @@ pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
         }
         message::redeliver(slice, &to, &stanza, meta);
     }
+    offline::deliver_again(slice, user);
 }
