@@ -31,9 +31,13 @@ impl Shard {
         loop {
             events.clear();
             let busy = !self.unread.borrow().is_empty() || rt::others_runnable();
+            let commit = self.journal.wait(&self.slice.borrow());
             let harvested = match busy {
                 true => self.readiness.harvest(&mut events),
-                false => self.readiness.nap(&mut events, NAP),
+                false => {
+                    let most = commit.map_or(NAP, |wait| wait.min(NAP));
+                    self.readiness.nap(&mut events, most)
+                }
             };
             if let Err(error) = harvested {
                 tracing::error!(%error, "epoll_wait failed");
@@ -70,7 +74,7 @@ impl Shard {
             if self.ways.borrow().congested() {
                 rt::sleep(CONGESTED_PAUSE).await;
                 self.ways.borrow_mut().retry();
-            } else if events.is_empty() && !busy {
+            } else if events.is_empty() && !busy && self.may_sleep() {
                 // nothing for a whole nap: sleep in the ring
                 self.readiness.wait().await;
                 looked = Instant::now();
@@ -82,6 +86,11 @@ impl Shard {
                 looked = Instant::now();
             }
         }
+    }
+
+    /// Nothing waits for a commit that nobody else would tell of; marks wait for the next tick.
+    fn may_sleep(&self) -> bool {
+        self.slice.borrow().ledger.waiting() == 0
     }
 
     /// Lets others run if this turn has become long; what was decided so far goes out before.
@@ -179,10 +188,20 @@ impl Shard {
                 let gone = links.remove(link);
                 if let Some(Kind::Live(live)) = gone {
                     self.readiness.remove(live.transport.socket());
+                    if has_all(&live.transport) {
+                        slice.confirmed(sid);
+                    }
                     slice.link_lost(sid);
                 }
             }
-            End::Stream(error) => slice.end(sid, error),
+            End::Stream(error) => {
+                if let Some(Kind::Live(live)) = links.get_mut(link)
+                    && has_all(&live.transport)
+                {
+                    slice.confirmed(sid);
+                }
+                slice.end(sid, error);
+            }
         }
     }
 
@@ -219,6 +238,10 @@ impl Shard {
     fn inbound(&self, message: Inbound) {
         match message {
             Inbound::Answers(answers) => self.slice.borrow_mut().answers(answers),
+            Inbound::Committed(committed) => {
+                self.journal.landed(&mut self.slice.borrow_mut(), *committed);
+            }
+            Inbound::Drained(at) => self.slice.borrow_mut().drained(at),
             Inbound::Computed(ticket, outcome) => self.slice.borrow_mut().computed(ticket, outcome),
             Inbound::Admin(call) => super::admin::call(&mut self.slice.borrow_mut(), call),
             Inbound::Decoy(decoy) => *self.decoy.borrow_mut() = decoy,
@@ -253,6 +276,7 @@ impl Shard {
     /// Carries out what the slice has decided: output, farewells, requests, batches, jobs.
     pub(super) fn flush(&self) {
         let mut slice = self.slice.borrow_mut();
+        self.journal.hand_over(&mut slice);
         slice.cut_slow_readers();
         while let Some(sid) = slice.fx.dirty.pop() {
             let Some((link, bytes)) = slice.take_out(sid) else {
@@ -320,6 +344,26 @@ impl Shard {
         drop(waiting);
         for end in closing {
             self.begin_closing(end.link, &end.bytes);
+        }
+    }
+
+    /// Sessions without stream management: what their peers have is delivered.
+    pub(super) fn confirm_deliveries(&self) {
+        let mut slice = self.slice.borrow_mut();
+        let mut links = self.links.borrow_mut();
+        for sid in std::mem::take(&mut slice.fx.unconfirmed) {
+            let Some(session) = slice.sessions.get(sid) else {
+                continue;
+            };
+            let link = session.link.filter(|_| session.out.is_empty());
+            let confirmed = match link.and_then(|link| links.get_mut(link)) {
+                Some(Kind::Live(live)) => has_all(&live.transport),
+                _ => false,
+            };
+            match confirmed {
+                true => slice.confirmed(sid),
+                false => slice.fx.unconfirmed.push(sid),
+            }
         }
     }
 
@@ -409,6 +453,11 @@ impl Shard {
             .any(|(_, l)| matches!(l.kind, Kind::Live(_) | Kind::Closing { .. }));
         !open && self.negotiating.get() == 0
     }
+}
+
+/// Has the peer's kernel all that was sent?
+fn has_all(transport: &Transport) -> bool {
+    transport.pending() == 0 && transport.socket().unsent().is_ok_and(|unsent| unsent == 0)
 }
 
 /// Why reading ends.

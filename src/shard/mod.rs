@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `live` | the readiness task: ready sockets, answers, output; connections of sessions |
 //! | `login` | a connection from accept to its session, a task in the login queue; hand-over to the owner |
+//! | `journal` | groups of changes on their way to the disk |
 //! | `doors` | who may connect, how often, and how fast after failures |
 //! | `moves` | what travels between shards, and what happens when a way is full |
 //! | `http` | `/healthz` |
@@ -14,6 +15,7 @@
 pub mod admin;
 pub mod doors;
 mod http;
+pub mod journal;
 mod live;
 mod login;
 pub mod moves;
@@ -32,20 +34,29 @@ use crate::config::Config;
 use crate::net::{Scratch, TlsConfig, Transport};
 use crate::observe::Snapshot;
 use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
-use crate::store::lane::LaneSender;
+use crate::store::journal::{Committed, Files, Floors, Writer};
+use crate::store::change::Id;
+use crate::store::overlay::Position;
+use crate::store::recovery::Found;
 use crate::store::ring::Ring;
+use crate::store::sql::lane::LaneSender;
 use crate::store::tier::{Answer, Ticket};
 use crate::xml::{Framer, StreamNs};
 use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
-use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice};
+use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
 
 use doors::Doors;
+use journal::{Foreign, Journal};
 use moves::{Parcel, Ways};
 
 /// From other threads into a shard.
 pub enum Inbound {
     Answers(Vec<Answer>),
+    /// A group of this shard's journal is durable.
+    Committed(Box<Committed>),
+    /// SQL has everything of a journal up to a position.
+    Drained(Position),
     Computed(Ticket, Computed),
     Admin(admin::Call),
     /// Configuration and certificate were loaded again.
@@ -79,6 +90,13 @@ pub struct Parts {
     pub mesh: MeshEnd<Parcel>,
     pub inbox: Inbox<Inbound>,
     pub lane: LaneSender,
+    pub journal: Writer,
+    pub floors: Floors,
+    pub foreign: Arc<Foreign>,
+    pub files: Files,
+    /// What the last start left.
+    pub found: Found,
+    pub last_id: Id,
     pub helpers: crate::blade::Helpers,
     pub own_inbox: InboxSender<Inbound>,
     pub doors: Arc<Doors>,
@@ -96,6 +114,7 @@ pub struct Shard {
     inbox: Inbox<Inbound>,
     own_inbox: InboxSender<Inbound>,
     lane: LaneSender,
+    journal: Journal,
     helpers: crate::blade::Helpers,
     config: RefCell<Arc<Config>>,
     tls: RefCell<TlsConfig>,
@@ -198,9 +217,24 @@ impl Shard {
             features: Default::default(),
         };
         let mesh = parts.mesh.connect();
+        let files = parts.files;
+        let read_back = move |place, into: &mut Vec<u8>| {
+            files.read(place, into).map_err(|error| error.to_string())
+        };
+        let start = Start {
+            next_seq: parts.journal.next_seq(),
+            last_id: parts.last_id,
+            found: parts.found,
+            read_back: Rc::new(read_back),
+        };
         let shard = Rc::new(Shard {
             number,
-            slice: RefCell::new(Slice::new(env, shards, config.cache.bytes_max / shards)),
+            slice: RefCell::new(Slice::new(
+                env,
+                shards,
+                config.cache.bytes_max / shards,
+                start,
+            )),
             links: RefCell::default(),
             readiness: Readiness::new().map_err(|e| format!("epoll_create: {e}"))?,
             scratch: RefCell::new(Scratch::new()),
@@ -208,6 +242,7 @@ impl Shard {
             inbox: parts.inbox,
             own_inbox: parts.own_inbox,
             lane: parts.lane,
+            journal: Journal::new(number, parts.journal, parts.floors, parts.foreign),
             helpers: parts.helpers,
             config: RefCell::new(config.clone()),
             tls: RefCell::new(parts.tls),
@@ -285,11 +320,11 @@ impl Shard {
     fn clock(&self) {
         let unix = SystemTime::now()
             .duration_since(UNIX_EPOCH)
-            .map(|d| d.as_secs())
             .unwrap_or_default();
         self.slice.borrow_mut().now = Now {
             ms: self.started.elapsed().as_millis() as u64,
-            unix,
+            unix: unix.as_secs(),
+            unix_ms: unix.as_millis() as u64,
         };
     }
 
@@ -303,6 +338,7 @@ impl Shard {
                 slice.tick();
                 slice.now.ms
             };
+            self.confirm_deliveries();
             self.publish();
             self.end_closing(now_ms);
             self.flush();

@@ -1,12 +1,11 @@
 // stand-in until the journal is merged
 use super::change::Change;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Place { pub file: u32, pub offset: u64, pub len: u32 }
+pub struct Place { pub file: u32, pub offset: u32, pub len: u32 }
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct Slot { pub offset: u32, pub len: u32 }
 #[derive(Default)]
 pub struct Group { bytes: Vec<u8>, records: Vec<(u64, Slot)> }
-impl Place { pub fn within(self, slot: Slot) -> Place { Place { file: self.file, offset: self.offset + slot.offset as u64, len: slot.len } } }
 impl Group {
     pub fn new() -> Group { Group::default() }
     pub fn append(&mut self, seq: u64, change: &Change<'_>) -> Slot {

@@ -80,6 +80,7 @@ impl std::ops::DerefMut for Batch {
 }
 
 impl Spans {
+    /// Bytes.
     pub fn len(&self) -> usize {
         self.bytes.len()
     }

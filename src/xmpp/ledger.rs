@@ -27,7 +27,7 @@ const MARKS_MAX: usize = 4096;
 pub struct Entry {
     /// Of the change; 0: none, it only queues behind others.
     pub seq: u64,
-    pub slot: Slot,
+    pub slot: Option<Slot>,
     pub user: Rc<str>,
     pub act: Act,
 }
@@ -84,7 +84,7 @@ pub struct Ledger {
     /// Of the group that is being committed, and the floor that will be durable with it.
     flying: Option<(Acts, u64)>,
     /// A set at rest.
-    spare: Option<(Group, Acts)>,
+    spare: (Option<Group>, Option<Acts>),
     next_seq: u64,
     last_id: Id,
     shard: u16,
@@ -130,15 +130,15 @@ impl Ledger {
         let seq = self.next_seq;
         self.next_seq += 1;
         let slot = self.group.append(seq, change);
-        self.put(seq, slot, user, act);
+        self.put(seq, Some(slot), user, act);
     }
 
     /// An act that only queues behind those of the same user.
     pub fn queue(&mut self, user: &Rc<str>, act: Act) {
-        self.put(0, Slot::default(), user, act);
+        self.put(0, None, user, act);
     }
 
-    fn put(&mut self, seq: u64, slot: Slot, user: &Rc<str>, act: Act) {
+    fn put(&mut self, seq: u64, slot: Option<Slot>, user: &Rc<str>, act: Act) {
         if matches!(
             act,
             Act::Received { .. } | Act::Sent { .. } | Act::Behind { .. }
@@ -253,16 +253,15 @@ impl Ledger {
         if self.marks_since_ms.take().is_some() {
             self.append_marks();
         }
-        let (group, acts) = self.spare.take().unwrap_or_default();
-        let group = std::mem::replace(&mut self.group, group);
+        let acts = self.spare.1.take().unwrap_or_default();
         let acts = std::mem::replace(&mut self.acts, acts);
         self.flying = Some((acts, self.floor()));
-        if group.is_empty() {
+        if self.group.is_empty() {
             // nothing to commit: the caller runs the acts
-            self.group = group;
             return None;
         }
-        Some(group)
+        let group = self.spare.0.take().unwrap_or_default();
+        Some(std::mem::replace(&mut self.group, group))
     }
 
     fn append_marks(&mut self) {
@@ -285,7 +284,7 @@ impl Ledger {
         ] {
             for same in marks.chunk_by(|a, b| Rc::ptr_eq(&a.0, &b.0)) {
                 let act = act(same.iter().map(|(_, id)| *id).collect());
-                self.put(seq, slot, &same[0].0, act);
+                self.put(seq, Some(slot), &same[0].0, act);
             }
         }
     }
@@ -308,17 +307,18 @@ impl Ledger {
         self.foreign.is_empty()
     }
 
-    /// Buffers for the next group.
-    pub fn give_back(&mut self, group: Option<Group>, mut acts: Acts) {
+    /// A buffer for a next group.
+    pub fn give_back(&mut self, mut group: Group) {
+        group.clear();
+        self.spare.0 = Some(group);
+    }
+
+    pub fn give_back_acts(&mut self, mut acts: Acts) {
         const BYTES_MAX: usize = 1 << 20;
-        let Some(mut group) = group.filter(|g| g.bytes() <= BYTES_MAX) else {
-            return;
-        };
         if acts.strings.len() <= BYTES_MAX {
-            group.clear();
             acts.entries.clear();
             acts.strings.clear();
-            self.spare = Some((group, acts));
+            self.spare.1 = Some(acts);
         }
     }
 }

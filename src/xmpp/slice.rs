@@ -26,7 +26,7 @@ use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
 use crate::store::recovery::{Found, stream_key};
-use crate::store::journal::{Group, Place};
+use crate::store::journal::{Group, Place, Slot as GroupSlot};
 use crate::store::overlay::{Item as Undrained, Overlay, Position, ReadBack};
 use crate::store::record::{Record, UserRecord};
 use crate::store::ring::Ring;
@@ -632,6 +632,9 @@ impl Slice {
         for hook in self.hooks.ended.clone().iter() {
             hook(self, &mut session);
         }
+        if session.settling {
+            self.fx.loaded.push(name.clone());
+        }
         let mut left = Vec::new();
         if let Some(mut kept) = session.unconfirmed.take() {
             left = kept.take_all();
@@ -1111,21 +1114,21 @@ impl Slice {
         }
         let group = self.ledger.seal();
         if group.is_none() {
-            self.committed(None, Place::default());
+            self.committed(None, &|_| unreachable!("nothing was journalled"));
         }
         group
     }
 
-    /// A group is durable; `base` is where its bytes begin.
-    pub fn committed(&mut self, group: Option<Group>, base: Place) {
+    /// A group is durable; `place` tells where each change is now. Give the buffer back by [`Ledger::give_back`].
+    pub fn committed(&mut self, group: Option<&Group>, place: &dyn Fn(GroupSlot) -> Place) {
         let (mut acts, floor) = self.ledger.landed();
         let Acts { entries, strings } = &mut acts;
         for entry in entries.drain(..) {
-            self.act(entry, strings, group.as_ref(), base);
+            self.act(entry, strings, group, place);
         }
         self.fx.floor = floor;
         self.fx.foreign_settled = self.ledger.foreign_settled();
-        self.ledger.give_back(group, acts);
+        self.ledger.give_back_acts(acts);
     }
 
     fn act(
@@ -1133,7 +1136,7 @@ impl Slice {
         entry: Entry,
         strings: &super::batch::Spans,
         group: Option<&Group>,
-        base: Place,
+        place: &dyn Fn(GroupSlot) -> Place,
     ) {
         let Entry {
             seq,
@@ -1148,7 +1151,7 @@ impl Slice {
         match act {
             Act::Received { to, meta, receipt } => {
                 let message = message_of(group, slot);
-                let place = base.within(slot);
+                let place = place(slot.expect("it was journalled"));
                 let (id, what) = (message.id.to_native(), message.what);
                 self.overlay
                     .add(at, &user, Undrained::Message { id, what, place });
@@ -1173,7 +1176,7 @@ impl Slice {
                     Some(stanza) => strings.get(stanza),
                     None => {
                         let message = message_of(group, slot);
-                        let place = base.within(slot);
+                        let place = place(slot.expect("it was journalled"));
                         let (id, what) = (message.id.to_native(), message.what);
                         self.overlay
                             .add(at, &user, Undrained::Message { id, what, place });
@@ -1804,8 +1807,11 @@ fn user_bytes(user: &User) -> usize {
 
 /// The message that a group holds at `slot`, which was appended by [`Ledger::journal`].
 #[allow(unsafe_code)]
-fn message_of(group: Option<&Group>, slot: crate::store::journal::Slot) -> &ArchivedMessage<'static> {
-    let payload = group.expect("a message has its group").payload(slot);
+fn message_of(group: Option<&Group>, slot: Option<GroupSlot>) -> &ArchivedMessage<'static> {
+    let payload = group
+        .zip(slot)
+        .map(|(group, slot)| group.payload(slot))
+        .expect("a message stands in its group");
     // SAFETY: the slot is what the group gave for exactly one encoded change, and its buffer is not written after.
     match unsafe { ArchivedChange::access_unchecked(payload) } {
         ArchivedChange::Message(message) => message,

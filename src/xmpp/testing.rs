@@ -13,7 +13,7 @@ use super::parse_stanza;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Limits, Now, Slice, Start, User};
 use crate::store::change::{ArchivedChange, Message};
-use crate::store::journal::{Group, Place};
+use crate::store::journal::{Group, Place, Slot};
 use crate::store::overlay::Position;
 use crate::store::recovery::{Found, Recovery};
 use crate::store::record::{Record, RosterItem, Subscription, UserRecord};
@@ -452,18 +452,20 @@ impl World {
                 self.tier.undrained.push_back((at, payload.to_vec()));
                 let place = Place {
                     file: shard as u32,
-                    offset: (base + slot.offset as usize) as u64,
+                    offset: base as u32 + slot.offset,
                     len: slot.len,
                 };
                 self.records.push((at, place));
             }
-            Place {
-                file: shard as u32,
-                offset: base as u64,
-                len: 0,
-            }
+            base
         };
-        self.slices[shard].committed(Some(group), base);
+        let place = |slot: Slot| Place {
+            file: shard as u32,
+            offset: base as u32 + slot.offset,
+            len: slot.len,
+        };
+        self.slices[shard].committed(Some(&group), &place);
+        self.slices[shard].ledger.give_back(group);
         if !self.tier.dry {
             self.drain();
         }

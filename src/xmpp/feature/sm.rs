@@ -313,6 +313,33 @@ pub fn find(slice: &Slice, name: &str, previd: &str) -> Option<SessionId> {
     })
 }
 
+/// The client wants to resume: its old connection, if it still stands, is closed before anything else.
+pub fn detach(slice: &mut Slice, sid: SessionId) {
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
+    if let Some(link) = session.link {
+        let mut bytes = Vec::new();
+        StreamError::text("conflict", "resumed by another connection").write(&mut bytes);
+        slice
+            .fx
+            .closing
+            .push(crate::xmpp::slice::Closing { link, bytes });
+        slice.link_lost(sid);
+    }
+}
+
+/// Is something that was read from the session not decided yet? Then its user is in [`Effects::loaded`] when all is.
+///
+/// [`Effects::loaded`]: crate::xmpp::slice::Effects::loaded
+pub fn is_settling(slice: &mut Slice, sid: SessionId) -> bool {
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return false;
+    };
+    session.settling = session.accept.waiting() > 0;
+    session.settling
+}
+
 /// The client is back on a new connection with `h` stanzas: `<resumed/>`, then what it has not got.
 /// The old connection must be closed before. `Err`: the client claims more than it was sent; the session ended.
 pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<(), StreamError> {
