@@ -6,9 +6,11 @@
 pub mod admin;
 pub mod cache;
 pub mod change;
+pub mod drain;
 pub mod lane;
 pub mod record;
 pub mod ring;
+pub mod sql;
 mod sqlite;
 pub mod tier;
 pub mod tier2;
