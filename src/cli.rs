@@ -284,7 +284,8 @@ fn check_config(config: &Config, options: &Options) -> Result<(), String> {
         options.sets.len(),
         config.domain,
         config.data_dir.display(),
-        config.sqlite_path().display(),
+        // the password stays out of sight
+        crate::store::sql::Database::parse(&config.database())?,
         list(&config.c2s.listen),
         list(&config.c2s.listen_tls),
         list(&config.http.listen),

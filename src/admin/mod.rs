@@ -14,7 +14,12 @@ pub mod server;
 
 use serde::{Deserialize, Serialize};
 
+use crate::config::Config;
+use crate::store::journal::{Options, floors};
 use crate::store::record::{RosterItem, ScramKeys, Subscription, UserRecord};
+use crate::store::settle;
+use crate::store::sql::Database;
+use crate::store::sql::admin::Store;
 
 /// Bytes of one request or reply with its newline; what is longer ends the connection.
 pub const LINE_BYTES_MAX: usize = 8 << 20;
@@ -354,6 +359,25 @@ pub fn import_roster(record: &mut UserRecord, items: &[ImportItem], items_max: u
     match new {
         0 => Outcome::Replaced,
         _ => Outcome::Added,
+    }
+}
+
+/// The database of a blade that does not run, with everything that its journals hold. An error is a sentence.
+pub fn open_store(config: &Config) -> Result<Store, String> {
+    let database = database(config)?;
+    settle::open(&database, &config.journal_dir(), &journal_options(config))
+}
+
+/// The database that the configuration names.
+pub fn database(config: &Config) -> Result<Database, String> {
+    Database::parse(&config.database()).map_err(|error| format!("database: {error}"))
+}
+
+pub fn journal_options(config: &Config) -> Options {
+    Options {
+        segment_bytes: config.journal.segment_bytes as u64,
+        backlog_bytes_max: config.journal.backlog_bytes_max as u64,
+        floors: floors(),
     }
 }
 

@@ -62,7 +62,26 @@ impl Shard {
                 get(&sql.statements),
             ),
             ("nitro_sql_loads", "Users asked for.", get(&sql.loads)),
-            ("nitro_sql_writes", "Changes asked for.", get(&sql.writes)),
+            (
+                "nitro_sql_pages",
+                "Archive pages asked for.",
+                get(&sql.pages),
+            ),
+            (
+                "nitro_sql_drained",
+                "Records of journals that are in the database, or need not be.",
+                get(&sql.drained),
+            ),
+            (
+                "nitro_sql_rows",
+                "Rows that the drain wrote or deleted.",
+                get(&sql.rows),
+            ),
+            (
+                "nitro_sql_quarantined",
+                "Records that the database refused: look at its table `quarantine`.",
+                get(&sql.quarantined),
+            ),
             (
                 "nitro_sql_transactions",
                 "Transactions committed.",

@@ -68,7 +68,7 @@ impl Shard {
                 self.breathe().await;
             }
             self.flush();
-            if self.stopping.get() && self.all_closed() {
+            if self.stopping.get() && self.all_closed() && self.all_durable() {
                 return;
             }
             if self.ways.borrow().congested() {
@@ -90,7 +90,15 @@ impl Shard {
 
     /// Nothing waits for a commit that nobody else would tell of; marks wait for the next tick.
     fn may_sleep(&self) -> bool {
-        self.slice.borrow().ledger.waiting() == 0
+        self.slice.borrow().ledger.waiting() == 0 || self.slice.borrow().ledger.is_flying()
+    }
+
+    /// The shard stops: what it has decided is in its journal, marks too.
+    fn all_durable(&self) -> bool {
+        let mut slice = self.slice.borrow_mut();
+        slice.ledger.hurry();
+        let ms = slice.now.ms;
+        slice.ledger.due_ms(ms).is_none() && !slice.ledger.is_flying()
     }
 
     /// Lets others run if this turn has become long; what was decided so far goes out before.
@@ -239,7 +247,8 @@ impl Shard {
         match message {
             Inbound::Answers(answers) => self.slice.borrow_mut().answers(answers),
             Inbound::Committed(committed) => {
-                self.journal.landed(&mut self.slice.borrow_mut(), *committed);
+                self.journal
+                    .landed(&mut self.slice.borrow_mut(), *committed);
             }
             Inbound::Drained(at) => self.slice.borrow_mut().drained(at),
             Inbound::Computed(ticket, outcome) => self.slice.borrow_mut().computed(ticket, outcome),

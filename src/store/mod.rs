@@ -5,10 +5,12 @@
 
 pub mod cache;
 pub mod change;
+pub mod drain;
 pub mod journal;
 pub mod overlay;
 pub mod record;
 pub mod recovery;
 pub mod ring;
+pub mod settle;
+pub mod sql;
 pub mod tier;
-

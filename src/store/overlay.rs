@@ -98,7 +98,10 @@ impl Overlay {
     }
 
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.users.iter().filter(|(_, u)| !u.parts.is_empty()).map(|(name, _)| &**name)
+        self.users
+            .iter()
+            .filter(|(_, u)| !u.parts.is_empty())
+            .map(|(name, _)| &**name)
     }
 
     /// A change is durable in its journal. Positions of one journal ascend.
@@ -431,7 +434,8 @@ impl Overlay {
                 _ => page.index.filter(|_| sql_entries == 0),
             };
         }
-        page.entries.extend(extra.into_iter().map(|(_, entry)| entry));
+        page.entries
+            .extend(extra.into_iter().map(|(_, entry)| entry));
         Ok(page)
     }
 
@@ -459,7 +463,11 @@ impl Overlay {
 impl ArchiveQuery {
     /// Does the entry match the filter, the page's bounds left aside?
     pub fn matches(&self, entry: &Entry) -> bool {
-        self.wants(entry.id) && self.with.as_deref().is_none_or(|with| is_with(&entry.peer, with))
+        self.wants(entry.id)
+            && self
+                .with
+                .as_deref()
+                .is_none_or(|with| is_with(&entry.peer, with))
     }
 
     /// Is the message with this id within the bounds of the filter?

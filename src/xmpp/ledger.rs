@@ -64,7 +64,10 @@ pub enum Act {
         receipt: Receipt,
     },
     /// A change of the user's data.
-    Written { item: Item, then: Then },
+    Written {
+        item: Item,
+        then: Then,
+    },
     /// Deliveries of the user's that a client took.
     Done(Vec<u64>),
     Dropped(Vec<u64>),
@@ -215,6 +218,13 @@ impl Ledger {
         self.done.iter().chain(&self.dropped).any(|(_, d)| *d == id)
     }
 
+    /// Marks do not wait any more.
+    pub fn hurry(&mut self) {
+        if let Some(since) = &mut self.marks_since_ms {
+            *since = 0;
+        }
+    }
+
     fn mark(&mut self, now_ms: u64) {
         self.marks_since_ms.get_or_insert(now_ms);
     }
@@ -279,7 +289,10 @@ impl Ledger {
         self.settled.clear();
         self.counts.clear();
         for (marks, act) in [
-            (std::mem::take(&mut self.done), Act::Done as fn(Vec<u64>) -> Act),
+            (
+                std::mem::take(&mut self.done),
+                Act::Done as fn(Vec<u64>) -> Act,
+            ),
             (std::mem::take(&mut self.dropped), Act::Dropped),
         ] {
             for same in marks.chunk_by(|a, b| Rc::ptr_eq(&a.0, &b.0)) {

@@ -325,7 +325,8 @@ pub fn accept(
         }
         let rule = choose(slice, to, meta, &mut SmallVec::new());
         // XEP-0160 section 3: a full queue is said, not silent
-        if rule == Rule::Refuse || (rule == Rule::Offline && offline::is_full(slice, name, stanza)) {
+        if rule == Rule::Refuse || (rule == Rule::Offline && offline::is_full(slice, name, stanza))
+        {
             slice.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE);
             return Fate::Decided;
         }
@@ -460,7 +461,9 @@ pub fn decide(slice: &mut Slice, name: &str, undecided: Vec<Pending>) {
         };
         let meta = Meta::from_numbers(pending.kind, pending.flags);
         let element = super::parse_stanza(&pending.stanza);
-        let ends = element.as_ref().and_then(|e| e.get("to").zip(e.get("from")));
+        let ends = element
+            .as_ref()
+            .and_then(|e| e.get("to").zip(e.get("from")));
         let Some((Ok(to), from)) = ends.map(|(to, from)| (Jid::parse(to), from)) else {
             continue;
         };

@@ -14,11 +14,11 @@ pub mod ledger;
 pub mod message;
 pub mod meta;
 pub mod negotiation;
+#[cfg(test)]
+mod promise;
 pub mod sasl;
 pub mod session;
 pub mod slice;
-#[cfg(test)]
-mod promise;
 #[cfg(test)]
 pub mod testing;
 

@@ -20,7 +20,10 @@ fn got(w: &mut World, client: Client) -> Vec<String> {
             None => format!(
                 "{}{}",
                 element.name,
-                element.get("h").map(|h| format!(" {h}")).unwrap_or_default()
+                element
+                    .get("h")
+                    .map(|h| format!(" {h}"))
+                    .unwrap_or_default()
             ),
         }
     };
@@ -64,7 +67,11 @@ fn nothing_is_delivered_or_acknowledged_before_it_is_durable_and_nothing_overtak
         assert_eq!(got(&mut w, a), [""; 0]);
         assert_eq!(got(&mut w, b), [""; 0]);
         w.release();
-        assert_eq!(got(&mut w, b), ["1", "message", "presence", "2"], "{shards}");
+        assert_eq!(
+            got(&mut w, b),
+            ["1", "message", "presence", "2"],
+            "{shards}"
+        );
         assert_eq!(got(&mut w, a), ["a 2"]);
         w.send(a, R);
         assert_eq!(got(&mut w, a), ["a 5"]);
@@ -82,16 +89,28 @@ fn a_crash_brings_back_what_no_client_has_acknowledged_with_the_same_stable_id()
             w.send(a, &chat(&bob, "1"));
             w.send(a, &chat(&bob, "2"));
             let first = w.take(b);
-            assert_eq!(first.iter().filter(|s| s.starts_with("<message")).count(), 2);
+            assert_eq!(
+                first.iter().filter(|s| s.starts_with("<message")).count(),
+                2
+            );
             w.send(b, "<a xmlns='urn:xmpp:sm:3' h='2'/>");
             // presence counts too: b has its own presence and message 1
             w.advance(100);
             w.crash(after);
             let b = w.login(&bob, "b");
             w.send(b, "<presence/>");
-            let again: Vec<String> = w.take(b).into_iter().filter(|s| s.starts_with("<message")).collect();
+            let again: Vec<String> = w
+                .take(b)
+                .into_iter()
+                .filter(|s| s.starts_with("<message"))
+                .collect();
             assert_eq!(again.len(), 1, "{shards} {after} {dry}: {again:?}");
-            let id = |s: &str| s[s.find("id='").unwrap()..].split("<stanza-id").nth(1).map(|s| s[s.find(" id='").unwrap()..][..22].to_owned());
+            let id = |s: &str| {
+                s[s.find("id='").unwrap()..]
+                    .split("<stanza-id")
+                    .nth(1)
+                    .map(|s| s[s.find(" id='").unwrap()..][..22].to_owned())
+            };
             let old = first.iter().find(|s| s.contains(">2<")).unwrap();
             assert!(again[0].contains(">2<") && again[0].contains("urn:xmpp:delay"));
             assert_eq!(id(&again[0]), id(old));
@@ -131,7 +150,13 @@ fn a_delivery_is_one_for_all_resources() {
     w.take(first);
     w.send(a, &chat(&bob, "1"));
     w.send(a, &chat(&bob, "2"));
-    assert_eq!(got(&mut w, first).iter().filter(|n| *n == "1" || *n == "2").count(), 2);
+    assert_eq!(
+        got(&mut w, first)
+            .iter()
+            .filter(|n| *n == "1" || *n == "2")
+            .count(),
+        2
+    );
     // second takes message 1 only (its own and first's presence came before)
     let sent = w.session(second).sm.as_ref().unwrap().waiting();
     w.take(second);
@@ -200,8 +225,11 @@ fn a_message_for_somebody_who_cannot_be_loaded_is_accepted_and_decided_when_he_c
 fn a_subscription_reaches_the_other_owner_whatever_happens_between() {
     let (mut w, alice, bob) = two(2);
     let a = managed(&mut w, &alice, "a");
-    w.element(a, &format!("<presence type='subscribe' to='{bob}@localhost'/>"))
-        .unwrap();
+    w.element(
+        a,
+        &format!("<presence type='subscribe' to='{bob}@localhost'/>"),
+    )
+    .unwrap();
     let shard = a.shard;
     w.commit_only(shard);
     assert!(w.stored(&alice).roster[0].ask);
@@ -226,8 +254,15 @@ fn undrained_changes_are_what_a_login_and_a_read_see() {
     w.crash(1);
     assert!(w.tier.users[&alice].documents.is_empty());
     let a = w.login(&alice, "a");
-    w.send(a, "<iq type='get' id='r'><query xmlns='jabber:iq:roster'/></iq>");
-    assert!(w.take(a).concat().contains(&format!("jid='{bob}@localhost'")));
+    w.send(
+        a,
+        "<iq type='get' id='r'><query xmlns='jabber:iq:roster'/></iq>",
+    );
+    assert!(
+        w.take(a)
+            .concat()
+            .contains(&format!("jid='{bob}@localhost'"))
+    );
     w.send(a, "<iq type='get' id='v'><vCard xmlns='vcard-temp'/></iq>");
     assert!(w.take(a).concat().contains("<FN>A</FN>"));
 }

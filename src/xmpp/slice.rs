@@ -25,10 +25,10 @@ use super::session::{Session, SessionId, Sessions};
 use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
-use crate::store::recovery::{Found, stream_key};
 use crate::store::journal::{Group, Place, Slot as GroupSlot};
 use crate::store::overlay::{Item as Undrained, Overlay, Position, ReadBack};
 use crate::store::record::{Record, UserRecord};
+use crate::store::recovery::{Found, stream_key};
 use crate::store::ring::Ring;
 use crate::store::tier::{
     Answer, ArchiveQuery, Last, Loaded, Page, Query, ReadError, Request, Ticket,
@@ -216,7 +216,9 @@ pub struct Effects {
 #[derive(Debug, Clone)]
 pub enum Op {
     /// Fails with [`WriteError::Conflict`] if there is such a user.
-    AddUser { record: Record },
+    AddUser {
+        record: Record,
+    },
     /// The account with all that belongs to it.
     RemoveUser,
     /// `key` is "vcard", "private:NAMESPACE NAME", ...; `None` removes.
@@ -224,7 +226,9 @@ pub enum Op {
         key: Box<str>,
         value: Option<Box<[u8]>>,
     },
-    PutLast { last: Last },
+    PutLast {
+        last: Last,
+    },
 }
 
 impl From<WriteError> for StanzaError {
@@ -533,9 +537,8 @@ impl Slice {
                 }
                 Answer::Archive { ticket, result } => {
                     if let Some((name, Wait::Page(query, then))) = self.waits.remove(&ticket) {
-                        let page = result.and_then(|page| {
-                            self.overlay.page(&query, page).map_err(ReadError)
-                        });
+                        let page = result
+                            .and_then(|page| self.overlay.page(&query, page).map_err(ReadError));
                         self.overlay.release(&name);
                         then(self, page);
                         self.users.unpin(&name);
@@ -1184,7 +1187,15 @@ impl Slice {
                     }
                 };
                 self.ledger.release(&user);
-                message::sent(self, &user, session, strings.text(to), strings.text(from), bytes, meta);
+                message::sent(
+                    self,
+                    &user,
+                    session,
+                    strings.text(to),
+                    strings.text(from),
+                    bytes,
+                    meta,
+                );
                 if let Some(receipt) = receipt {
                     self.count(receipt);
                     self.settle(receipt);
@@ -1222,7 +1233,13 @@ impl Slice {
             } => {
                 if let Ok(to) = Jid::parse(strings.text(to)) {
                     let message = message_of(group, slot);
-                    self.route(&to, strings.text(from), &message.stanza, meta, Some(receipt));
+                    self.route(
+                        &to,
+                        strings.text(from),
+                        &message.stanza,
+                        meta,
+                        Some(receipt),
+                    );
                 }
                 let whole = Receipt { twin: 0, ..receipt };
                 self.settle(whole);
@@ -1295,7 +1312,11 @@ impl Slice {
             let entry = match self.overlay.entry(place, &mut bytes) {
                 Ok((entry, _)) => entry,
                 Err(error) => {
-                    tracing::error!(id, error, "a message that was to be forwarded cannot be read");
+                    tracing::error!(
+                        id,
+                        error,
+                        "a message that was to be forwarded cannot be read"
+                    );
                     continue;
                 }
             };
@@ -1328,7 +1349,12 @@ impl Slice {
             return;
         };
         let name = session.user.clone();
-        for (_, _, id) in session.unconfirmed.take().map(|mut k| k.take_all()).unwrap_or_default() {
+        for (_, _, id) in session
+            .unconfirmed
+            .take()
+            .map(|mut k| k.take_all())
+            .unwrap_or_default()
+        {
             self.taken(&name, id);
         }
     }
@@ -1630,7 +1656,8 @@ impl Slice {
             fresh: false,
         };
         self.users.pin(name);
-        self.ledger.journal(&who, &change, Act::Written { item, then });
+        self.ledger
+            .journal(&who, &change, Act::Written { item, then });
     }
 
     /// Changes something of a user; `then` runs when it is durable, or at once if it is not made. The user stays in the
@@ -1676,12 +1703,14 @@ impl Slice {
                     record: record.clone(),
                     fresh: true,
                 };
-                self.ledger.journal(&who, &change, Act::Written { item, then });
+                self.ledger
+                    .journal(&who, &change, Act::Written { item, then });
             }
             Op::RemoveUser => {
                 let change = Change::RemoveUser { name, revision };
                 let item = Undrained::Removed { revision };
-                self.ledger.journal(&who, &change, Act::Written { item, then });
+                self.ledger
+                    .journal(&who, &change, Act::Written { item, then });
             }
             Op::PutDocument { key, value } => {
                 let value = value.unwrap_or_default();
@@ -1696,7 +1725,8 @@ impl Slice {
                     key: key.clone(),
                     value: value.clone(),
                 };
-                self.ledger.journal(&who, &change, Act::Written { item, then });
+                self.ledger
+                    .journal(&who, &change, Act::Written { item, then });
             }
             Op::PutLast { last } => {
                 let change = Change::PutLast {
@@ -1709,7 +1739,8 @@ impl Slice {
                     revision,
                     last: last.clone(),
                 };
-                self.ledger.journal(&who, &change, Act::Written { item, then });
+                self.ledger
+                    .journal(&who, &change, Act::Written { item, then });
             }
         }
     }

@@ -15,8 +15,8 @@ use super::slice::{Env, Limits, Now, Slice, Start, User};
 use crate::store::change::{ArchivedChange, Message};
 use crate::store::journal::{Group, Place, Slot};
 use crate::store::overlay::Position;
-use crate::store::recovery::{Found, Recovery};
 use crate::store::record::{Record, RosterItem, Subscription, UserRecord};
+use crate::store::recovery::{Found, Recovery};
 use crate::store::ring::Ring;
 use crate::store::tier::{
     Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request,
@@ -441,13 +441,13 @@ impl World {
             let mut journal = self.journals[shard].borrow_mut();
             let base = journal.len();
             journal.resize(base + group.bytes(), 0);
-            for (seq, slot) in group.records() {
+            for (seq, slot) in group.iter() {
                 let at = base + slot.offset as usize;
-                let payload = group.payload(*slot);
+                let payload = group.payload(slot);
                 journal[at..at + payload.len()].copy_from_slice(payload);
                 let at = Position {
                     journal: shard as u16,
-                    seq: *seq,
+                    seq,
                 };
                 self.tier.undrained.push_back((at, payload.to_vec()));
                 let place = Place {
@@ -508,7 +508,10 @@ impl Tier {
 
     /// As SQL does: by revision, twice changes nothing.
     fn apply(&mut self, change: &ArchivedChange<'_>) {
-        if !matches!(change, ArchivedChange::Message(_) | ArchivedChange::Marks(_)) {
+        if !matches!(
+            change,
+            ArchivedChange::Message(_) | ArchivedChange::Marks(_)
+        ) {
             self.changes += 1;
         }
         let record = |bytes: &[u8]| Record::from_bytes(bytes).unwrap().to_owned();
@@ -643,7 +646,13 @@ impl Stored {
             count: query.count.then_some(all.len() as u64),
             index: index.filter(|_| query.count),
             complete,
-            missing: named.iter().flatten().chain(&query.ids).filter(known).copied().collect(),
+            missing: named
+                .iter()
+                .flatten()
+                .chain(&query.ids)
+                .filter(known)
+                .copied()
+                .collect(),
             last_id: self.archive.keys().next_back().copied().unwrap_or_default(),
             entries,
         }

@@ -12,7 +12,6 @@ use smallvec::SmallVec;
 
 use super::{Feature, NONE, blocking, subscription};
 use crate::store::tier::Last;
-use crate::xmpp::slice::Op;
 use crate::xml::view::View;
 use crate::xmpp::NS_CLIENT;
 use crate::xmpp::batch::{Item, Receipt};
@@ -21,6 +20,7 @@ use crate::xmpp::jid::Jid;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::{Presence, Session, SessionId};
+use crate::xmpp::slice::Op;
 use crate::xmpp::slice::{Fate, Slice, Slot, User};
 
 pub static FEATURE: Feature = Feature {

@@ -10,9 +10,9 @@ use fnv::FnvHashMap;
 
 use super::{Feature, Iq, IqRoute, NONE, Target};
 use crate::store::tier::ReadError;
-use crate::xmpp::slice::Op;
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
+use crate::xmpp::slice::Op;
 use crate::xmpp::slice::Slice;
 
 pub const NS: &str = "jabber:iq:private";

@@ -3,13 +3,13 @@
 
 use super::{Feature, Iq, IqRoute, NONE, Target};
 use crate::store::record;
-use crate::xmpp::slice::Op;
 use crate::xml::dom::Element;
 use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::jid::{self, Jid};
 use crate::xmpp::message::attribute;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::sasl::ScramKeys;
+use crate::xmpp::slice::Op;
 use crate::xmpp::slice::{Computed, Job, Slice, Then};
 
 pub const NS: &str = "jabber:iq:register";

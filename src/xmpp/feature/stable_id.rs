@@ -5,11 +5,11 @@
 use std::io::Write;
 
 use super::{Feature, NONE};
+use crate::store::change::Message;
+use crate::store::tier::Pending;
 use crate::xml::dom::Element;
 use crate::xml::escape::escape_attr;
 use crate::xml::view::View;
-use crate::store::change::Message;
-use crate::store::tier::Pending;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::slice::{Env, Slice};
 
@@ -48,8 +48,16 @@ pub fn stamp(slice: &mut Slice, by: &str, stanza: &[u8], id: u64) -> Option<Vec<
 pub fn stamped(env: &Env, by: &str, pending: Pending) -> (u64, Box<[u8]>) {
     let mut out = Vec::new();
     let stamped = pending.what & Message::ARCHIVE != 0
-        && write(by, &pending.stanza, permute(pending.id, env.id_key), &mut out);
-    (pending.id, if stamped { out.into() } else { pending.stanza })
+        && write(
+            by,
+            &pending.stanza,
+            permute(pending.id, env.id_key),
+            &mut out,
+        );
+    (
+        pending.id,
+        if stamped { out.into() } else { pending.stanza },
+    )
 }
 
 fn write(by: &str, stanza: &[u8], id: u64, out: &mut Vec<u8>) -> bool {

@@ -1,9 +1,9 @@
 //! vcard-temp (XEP-0054): one document for each account, written by its user, readable by everybody.
 
 use super::{Feature, Iq, IqRoute, NONE, Target};
-use crate::xmpp::slice::Op;
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
+use crate::xmpp::slice::Op;
 use crate::xmpp::slice::Slice;
 
 pub const NS: &str = "vcard-temp";
