@@ -268,7 +268,7 @@ keys! {
         /// Their folder, on a disk of its own if possible. Empty: `journal` in `data_dir`.
         restart dir: PathBuf = PathBuf::new();
         /// Length of a file. A multiple of 4096.
-        restart segment_bytes: usize = 64 << 20 => (20 << 20)..=(1 << 30);
+        restart segment_bytes: usize = 64 << 20 => (1 << 20)..=(1 << 30);
         /// What one shard's journal may hold that the database has not taken: beyond it new messages and changes are refused
         /// with `<resource-constraint/>`. 16 GiB hold an hour without database at 1,000 messages a second.
         restart backlog_bytes_max: usize = 16 << 30 => (64 << 20)..=(1 << 44);

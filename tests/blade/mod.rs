@@ -68,6 +68,8 @@ impl Blade {
             format!("data_dir=\"{}\"", data_dir.display()),
             "cores=\"all\"".to_owned(),
             "registration=\"loopback\"".to_owned(),
+            // many blades start here: small files
+            "journal.segment_bytes=4194304".to_owned(),
             format!("c2s.listen=[\"{c2s}\"]"),
             format!("c2s.listen_tls=[\"{c2s_tls}\"]"),
             format!("http.listen=[\"{http}\"]"),
