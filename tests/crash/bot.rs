@@ -68,6 +68,15 @@ pub struct Sent {
     pub counted_as: u32,
 }
 
+/// How a message came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Way {
+    Direct,
+    /// As a carbon copy of what another client of the user received, or sent.
+    CopyOfReceived,
+    CopyOfSent,
+}
+
 /// A message that came to this client.
 #[derive(Debug)]
 pub struct Receipt {
@@ -79,8 +88,7 @@ pub struct Receipt {
     /// Stanza-id by the own bare JID.
     pub stable_id: Option<Box<str>>,
     pub delayed: bool,
-    /// As a carbon copy.
-    pub copy: bool,
+    pub way: Way,
     /// Before this session was available: a message to the full JID of a client that has not asked for its offline
     /// messages yet (RFC 6121 8.5.3.1 delivers it, and 4.2 wants presence first for the others).
     pub early: bool,
@@ -128,6 +136,8 @@ struct Stream {
     sent: u32,
     covered: u32,
     handled: u32,
+    /// The counts of the two sides do not agree any more: told once, then not looked at.
+    confused: bool,
     unacked: VecDeque<Unacked>,
 }
 
@@ -229,7 +239,10 @@ impl Bot {
 
     /// Messages and other stanzas that no count covers yet.
     pub fn open(&self) -> usize {
-        self.stream.unacked.len()
+        match self.stream.confused {
+            true => 0,
+            false => self.stream.unacked.len(),
+        }
     }
 
     // --- coming and going
@@ -262,7 +275,7 @@ impl Bot {
     /// given up go out again under new ids.
     pub fn log_in(&mut self, round: &Round, resume: bool) -> Result<(), Trouble> {
         let mut wire = self.authenticate(round)?;
-        if resume && !self.stream.id.is_empty() {
+        if resume && !self.stream.id.is_empty() && !self.stream.confused {
             let xml = format!(
                 "<resume xmlns='{NS_SM}' previd='{}' h='{}'/>",
                 self.stream.id, self.stream.handled
@@ -710,12 +723,16 @@ impl Bot {
         {
             return self.take_result(result);
         }
-        let copy = element
+        let wrapper = element
             .children
             .iter()
-            .find(|child| child.namespace == NS_CARBONS)
-            .and_then(forwarded);
-        let message = copy.unwrap_or(element);
+            .find(|child| child.namespace == NS_CARBONS && forwarded(child).is_some());
+        let way = match wrapper.map(|wrapper| wrapper.name.as_str()) {
+            None => Way::Direct,
+            Some("sent") => Way::CopyOfSent,
+            Some(_) => Way::CopyOfReceived,
+        };
+        let message = wrapper.and_then(forwarded).unwrap_or(element);
         let Some((from, number)) = self.identify(round, message) else {
             return;
         };
@@ -730,7 +747,7 @@ impl Bot {
             round,
             format!(
                 "{} m{number} of {} (stable id {stable_id:?})",
-                if copy.is_some() { "copy of" } else { "got" },
+                if way == Way::Direct { "got" } else { "copy of" },
                 round.jids[from]
             ),
         );
@@ -741,7 +758,7 @@ impl Bot {
             session: self.session,
             stable_id: stable_id.map(Into::into),
             delayed: message.child("delay").is_some(),
-            copy: copy.is_some(),
+            way,
             early: !self.available,
         });
     }
@@ -834,7 +851,12 @@ impl Bot {
                     self.wrong("changes_refused", text);
                 }
             }
-            Some(Pending::Archive(which)) => self.end_page(which, &element),
+            Some(Pending::Archive(which)) => {
+                // else it was given up when the connection broke
+                if self.syncs[which].active.as_deref() == Some(&id) {
+                    self.end_page(which, &element);
+                }
+            }
             Some(Pending::Wanted) => {
                 self.answers.insert(id, element);
             }
@@ -875,6 +897,9 @@ impl Bot {
     /// The server's count: what it covers is accepted.
     fn covered(&mut self, round: &Round, h: u32, by: &str) {
         let stream = &mut self.stream;
+        if stream.confused {
+            return;
+        }
         let beyond = h.wrapping_sub(stream.sent) as i32 > 0;
         let back = (h.wrapping_sub(stream.covered) as i32) < 0;
         if beyond || back {
@@ -882,6 +907,7 @@ impl Bot {
                 "{}: {by} says {h}; sent {}, covered before {}",
                 self.profile.name, stream.sent, stream.covered
             );
+            stream.confused = true;
             let kind = match (beyond, by) {
                 (true, _) => "count_beyond_sent",
                 (false, "<failed/>") => "failed_h_too_low",
@@ -935,29 +961,35 @@ impl Bot {
         self.wrong.push(Wrong { kind, text });
     }
 
-    /// The events around those that name message `number` of `sender`, and the last ones of the round in which it was sent.
-    pub fn events_around(&self, sender: &Bot, number: usize, round: u32) -> Vec<String> {
-        let tells = |event: &Event| {
-            let mine = sender.profile.number == self.profile.number;
-            let of = format!("m{number} of {}", sender.jid());
-            let comes_or_goes = ["bound", "cut", "resumed", "not resumed", "left", "the conn"]
-                .iter()
-                .any(|begin| event.text.starts_with(begin));
-            comes_or_goes && (round..=round + 1).contains(&event.round)
-                || event.text.contains(&of)
-                || mine && event.text.contains(&format!("m{number} to "))
-                || mine && event.text.ends_with(&format!("m{number}"))
-                || mine && covers(&event.text, number)
+    /// Events that tell of these messages of `sender`, what happened close to them, and how this client came and went then.
+    pub fn events_around(&self, sender: &Bot, messages: &[usize], round: u32) -> Vec<String> {
+        let mine = sender.profile.number == self.profile.number;
+        let tells = |text: &str| {
+            messages.iter().any(|number| {
+                text.contains(&format!("m{number} of {}", sender.jid()))
+                    || mine && text.contains(&format!("m{number} to "))
+                    || mine && text.ends_with(&format!(" m{number}"))
+                    || mine && covers(text, *number)
+            })
+        };
+        let comes_or_goes = |event: &Event| {
+            let begins = ["bound", "cut", "resumed", "not resumed", "left", "the conn"];
+            event.round.abs_diff(round) < 2 && begins.iter().any(|one| event.text.starts_with(one))
         };
         let mut wanted = BTreeSet::new();
+        let mut first = None;
         for (place, event) in self.events.iter().enumerate() {
-            if tells(event) {
+            if tells(&event.text) {
+                first.get_or_insert(place);
                 wanted.extend(place.saturating_sub(1)..(place + 2).min(self.events.len()));
             }
         }
-        if let Some(last) = self.events.iter().rposition(|event| event.round == round) {
-            wanted.extend(last.saturating_sub(4)..=last);
-        }
+        let coming: Vec<usize> = (0..self.events.len())
+            .filter(|place| comes_or_goes(&self.events[*place]))
+            .collect();
+        let at = coming.partition_point(|place| first.is_some_and(|first| *place < first));
+        let near = at.saturating_sub(3)..(at + 6).min(coming.len());
+        wanted.extend(&coming[near]);
         wanted
             .into_iter()
             .map(|place| {

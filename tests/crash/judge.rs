@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
-use crate::bot::{Bot, Entry, Profile, State, Wrong};
+use crate::bot::{Bot, Entry, Profile, State, Way, Wrong};
 
 /// Counters of work done.
 #[derive(Debug, Default, Clone, serde::Serialize)]
@@ -50,9 +50,9 @@ struct Book {
     /// Receipts merged, messages judged for loss.
     merged: usize,
     judged: usize,
-    /// Receipts of this session: `from`, number, copy.
+    /// Receipts of this session: sender, number, way.
     session: u32,
-    in_session: HashSet<(usize, usize, bool)>,
+    in_session: HashSet<(usize, usize, Way)>,
     /// Last number from a client, to the bare or full JID, in this session.
     last_live: HashMap<(usize, bool), usize>,
     /// Messages in the order in which this client saw them first, with the session that matters; judged against the
@@ -155,6 +155,12 @@ impl World {
     }
 
     fn wrong_message(&mut self, kind: &str, from: usize, number: usize, text: &str) {
+        self.wrong_messages(kind, from, &[number], text);
+    }
+
+    /// Of the first of these messages of `from`; the others have to do with it.
+    fn wrong_messages(&mut self, kind: &str, from: usize, messages: &[usize], text: &str) {
+        let number = messages[0];
         let sent = &self.bots[from].sent[number];
         let (to, round) = (sent.to_user, sent.round);
         let addressee = match sent.to_bot {
@@ -168,11 +174,11 @@ impl World {
         self.wrong(kind, &text, |world| {
             let sender = &world.bots[from];
             let mut lines = vec![format!("-- {} (sender)", sender.jid())];
-            lines.extend(sender.events_around(sender, number, round));
+            lines.extend(sender.events_around(sender, &messages, round));
             for bot in &world.users[to].1 {
                 let bot = &world.bots[*bot];
                 lines.push(format!("-- {} (recipient)", bot.jid()));
-                lines.extend(bot.events_around(sender, number, round));
+                lines.extend(bot.events_around(sender, &messages, round));
             }
             lines
         });
@@ -199,7 +205,7 @@ impl World {
     fn merge_receipt(&mut self, me: usize, place: usize) {
         let profile = self.bots[me].profile.clone();
         let receipt = &self.bots[me].received[place];
-        let (from, number, copy) = (receipt.from, receipt.number, receipt.copy);
+        let (from, number, way) = (receipt.from, receipt.number, receipt.way);
         let (session, to_full, delayed) = (receipt.session, receipt.to_full, receipt.delayed);
         let early = receipt.early;
         let stable_id = receipt.stable_id.clone();
@@ -216,11 +222,12 @@ impl World {
             book.in_session.clear();
             book.last_live.clear();
         }
-        if !book.in_session.insert((from, number, copy)) {
+        let again = !book.in_session.insert((from, number, way));
+        if again {
             let text = format!("{} got it twice in session {session}", self.jids[me]);
             self.wrong_message("twice_in_a_session", from, number, &text);
         }
-        if to_user == profile.user && !fleeting {
+        if to_user == profile.user && !fleeting && way != Way::CopyOfSent {
             let fate = &mut self.books[from].fates[number];
             match (&fate.stable_id, stable_id) {
                 (None, Some(id)) => fate.stable_id = Some(id),
@@ -229,13 +236,13 @@ impl World {
                     let kind = "duplicates_with_another_stable_id";
                     self.wrong_message(kind, from, number, &text);
                 }
-                (_, None) if !copy => {
+                (_, None) if way == Way::Direct => {
                     self.wrong_message("without_stable_id", from, number, &self.jids[me].clone());
                 }
                 _ => {}
             }
         }
-        if copy {
+        if way != Way::Direct {
             return;
         }
         self.totals.received += 1;
@@ -256,15 +263,16 @@ impl World {
             ),
             false => (
                 self.books[me].last_live.get_mut(&(from, to_full)),
-                !delayed && !early,
+                !delayed && !early && !again,
             ),
         };
         self.totals.early += u64::from(early);
         if ordered {
             match last {
-                Some(last) if *last >= number => {
+                Some(last) if *last > number => {
+                    let messages = [number, *last];
                     let text = format!("{} got it after m{last}", self.jids[me]);
-                    self.wrong_message("reordered", from, number, &text);
+                    self.wrong_messages("reordered", from, &messages, &text);
                 }
                 Some(last) => *last = number,
                 None if profile.alone => {
@@ -413,7 +421,7 @@ impl World {
             match self.archives[user].last.get(&from) {
                 Some(&last) if last > number => {
                     let text = format!("behind m{last} in the archive of {}", self.users[user].0);
-                    self.wrong_message("archive_reordered", from, number, &text);
+                    self.wrong_messages("archive_reordered", from, &[number, last], &text);
                 }
                 _ => {
                     self.archives[user].last.insert(from, number);
