@@ -13,8 +13,9 @@
 //! About 35 clients of 20 users, most with stream management ([`bot`]), send numbered messages to each other while
 //! accounts are made and changed ([`load`]): half are on line, a quarter off line, the others cut off, silent, or just
 //! resuming. After 0.2 to 2 seconds the server is killed and started again on the same data; clients resume or log in, and
-//! send again, under new ids, what no count covered. Now and then, and at the end, everybody logs in, and what was
-//! received, archives, rosters and accounts are compared with what was promised ([`check`], [`judge`]).
+//! send again, under new ids, what no count covered. One start in four is killed, too, and one in four is on other cores.
+//! Now and then, and at the end, everybody logs in, and what was received, archives, rosters and accounts are compared
+//! with what was promised ([`check`], [`judge`]).
 //!
 //! The seed decides who does what and when the kill comes; what the machine makes of it differs from run to run.
 
@@ -100,6 +101,9 @@ struct Options {
     /// Keys of the configuration, as `nitro serve --set` takes them
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<String>,
+    /// SIGTERM instead of SIGKILL: a server that stops in order must pass, whatever it keeps in memory
+    #[arg(long)]
+    gently: bool,
     /// Another server: its client port (no TLS, in-band registration, domain localhost)
     #[arg(
         long,
@@ -212,6 +216,7 @@ fn identity(options: &Options, seed: u64) -> Vec<(&'static str, Value)> {
         ("server", json!(server)),
         ("database", json!(options.database.name())),
         ("redis", json!(options.redis)),
+        ("gently", json!(options.gently)),
     ]
 }
 
@@ -262,6 +267,7 @@ fn run(options: &Options, seed: u64) -> Value {
         }
     }
     let mut restart_ms_max = 0;
+    let cores = own_cores();
     for number in 1..=options.kills {
         let first_newcomer = world.users.len();
         for _ in 0..NEWCOMERS {
@@ -294,6 +300,17 @@ fn run(options: &Options, seed: u64) -> Value {
             world.wrong("died_by_itself", &text, |_| Vec::new());
         }
         world.merge();
+        if rng.u8(..4) == 0 {
+            server.start_and_kill(Duration::from_millis(rng.u64(..150)));
+            world.totals.kills_at_start += 1;
+        }
+        if rng.u8(..4) == 0 {
+            server.use_cores(&match rng.u8(..3) {
+                0 => cores[0].to_string(),
+                1 => cores[cores.len() - 1].to_string(),
+                _ => "all".to_owned(),
+            });
+        }
         let restarted = Instant::now();
         server.restart();
         let restart_ms = restarted.elapsed().as_millis() as u64;
@@ -340,6 +357,14 @@ fn run(options: &Options, seed: u64) -> Value {
     line.insert("seconds".to_owned(), json!(begun.elapsed().as_secs()));
     line.insert("wrong_total".to_owned(), json!(world.wrong_count()));
     Value::Object(line)
+}
+
+/// The cores that this process may run on.
+fn own_cores() -> Vec<usize> {
+    let set = rustix::thread::sched_getaffinity(None).expect("the own affinity");
+    (0..rustix::thread::CpuSet::MAX_CPU)
+        .filter(|core| set.is_set(*core))
+        .collect()
 }
 
 /// Makes the accounts; does the server have archives?
@@ -423,7 +448,7 @@ fn one_round(
         scope.spawn(move || load::register(newcomers, round, &mut rng));
         std::thread::sleep(kill_at); // the random instant itself: nothing is waited for
         round.announce_kill();
-        ended = server.kill();
+        ended = server.kill(options.gently);
         round.announce_death();
     });
     (counts, ended)

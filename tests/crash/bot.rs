@@ -787,12 +787,14 @@ impl Bot {
         let (Some(place), Some(id)) = (place, result.attribute("id")) else {
             return; // of a query that was given up
         };
+        let error =
+            forwarded(result).is_some_and(|message| message.attribute("type") == Some("error"));
         let message = forwarded(result).and_then(|message| {
             let (from, number) = message.attribute("id").and_then(parse_id)?;
             let text = message.child("body").map(|body| body.text.clone())?;
             (text == body(from, number)).then_some((from, number))
         });
-        if message.is_none() {
+        if message.is_none() && !error {
             let text = format!("{} in the archive: {result}", self.jid());
             self.wrong("changed_or_invented", text);
         }
@@ -851,16 +853,14 @@ impl Bot {
                     self.wrong("changes_refused", text);
                 }
             }
-            Some(Pending::Archive(which)) => {
-                // else it was given up when the connection broke
-                if self.syncs[which].active.as_deref() == Some(&id) {
-                    self.end_page(which, &element);
-                }
+            // another one was given up when the connection broke
+            Some(Pending::Archive(which)) if self.syncs[which].active.as_deref() == Some(&id) => {
+                self.end_page(which, &element);
             }
             Some(Pending::Wanted) => {
                 self.answers.insert(id, element);
             }
-            None => {}
+            Some(Pending::Archive(_)) | None => {}
         }
     }
 

@@ -13,6 +13,8 @@ use crate::bot::{Bot, Entry, Profile, State, Way, Wrong};
 /// Counters of work done.
 #[derive(Debug, Default, Clone, serde::Serialize)]
 pub struct Totals {
+    /// Kills of a server that had just been started, beside those under load.
+    pub kills_at_start: u64,
     pub sent: u64,
     pub accepted: u64,
     /// Direct receipts, duplicates among them.
@@ -174,11 +176,11 @@ impl World {
         self.wrong(kind, &text, |world| {
             let sender = &world.bots[from];
             let mut lines = vec![format!("-- {} (sender)", sender.jid())];
-            lines.extend(sender.events_around(sender, &messages, round));
+            lines.extend(sender.events_around(sender, messages, round));
             for bot in &world.users[to].1 {
                 let bot = &world.bots[*bot];
                 lines.push(format!("-- {} (recipient)", bot.jid()));
-                lines.extend(bot.events_around(sender, &messages, round));
+                lines.extend(bot.events_around(sender, messages, round));
             }
             lines
         });

@@ -104,9 +104,13 @@ impl Server {
         }
     }
 
-    /// `kill -9`; how the process had ended before, if it had.
-    pub fn kill(&mut self) -> Option<String> {
+    /// `kill -9`, or, `gently`, SIGTERM; how the process had ended before, if it had.
+    pub fn kill(&mut self, gently: bool) -> Option<String> {
         match self {
+            Server::Nitro { blade, .. } if gently => {
+                let status = blade.terminate();
+                (!status.success()).then(|| status.to_string())
+            }
             Server::Nitro { blade, .. } => {
                 let status = blade.kill();
                 (status.signal() != Some(libc::SIGKILL)).then(|| status.to_string())
@@ -115,6 +119,22 @@ impl Server {
                 shell(kill);
                 None
             }
+        }
+    }
+
+    /// Starts it and kills it after this time, whatever it does then: most likely it reads what the last kill left.
+    pub fn start_and_kill(&mut self, after: Duration) {
+        if let Server::Nitro { blade, .. } = self {
+            blade.launch();
+            std::thread::sleep(after); // the random instant itself: nothing is waited for
+            blade.kill();
+        }
+    }
+
+    /// From the next start on it has these cores; whatever the number was, it finds what was accepted before.
+    pub fn use_cores(&mut self, cores: &str) {
+        if let Server::Nitro { blade, .. } = self {
+            blade.set("cores", &format!("\"{cores}\""));
         }
     }
 
