@@ -101,6 +101,9 @@ struct Options {
     /// Keys of the configuration, as `nitro serve --set` takes them
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<String>,
+    /// Leaves the server's data and log behind if anything was wrong
+    #[arg(long)]
+    keep: bool,
     /// SIGTERM instead of SIGKILL: a server that stops in order must pass, whatever it keeps in memory
     #[arg(long)]
     gently: bool,
@@ -344,6 +347,9 @@ fn run(options: &Options, seed: u64) -> Value {
     if world.totals.accepted < ACCEPTED_MIN * u64::from(options.kills) {
         let text = format!("only {} messages were accepted", world.totals.accepted);
         world.wrong("too_little_for_a_proof", &text, |_| Vec::new());
+    }
+    if options.keep && world.wrong_count() > 0 {
+        server.keep();
     }
     let mut line = serde_json::Map::new();
     for (key, value) in identity(options, seed) {

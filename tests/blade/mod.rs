@@ -154,6 +154,11 @@ impl Blade {
         self.folder.path()
     }
 
+    /// The folder stays when the blade is dropped: for somebody who wants to look into it.
+    pub fn keep(&mut self) {
+        self.folder.disable_cleanup(true);
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("the blade runs").id()
     }

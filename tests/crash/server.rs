@@ -153,6 +153,14 @@ impl Server {
         }
     }
 
+    /// Leaves data and log where they are.
+    pub fn keep(&mut self) {
+        if let Server::Nitro { blade, .. } = self {
+            blade.keep();
+            eprintln!("kept: {}", blade.folder().display());
+        }
+    }
+
     pub fn log(&self) -> String {
         match self {
             Server::Nitro { blade, .. } => blade.log(),
