@@ -63,7 +63,7 @@ impl Blade {
             .expect("a temporary folder");
         let [c2s, c2s_tls, http] = free_addresses();
         let data_dir = folder.path().join("data");
-        let mut all = vec![
+        let all = vec![
             format!("domain=\"{DOMAIN}\""),
             format!("data_dir=\"{}\"", data_dir.display()),
             "cores=\"all\"".to_owned(),
@@ -74,22 +74,35 @@ impl Blade {
             format!("c2s.listen_tls=[\"{c2s_tls}\"]"),
             format!("http.listen=[\"{http}\"]"),
         ];
-        for (key, value) in settings {
-            all.retain(|one| !one.starts_with(&format!("{key}=")));
-            all.push(format!("{key}={value}"));
-        }
-        Blade {
+        let mut blade = Blade {
             folder,
             settings: all,
             child: None,
             c2s,
             c2s_tls,
             http,
+        };
+        for (key, value) in settings {
+            blade.set(key, value);
         }
+        blade
     }
 
     /// Starts the process (again) on the same folder and ports, and waits until it is ready.
     pub fn restart(&mut self) {
+        self.launch();
+        self.wait_until_ready();
+    }
+
+    /// Another value of a setting, from the next start on.
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.settings
+            .retain(|one| !one.starts_with(&format!("{key}=")));
+        self.settings.push(format!("{key}={value}"));
+    }
+
+    /// Starts the process (again) on the same folder and ports, and does not wait for it.
+    pub fn launch(&mut self) {
         assert!(self.child.is_none(), "the blade runs already");
         let log = File::options()
             .create(true)
@@ -106,6 +119,9 @@ impl Blade {
             .spawn()
             .expect("nitro starts");
         self.child = Some(child);
+    }
+
+    fn wait_until_ready(&mut self) {
         let deadline = Instant::now() + READY_WITHIN;
         while !self.is_ready() {
             let ended = self
@@ -138,6 +154,11 @@ impl Blade {
     /// The temporary folder around `data_dir`: free for the test's own files, and the blade's working directory.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// The folder stays when the blade is dropped: for somebody who wants to look into it.
+    pub fn keep(&mut self) {
+        self.folder.disable_cleanup(true);
     }
 
     pub fn pid(&self) -> u32 {
