@@ -383,6 +383,7 @@ pub fn limits(config: &Config) -> Limits {
         ping_timeout_ms: config.ping.timeout_seconds * 1000,
         registration: config.registration != crate::config::Registration::Off,
         iterations: config.sasl.iterations,
+        archive_page_max: crate::xmpp::feature::archive::PAGE_MAX,
     }
 }
 

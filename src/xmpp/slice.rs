@@ -100,6 +100,8 @@ pub struct Limits {
     pub ping_timeout_ms: u64,
     pub registration: bool,
     pub iterations: u32,
+    /// Entries in one answer of an archive.
+    pub archive_page_max: u32,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -343,6 +345,8 @@ pub struct Slice {
     reload: Vec<(u64, Rc<str>)>,
     /// Changes of private storage at work.
     pub(super) private: feature::private::Changes,
+    /// Queries of archives at work.
+    pub(super) archive: feature::archive::Queries,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     ticket: Ticket,
     timers: BinaryHeap<Reverse<(u64, u32, u32, Timer)>>,
@@ -404,6 +408,7 @@ impl Slice {
             counts: FnvHashMap::default(),
             reload: Vec::new(),
             private: Default::default(),
+            archive: Default::default(),
             waits: FnvHashMap::default(),
             ticket: 0,
             timers: BinaryHeap::new(),
@@ -1368,7 +1373,8 @@ impl Slice {
                 .is_some_and(|(name, from)| {
                     // what a stranger hears of an account that exists
                     feature::last::forbids(self, name, &from, stanza, meta)
-                });
+                })
+                || feature::archive::forbids(to, stanza, meta);
             let error = if forbidden {
                 StanzaError::FORBIDDEN
             } else {

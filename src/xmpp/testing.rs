@@ -9,6 +9,7 @@ use fnv::FnvHashMap;
 
 use super::bind::{Arrival, bind};
 use super::error::StreamError;
+use super::feature;
 use super::parse_stanza;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Limits, Now, Slice, Start, User};
@@ -51,6 +52,7 @@ pub fn limits() -> Limits {
         ping_timeout_ms: 30_000,
         registration: true,
         iterations: 4096,
+        archive_page_max: feature::archive::PAGE_MAX,
     }
 }
 

@@ -1,6 +1,7 @@
 //! The table of features: one file, one row. Disco, dispatch, stream features and the README's table of specifications all
 //! come from [`FEATURES`], so that they cannot disagree.
 
+pub mod archive;
 pub mod blocking;
 pub mod caps;
 pub mod carbons;
@@ -15,6 +16,7 @@ pub mod presence;
 pub mod private;
 pub mod register;
 pub mod roster;
+pub mod rsm;
 pub mod sm;
 pub mod stable_id;
 pub mod subscription;
@@ -150,8 +152,8 @@ macro_rules! features {
 }
 
 features! {
-    disco roster subscription presence blocking carbons offline stable_id hints sm csi ping caps vcard private register last
-    time version legacy_session
+    disco roster subscription presence blocking carbons offline archive rsm stable_id hints sm csi ping caps vcard private
+    register last time version legacy_session
 }
 
 /// The rows' hooks, collected once, so that a message only meets those that exist.
