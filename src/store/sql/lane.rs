@@ -454,8 +454,7 @@ impl Desk {
                     let now = Instant::now();
                     let refused = error.trouble == Trouble::Refused;
                     let mut waiting = self.waiting.borrow_mut();
-                    let over =
-                        |read: &Read| refused || read.until <= now || waiting.stopping;
+                    let over = |read: &Read| refused || read.until <= now || waiting.stopping;
                     let (mut over, later): (Vec<_>, Vec<_>) = reads.into_iter().partition(over);
                     waiting.reads.extend_front_in_order(later);
                     while waiting.reads.front().is_some_and(|read| read.until <= now) {

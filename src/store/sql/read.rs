@@ -5,7 +5,7 @@ use sqlx::AssertSqlSafe;
 
 use super::connection::{Dialect, Row, SqlError, Value};
 use super::statements::{self, ASK_MAX};
-use super::{Sql, peer_key, split_jid};
+use super::{Position, Sql, peer_key, split_jid};
 use crate::store::change::Id;
 use crate::store::record::{Record, RecordError};
 use crate::store::tier2::{ArchiveQuery, Entry, Last, Loaded, Page, Pending};
@@ -108,11 +108,7 @@ impl Sql {
                 wanted,
                 1,
                 |values, (n, name, key)| {
-                    values.extend([
-                        Value::Int(*n as i64),
-                        Value::Text(name),
-                        Value::Text(key),
-                    ]);
+                    values.extend([Value::Int(*n as i64), Value::Text(name), Value::Text(key)]);
                 },
             );
             for row in rows.await? {
@@ -164,11 +160,17 @@ impl Sql {
         Ok(page)
     }
 
-    /// Up to where each journal (its identity and number) is applied.
-    pub async fn positions(&mut self) -> Result<Vec<((u64, u16), u64)>, SqlError> {
+    /// Up to where each journal is applied.
+    pub async fn positions(&mut self) -> Result<Vec<Position>, SqlError> {
         let rows = self.conn.ask(statements::POSITIONS, &[]).await?;
         rows.iter()
-            .map(|row| Ok(((row.id(0)?, row.int(1)? as u16), row.id(2)?)))
+            .map(|row| {
+                Ok(Position {
+                    identity: row.id(0)?,
+                    journal: row.int(1)? as u16,
+                    seq: row.id(2)?,
+                })
+            })
             .collect()
     }
 
@@ -307,7 +309,9 @@ impl<'q> PageStatement<'q> {
         let filter = cut(
             (
                 query.start_ms.map_or(0, |ms| Id::at(ms.min(LAST_MS)).0),
-                query.end_ms.map_or(u64::MAX, |ms| Id::at(ms.min(LAST_MS) + 1).0 - 1),
+                query
+                    .end_ms
+                    .map_or(u64::MAX, |ms| Id::at(ms.min(LAST_MS) + 1).0 - 1),
             ),
             query.after_id,
             query.before_id,
@@ -329,7 +333,7 @@ impl<'q> PageStatement<'q> {
         } else {
             text += "0, 0";
         }
-        text += ", NULL, NULL UNION ALL SELECT * FROM (SELECT 1 AS part, id, meta, 0 AS nothing, peer, stanza FROM ";
+        text += ", NULL, NULL UNION ALL SELECT * FROM (SELECT 1 AS part, id, meta, 0 AS unused, peer, stanza FROM ";
         text += statements::archive(self.dialect);
         text += &self.matches(page);
         text += match query.backwards {

@@ -31,7 +31,8 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS _sqlx_migrations (
     execution_time BIGINT NOT NULL
 )";
 const APPLIED: &str = "SELECT version, checksum FROM _sqlx_migrations ORDER BY version";
-const APPLY: &str = "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
+const APPLY: &str =
+    "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
     VALUES (?, ?, 1, ?, ?)";
 
 /// Why the schema is not as it should be.
