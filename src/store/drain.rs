@@ -12,7 +12,7 @@
 //! - a record that the database refuses is found by halving its batch, put aside (`quarantine`) and counted, and the
 //!   drain goes on. Every statement has a deadline, every wait a bound.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -22,7 +22,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::change::ArchivedChange;
-use super::sql::{Ahead, Counters, Entry, Sql, SqlError, Trouble};
+use super::sql::{Ahead, Counters, Entry, Position, Sql, SqlError, Trouble};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -270,10 +270,9 @@ impl Drain {
         let feed = &self.feeds[at.feed];
         let record = &feed.chunks[at.chunk].records[at.record];
         let payload = &feed.chunks[at.chunk].bytes[record.place.clone()];
-        let journal = (feed.source.identity(), feed.source.journal());
-        sql.quarantine(journal, record.seq, payload, &error.text)
-            .await?;
-        tracing::error!(journal = journal.1, seq = record.seq, bytes = payload.len(), reason = %error,
+        let position = feed.position(record.seq);
+        sql.quarantine(position, payload, &error.text).await?;
+        tracing::error!(journal = position.journal, seq = record.seq, bytes = payload.len(), reason = %error,
             "the database refuses a record of the journal; it is kept in its table `quarantine`");
         self.counters.quarantined.fetch_add(1, Relaxed);
         self.batch_max = (self.batch_max * 2).min(self.config.records_max);
@@ -304,11 +303,10 @@ impl Drain {
     }
 
     /// Goes on from the positions that the database has.
-    fn go_on_from(&mut self, positions: &[((u64, u16), u64)]) {
-        let positions: HashMap<(u64, u16), u64> = positions.iter().copied().collect();
+    fn go_on_from(&mut self, positions: &[Position]) {
         for feed in &mut self.feeds {
-            let journal = (feed.source.identity(), feed.source.journal());
-            let seq = positions.get(&journal).copied().unwrap_or(0);
+            let own = |one: &&Position| **one == feed.position(one.seq);
+            let seq = positions.iter().find(own).map_or(0, |one| one.seq);
             if feed.drained.is_none_or(|drained| drained < seq) {
                 feed.drained = Some(seq);
                 feed.drop_up_to(seq);
@@ -406,8 +404,7 @@ impl Drain {
         let record = &chunk.records[at.record];
         let payload = &chunk.bytes[record.place.clone()];
         Some(Entry {
-            journal: (feed.source.identity(), feed.source.journal()),
-            seq: record.seq,
+            at: feed.position(record.seq),
             change: ArchivedChange::access(payload).ok()?,
         })
     }
@@ -484,6 +481,14 @@ impl Feed {
             order: 0,
             chunks: VecDeque::new(),
             failed: false,
+        }
+    }
+
+    fn position(&self, seq: u64) -> Position {
+        Position {
+            identity: self.source.identity(),
+            journal: self.source.journal(),
+            seq,
         }
     }
 

@@ -4,7 +4,7 @@
 //! durable. Never beside a running server, and never before its journals were drained: its caches would not know, and
 //! what a journal still holds is older than what is written here.
 
-use super::{Applied, Database, SetUpError, Sql, SqlError, UserChange, UserOp};
+use super::{Applied, Database, Position, SetUpError, Sql, SqlError, UserChange, UserOp};
 pub use super::{KeyShape, Listed};
 use crate::store::change::Id;
 use crate::store::record::Record;
@@ -158,8 +158,8 @@ impl Store {
         self.wait(async |sql| sql.key_shapes().await)
     }
 
-    /// Up to where each journal (identity, number) is in the database: where its replay for the drain goes on.
-    pub fn positions(&mut self) -> Result<Vec<((u64, u16), u64)>, String> {
+    /// Up to where each journal is in the database: the drain goes on behind it.
+    pub fn positions(&mut self) -> Result<Vec<Position>, String> {
         self.wait(async |sql| sql.positions().await)
     }
 

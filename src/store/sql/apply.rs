@@ -28,10 +28,19 @@ const KNOWN_MAX: usize = 100_000;
 /// One record of a journal.
 #[derive(Clone, Copy)]
 pub struct Entry<'a> {
-    /// The journal: its identity, which tells it from one that began anew in its place, and its number.
-    pub journal: (u64, u16),
-    pub seq: u64,
+    pub at: Position,
     pub change: &'a ArchivedChange<'static>,
+}
+
+/// A place in a journal.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Position {
+    /// Tells the journal from one that began anew in its place.
+    pub identity: u64,
+    /// The journal's number.
+    pub journal: u16,
+    /// The record's number.
+    pub seq: u64,
 }
 
 /// Marks that are durable in a journal and follow later.
@@ -124,8 +133,7 @@ impl Sql {
     /// Puts a record aside that the database refuses, with its journal's position.
     pub async fn quarantine(
         &mut self,
-        (identity, journal): (u64, u16),
-        seq: u64,
+        at: Position,
         payload: &[u8],
         reason: &str,
     ) -> Result<(), SqlError> {
@@ -139,9 +147,9 @@ impl Sql {
             sql.conn
                 .run_for(&statements::PUT_QUARANTINE, &parts, |values, (n, part)| {
                     values.extend([
-                        Value::Int(identity as i64),
-                        Value::Int(i64::from(journal)),
-                        Value::from(seq),
+                        Value::Int(at.identity as i64),
+                        Value::Int(i64::from(at.journal)),
+                        Value::from(at.seq),
                         Value::Int(*n as i64),
                         Value::from(now),
                         Value::Text(reason),
@@ -149,7 +157,7 @@ impl Sql {
                     ]);
                 })
                 .await?;
-            sql.put_positions(&[((identity, journal), seq)]).await
+            sql.put_positions(&[at]).await
         })
         .await
     }
@@ -352,14 +360,13 @@ impl Sql {
         Ok(outcome)
     }
 
-    async fn put_positions(&mut self, positions: &[((u64, u16), u64)]) -> Result<(), SqlError> {
+    async fn put_positions(&mut self, positions: &[Position]) -> Result<(), SqlError> {
         self.conn
             .run_for(&statements::PUT_DRAINED, positions, |values, row| {
-                let ((identity, journal), seq) = *row;
                 values.extend([
-                    Value::Int(identity as i64),
-                    Value::Int(i64::from(journal)),
-                    Value::from(seq),
+                    Value::Int(row.identity as i64),
+                    Value::Int(i64::from(row.journal)),
+                    Value::from(row.seq),
                 ]);
             })
             .await
@@ -510,7 +517,7 @@ struct Plan<'a> {
     dropped_rows: Vec<u64>,
     pending_rows: Vec<u64>,
     never_written: Vec<u64>,
-    positions: Vec<((u64, u16), u64)>,
+    positions: Vec<Position>,
 }
 
 struct Planned<'a> {
@@ -523,13 +530,14 @@ impl<'a> Plan<'a> {
     fn of(entries: &[Entry<'a>], ahead: &Ahead) -> Plan<'a> {
         let mut plan = Plan::default();
         for entry in entries {
-            match plan
+            let at = entry.at;
+            let known = plan
                 .positions
                 .iter_mut()
-                .find(|(journal, _)| *journal == entry.journal)
-            {
-                Some((_, seq)) => *seq = entry.seq,
-                None => plan.positions.push((entry.journal, entry.seq)),
+                .find(|one| (one.identity, one.journal) == (at.identity, at.journal));
+            match known {
+                Some(known) => known.seq = at.seq,
+                None => plan.positions.push(at),
             }
             plan.add(entry.change);
         }

@@ -163,7 +163,7 @@ impl Row {
 /// Where a connection leads.
 #[derive(Debug, Clone)]
 pub(super) enum Options {
-    Sqlite(SqliteConnectOptions),
+    Sqlite(Box<SqliteConnectOptions>),
     MySql(Box<MySqlConnectOptions>),
 }
 

@@ -30,7 +30,7 @@ mod read;
 mod schema;
 mod statements;
 
-pub use apply::{Ahead, Applied, Entry, Outcome, UserChange, UserOp};
+pub use apply::{Ahead, Applied, Entry, Outcome, Position, UserChange, UserOp};
 pub use connection::{SqlError, Trouble};
 pub use read::{Found, KeyShape, Listed};
 
@@ -73,7 +73,9 @@ impl Database {
 
     fn options(&self, page_cache_bytes: usize) -> Options {
         match self {
-            Database::Sqlite(path) => Options::Sqlite(sqlite_options(path, page_cache_bytes)),
+            Database::Sqlite(path) => {
+                Options::Sqlite(Box::new(sqlite_options(path, page_cache_bytes)))
+            }
             Database::MySql(options) => Options::MySql(Box::new(
                 (**options)
                     .clone()

@@ -5,7 +5,7 @@ use sqlx::AssertSqlSafe;
 
 use super::connection::{Dialect, Row, SqlError, Value};
 use super::statements::{self, ASK_MAX};
-use super::{Sql, peer_key, split_jid};
+use super::{Position, Sql, peer_key, split_jid};
 use crate::store::change::Id;
 use crate::store::record::{Record, RecordError};
 use crate::store::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending};
@@ -160,11 +160,17 @@ impl Sql {
         Ok(page)
     }
 
-    /// Up to where each journal (its identity and number) is applied.
-    pub async fn positions(&mut self) -> Result<Vec<((u64, u16), u64)>, SqlError> {
+    /// Up to where each journal is applied.
+    pub async fn positions(&mut self) -> Result<Vec<Position>, SqlError> {
         let rows = self.conn.ask(statements::POSITIONS, &[]).await?;
         rows.iter()
-            .map(|row| Ok(((row.id(0)?, row.int(1)? as u16), row.id(2)?)))
+            .map(|row| {
+                Ok(Position {
+                    identity: row.id(0)?,
+                    journal: row.int(1)? as u16,
+                    seq: row.id(2)?,
+                })
+            })
             .collect()
     }
 
@@ -333,7 +339,7 @@ impl<'q> PageStatement<'q> {
         } else {
             text += "0, 0";
         }
-        text += ", NULL, NULL UNION ALL SELECT * FROM (SELECT 1 AS part, id, meta, 0 AS nothing, peer, stanza FROM ";
+        text += ", NULL, NULL UNION ALL SELECT * FROM (SELECT 1 AS part, id, meta, 0 AS unused, peer, stanza FROM ";
         text += statements::archive(self.dialect);
         text += &self.matches(page);
         text += match query.backwards {

@@ -16,9 +16,12 @@ const ROW_SIZES: [usize; 5] = [1, 3, 10, 30, ROWS_MAX];
 pub(super) struct Statement {
     write: fn(Dialect, usize) -> String,
     /// By dialect and size.
-    texts: [OnceLock<Box<[(usize, String)]>>; 2],
+    texts: [OnceLock<Texts>; 2],
     sizes: &'static [usize],
 }
+
+/// One for each size.
+type Texts = Box<[(usize, String)]>;
 
 impl Statement {
     const fn ask(write: fn(Dialect, usize) -> String) -> Statement {
@@ -279,7 +282,7 @@ pub(super) static DROP_USERS: Statement =
     Statement::change(|_, n| format!("DELETE FROM users WHERE id IN ({})", marks(n)));
 
 pub(super) static PUT_PURGE: Statement =
-    Statement::change(|dialect, n| insert_once(dialect, "purge", "owner", "owner", n));
+    Statement::change(|dialect, n| insert_once(dialect, "gone", "owner", "owner", n));
 
 pub(super) static PUT_REMOVED: Statement = Statement::change(|dialect, n| {
     upsert(
@@ -367,7 +370,7 @@ pub(super) const LIST: &str = "SELECT name, created_at, updated_at, disabled FRO
     WHERE name >= ? AND name < ? AND name > ? ORDER BY name LIMIT ?";
 pub(super) const QUARANTINED: &str = "SELECT count(*) FROM quarantine WHERE part = 0";
 
-pub(super) const TO_PURGE: &str = "SELECT owner FROM purge LIMIT 1";
+pub(super) const TO_PURGE: &str = "SELECT owner FROM gone LIMIT 1";
 /// Those of one owner, 1,000 at a time.
 pub(super) fn purge_archive(dialect: Dialect) -> &'static str {
     match dialect {
@@ -381,5 +384,5 @@ pub(super) const PURGE_REST: [&str; 4] = [
     "DELETE FROM pending WHERE owner = ?",
     "DELETE FROM documents WHERE owner = ?",
     "DELETE FROM last_activities WHERE owner = ?",
-    "DELETE FROM purge WHERE owner = ?",
+    "DELETE FROM gone WHERE owner = ?",
 ];

@@ -42,8 +42,9 @@ CREATE TABLE pending (
 ) STRICT;
 CREATE INDEX pending_owner ON pending (owner, id);
 
--- Their ids were the shards' counters, those of one user ascend: they stay far below every id made from a clock.
-INSERT INTO pending SELECT seq, user, 10, stanza FROM offline ORDER BY user, id;
+-- Their ids were unique for one user only; the new ones keep the order and are far below every id made from a clock.
+-- 10: pending, received.
+INSERT INTO pending SELECT row_number() OVER (ORDER BY user, id), user, 10, stanza FROM offline ORDER BY user, id;
 
 -- An empty value was removed, at this revision.
 CREATE TABLE documents (
@@ -71,7 +72,7 @@ CREATE TABLE removed (
 ) STRICT;
 
 -- Numbers of accounts that are gone, whose rows are deleted little by little.
-CREATE TABLE purge (
+CREATE TABLE gone (
     owner INTEGER PRIMARY KEY
 ) STRICT;
 

@@ -1,0 +1,142 @@
+//! Migrations.
+
+use super::*;
+use crate::store::tier;
+
+#[test]
+fn what_the_first_schema_held_is_kept() {
+    let place = sqlite();
+    let Database::Sqlite(path) = &place.database else {
+        unreachable!()
+    };
+    let mut old = crate::store::admin::Store::open(path).unwrap();
+    let mut ops = Vec::new();
+    for n in 0..3_usize {
+        let name: Box<str> = format!("trader{n}").into();
+        ops.push(tier::Op::AddUser {
+            name: name.clone(),
+            record: record(n),
+        });
+        for id in [7, 3, 5] {
+            let stanza = format!("<message id='{n}-{id}'/>").into_bytes().into();
+            let name = name.clone();
+            ops.push(tier::Op::PutOffline { name, id, stanza });
+        }
+        ops.push(tier::Op::PutDocument {
+            name: name.clone(),
+            key: "vcard".into(),
+            value: Some(vec![n as u8; 3].into()),
+        });
+        ops.push(tier::Op::PutLast {
+            name,
+            at: 77,
+            status: "bye".into(),
+        });
+    }
+    assert!(old.apply(&ops).unwrap().iter().all(Result::is_ok));
+    drop(old);
+    run(async {
+        let mut sql = open(&place).await;
+        for n in 0..3_usize {
+            let name = format!("trader{n}");
+            let loaded = load(&mut sql, &name).await.unwrap();
+            assert_eq!(loaded.record, record(n));
+            assert_eq!(loaded.last.unwrap().at, 77);
+            let stanzas: Vec<_> = loaded
+                .pending
+                .iter()
+                .map(|one| String::from_utf8_lossy(&one.stanza).into_owned())
+                .collect();
+            assert_eq!(
+                stanzas,
+                [3, 5, 7].map(|id| format!("<message id='{n}-{id}'/>"))
+            );
+            let ids: Vec<u64> = loaded.pending.iter().map(|one| one.id).collect();
+            let what = loaded.pending[0].what;
+            assert_eq!(what, Message::PENDING | Message::RECEIVED);
+            let marks = Change::Marks(Marks {
+                done: &ids,
+                ..Marks::default()
+            });
+            apply(&mut sql, &[marks]).await.unwrap();
+            assert!(load(&mut sql, &name).await.unwrap().pending.is_empty());
+            let vcard = sql.documents(&[(&name, "vcard")]).await.unwrap();
+            assert_eq!(vcard, [Some(vec![n as u8; 3].into())]);
+        }
+        let put = record(9);
+        let change = Change::PutUser {
+            name: "trader1",
+            revision: 1,
+            record: put.bytes(),
+        };
+        apply(&mut sql, &[change]).await.unwrap();
+        assert_eq!(load(&mut sql, "trader1").await.unwrap().record, put);
+    });
+}
+
+#[test]
+fn a_newer_schema_is_refused_with_a_sentence() {
+    for place in places() {
+        run(async {
+            let mut sql = open(&place).await;
+            sql.conn
+                .batch("INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time) VALUES (9999, 'later', 1, 'x', 0)")
+                .await
+                .unwrap();
+        });
+        let sentence = Bench::try_with(&place.database, vec![], |_| {})
+            .err()
+            .unwrap();
+        assert!(
+            sentence.contains("schema 9999") && sentence.contains("newer nitro"),
+            "{sentence}"
+        );
+    }
+}
+
+#[test]
+fn several_who_migrate_at_once_do_it_once() {
+    for place in places() {
+        let threads: Vec<_> = (0..6)
+            .map(|_| {
+                let database = place.database.clone();
+                std::thread::spawn(move || {
+                    run(async {
+                        Sql::open(&database, 1 << 20, Default::default())
+                            .await
+                            .map(drop)
+                    })
+                })
+            })
+            .collect();
+        for thread in threads {
+            thread.join().unwrap().unwrap();
+        }
+        run(async {
+            let mut sql = open(&place).await;
+            assert_eq!(sql.count().await.unwrap(), 0);
+        });
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_server_is_said_in_a_sentence() {
+    let Some(server) = mariadb() else { return };
+    let wrong = |change: &dyn Fn(&str) -> String| {
+        let database = Database::parse(&change(&server.url())).unwrap();
+        Bench::try_with(&database, vec![], |_| {}).err().unwrap()
+    };
+    let sentence = wrong(&|url| url.replace("secret", "guess"));
+    assert!(
+        sentence.contains("Access denied") && !sentence.contains("guess"),
+        "{sentence}"
+    );
+    let sentence = wrong(&|url| url.replace("/nitro?", "/nothing?"));
+    assert!(sentence.contains("nothing"), "{sentence}");
+    server.sql("CREATE DATABASE readable; GRANT SELECT ON readable.* TO 'nitro'@'localhost'");
+    let sentence = wrong(&|url| url.replace("/nitro?", "/readable?"));
+    assert!(
+        sentence.contains("denied") && sentence.contains("schema"),
+        "{sentence}"
+    );
+}
