@@ -8,10 +8,12 @@ pub mod cache;
 pub mod change;
 pub mod lane;
 pub mod record;
+pub mod redis;
 pub mod ring;
 mod sqlite;
 pub mod tier;
 pub mod tier2;
+pub mod warm;
 
 #[cfg(test)]
 mod tests;
