@@ -19,6 +19,8 @@ pub struct Driver {
     /// Renewals that were asked for and not answered yet.
     pub renewals: VecDeque<(usize, Box<str>)>,
     pub renews: bool,
+    /// How many were answered.
+    pub renewed: u64,
     pub events: VecDeque<Event>,
     sockets: Vec<Option<Box<dyn Stream>>>,
     start: Instant,
@@ -58,6 +60,7 @@ impl Driver {
             generations,
             renewals: VecDeque::new(),
             renews: true,
+            renewed: 0,
             events: VecDeque::new(),
             start: Instant::now(),
         }
@@ -93,12 +96,7 @@ impl Driver {
             self.read(at);
         }
         self.tier.tick(self.now_us());
-        for event in self.tier.events() {
-            match event {
-                Event::Renew { instance, run_id } => self.renewals.push_back((instance, run_id)),
-                other => self.events.push_back(other),
-            }
-        }
+        self.take_events();
         if self.renews {
             self.renew();
         }
@@ -110,12 +108,19 @@ impl Driver {
             let unix_us = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64;
             let generation = self.generations.renew(instance, &run_id, unix_us).unwrap();
             assert!(self.tier.generation(instance, generation));
+            self.renewed += 1;
+            // Asks again if meanwhile another server is there.
+            self.take_events();
         }
-        self.events.extend(
-            self.tier.events().inspect(|event| {
-                assert!(!matches!(event, Event::Renew { .. }), "a new one at once")
-            }),
-        );
+    }
+
+    fn take_events(&mut self) {
+        for event in self.tier.events() {
+            match event {
+                Event::Renew { instance, run_id } => self.renewals.push_back((instance, run_id)),
+                other => self.events.push_back(other),
+            }
+        }
     }
 
     /// Turns until `done` says so.

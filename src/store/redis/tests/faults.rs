@@ -387,6 +387,26 @@ fn a_removed_user_does_not_come_back_with_a_hung_instance() {
 }
 
 #[test]
+fn an_offer_that_nobody_confirmed_is_a_missed_write() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let mut driver = one(&server, folder.path());
+    assert!(store(&mut driver, "bob", 1, "x"));
+    let renewals = driver.tier.counters(0).renewals.get();
+    server.stop();
+    let now_us = driver.now_us();
+    driver.tier.offer("alice", 1, b"x", Keep::Long, now_us);
+    driver.until("the breaker opens", |driver| state(driver) == State::Open);
+    assert_eq!(driver.tier.counters(0).renewals.get(), renewals + 1);
+    // What was not even sent cannot come late.
+    let now_us = driver.now_us();
+    driver.tier.offer("alice", 1, b"x", Keep::Long, now_us);
+    assert_eq!(driver.tier.counters(0).renewals.get(), renewals + 1);
+    server.go_on();
+    driver.until("the instance is used", usable);
+    assert_eq!(load(&mut driver, "alice"), missed("alice"));
+}
+
+#[test]
 fn a_flushed_instance_misses_and_is_filled_again() {
     let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
     let mut driver = one(&server, folder.path());

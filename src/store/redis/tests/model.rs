@@ -252,10 +252,7 @@ impl Owner<'_> {
                 other => panic!("{other:?}"),
             }
         }
-        self.seen.renewals += (0..driver.tier.instances())
-            .map(|at| driver.tier.counters(at).renewals.get())
-            .sum::<u64>()
-            .min(1);
+        self.seen.renewals += std::mem::take(&mut driver.renewed);
     }
 
     fn asked(&mut self, name: &str) -> u64 {
