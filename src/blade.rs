@@ -28,7 +28,7 @@ use crate::store::journal::{self, Journals, State, disk::Folder};
 use crate::store::overlay::Position;
 use crate::store::recovery::{Found, Recovery};
 use crate::store::ring::Ring;
-use crate::store::sql::Database;
+use crate::store::sql::{self, Database};
 use crate::store::sql::admin::Store;
 use crate::store::sql::lane::{AnswerSink, Lane, LaneConfig};
 use crate::store::tier::Ticket;
@@ -327,7 +327,7 @@ fn secret(dir: &Path) -> Result<[u8; 32], String> {
 fn recover(
     journals: &Journals,
     ring: &Ring,
-    positions: Option<&[((u64, u16), u64)]>,
+    positions: Option<&[sql::Position]>,
 ) -> Result<(Vec<Found>, crate::store::change::Id), String> {
     let drained = journals
         .found()
@@ -349,15 +349,15 @@ fn recover(
 }
 
 /// Up to where the database has a journal; where it cannot be asked, all that is on disk counts as new.
-fn drained_of(journals: &Journals, shard: u16, positions: Option<&[((u64, u16), u64)]>) -> u64 {
+fn drained_of(journals: &Journals, shard: u16, positions: Option<&[sql::Position]>) -> u64 {
     let found = journals.found().iter().find(|found| found.shard == shard);
     let Some(found) = found else { return 0 };
     match positions {
         None => found.first_seq - 1,
         Some(positions) => positions
             .iter()
-            .find(|(journal, _)| *journal == (found.identity, shard))
-            .map_or(0, |(_, seq)| *seq),
+            .find(|at| at.identity == found.identity && at.journal == shard)
+            .map_or(0, |at| at.seq),
     }
 }
 

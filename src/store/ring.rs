@@ -79,7 +79,19 @@ impl Ring {
     /// Index of the member that owns `key`.
     #[inline]
     pub fn owner(&self, key: &str) -> usize {
-        usize::from(self.slots[(hash(key) >> (64 - SLOT_BITS)) as usize])
+        self.slot_owner(Ring::slot(key))
+    }
+
+    /// In which of [`SLOTS`] a key lies, whoever the members are.
+    #[inline]
+    pub fn slot(key: &str) -> usize {
+        (hash(key) >> (64 - SLOT_BITS)) as usize
+    }
+
+    /// Index of the member that owns a slot.
+    #[inline]
+    pub fn slot_owner(&self, slot: usize) -> usize {
+        usize::from(self.slots[slot])
     }
 
     /// How many members the ring was made of.

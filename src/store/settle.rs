@@ -55,8 +55,8 @@ pub fn open(
     for ((identity, committed), shard) in wanted.into_iter().zip(shards) {
         let at = reached
             .iter()
-            .find(|(journal, _)| *journal == (identity, shard))
-            .map_or(0, |(_, seq)| *seq);
+            .find(|at| at.identity == identity && at.journal == shard)
+            .map_or(0, |at| at.seq);
         if at < committed {
             return Err(format!(
                 "the journal of shard {shard} could not be carried over into the database (it has {at} of {committed} \

@@ -15,6 +15,13 @@ use super::connection::{Connection, Dialect, SqlError, Trouble, Value};
 static SQLITE: Migrator = sqlx::migrate!("src/store/sql/migrations/sqlite");
 static MYSQL: Migrator = sqlx::migrate!("src/store/sql/migrations/mysql");
 
+/// The schema of the first release.
+#[cfg(test)]
+pub(super) fn first_of_sqlite() -> Migrator {
+    let first = SQLITE.iter().take(1).cloned().collect();
+    Migrator::with_migrations(first)
+}
+
 /// How long another process may take that migrates at the same time.
 const OTHERS_MAX: Duration = Duration::from_secs(60);
 /// How long one migration may take; large tables are copied.

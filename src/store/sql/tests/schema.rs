@@ -1,7 +1,6 @@
 //! Migrations.
 
 use super::*;
-use crate::store::tier;
 
 #[test]
 fn what_the_first_schema_held_is_kept() {
@@ -9,32 +8,35 @@ fn what_the_first_schema_held_is_kept() {
     let Database::Sqlite(path) = &place.database else {
         unreachable!()
     };
-    let mut old = crate::store::admin::Store::open(path).unwrap();
-    let mut ops = Vec::new();
-    for n in 0..3_usize {
-        let name: Box<str> = format!("trader{n}").into();
-        ops.push(tier::Op::AddUser {
-            name: name.clone(),
-            record: record(n),
-        });
-        for id in [7, 3, 5] {
-            let stanza = format!("<message id='{n}-{id}'/>").into_bytes().into();
-            let name = name.clone();
-            ops.push(tier::Op::PutOffline { name, id, stanza });
+    run(async {
+        use sqlx::Connection as _;
+        let options = sqlx::sqlite::SqliteConnectOptions::new()
+            .filename(path)
+            .create_if_missing(true);
+        let mut old = sqlx::SqliteConnection::connect_with(&options).await.unwrap();
+        crate::store::sql::schema::first_of_sqlite()
+            .run(&mut old)
+            .await
+            .unwrap();
+        for n in 0..3_i64 {
+            let user = "INSERT INTO users (id, name, created_at, updated_at, disabled, record) VALUES (?, ?, 1, 1, 0, ?)";
+            let record = record(n as usize);
+            let user = sqlx::query(user).bind(n).bind(format!("trader{n}"));
+            user.bind(record.bytes()).execute(&mut old).await.unwrap();
+            for id in [7, 3, 5] {
+                let stanza = format!("<message id='{n}-{id}'/>").into_bytes();
+                let row = sqlx::query("INSERT INTO offline (user, id, stanza) VALUES (?, ?, ?)");
+                let row = row.bind(n).bind(id).bind(stanza);
+                row.execute(&mut old).await.unwrap();
+            }
+            let row = sqlx::query("INSERT INTO document (user, key, value) VALUES (?, 'vcard', ?)");
+            let row = row.bind(n).bind(vec![n as u8; 3]);
+            row.execute(&mut old).await.unwrap();
+            let row = sqlx::query("INSERT INTO last_activity VALUES (?, 77, 'bye')");
+            row.bind(n).execute(&mut old).await.unwrap();
         }
-        ops.push(tier::Op::PutDocument {
-            name: name.clone(),
-            key: "vcard".into(),
-            value: Some(vec![n as u8; 3].into()),
-        });
-        ops.push(tier::Op::PutLast {
-            name,
-            at: 77,
-            status: "bye".into(),
-        });
-    }
-    assert!(old.apply(&ops).unwrap().iter().all(Result::is_ok));
-    drop(old);
+        old.close().await.unwrap();
+    });
     run(async {
         let mut sql = open(&place).await;
         for n in 0..3_usize {
