@@ -68,6 +68,8 @@ pub enum Act {
         item: Item,
         then: Then,
     },
+    /// The journal knows so many stanzas of a session.
+    Counted { session: SessionId, count: u32 },
     /// Deliveries of the user's that a client took.
     Done(Vec<u64>),
     Dropped(Vec<u64>),

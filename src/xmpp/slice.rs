@@ -648,8 +648,8 @@ impl Slice {
             left = kept.take_all();
         }
         if let Some(mut sm) = session.sm.take() {
-            if sm.resume_ms > 0 && sm.durable > 0 {
-                self.remember_count(&sm.id, sm.durable);
+            if sm.resume_ms > 0 {
+                self.remember_count(&sm.id, session.accept.h());
             }
             left.extend(sm.unacknowledged());
         }
@@ -1254,6 +1254,7 @@ impl Slice {
                 then(self, Ok(()));
                 self.users.unpin(&user);
             }
+            Act::Counted { session, count } => feature::sm::counted(self, session, count),
             Act::Done(ids) => {
                 for id in ids {
                     self.overlay.add(at, &user, Undrained::Done(id));
@@ -1269,11 +1270,8 @@ impl Slice {
 
     /// A stanza of a session is in its owner's journal.
     fn count(&mut self, receipt: Receipt) {
-        if receipt.shard == self.env.shard
-            && let Some(session) = self.sessions.get_mut(receipt.session)
-            && let Some(sm) = &mut session.sm
-        {
-            sm.durable = receipt.seq;
+        if receipt.shard == self.env.shard {
+            feature::sm::counted(self, receipt.session, receipt.seq);
         }
     }
 

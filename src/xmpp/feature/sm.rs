@@ -7,8 +7,12 @@ use smallvec::SmallVec;
 
 use super::{Feature, NONE, NonzaRoute, offline};
 use crate::xml::view::View;
+use crate::store::change::StreamCount;
+use crate::store::recovery::stream_key;
+use crate::xmpp::accept::is_behind;
 use crate::xmpp::error::StreamError;
 use crate::xmpp::jid::Jid;
+use crate::xmpp::ledger::Act;
 use crate::xmpp::message;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::SessionId;
@@ -63,8 +67,10 @@ pub struct Sm {
     kept: Kept,
     /// An `<r/>` is on its way.
     requested: bool,
-    /// The count of the last stanza of the client's that is in the journal; 0: none.
+    /// The count of the client's stanzas that the journal knows: it outlives a crash. The client is told no more.
     pub durable: u32,
+    /// The count that is on its way there.
+    counting: u32,
 }
 
 impl Sm {
@@ -77,6 +83,7 @@ impl Sm {
             kept: Kept::default(),
             requested: false,
             durable: 0,
+            counting: 0,
         }
     }
 
@@ -242,12 +249,65 @@ pub fn answer_asked(slice: &mut Slice, sid: SessionId) {
     let Some(session) = slice.sessions.get_mut(sid) else {
         return;
     };
-    while let Some(h) = session.accept.answer() {
+    while let Some((asked, h)) = session.accept.due() {
+        let Some(sm) = &mut session.sm else { return };
+        // who cannot resume has no use for a count after a crash
+        let h = match sm.resume_ms {
+            0 => h,
+            _ if is_behind(sm.durable, asked) => return count(slice, sid),
+            _ if is_behind(sm.durable, h) => sm.durable,
+            _ => h,
+        };
+        session.accept.answered();
         if session.link.is_some() {
             push_ack(h, &mut session.out);
         }
     }
     slice.touched(sid);
+}
+
+/// Has the count of decided stanzas journalled, when those themselves are not (presence, requests).
+fn count(slice: &mut Slice, sid: SessionId) {
+    let ms = slice.now.ms;
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
+    let h = session.accept.h();
+    let Some(sm) = session.sm.as_mut().filter(|sm| is_behind(sm.counting, h)) else {
+        return;
+    };
+    sm.counting = h;
+    let count = StreamCount {
+        stream: stream_key(&sm.id),
+        count: h,
+    };
+    let user = session.user.clone();
+    slice.ledger.count([count].into_iter(), ms);
+    let act = Act::Counted {
+        session: sid,
+        count: h,
+    };
+    slice.ledger.queue(&user, act);
+}
+
+/// The journal knows so many stanzas of the session.
+pub fn counted(slice: &mut Slice, sid: SessionId, count: u32) {
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
+    if let Some(sm) = &mut session.sm {
+        if is_behind(sm.durable, count) {
+            sm.durable = count;
+        }
+        if is_behind(sm.counting, count) {
+            sm.counting = count;
+        }
+    }
+    if session.settling {
+        let name = session.user.clone();
+        slice.fx.loaded.push(name);
+    }
+    answer_asked(slice, sid);
 }
 
 fn push_ack(h: u32, out: &mut Vec<u8>) {
@@ -336,7 +396,13 @@ pub fn is_settling(slice: &mut Slice, sid: SessionId) -> bool {
     let Some(session) = slice.sessions.get_mut(sid) else {
         return false;
     };
-    session.settling = session.accept.waiting() > 0;
+    let h = session.accept.h();
+    let durable = session.sm.as_ref().is_none_or(|sm| !is_behind(sm.durable, h));
+    session.settling = session.accept.waiting() > 0 || !durable;
+    if session.accept.waiting() == 0 && !durable {
+        count(slice, sid);
+        return true;
+    }
     session.settling
 }
 
