@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod cache;
 pub mod change;
+pub mod journal;
 pub mod lane;
 pub mod record;
 pub mod ring;
