@@ -99,7 +99,7 @@ pub(super) fn header(
         }
         Err(why) => return Err(damaged(&why.to_string())),
     };
-    let length = file.len().map_err(io)?;
+    let length = file.bytes().map_err(io)?;
     if length < header.bytes || !super::SEGMENT_BYTES.contains(&header.bytes) {
         return Err(damaged(&format!(
             "it has {length} bytes and should have {}",

@@ -177,7 +177,7 @@ impl Journal {
     ) -> io::Result<bool> {
         let mut table = self.table();
         table.next_spare = table.next_spare.max(number + 1);
-        let good = file.len()? == self.segment_bytes && table.spares.len() < SPARES_MAX;
+        let good = file.bytes()? == self.segment_bytes && table.spares.len() < SPARES_MAX;
         if good {
             let name = name.to_owned();
             table.spares.push(Spare { name, file });

@@ -58,14 +58,15 @@ struct State {
     /// Handles of an earlier life do not work any more.
     life: u64,
     failing: Option<Failing>,
-    pub syncs: u64,
 }
 
-/// A call that always fails.
+/// A call that does not do what it should.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Failing {
     Sync,
     Write,
+    /// A sync does not end until this is over.
+    HeldSync,
 }
 
 #[derive(Default)]
@@ -94,7 +95,6 @@ impl SimDisk {
             calls_left: None,
             life: 0,
             failing: None,
-            syncs: 0,
         })))
     }
 
@@ -118,10 +118,6 @@ impl SimDisk {
 
     pub fn set_failing(&self, failing: Option<Failing>) {
         self.state().failing = failing;
-    }
-
-    pub fn syncs(&self) -> u64 {
-        self.state().syncs
     }
 
     /// Ends a life; what is there afterwards is durable.
@@ -366,11 +362,15 @@ impl DiskFile for SimFile {
 
     fn datasync(&self) -> io::Result<()> {
         let mut state = self.disk.state();
+        while state.failing == Some(Failing::HeldSync) {
+            drop(state);
+            std::thread::yield_now();
+            state = self.disk.state();
+        }
         state.call(self.life)?;
         if state.failing == Some(Failing::Sync) {
             return Err(io::Error::from_raw_os_error(5));
         }
-        state.syncs += 1;
         let inode = &mut state.inodes[self.inode];
         inode.durable.resize(inode.now.len(), 0);
         for (from, to) in std::mem::take(&mut inode.dirty) {
@@ -379,7 +379,7 @@ impl DiskFile for SimFile {
         Ok(())
     }
 
-    fn len(&self) -> io::Result<u64> {
+    fn bytes(&self) -> io::Result<u64> {
         let state = self.disk.state();
         state.runs(self.life)?;
         Ok(state.inodes[self.inode].now.len() as u64)
