@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::io::{self, BufRead as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::{
@@ -15,8 +16,12 @@ use clap::{
 };
 
 use crate::admin::client::Accounts;
+use crate::admin::lock::DataLock;
 use crate::admin::{AdminReply, AdminRequest, Existing, Keys, LIST_MAX, SessionLine, UserDetail};
 use crate::config::Config;
+use crate::store::change::ArchivedChange;
+use crate::store::journal::disk::{Disk, Folder};
+use crate::store::journal::repair;
 use crate::store::record::ScramKeys;
 use crate::user_import::{self, Sources};
 use crate::xmpp::{jid, sasl};
@@ -51,6 +56,9 @@ enum Command {
     /// Look at the sessions of the running server, or end them.
     #[command(subcommand, after_help = "Example:\n  nitro session list alice")]
     Session(Session),
+    /// Look at the journals of a stopped server, or mend them.
+    #[command(subcommand, after_help = "Example:\n  nitro journal verify")]
+    Journal(Journal),
     /// Check the configuration and say what it means.
     #[command(after_help = "Example:\n  nitro check-config --config /etc/nitro.toml")]
     CheckConfig {
@@ -149,6 +157,37 @@ enum Session {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum Journal {
+    /// Read all journals and tell what is damaged; changes nothing.
+    #[command(after_help = "Example:\n  nitro journal verify")]
+    Verify,
+    /// Save what can be saved of damaged journals, and tell what is lost.
+    #[command(
+        after_help = "Example:\n  nitro journal repair --backup /var/backups/nitro-journal-damaged"
+    )]
+    Repair {
+        /// Where copies of the damaged files go; must not exist yet. Default: journal-damaged-TIME in data_dir.
+        #[arg(long, value_name = "FOLDER")]
+        backup: Option<PathBuf>,
+    },
+    /// List the records, one a line, without what they say.
+    #[command(after_help = "Example:\n  nitro journal show --shard 0 --from 4711")]
+    Show {
+        /// Only the journal of this shard.
+        #[arg(long)]
+        shard: Option<u16>,
+        /// Only from this sequence number on.
+        #[arg(
+            long,
+            value_name = "NUMBER",
+            default_value_t = 0,
+            hide_default_value = true
+        )]
+        from: u64,
+    },
+}
+
 #[derive(Debug, clap::Args)]
 struct PasswordArgs {
     /// Read the password from the first line of standard input instead of asking for it.
@@ -202,6 +241,7 @@ pub fn run() -> ExitCode {
                 }
                 Command::User(command) => user(&config, command),
                 Command::Session(command) => session(&config, command),
+                Command::Journal(command) => journal(&config, command),
                 _ => check_config(&config, &options),
             }
         }
@@ -591,6 +631,119 @@ pub(crate) fn unexpected(reply: &AdminReply) -> String {
     format!(
         "the running nitro is of another release (it answered {reply:?}); use its own nitro command"
     )
+}
+
+fn journal(config: &Config, command: Journal) -> Result<(), String> {
+    let path = config.data_dir.join("journal");
+    if !path.is_dir() {
+        return Err(format!(
+            "{}: there is no journal; is data_dir right?",
+            path.display()
+        ));
+    }
+    let _lock = DataLock::acquire(&config.data_dir)?;
+    let disk: Arc<dyn Disk> = Arc::new(Folder::existing(&path)?);
+    let verified = || repair::verify(&disk).map_err(|e| e.to_string());
+    match command {
+        Journal::Verify => {
+            let report = verified()?;
+            print(&report.to_string())?;
+            match report.is_good() {
+                true => print("all journals are good\n"),
+                false => Err("save what can be saved with: nitro journal repair".into()),
+            }
+        }
+        Journal::Repair { backup } => {
+            if verified()?.is_good() {
+                return print("all journals are good, nothing was changed\n");
+            }
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let named = format!("journal-damaged-{}", now.unwrap_or_default().as_secs());
+            let backup = backup.unwrap_or_else(|| config.data_dir.join(named));
+            if backup.exists() {
+                return Err(format!(
+                    "{}: is there already; give another folder with --backup",
+                    backup.display()
+                ));
+            }
+            let copies = Folder::open(&backup)?;
+            let report = repair::repair(&disk, &copies).map_err(|e| e.to_string())?;
+            print(&format!(
+                "{report}repaired; the damaged files as they were are in {}\n",
+                backup.display()
+            ))
+        }
+        Journal::Show { shard, from } => {
+            let mut lines = String::new();
+            let mut printed = Ok(());
+            repair::show(&disk, |of, seq, change| {
+                if printed.is_ok() && seq >= from && shard.is_none_or(|shard| shard == of) {
+                    lines += &change_text(of, seq, change);
+                    if lines.len() > 64 << 10 {
+                        printed = print(&lines);
+                        lines.clear();
+                    }
+                }
+            })
+            .map_err(|e| e.to_string())?;
+            printed.and_then(|()| print(&lines))
+        }
+    }
+}
+
+/// What a change is about, never what it says.
+fn change_text(shard: u16, seq: u64, change: &ArchivedChange) -> String {
+    use crate::store::change::Message;
+    let revision = |kind: &str, name: &str, revision: u64| format!("{kind} {name} {revision}");
+    let text = match change {
+        ArchivedChange::Message(message) => {
+            let names = [
+                (Message::ARCHIVE, "archive"),
+                (Message::PENDING, "pending"),
+                (Message::SENT, "sent"),
+                (Message::RECEIVED, "received"),
+                (Message::UNDECIDED, "undecided"),
+            ];
+            let what = names.iter().filter(|(bit, _)| message.what & bit != 0);
+            let what: Vec<_> = what.map(|(_, name)| *name).collect();
+            format!(
+                "message {} {} {} twin {}, {} bytes",
+                message.owner,
+                message.id,
+                what.join("+"),
+                message.twin,
+                message.stanza.len()
+            )
+        }
+        ArchivedChange::AddUser {
+            name, revision: r, ..
+        } => revision("add-user", name, r.to_native()),
+        ArchivedChange::PutUser {
+            name, revision: r, ..
+        } => revision("put-user", name, r.to_native()),
+        ArchivedChange::RemoveUser { name, revision: r } => {
+            revision("remove-user", name, r.to_native())
+        }
+        ArchivedChange::PutDocument {
+            name,
+            revision: r,
+            key,
+            ..
+        } => {
+            format!("{} {key:?}", revision("put-document", name, r.to_native()))
+        }
+        ArchivedChange::PutLast {
+            name, revision: r, ..
+        } => revision("put-last", name, r.to_native()),
+        ArchivedChange::Marks(marks) => format!(
+            "marks, {} done, {} dropped, {} settled, {} counts",
+            marks.done.len(),
+            marks.dropped.len(),
+            marks.settled.len(),
+            marks.counts.len()
+        ),
+    };
+    format!("{shard} {seq} {text}\n")
 }
 
 /// Writes to standard output; a reader that has gone (`| head`) is no mistake.

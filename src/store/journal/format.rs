@@ -264,6 +264,16 @@ impl<'a> Records<'a> {
             left: head.records,
         }
     }
+
+    /// Up to `most` records behind a head that cannot be believed.
+    pub fn chain(bytes: &'a [u8], first_seq: u64, most: u32) -> Records<'a> {
+        Records {
+            bytes,
+            at: GROUP_HEAD as usize,
+            seq: first_seq,
+            left: most,
+        }
+    }
 }
 
 impl<'a> Iterator for Records<'a> {

@@ -19,6 +19,7 @@ pub mod disk;
 pub mod format;
 mod group;
 mod reader;
+pub mod repair;
 
 mod scan;
 mod segments;

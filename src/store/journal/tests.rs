@@ -645,3 +645,279 @@ proptest::proptest! {
         }
     }
 }
+
+/// Six groups of three records each in two segments of one journal; where each group begins.
+fn two_segments() -> (SimDisk, Arc<dyn Disk>, Vec<(String, usize)>) {
+    let (sim, disk) = sim();
+    let mut journals = open(disk.clone(), &options(32 << 10)).unwrap();
+    let (journal, mut appender, _) = journals.adopt(0, 0).unwrap();
+    let mut groups = Vec::new();
+    for n in 0..6 {
+        let mut group = Group::new();
+        let slots = [1, 2, 3].map(|m| {
+            let seq = 3 * n + m;
+            group.append(seq, &message(seq, &[seq as u8; 2500]))
+        });
+        while let Err(CommitError::NoSpare) = appender.commit(&mut group) {
+            journal.keep().unwrap();
+        }
+        let committed = Committed {
+            group,
+            took: Duration::ZERO,
+        };
+        let place = committed.place(slots[0]);
+        let generation = journal.table().segments.len();
+        groups.push((
+            format!("00000-{generation:012}.seg"),
+            place.offset as usize - 48,
+        ));
+    }
+    assert_eq!(groups[2].0, SEGMENT);
+    assert_eq!(groups[3], ("00000-000000000002.seg".to_owned(), 4096));
+    (sim, disk, groups)
+}
+
+/// Repairs, and tells what can be replayed then: sequence numbers of messages, each checked.
+fn repaired(disk: &Arc<dyn Disk>) -> (repair::Report, Vec<u64>) {
+    let backup = SimDisk::new(2);
+    let before = repair::verify(disk).unwrap();
+    let report = repair::repair(disk, &backup).unwrap();
+    assert_eq!(
+        before.to_string(),
+        report.to_string(),
+        "verify tells what repair will do"
+    );
+    let copied = backup.list().unwrap().len();
+    let damaged = report
+        .segments
+        .iter()
+        .filter(|s| !s.damage.is_empty())
+        .count();
+    assert_eq!(copied, damaged, "the damaged files are kept");
+    let again = repair::verify(disk).unwrap();
+    assert!(again.is_good(), "{again}");
+    let journals = open(disk.clone(), &options(32 << 10)).unwrap();
+    let mut seqs = Vec::new();
+    let replay = journals.replay(|_, seq, _, change| match change {
+        ArchivedChange::Message(message) => {
+            assert_eq!(*message.stanza, [seq as u8; 2500]);
+            seqs.push(seq);
+        }
+        ArchivedChange::Marks(marks) => assert!(marks.done.is_empty()),
+        _ => panic!("nobody appended this"),
+    });
+    replay.unwrap();
+    (report, seqs)
+}
+
+fn all_but(lost: &[u64]) -> Vec<u64> {
+    (1..=18).filter(|seq| !lost.contains(seq)).collect()
+}
+
+#[test]
+fn a_good_journal_is_not_changed_by_a_repair() {
+    let (_, disk, _) = two_segments();
+    let (report, seqs) = repaired(&disk);
+    assert!(report.is_good());
+    assert_eq!(seqs, all_but(&[]));
+    let mut shown = Vec::new();
+    repair::show(&disk, |shard, seq, _| shown.push((shard, seq))).unwrap();
+    assert_eq!(shown, (1..=18).map(|seq| (0, seq)).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_repair_loses_one_record_for_one_damaged_payload() {
+    for (n, at, lost) in [(0, 100, 1), (1, 3000, 5), (2, 6000, 9), (4, 100, 13)] {
+        let (sim, disk, groups) = two_segments();
+        let (file, begin) = &groups[n];
+        sim.edit(file, |bytes| bytes[begin + at] ^= 1);
+        assert!(matches!(
+            open(disk.clone(), &options(32 << 10)),
+            Err(JournalError::Damaged { .. })
+        ));
+        let (report, seqs) = repaired(&disk);
+        assert_eq!(seqs, all_but(&[lost]), "{report}");
+        assert!(
+            report
+                .to_string()
+                .contains(&format!("; lost records: {lost}\n")),
+            "{report}"
+        );
+    }
+}
+
+#[test]
+fn a_repair_keeps_the_records_of_a_group_whose_head_is_lost() {
+    for (n, lost_from) in [(0, 1), (1, 4), (2, 7), (4, 13)] {
+        let (sim, disk, groups) = two_segments();
+        let (file, begin) = &groups[n];
+        sim.edit(file, |bytes| bytes[*begin..begin + 40].fill(0xff));
+        let (report, seqs) = repaired(&disk);
+        assert_eq!(seqs, all_but(&[]), "{report}");
+        // with its first record it loses where the others begin
+        let (sim, disk, groups) = two_segments();
+        let (file, begin) = &groups[n];
+        sim.edit(file, |bytes| bytes[*begin..begin + 60].fill(0xff));
+        let (report, seqs) = repaired(&disk);
+        let lost = [lost_from, lost_from + 1, lost_from + 2];
+        assert_eq!(seqs, all_but(&lost), "{report}");
+    }
+}
+
+#[test]
+fn a_repair_goes_on_behind_groups_segments_and_headers_that_are_gone() {
+    // two groups, in the middle and up to the end of a segment
+    let (sim, disk, groups) = two_segments();
+    sim.edit(SEGMENT, |bytes| bytes[groups[1].1..].fill(0));
+    let (report, seqs) = repaired(&disk);
+    assert_eq!(seqs, all_but(&[4, 5, 6, 7, 8, 9]), "{report}");
+    // a whole segment
+    let (sim, disk, _) = two_segments();
+    sim.edit(SEGMENT, |bytes| bytes.fill(0));
+    let (report, seqs) = repaired(&disk);
+    assert_eq!(seqs, (10..=18).collect::<Vec<_>>(), "{report}");
+    // only its header
+    let (sim, disk, _) = two_segments();
+    sim.edit(SEGMENT, |bytes| bytes[..4096].fill(0));
+    let (report, seqs) = repaired(&disk);
+    assert_eq!(seqs, all_but(&[]), "{report}");
+    // the second half of a file
+    let (sim, disk, groups) = two_segments();
+    sim.edit(SEGMENT, |bytes| bytes.truncate(groups[2].1));
+    let (report, seqs) = repaired(&disk);
+    assert_eq!(seqs, all_but(&[7, 8, 9]), "{report}");
+    // a segment that is not there at all
+    let (_, disk) = sim_with_segments(4);
+    disk.remove("00000-000000000002.seg").unwrap();
+    let (_, seqs) = {
+        let backup = SimDisk::new(2);
+        let report = repair::repair(&disk, &backup).unwrap();
+        assert!(report.to_string().contains("lost records: 2\n"), "{report}");
+        let journals = open(disk.clone(), &options(64 << 10)).unwrap();
+        let seqs: Vec<_> = replayed(&journals).iter().map(|r| r.1).collect();
+        (report, seqs)
+    };
+    assert_eq!(seqs, [1, 3, 4]);
+    // and it can be written again
+    let mut journals = open(disk, &options(64 << 10)).unwrap();
+    let (journal, mut appender, next_seq) = journals.adopt(0, 0).unwrap();
+    assert_eq!(next_seq, 5);
+    let mut group = Group::new();
+    group.append(5, &message(5, b"on"));
+    appender.commit(&mut group).unwrap();
+    let mut reader = Reader::new(journal, journals.keeper.clone());
+    let (mut bytes, mut records) = (Vec::new(), Vec::new());
+    reader
+        .read_after(0, usize::MAX, &mut bytes, &mut records)
+        .unwrap();
+    let seqs: Vec<_> = records.iter().map(|r| r.0).collect();
+    assert_eq!(seqs, [1, 3, 4, 5]);
+}
+
+fn sim_with_segments(count: u64) -> (SimDisk, Arc<dyn Disk>) {
+    let (sim, disk) = sim();
+    drop(fill(
+        &mut open(disk.clone(), &options(64 << 10)).unwrap(),
+        0,
+        count,
+    ));
+    (sim, disk)
+}
+
+#[test]
+fn a_repair_of_random_damage_always_leads_to_a_journal_that_opens() {
+    for seed in 0..300 {
+        let mut random = super::sim::Random(seed);
+        let (sim, disk, _) = two_segments();
+        for _ in 0..=random.below(3) {
+            let file = [SEGMENT, "00000-000000000002.seg"][random.below(2) as usize];
+            sim.edit(file, |bytes| {
+                let at = random.below(26_000) as usize;
+                let most = [2, 200, 9000][random.below(3) as usize];
+                let end = (at + 1 + random.below(most) as usize).min(bytes.len());
+                bytes[at..end]
+                    .iter_mut()
+                    .for_each(|b| *b ^= random.next() as u8);
+            });
+        }
+        let (report, seqs) = repaired(&disk);
+        assert!(
+            seqs.is_sorted() && seqs.iter().all(|seq| (1..=18).contains(seq)),
+            "{report}"
+        );
+    }
+}
+
+/// `cargo test --release --lib -- --ignored --nocapture cpu_of_a_record`, on the disk of the temporary folder.
+#[test]
+#[ignore = "a measurement"]
+fn cpu_of_a_record() {
+    use rustix::time::{ClockId, clock_gettime};
+    let cpu_us = || {
+        let time = clock_gettime(ClockId::ProcessCPUTime);
+        time.tv_sec as f64 * 1e6 + time.tv_nsec as f64 / 1e3
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let disk: Arc<dyn Disk> = Arc::new(Folder::open(dir.path()).unwrap());
+    let mut journals = open(disk.clone(), &options(64 << 20)).unwrap();
+    let bench = Bench::new(&mut journals, 0, 0);
+    let state = bench.writer.state();
+    let reader = journals.reader(0);
+    until("spares are made", || state.spares() == 2);
+    let mut group = Group::new();
+    // records first, so that every segment in use has been written before
+    for (records, groups) in [
+        (1000, 300),
+        (1, 5_000),
+        (10, 5_000),
+        (100, 2_000),
+        (1000, 500),
+    ] {
+        let (cpu, begin, micros) = (cpu_us(), std::time::Instant::now(), state.commit_us_sum());
+        let mut appending = 0.0;
+        for _ in 0..groups {
+            let before = cpu_us();
+            group.clear();
+            for seq in (bench.writer.next_seq()..).take(records) {
+                group.append(seq, &message(seq, &[b'x'; 300]));
+            }
+            appending += cpu_us() - before;
+            bench.writer.submit(group);
+            group = bench.committed.recv_timeout(PATIENCE).unwrap().group;
+            reader.drained(bench.writer.next_seq() - 1);
+        }
+        let count = (records * groups) as f64;
+        println!(
+            "{records:5} a group: {:7.2} us of CPU a record ({:.2} of it collecting), {:6.0} us a commit, {:8.0} records/s, {} bytes a record, {} segments, {} spares",
+            (cpu_us() - cpu) / count,
+            appending / count,
+            (state.commit_us_sum() - micros) as f64 / groups as f64,
+            count / begin.elapsed().as_secs_f64(),
+            group.bytes() / records,
+            state.segments(),
+            state.spares(),
+        );
+    }
+    // and reading all of it at a start
+    drop((bench, reader, journals));
+    let mut journals = open(disk.clone(), &options(64 << 20)).unwrap();
+    let bench = Bench::new(&mut journals, 0, 0);
+    for _ in 0..400 {
+        group.clear();
+        for seq in (bench.writer.next_seq()..).take(1000) {
+            group.append(seq, &message(seq, &[b'x'; 300]));
+        }
+        bench.writer.submit(group);
+        group = bench.committed.recv_timeout(PATIENCE).unwrap().group;
+    }
+    drop((bench, journals));
+    let begin = std::time::Instant::now();
+    let journals = open(disk, &options(64 << 20)).unwrap();
+    let opened = begin.elapsed();
+    let mut count = 0;
+    journals.replay(|_, _, _, _| count += 1).unwrap();
+    println!(
+        "start: {count} records opened in {opened:?}, replayed in {:?}",
+        begin.elapsed() - opened
+    );
+}
