@@ -22,6 +22,8 @@ pub enum Trouble {
     Full,
     /// This one statement is refused; the connection is well.
     Refused,
+    /// A page of the file cannot be read: what does not need it goes on.
+    Damaged,
     /// The connection or the file is in doubt: connect again.
     Lost,
 }
@@ -65,10 +67,14 @@ impl From<sqlx::Error> for SqlError {
                 let code = error.code().and_then(|code| code.parse::<i32>().ok());
                 (of_sqlite(code.unwrap_or(0)), false)
             }
-            _ => (
-                Trouble::Lost,
-                matches!(error, sqlx::Error::Io(_) | sqlx::Error::Protocol(_)),
-            ),
+            _ => {
+                let unreachable = match &error {
+                    sqlx::Error::Io(error) => error.kind() != std::io::ErrorKind::PermissionDenied,
+                    sqlx::Error::Protocol(_) => true,
+                    _ => false,
+                };
+                (Trouble::Lost, unreachable)
+            }
         };
         SqlError {
             trouble,
@@ -84,8 +90,9 @@ fn of_sqlite(code: i32) -> Trouble {
     match code & 0xff {
         5 | 6 => Trouble::Busy, // BUSY, LOCKED
         13 => Trouble::Full,    // FULL
-        // CORRUPT (a page of the file), TOOBIG, CONSTRAINT, MISMATCH
-        11 | 18 | 19 | 20 => Trouble::Refused,
+        11 => Trouble::Damaged, // CORRUPT
+        // TOOBIG, CONSTRAINT, MISMATCH
+        18..=20 => Trouble::Refused,
         _ => Trouble::Lost,
     }
 }
@@ -390,7 +397,7 @@ impl Connection {
     }
 
     fn judge(&mut self, error: SqlError) -> SqlError {
-        if error.trouble == Trouble::Lost && self.dialect() == Dialect::MySql {
+        if error.trouble == Trouble::Lost {
             self.live = None;
         }
         error
