@@ -371,11 +371,23 @@ impl Connection {
 
     /// After an error. If even that fails, the connection is given up, which rolls back as well.
     pub async fn roll_back(&mut self) {
-        if self.live.is_some() && self.batch("ROLLBACK").await.is_err() {
-            // SQLite may have rolled back by itself and says that there is nothing to roll back.
-            if self.dialect() == Dialect::MySql {
-                self.live = None;
+        let deadline = self.deadline;
+        let done = match &mut self.live {
+            None => return,
+            Some(Live::Sqlite(conn)) => {
+                let rollback = sqlx::raw_sql("ROLLBACK").execute(conn);
+                // It may have rolled back by itself, and then says that there is nothing to roll back.
+                let done = tokio::time::timeout(deadline, rollback).await;
+                done.is_ok()
             }
+            Some(Live::MySql(conn)) => {
+                let rollback = sqlx::raw_sql("ROLLBACK").execute(conn);
+                let done = tokio::time::timeout(deadline, rollback).await;
+                done.is_ok_and(|done| done.is_ok())
+            }
+        };
+        if !done {
+            self.live = None;
         }
     }
 
