@@ -38,6 +38,8 @@ impl Mariadb {
             .tempdir()
             .expect("a temporary folder");
         let log = File::create(folder.path().join("mariadb.log")).expect("the log file");
+        // Servers that share one stumble over each other's temporary tables.
+        fs::create_dir(folder.path().join("tmp")).expect("a folder for temporary tables");
         let status = Command::new(install)
             .args([
                 "--no-defaults",
@@ -48,6 +50,7 @@ impl Mariadb {
                 "--datadir={}",
                 folder.path().join("data").display()
             ))
+            .arg(format!("--tmpdir={}", folder.path().join("tmp").display()))
             .args(as_oneself())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("the log file"))
@@ -100,6 +103,10 @@ impl Mariadb {
             .arg(format!(
                 "--datadir={}",
                 self.folder.path().join("data").display()
+            ))
+            .arg(format!(
+                "--tmpdir={}",
+                self.folder.path().join("tmp").display()
             ))
             .arg(format!("--socket={}", self.socket().display()))
             .arg(format!(

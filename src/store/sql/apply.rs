@@ -241,7 +241,8 @@ impl Sql {
             outcome.skipped += missing.count() as u64;
             outcome.rows += rows;
         }
-        let accounts = self.find(plan.names()).await?;
+        self.get_to_know(plan.names()).await?;
+        let accounts = &self.known.accounts;
         // Nobody, or somebody else of that name.
         let mut owner = |name: &str, id: u64| {
             let found = accounts.get(name).filter(|account| id > account.added);
@@ -373,24 +374,13 @@ impl Sql {
             .map(drop)
     }
 
-    /// The accounts of these names, from memory as far as they are known.
-    async fn find(
-        &mut self,
-        names: FnvHashSet<&str>,
-    ) -> Result<HashMap<Box<str>, Account>, SqlError> {
-        let mut unknown: Vec<&str> = Vec::new();
-        let mut found = HashMap::with_capacity(names.len());
-        for name in names {
-            match self.known.accounts.get(name) {
-                Some(account) => drop(found.insert(name.into(), *account)),
-                None => unknown.push(name),
-            }
-        }
-        for (name, account) in self.ask_accounts(&statements::FIND, &unknown).await? {
-            self.known.accounts.insert(name.clone(), account);
-            found.insert(name, account);
-        }
-        Ok(found)
+    /// Remembers the accounts of these names.
+    async fn get_to_know(&mut self, mut names: FnvHashSet<&str>) -> Result<(), SqlError> {
+        names.retain(|name| !self.known.accounts.contains_key(*name));
+        let unknown: Vec<&str> = names.into_iter().collect();
+        let found = self.ask_accounts(&statements::FIND, &unknown).await?;
+        self.known.accounts.extend(found);
+        Ok(())
     }
 
     async fn ask_accounts(

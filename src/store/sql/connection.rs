@@ -22,6 +22,8 @@ pub enum Trouble {
     Full,
     /// This one statement is refused; the connection is well.
     Refused,
+    /// A page of the file cannot be read: what does not need it goes on.
+    Damaged,
     /// The connection or the file is in doubt: connect again.
     Lost,
 }
@@ -65,10 +67,14 @@ impl From<sqlx::Error> for SqlError {
                 let code = error.code().and_then(|code| code.parse::<i32>().ok());
                 (of_sqlite(code.unwrap_or(0)), false)
             }
-            _ => (
-                Trouble::Lost,
-                matches!(error, sqlx::Error::Io(_) | sqlx::Error::Protocol(_)),
-            ),
+            _ => {
+                let unreachable = match &error {
+                    sqlx::Error::Io(error) => error.kind() != std::io::ErrorKind::PermissionDenied,
+                    sqlx::Error::Protocol(_) => true,
+                    _ => false,
+                };
+                (Trouble::Lost, unreachable)
+            }
         };
         SqlError {
             trouble,
@@ -84,8 +90,9 @@ fn of_sqlite(code: i32) -> Trouble {
     match code & 0xff {
         5 | 6 => Trouble::Busy, // BUSY, LOCKED
         13 => Trouble::Full,    // FULL
-        // CORRUPT (a page of the file), TOOBIG, CONSTRAINT, MISMATCH
-        11 | 18 | 19 | 20 => Trouble::Refused,
+        11 => Trouble::Damaged, // CORRUPT
+        // TOOBIG, CONSTRAINT, MISMATCH
+        18..=20 => Trouble::Refused,
         _ => Trouble::Lost,
     }
 }
@@ -364,11 +371,23 @@ impl Connection {
 
     /// After an error. If even that fails, the connection is given up, which rolls back as well.
     pub async fn roll_back(&mut self) {
-        if self.live.is_some() && self.batch("ROLLBACK").await.is_err() {
-            // SQLite may have rolled back by itself and says that there is nothing to roll back.
-            if self.dialect() == Dialect::MySql {
-                self.live = None;
+        let deadline = self.deadline;
+        let done = match &mut self.live {
+            None => return,
+            Some(Live::Sqlite(conn)) => {
+                let rollback = sqlx::raw_sql("ROLLBACK").execute(conn);
+                // It may have rolled back by itself, and then says that there is nothing to roll back.
+                let done = tokio::time::timeout(deadline, rollback).await;
+                done.is_ok()
             }
+            Some(Live::MySql(conn)) => {
+                let rollback = sqlx::raw_sql("ROLLBACK").execute(conn);
+                let done = tokio::time::timeout(deadline, rollback).await;
+                done.is_ok_and(|done| done.is_ok())
+            }
+        };
+        if !done {
+            self.live = None;
         }
     }
 
@@ -390,7 +409,7 @@ impl Connection {
     }
 
     fn judge(&mut self, error: SqlError) -> SqlError {
-        if error.trouble == Trouble::Lost && self.dialect() == Dialect::MySql {
+        if error.trouble == Trouble::Lost {
             self.live = None;
         }
         error

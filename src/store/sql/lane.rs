@@ -12,7 +12,7 @@
 //! until it can; what is wrong with its schema or rights is told at the start.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
@@ -24,7 +24,7 @@ use tokio::time::Instant;
 
 use super::{Counters, Database, SetUpError, Sql, SqlError, Trouble};
 use crate::store::drain::{Drain, DrainConfig, DrainHandle, DrainedSink, Source};
-use crate::store::tier::{Answer, ArchiveQuery, Loaded, Query, ReadError, Request, Ticket};
+use crate::store::tier::{Answer, Loaded, Page, Query, ReadError, Request, Ticket};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -223,11 +223,14 @@ fn run(
         sql.set_deadline(config.retry_max);
         let ready = match sql.set_up().await {
             Ok(()) => true,
-            Err(SetUpError(sentence, true)) => {
+            Err(SetUpError {
+                sentence,
+                unreachable: true,
+            }) => {
                 tracing::warn!(reason = %sentence, "the server starts without its database and tries on");
                 false
             }
-            Err(SetUpError(sentence, false)) => {
+            Err(SetUpError { sentence, .. }) => {
                 let _ = started.send(Err(sentence));
                 return;
             }
@@ -332,7 +335,10 @@ impl Desk {
                     self.ready.set(true);
                 }
                 Err(_) if self.drain.is_stopping() => return,
-                Err(SetUpError(sentence, unreachable)) => {
+                Err(SetUpError {
+                    sentence,
+                    unreachable,
+                }) => {
                     if !unreachable && sentence != told {
                         tracing::error!(reason = %sentence, "the database cannot be used");
                         told = sentence;
@@ -356,7 +362,7 @@ impl Desk {
         let mut names_max = Sql::LOADS_MAX;
         loop {
             let loads = self.waiting.borrow_mut().take_loads(names_max);
-            let Some(until) = loads.iter().map(|load| load.until).min() else {
+            let Some(oldest) = loads.first() else {
                 if self.waiting.borrow().stopping {
                     break;
                 }
@@ -366,61 +372,39 @@ impl Desk {
             let mut names: Vec<&str> = loads.iter().map(|load| &*load.name).collect();
             names.sort_unstable();
             names.dedup();
+            let count = names.len();
             let found = attempts
-                .until(until, &self, &mut sql, async |sql| sql.load(&names).await)
+                .until(oldest.until, &self, &mut sql, async |sql| {
+                    let found = sql.load(&names).await?;
+                    Ok(loads
+                        .iter()
+                        .map(|load| {
+                            let at = names.binary_search(&&*load.name);
+                            found[at.expect("it was asked for")].clone()
+                        })
+                        .collect::<Vec<_>>())
+                })
                 .await;
-            let answer_all = |found: &dyn Fn(&str) -> Result<Option<Loaded>, String>| {
-                let mut out = Out::new(&self.answers);
-                for load in &loads {
-                    let answer = match found(&load.name) {
-                        Ok(user) => {
-                            let found = u64::from(user.is_some());
-                            self.counters.users_loaded.fetch_add(found, Relaxed);
-                            let name = load.name.clone();
-                            Answer::Loaded { name, user }
-                        }
-                        Err(error) => {
-                            self.counters.failures.fetch_add(1, Relaxed);
-                            let name = load.name.clone();
-                            Answer::LoadFailed { name, error }
-                        }
-                    };
-                    out.push(load.shard, answer);
-                }
-                out.send(&self);
-            };
             match found {
                 Ok(found) => {
                     names_max = Sql::LOADS_MAX;
-                    answer_all(&|name| {
-                        let at = names.binary_search(&name).expect("it was asked for");
-                        found[at].clone().map_err(|error| error.to_string())
-                    });
+                    let found = found.into_iter().map(|one| one.map_err(|e| e.to_string()));
+                    self.answer(loads.into_iter().zip(found));
                 }
                 // A damaged page harms those who stand on it, not all who asked at the same time.
-                Err(error) if error.trouble == Trouble::Refused && names.len() > 1 => {
-                    names_max = names.len() / 2;
-                    self.waiting.borrow_mut().loads.extend_front_in_order(loads);
+                Err(error) if is_refused(&error) && count > 1 => {
+                    names_max = count / 2;
+                    put_back(&mut self.waiting.borrow_mut().loads, loads);
                 }
-                Err(error) if error.trouble == Trouble::Refused || self.gives_up(until) => {
-                    // Who came later is tried longer.
-                    let now = Instant::now();
-                    let refused = error.trouble == Trouble::Refused;
-                    let over = |load: &Load| {
-                        refused || load.until <= now || self.waiting.borrow().stopping
-                    };
-                    let (over, later): (Vec<_>, Vec<_>) = loads.into_iter().partition(over);
-                    self.waiting.borrow_mut().loads.extend_front_in_order(later);
-                    let mut out = Out::new(&self.answers);
-                    for load in over {
-                        self.counters.failures.fetch_add(1, Relaxed);
-                        let (name, error) = (load.name, error.to_string());
-                        out.push(load.shard, Answer::LoadFailed { name, error });
-                    }
-                    out.send(&self);
-                    self.fail_overdue_loads(&error);
+                Err(error) if is_refused(&error) => self.answer(failed(loads, &error)),
+                Err(error) => {
+                    let mut waiting = self.waiting.borrow_mut();
+                    put_back(&mut waiting.loads, loads);
+                    let stopping = waiting.stopping;
+                    let over = overdue(&mut waiting.loads, |load| stopping || is_past(load.until));
+                    drop(waiting);
+                    self.answer(failed(over, &error));
                 }
-                Err(_) => self.waiting.borrow_mut().loads.extend_front_in_order(loads),
             }
         }
         sql.close().await;
@@ -431,112 +415,174 @@ impl Desk {
         // A page of a large archive with a rare peer may take long.
         sql.set_deadline(self.retry_max);
         let mut attempts = Attempts::default();
+        let mut reads_max = Sql::LOADS_MAX;
         loop {
-            let reads = self.waiting.borrow_mut().take_reads();
-            let Some(until) = reads.iter().map(|read| read.until).min() else {
+            let reads = self.waiting.borrow_mut().take_reads(reads_max);
+            let Some(oldest) = reads.first() else {
                 if self.waiting.borrow().stopping {
                     break;
                 }
                 self.reads_wake.notified().await;
                 continue;
             };
-            let done = attempts
-                .until(until, &self, &mut sql, async |sql| find(sql, &reads).await)
+            let count = reads.len();
+            let found = attempts
+                .until(oldest.until, &self, &mut sql, async |sql| {
+                    find(sql, &reads).await
+                })
                 .await;
-            let mut out = Out::new(&self.answers);
-            match done {
-                Ok(answers) => {
-                    for (read, answer) in reads.iter().zip(answers) {
-                        out.push(read.shard, answer);
-                    }
+            match found {
+                Ok(found) => {
+                    reads_max = Sql::LOADS_MAX;
+                    self.answer(reads.into_iter().zip(found));
                 }
-                Err(error) if error.trouble == Trouble::Refused || self.gives_up(until) => {
-                    let now = Instant::now();
-                    let refused = error.trouble == Trouble::Refused;
+                Err(error) if is_refused(&error) && count > 1 => {
+                    reads_max = count / 2;
+                    put_back(&mut self.waiting.borrow_mut().reads, reads);
+                }
+                Err(error) if is_refused(&error) => self.answer(failed(reads, &error)),
+                Err(error) => {
                     let mut waiting = self.waiting.borrow_mut();
-                    let over = |read: &Read| refused || read.until <= now || waiting.stopping;
-                    let (mut over, later): (Vec<_>, Vec<_>) = reads.into_iter().partition(over);
-                    waiting.reads.extend_front_in_order(later);
-                    while waiting.reads.front().is_some_and(|read| read.until <= now) {
-                        over.extend(waiting.reads.pop_front());
-                    }
-                    for read in over {
-                        self.counters.failures.fetch_add(1, Relaxed);
-                        out.push(read.shard, read.failed(&error));
-                    }
+                    put_back(&mut waiting.reads, reads);
+                    let stopping = waiting.stopping;
+                    let over = overdue(&mut waiting.reads, |read| stopping || is_past(read.until));
+                    drop(waiting);
+                    self.answer(failed(over, &error));
                 }
-                Err(_) => self.waiting.borrow_mut().reads.extend_front_in_order(reads),
             }
-            out.send(&self);
         }
         sql.close().await;
     }
 
-    fn fail_overdue_loads(&self, error: &SqlError) {
-        let now = Instant::now();
-        let mut out = Out::new(&self.answers);
-        loop {
-            let mut waiting = self.waiting.borrow_mut();
-            if waiting.loads.front().is_none_or(|load| load.until > now) {
-                break;
+    /// Hands answers out, those of one shard in one call.
+    fn answer<A: Asked>(&self, answers: impl Iterator<Item = (A, Result<A::Found, String>)>) {
+        let mut out: Vec<Vec<Answer>> = self.answers.iter().map(|_| Vec::new()).collect();
+        for (asked, found) in answers {
+            if found.is_err() {
+                self.counters.failures.fetch_add(1, Relaxed);
             }
-            let Some(load) = waiting.loads.pop_front() else {
-                break;
-            };
-            self.counters.failures.fetch_add(1, Relaxed);
-            let (name, error) = (load.name, error.to_string());
-            out.push(load.shard, Answer::LoadFailed { name, error });
+            out[asked.shard()].push(asked.answer(found, &self.counters));
         }
-        out.send(self);
-    }
-
-    fn gives_up(&self, until: Instant) -> bool {
-        Instant::now() >= until || self.waiting.borrow().stopping
+        for (sink, answers) in self.answers.iter().zip(out) {
+            if !answers.is_empty() {
+                self.counters.queue_depth.fetch_sub(answers.len(), Relaxed);
+                sink(answers);
+            }
+        }
     }
 }
 
-/// Answers for these reads: either documents, or one page.
-async fn find(sql: &mut Sql, reads: &[Read]) -> Result<Vec<Answer>, SqlError> {
-    if let [
-        Read {
-            ticket,
-            query: Query::Archive(query),
-            ..
-        },
-    ] = reads
-    {
-        let (ticket, result) = (*ticket, Ok(sql.archive_page(query).await?));
-        return Ok(vec![Answer::Archive { ticket, result }]);
-    }
-    let wanted: Vec<(&str, &str)> = reads
-        .iter()
-        .map(|read| match &read.query {
-            Query::Document { name, key } => (&**name, &**key),
-            Query::Archive(ArchiveQuery { name, .. }) => (&**name, ""),
-        })
-        .collect();
-    let found = sql.documents(&wanted).await?;
-    let answer = |(read, found): (&Read, Option<Box<[u8]>>)| Answer::Document {
-        ticket: read.ticket,
-        result: Ok(found),
-    };
-    Ok(reads.iter().zip(found).map(answer).collect())
+/// What waits for an answer.
+trait Asked {
+    type Found;
+
+    fn shard(&self) -> usize;
+
+    fn answer(self, found: Result<Self::Found, String>, counters: &Counters) -> Answer;
 }
 
-impl Read {
-    fn failed(self, error: &SqlError) -> Answer {
-        let (ticket, error) = (self.ticket, ReadError(error.to_string()));
-        match self.query {
-            Query::Document { .. } => Answer::Document {
+impl Asked for Load {
+    type Found = Option<Loaded>;
+
+    fn shard(&self) -> usize {
+        self.shard
+    }
+
+    fn answer(self, found: Result<Self::Found, String>, counters: &Counters) -> Answer {
+        let name = self.name;
+        match found {
+            Ok(user) => {
+                let found = u64::from(user.is_some());
+                counters.users_loaded.fetch_add(found, Relaxed);
+                Answer::Loaded { name, user }
+            }
+            Err(error) => Answer::LoadFailed { name, error },
+        }
+    }
+}
+
+/// What a [`Read`] found.
+enum ReadFound {
+    Document(Option<Box<[u8]>>),
+    Page(Page),
+}
+
+impl Asked for Read {
+    type Found = ReadFound;
+
+    fn shard(&self) -> usize {
+        self.shard
+    }
+
+    fn answer(self, found: Result<Self::Found, String>, _: &Counters) -> Answer {
+        let ticket = self.ticket;
+        match (self.query, found) {
+            (_, Ok(ReadFound::Document(found))) => Answer::Document {
                 ticket,
-                result: Err(error),
+                result: Ok(found),
             },
-            Query::Archive(_) => Answer::Archive {
+            (_, Ok(ReadFound::Page(page))) => Answer::Archive {
                 ticket,
-                result: Err(error),
+                result: Ok(page),
+            },
+            (Query::Document { .. }, Err(error)) => Answer::Document {
+                ticket,
+                result: Err(ReadError(error)),
+            },
+            (Query::Archive(_), Err(error)) => Answer::Archive {
+                ticket,
+                result: Err(ReadError(error)),
             },
         }
     }
+}
+
+/// Finds either documents, or one page.
+async fn find(sql: &mut Sql, reads: &[Read]) -> Result<Vec<Result<ReadFound, String>>, SqlError> {
+    let mut documents = Vec::new();
+    for read in reads {
+        match &read.query {
+            Query::Document { name, key } => documents.push((&**name, &**key)),
+            Query::Archive(query) => {
+                return Ok(vec![Ok(ReadFound::Page(sql.archive_page(query).await?))]);
+            }
+        }
+    }
+    let found = sql.documents(&documents).await?;
+    Ok(found
+        .into_iter()
+        .map(|one| Ok(ReadFound::Document(one)))
+        .collect())
+}
+
+/// The same error for all.
+fn failed<A: Asked>(
+    all: Vec<A>,
+    error: &SqlError,
+) -> impl Iterator<Item = (A, Result<A::Found, String>)> {
+    let text = error.to_string();
+    all.into_iter().map(move |one| (one, Err(text.clone())))
+}
+
+fn put_back<T>(queue: &mut VecDeque<T>, items: Vec<T>) {
+    for item in items.into_iter().rev() {
+        queue.push_front(item);
+    }
+}
+
+/// Takes from the front, where the oldest are, what is over.
+fn overdue<T>(queue: &mut VecDeque<T>, is_over: impl Fn(&T) -> bool) -> Vec<T> {
+    let count = queue.iter().take_while(|one| is_over(one)).count();
+    queue.drain(..count).collect()
+}
+
+fn is_past(until: Instant) -> bool {
+    Instant::now() >= until
+}
+
+/// Trying again does not help.
+fn is_refused(error: &SqlError) -> bool {
+    matches!(error.trouble, Trouble::Refused | Trouble::Damaged)
 }
 
 /// Attempts of one task, with growing pauses between those that fail.
@@ -571,7 +617,7 @@ impl Attempts {
         };
         match &done {
             Ok(_) => self.pause = None,
-            Err(error) if error.trouble == Trouble::Refused => {}
+            Err(error) if is_refused(error) => {}
             Err(error) => {
                 if error.trouble == Trouble::Lost {
                     sql.disconnect();
@@ -614,69 +660,28 @@ impl Waiting {
     /// The oldest, up to so many different names; who asks for one of them is among them.
     fn take_loads(&mut self, names_max: usize) -> Vec<Load> {
         let mut loads = Vec::new();
-        let mut names: HashMap<Box<str>, ()> = HashMap::new();
+        let mut names: HashSet<Box<str>> = HashSet::new();
         while let Some(load) = self.loads.pop_front() {
-            if !names.contains_key(&load.name) {
+            if !names.contains(&load.name) {
                 if names.len() == names_max {
                     self.loads.push_front(load);
                     break;
                 }
-                names.insert(load.name.clone(), ());
+                names.insert(load.name.clone());
             }
             loads.push(load);
         }
         loads
     }
 
-    /// One page, or up to 50 documents.
-    fn take_reads(&mut self) -> Vec<Read> {
+    /// One page, or so many documents.
+    fn take_reads(&mut self, reads_max: usize) -> Vec<Read> {
         let is_page = |read: &Read| matches!(read.query, Query::Archive(_));
         let count = match self.reads.iter().position(is_page) {
             Some(0) => 1,
-            position => position.unwrap_or(self.reads.len()).min(Sql::LOADS_MAX),
+            position => position.unwrap_or(self.reads.len()).min(reads_max),
         };
         self.reads.drain(..count).collect()
-    }
-}
-
-/// Putting back what could not be answered, where it was.
-trait ExtendFront<T> {
-    fn extend_front_in_order(&mut self, items: Vec<T>);
-}
-
-impl<T> ExtendFront<T> for VecDeque<T> {
-    fn extend_front_in_order(&mut self, items: Vec<T>) {
-        for item in items.into_iter().rev() {
-            self.push_front(item);
-        }
-    }
-}
-
-/// Answers on their way, collected for each shard: one call for many.
-struct Out<'a> {
-    sinks: &'a [AnswerSink],
-    answers: Vec<Vec<Answer>>,
-}
-
-impl<'a> Out<'a> {
-    fn new(sinks: &'a [AnswerSink]) -> Out<'a> {
-        Out {
-            sinks,
-            answers: sinks.iter().map(|_| Vec::new()).collect(),
-        }
-    }
-
-    fn push(&mut self, shard: usize, answer: Answer) {
-        self.answers[shard].push(answer);
-    }
-
-    fn send(&mut self, desk: &Desk) {
-        for (sink, answers) in self.sinks.iter().zip(&mut self.answers) {
-            if !answers.is_empty() {
-                desk.counters.queue_depth.fetch_sub(answers.len(), Relaxed);
-                sink(std::mem::take(answers));
-            }
-        }
     }
 }
 

@@ -170,7 +170,7 @@ impl Sql {
         counters: Arc<Counters>,
     ) -> Result<Sql, String> {
         let mut sql = Sql::unconnected(database, page_cache_bytes, counters);
-        sql.set_up().await.map_err(|error| error.0)?;
+        sql.set_up().await.map_err(|error| error.sentence)?;
         Ok(sql)
     }
 
@@ -194,11 +194,10 @@ impl Sql {
         Sql::unconnected(&self.database, self.page_cache_bytes, self.counters.clone())
     }
 
-    /// Connects and brings the schema up to date. The error is a sentence, and whether the server could not be reached,
-    /// so that trying again may help.
+    /// Connects and brings the schema up to date.
     pub async fn set_up(&mut self) -> Result<(), SetUpError> {
         if let Database::Sqlite(path) = &self.database {
-            create_private(path).map_err(|sentence| SetUpError(sentence, false))?;
+            create_private(path).map_err(SetUpError::of_operator)?;
         }
         let mut tries = 0;
         loop {
@@ -210,23 +209,23 @@ impl Sql {
                     tokio::time::sleep(Duration::from_millis(50)).await;
                 }
                 Err(error) => {
-                    return Err(SetUpError(
-                        format!("cannot open the database {}: {error}", self.database),
-                        error.unreachable,
-                    ));
+                    return Err(SetUpError {
+                        sentence: format!("cannot open the database {}: {error}", self.database),
+                        unreachable: error.unreachable,
+                    });
                 }
             }
         }
         match schema::migrate(&mut self.conn, &self.database).await {
             Ok(()) => Ok(()),
-            Err(schema::SchemaError::Wrong(sentence)) => Err(SetUpError(sentence, false)),
-            Err(schema::SchemaError::Sql(error)) => Err(SetUpError(
-                format!(
+            Err(schema::SchemaError::Wrong(sentence)) => Err(SetUpError::of_operator(sentence)),
+            Err(schema::SchemaError::Sql(error)) => Err(SetUpError {
+                sentence: format!(
                     "cannot bring the schema of the database {} up to date: {error}",
                     self.database
                 ),
-                error.unreachable,
-            )),
+                unreachable: error.unreachable,
+            }),
         }
     }
 
@@ -256,10 +255,24 @@ impl Sql {
     }
 }
 
-/// Why a database could not be opened: a sentence, and whether it was only out of reach.
+/// Why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct SetUpError(pub String, pub bool);
+#[error("{sentence}")]
+pub struct SetUpError {
+    /// For the operator.
+    pub sentence: String,
+    /// It was only out of reach: trying again may help.
+    pub unreachable: bool,
+}
+
+impl SetUpError {
+    fn of_operator(sentence: String) -> SetUpError {
+        SetUpError {
+            sentence,
+            unreachable: false,
+        }
+    }
+}
 
 /// `archive.peer_key`: FNV-1a of the bare JID, folded to 32 bits. A filter: who searches compares the JID as well.
 fn peer_key(peer: &str) -> i64 {

@@ -234,6 +234,36 @@ fn what_is_larger_than_a_packet_is_put_aside_in_parts() {
 }
 
 #[test]
+fn a_full_disk_is_told_and_nothing_is_half_applied() {
+    let place = sqlite();
+    run(async {
+        let mut sql = open(&place).await;
+        let (small, large) = (record(1), vec![0; 1 << 20]);
+        apply(&mut sql, &[add("romeo", 1, &small)]).await.unwrap();
+        // SQLite answers a file that may not grow as it answers a full disk.
+        sql.conn.batch("PRAGMA max_page_count = 40").await.unwrap();
+        let changes = [
+            add("juliet", 2, &small),
+            Change::PutDocument {
+                name: "romeo",
+                revision: 3,
+                key: "vcard",
+                value: &large,
+            },
+        ];
+        let error = apply(&mut sql, &changes).await.unwrap_err();
+        assert_eq!(error.trouble, super::super::Trouble::Full);
+        assert_eq!(load(&mut sql, "juliet").await, None);
+        sql.conn
+            .batch("PRAGMA max_page_count = 4000")
+            .await
+            .unwrap();
+        apply(&mut sql, &changes).await.unwrap();
+        assert!(load(&mut sql, "juliet").await.is_some());
+    });
+}
+
+#[test]
 fn a_killed_server_costs_time_and_nothing_else() {
     let Some(mut server) = Mariadb::start() else {
         return;
@@ -374,6 +404,31 @@ fn a_server_that_comes_later_is_found_and_what_waited_is_drained() {
     bench.lane.stop();
     assert!(began.elapsed() < Duration::from_secs(10));
     assert_eq!(bench.answers.try_iter().flatten().count(), 1);
+}
+
+#[test]
+fn two_blades_share_a_database() {
+    // Each remembers numbers of accounts; what the other one makes and removes must not deceive it.
+    for place in places() {
+        run(async {
+            let (mut one, mut two) = (open(&place).await, open(&place).await);
+            let record = record(1);
+            apply(&mut one, &[add("romeo", 1, &record)]).await.unwrap();
+            let first = Change::Message(message("romeo", 10, BOTH, "x@y"));
+            apply(&mut two, &[first]).await.unwrap();
+            let remove = Change::RemoveUser {
+                name: "romeo",
+                revision: 20,
+            };
+            apply(&mut one, &[remove, add("romeo", 30, &record)])
+                .await
+                .unwrap();
+            let second = Change::Message(message("romeo", 40, BOTH, "x@y"));
+            apply(&mut two, &[second]).await.unwrap();
+            let pending = load(&mut one, "romeo").await.unwrap().pending;
+            assert_eq!(pending.iter().map(|one| one.id).collect::<Vec<_>>(), [40]);
+        });
+    }
 }
 
 #[test]

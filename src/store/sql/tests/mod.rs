@@ -2,7 +2,6 @@
 
 mod changes;
 mod faults;
-mod figures;
 mod pages;
 mod schema;
 #[path = "../../../../tests/servers/mod.rs"]
