@@ -56,6 +56,9 @@ pub struct Connection<T> {
     in_flight: VecDeque<InFlight<T>>,
 }
 
+/// What a buffer keeps when it is empty.
+const IDLE_BYTES_MAX: usize = 256 << 10;
+
 struct InFlight<T> {
     tag: T,
     sent_us: u64,
@@ -82,7 +85,7 @@ impl<T> Connection<T> {
 
     /// Adds a command behind the others. The caller looks at [`Connection::has_room`] first where the command is new.
     pub fn send(&mut self, command: &Cmd, tag: T, now_us: u64) {
-        self.out.extend_from_slice(&command.get_packed_command());
+        command.write_packed_command(&mut self.out);
         self.in_flight.push_back(InFlight {
             tag,
             sent_us: now_us,
@@ -101,12 +104,12 @@ impl<T> Connection<T> {
             self.written <= self.out.len(),
             "more was written than there was"
         );
-        if self.written == self.out.len() {
-            self.out.clear();
-            self.written = 0;
-        } else if self.written >= 64 << 10 {
+        if self.written == self.out.len() || self.written >= IDLE_BYTES_MAX {
             self.out.drain(..self.written);
             self.written = 0;
+        }
+        if self.out.is_empty() {
+            self.out.shrink_to(IDLE_BYTES_MAX);
         }
     }
 
@@ -121,6 +124,9 @@ impl<T> Connection<T> {
         let Some(end) = self.framer.frame(rest, self.limits.reply_bytes_max)? else {
             self.input.drain(..self.parsed);
             self.parsed = 0;
+            if self.input.is_empty() {
+                self.input.shrink_to(IDLE_BYTES_MAX);
+            }
             return Ok(None);
         };
         let value = redis::parse_redis_value(&rest[..end]).map_err(|_| Broken::Garbage)?;

@@ -43,6 +43,7 @@ pub struct Placement {
 #[derive(Debug)]
 pub struct Generations {
     path: PathBuf,
+    incarnation: u64,
     state: State,
 }
 
@@ -71,9 +72,14 @@ const LAYOUTS_MAX: usize = 16;
 
 impl Generations {
     /// Reads the file, notes the ring as it is configured now, forgets instances that are not configured any more.
-    pub fn open(path: impl Into<PathBuf>, addresses: &[Address]) -> io::Result<Generations> {
+    /// `unix_us`: now.
+    pub fn open(
+        path: impl Into<PathBuf>,
+        addresses: &[Address],
+        unix_us: u64,
+    ) -> io::Result<Generations> {
         let path = path.into();
-        let found = match fs::read(&path) {
+        let mut state = match fs::read(&path) {
             Ok(bytes) => read(&bytes).unwrap_or_else(|why| {
                 tracing::warn!(
                     "{} is not used ({why}): what Redis holds is read anew from the database",
@@ -84,7 +90,6 @@ impl Generations {
             Err(error) if error.kind() == io::ErrorKind::NotFound => State::default(),
             Err(error) => return Err(error),
         };
-        let mut state = found.clone();
         let members: Vec<_> = addresses
             .iter()
             .map(|address| (address.name.to_string(), address.weight))
@@ -99,11 +104,19 @@ impl Generations {
         state
             .generations
             .retain(|name, _| addresses.iter().any(|address| *address.name == **name));
-        let generations = Generations { path, state };
-        if generations.state != found {
-            generations.write()?;
-        }
+        let incarnation = state.next_number(unix_us);
+        let generations = Generations {
+            path,
+            incarnation,
+            state,
+        };
+        generations.write()?;
         Ok(generations)
+    }
+
+    /// A number of the same series for this process: greater than those of all before it.
+    pub fn incarnation(&self) -> u64 {
+        self.incarnation
     }
 
     /// For each instance as configured: what it has, if it has one.
@@ -122,16 +135,15 @@ impl Generations {
     /// A new generation for the instance with this index, durable when this returns. On an error nothing has changed.
     pub fn renew(&mut self, instance: usize, run_id: &str, unix_us: u64) -> io::Result<Generation> {
         let generation = Generation {
-            number: unix_us.max(self.state.last_number + 1),
+            // Not used again, whatever the disk makes of it.
+            number: self.state.next_number(unix_us),
             run_id: run_id.into(),
         };
         let name = self.layout().members[instance].0.clone();
-        let before = self.state.clone();
-        self.state.last_number = generation.number;
+        let before = self.state.generations.clone();
         self.state.generations.insert(name, generation.clone());
         if let Err(error) = self.write() {
-            // The number is not used again, whatever the disk made of it.
-            self.state.generations = before.generations;
+            self.state.generations = before;
             return Err(error);
         }
         Ok(generation)
@@ -152,6 +164,13 @@ impl Generations {
             .parent()
             .filter(|path| !path.as_os_str().is_empty());
         fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+    }
+}
+
+impl State {
+    fn next_number(&mut self, unix_us: u64) -> u64 {
+        self.last_number = unix_us.max(self.last_number + 1);
+        self.last_number
     }
 }
 
@@ -237,20 +256,20 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("redis.json");
         let two = addresses(&[("a", 1), ("b", 1)]);
-        let mut generations = Generations::open(&path, &two).unwrap();
+        let mut generations = Generations::open(&path, &two, 10).unwrap();
         assert_eq!(generations.all(), [None, None]);
         let first = generations.renew(0, "x", 1000).unwrap();
         let second = generations.renew(1, "y", 900).unwrap();
         assert!(second.number > first.number);
         drop(generations);
-        let mut generations = Generations::open(&path, &two).unwrap();
+        let mut generations = Generations::open(&path, &two, 10).unwrap();
         assert_eq!(
             generations.all(),
             [Some(first.clone()), Some(second.clone())]
         );
         assert!(generations.renew(0, "x", 5).unwrap().number > second.number);
         fs::write(&path, b"{ half").unwrap();
-        let mut generations = Generations::open(&path, &two).unwrap();
+        let mut generations = Generations::open(&path, &two, 10).unwrap();
         assert_eq!(generations.all(), [None, None]);
         assert!(generations.renew(0, "x", 2000).unwrap().number >= 2000);
     }
@@ -259,10 +278,11 @@ mod tests {
     fn an_instance_that_was_taken_away_comes_back_as_a_new_one() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("redis.json");
-        let mut generations = Generations::open(&path, &addresses(&[("a", 1), ("b", 1)])).unwrap();
+        let mut generations =
+            Generations::open(&path, &addresses(&[("a", 1), ("b", 1)]), 10).unwrap();
         generations.renew(1, "x", 1000).unwrap();
-        Generations::open(&path, &addresses(&[("a", 1)])).unwrap();
-        let generations = Generations::open(&path, &addresses(&[("a", 1), ("b", 1)])).unwrap();
+        Generations::open(&path, &addresses(&[("a", 1)]), 10).unwrap();
+        let generations = Generations::open(&path, &addresses(&[("a", 1), ("b", 1)]), 10).unwrap();
         assert_eq!(generations.all(), [None, None]);
     }
 
@@ -271,7 +291,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("sub/redis.json");
         fs::create_dir(folder.path().join("sub")).unwrap();
-        let mut generations = Generations::open(&path, &addresses(&[("a", 1)])).unwrap();
+        let mut generations = Generations::open(&path, &addresses(&[("a", 1)]), 10).unwrap();
         let first = generations.renew(0, "x", 1000).unwrap();
         fs::remove_dir_all(folder.path().join("sub")).unwrap();
         generations.renew(0, "y", 2000).unwrap_err();
@@ -330,7 +350,7 @@ mod tests {
                 if list.is_empty() {
                     continue;
                 }
-                let placement = Generations::open(&path, &addresses(&list)).unwrap().placement();
+                let placement = Generations::open(&path, &addresses(&list), 10).unwrap().placement();
                 for name in &names {
                     let (at, since) = placement.of(name);
                     let key = (list[at].0, name.clone(), since);

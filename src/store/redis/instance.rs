@@ -13,8 +13,8 @@
 //!
 //! The breaker: what the server itself did wrong opens it at once (deadline, garbage, refusals), lost connections do
 //! after a few in a row. While it is open loads are answered at once with [`Event::Unavailable`]. After growing pauses
-//! one connection tries: log in, look at the run id, and write a probe key, since a server without memory or space
-//! answers reads happily. State changes are logged once, everything is counted.
+//! one connection tries: log in, look at the run id, and write, since a server without memory or space answers reads
+//! happily. State changes are logged once, everything is counted.
 
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
@@ -31,23 +31,35 @@ use super::tier::{Config, Event, Later, Session};
 use crate::observe::Counter;
 use crate::store::ring;
 
-/// Sets a key unless it has a newer revision (the first eight bytes, big-endian). 1: done, 0: there is a newer one.
+/// All that is written, in one script; KEYS: fence[, user], ARGV: incarnation, time to live[, value].
 ///
-/// The halves are compared as numbers: Lua's comes in doubles, and its string order depends on the server's locale.
-const STORE: &str = "\
-local old = redis.call('GETRANGE', KEYS[1], 0, 7)
+/// Alone, the fence is set to the process's incarnation. 1: done, 0: a newer process was here. With a user: his key is
+/// set unless it has a newer revision (the first eight bytes, big-endian). 1: done, 0: there is a newer one, -1: the
+/// fence is not this process's, so nothing was done. The fence keeps out what an earlier process of this blade has
+/// left in a socket: nobody living knows of it, so no generation was renewed for it.
+///
+/// Revisions are compared in halves, as numbers: Lua's are doubles, and its string order depends on the server's locale.
+const WRITE: &str = "\
+local held = redis.call('GET', KEYS[1])
+if #KEYS == 1 then
+  if held and tonumber(held) > tonumber(ARGV[1]) then return 0 end
+  redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+  return 1
+end
+if held ~= ARGV[1] then return -1 end
+local old = redis.call('GETRANGE', KEYS[2], 0, 7)
 if #old == 8 then
   local a, b = struct.unpack('>I4I4', old)
-  local c, d = struct.unpack('>I4I4', ARGV[1])
+  local c, d = struct.unpack('>I4I4', ARGV[3])
   if a > c or (a == c and b > d) then return 0 end
 end
-redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+redis.call('SET', KEYS[2], ARGV[3], 'PX', ARGV[2])
 return 1";
 
 /// What EVALSHA calls it by.
-static STORE_SHA: LazyLock<String> = LazyLock::new(|| {
+static WRITE_SHA: LazyLock<String> = LazyLock::new(|| {
     use aws_lc_rs::digest;
-    digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, STORE.as_bytes())
+    digest::digest(&digest::SHA1_FOR_LEGACY_USE_ONLY, WRITE.as_bytes())
         .as_ref()
         .iter()
         .fold(String::new(), |hex, byte| hex + &format!("{byte:02x}"))
@@ -133,6 +145,10 @@ enum Fault {
     Unexpected(&'static str),
     #[error("it is a replica, which may be behind: name its master in `redis.instances`")]
     Replica,
+    #[error(
+        "a process that was started later uses it under this blade's name: give each blade a name of its own"
+    )]
+    Superseded,
 }
 
 pub(super) struct Instance {
@@ -194,16 +210,18 @@ enum Step {
     SetName,
     InfoServer,
     InfoReplication,
-    Probe,
+    Fence,
 }
 
 struct Store {
     /// `None`: an offer, which nobody waits for.
     name: Option<Box<str>>,
-    /// For a server that has forgotten the script.
+    /// Kept for a server that has forgotten the script, or the fence.
     key: Box<str>,
     value: Box<[u8]>,
     ttl_ms: u64,
+    /// The fence was set for it.
+    fenced: bool,
 }
 
 impl Store {
@@ -211,16 +229,38 @@ impl Store {
         revision_of(&self.value).expect("made with a revision")
     }
 
-    fn command(&self, known: bool) -> Cmd {
-        let mut command = redis::cmd(if known { "EVALSHA" } else { "EVAL" });
+    fn command(&self, config: &Config, known: bool) -> Cmd {
+        let mut command = match known {
+            true => redis::cmd("EVALSHA"),
+            false => redis::cmd("EVAL"),
+        };
         command
-            .arg(if known { &STORE_SHA } else { STORE })
-            .arg(1)
+            .arg(if known { &WRITE_SHA } else { WRITE })
+            .arg(2)
+            .arg(fence_key(config))
             .arg(&*self.key)
-            .arg(&*self.value)
-            .arg(self.ttl_ms);
+            .arg(config.incarnation)
+            .arg(self.ttl_ms)
+            .arg(&*self.value);
         command
     }
+}
+
+/// Sets the fence; with the whole script, so that the server knows it from here on. A write, so that a server that
+/// cannot write is found out before it is used.
+fn fence(config: &Config) -> Cmd {
+    let mut command = redis::cmd("EVAL");
+    command
+        .arg(WRITE)
+        .arg(1)
+        .arg(fence_key(config))
+        .arg(config.incarnation)
+        .arg(config.ttl_ms);
+    command
+}
+
+fn fence_key(config: &Config) -> String {
+    format!("{}fence:{}", config.prefix, config.blade)
 }
 
 type Events = VecDeque<Event>;
@@ -419,14 +459,7 @@ impl Instance {
         say(redis::cmd("CLIENT").arg("SETNAME").arg(own), Step::SetName);
         say(redis::cmd("INFO").arg("server"), Step::InfoServer);
         say(redis::cmd("INFO").arg("replication"), Step::InfoReplication);
-        let probe = Store {
-            name: None,
-            key: format!("{}probe", self.config.prefix).into(),
-            value: [0; REVISION_BYTES].into(),
-            ttl_ms: 60_000,
-        };
-        // The whole script, so that the server knows it from here on.
-        say(&mut probe.command(false), Step::Probe);
+        say(&mut fence(&self.config), Step::Fence);
         self.link = Link::Hello(connection);
     }
 
@@ -572,11 +605,17 @@ impl Instance {
                 }
                 Ok(())
             }
-            Value::ServerError(error)
-                if error.code() == "NOSCRIPT"
-                    && let Link::Ready(connection) = &mut self.link =>
-            {
-                connection.send(&store.command(false), Sent::Store(store), now_us);
+            Value::ServerError(error) if error.code() == "NOSCRIPT" => {
+                let command = store.command(&self.config, false);
+                self.send(&command, Sent::Store(store), now_us);
+                Ok(())
+            }
+            // Flushed or evicted: once more behind a new one.
+            Value::Int(-1) if !store.fenced => {
+                self.send(&fence(&self.config), Sent::Hello(Step::Fence), now_us);
+                let command = store.command(&self.config, true);
+                let fenced = true;
+                self.send(&command, Sent::Store(Store { fenced, ..store }), now_us);
                 Ok(())
             }
             other => {
@@ -604,7 +643,7 @@ impl Instance {
                 .map(Box::<str>::from)
         };
         match (step, &value) {
-            (Step::Auth | Step::Select, Value::Okay) | (Step::Probe, Value::Int(0 | 1)) => {}
+            (Step::Auth | Step::Select, Value::Okay) | (Step::Fence, Value::Int(1)) => {}
             // Only a name in the server's list of clients: an ACL may forbid it.
             (Step::SetName, Value::Okay | Value::ServerError(_)) => {}
             (Step::InfoServer, _) => match info(&value, "run_id:") {
@@ -619,9 +658,10 @@ impl Instance {
             (Step::Auth, _) => return Err(unexpected("the login", value)),
             (Step::Select, _) => return Err(unexpected("the database number", value)),
             (Step::SetName, _) => return Err(unexpected("CLIENT SETNAME", value)),
-            (Step::Probe, _) => return Err(unexpected("a write", value)),
+            (Step::Fence, Value::Int(0)) => return Err(Fault::Superseded),
+            (Step::Fence, _) => return Err(unexpected("a write", value)),
         }
-        if step == Step::Probe {
+        if step == Step::Fence && matches!(self.link, Link::Hello(_)) {
             self.ready(now_us, events);
         }
         Ok(())
@@ -632,7 +672,7 @@ impl Instance {
     fn ready(&mut self, now_us: u64, events: &mut Events) {
         let link = std::mem::replace(&mut self.link, Link::Waiting { until_us: 0 });
         let Link::Hello(connection) = link else {
-            unreachable!("the probe is answered once, while saying hello");
+            unreachable!("the caller has looked");
         };
         self.link = Link::Ready(connection);
         self.ready_us = now_us;
@@ -735,8 +775,13 @@ impl Instance {
             key: user_key(&self.config.prefix, generation.number, since, name).into(),
             value,
             ttl_ms,
+            fenced: false,
         };
-        connection.send(&store.command(true), Sent::Store(store), now_us);
+        connection.send(
+            &store.command(&self.config, true),
+            Sent::Store(store),
+            now_us,
+        );
         Ok(())
     }
 

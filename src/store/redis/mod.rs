@@ -14,8 +14,9 @@
 //!
 //! Keys: `{prefix}{generation}.{since}:u:{name}` holds the revision (8 bytes, big-endian) and the value, written by a
 //! script that never replaces a newer revision; `{prefix}s:{name}` is a hash `blade:shard:resource` → unix milliseconds
-//! until which the session is believed in. All keys expire, so what nobody reads any more goes away. The rights that an
-//! ACL must give: `~{prefix}* +get +getrange +set +eval +evalsha +pexpire +hset +hdel +hgetall +info +select`.
+//! until which the session is believed in; `{prefix}fence:{blade}` is the process of the blade that may write (see
+//! [`instance`]). All keys expire, so what nobody reads any more goes away. The rights that an ACL must give:
+//! `~{prefix}* +get +getrange +set +eval +evalsha +pexpire +hset +hdel +hgetall +info +select`.
 //!
 //! # Why the next reader is right
 //!
@@ -29,7 +30,7 @@
 //! | accepting, before the commit | - | old | old | old is right: nobody was answered |
 //! | the commit | new | old | old | replay put it into the cache, where it stays until it is drained; the ring gets it again |
 //! | cache and answer | new | old | old | the same |
-//! | sending it to the ring | new | old or new | old | the same; what is late in a socket is no newer than what replay sends, and the script refuses it, or it is missed (below) |
+//! | sending it to the ring | new | old or new | old | the same; what the dead process left in a socket is refused, the fence being its successor's |
 //! | `Stored` | new | new | old | replay, the same |
 //! | `StoreMissed` | new | old, in a generation that nobody reads | old | replay, the same; the generation was durable before the event |
 //! | the drain | drained | new, or never read | new | the ring's copy, or a miss and SQL |
@@ -49,7 +50,8 @@
 //! | answers garbage | ? | the connection is closed, nothing behind it is believed |
 //!
 //! What this does not cover: somebody else who writes to keys with this prefix; a server that is made a replica of an
-//! old one and a master again within one connection and without a write in between.
+//! old one and a master again within one connection and without a write in between; users who go from one blade to
+//! another and back (their blades have generations of their own; that wants one file for the cluster).
 
 pub mod address;
 pub mod connection;

@@ -29,6 +29,8 @@ pub struct Config {
     /// Under which sessions are registered: a name without `:`, and the shard's number.
     pub blade: String,
     pub shard: u16,
+    /// Of the process: [`super::Generations::incarnation`].
+    pub incarnation: u64,
     /// How long a record stays without being stored or touched again, and how long the word that there is no such user.
     pub ttl_ms: u64,
     pub missing_ttl_ms: u64,
@@ -52,8 +54,14 @@ pub struct Config {
 }
 
 impl Config {
-    pub fn new(prefix: impl Into<String>, blade: impl Into<String>, shard: u16) -> Config {
+    pub fn new(
+        prefix: impl Into<String>,
+        blade: impl Into<String>,
+        shard: u16,
+        incarnation: u64,
+    ) -> Config {
         Config {
+            incarnation,
             prefix: prefix.into(),
             blade: blade.into(),
             shard,

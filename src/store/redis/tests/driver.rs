@@ -29,14 +29,24 @@ pub struct Driver {
 trait Stream: Read + Write + AsFd {}
 impl<S: Read + Write + AsFd> Stream for S {}
 
-/// Short pauses, so that a test sees many of them.
+/// Short pauses, so that a test sees many of them; deadlines that a busy machine does not reach.
 pub fn config() -> Config {
     Config {
-        timeout_ms: 150,
-        connect_timeout_ms: 150,
+        timeout_ms: 10_000,
+        connect_timeout_ms: 10_000,
         pause_ms_min: 2,
         pause_ms_max: 30,
-        ..Config::new("t:", "blade", 1)
+        // The driver knows it.
+        ..Config::new("t:", "blade", 1, 0)
+    }
+}
+
+/// For tests that wait for a deadline.
+pub fn hasty() -> Config {
+    Config {
+        timeout_ms: 1_000,
+        connect_timeout_ms: 1_000,
+        ..config()
     }
 }
 
@@ -47,7 +57,12 @@ impl Driver {
         addresses: impl IntoIterator<Item = &'a str>,
     ) -> Driver {
         let addresses = Address::parse_all(addresses).unwrap();
-        let generations = Generations::open(folder.join("redis.json"), &addresses).unwrap();
+        let path = folder.join("redis.json");
+        let generations = Generations::open(path, &addresses, unix_us()).unwrap();
+        let config = Config {
+            incarnation: generations.incarnation(),
+            ..config
+        };
         let tier = Tier::new(
             config,
             &addresses,
@@ -105,8 +120,8 @@ impl Driver {
     /// Answers what was asked for.
     pub fn renew(&mut self) {
         while let Some((instance, run_id)) = self.renewals.pop_front() {
-            let unix_us = SystemTime::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64;
-            let generation = self.generations.renew(instance, &run_id, unix_us).unwrap();
+            let generation = self.generations.renew(instance, &run_id, unix_us());
+            let generation = generation.unwrap();
             assert!(self.tier.generation(instance, generation));
             self.renewed += 1;
             // Asks again if meanwhile another server is there.
@@ -208,4 +223,8 @@ fn connect(endpoint: &Endpoint) -> std::io::Result<Box<dyn Stream>> {
             Box::new(stream)
         }
     })
+}
+
+fn unix_us() -> u64 {
+    SystemTime::UNIX_EPOCH.elapsed().unwrap().as_micros() as u64
 }

@@ -8,13 +8,17 @@ use std::time::Duration;
 use redis::Value;
 
 use super::super::{Config, Event, Keep, Later, Session, State};
-use super::driver::{Driver, config};
+use super::driver::{Driver, config, hasty};
 use super::server::Server;
 
 // ---- what a test says
 
 fn one(server: &Server, folder: &Path) -> Driver {
-    let mut driver = Driver::new(config(), folder, [&*server.address()]);
+    with(config(), server, folder)
+}
+
+fn with(config: Config, server: &Server, folder: &Path) -> Driver {
+    let mut driver = Driver::new(config, folder, [&*server.address()]);
     driver.until("the instance is used", usable);
     driver
 }
@@ -187,8 +191,7 @@ fn short_lived_words_end_by_themselves_and_touched_ones_live_on() {
         missing_ttl_ms: 60,
         ..config()
     };
-    let mut driver = Driver::new(config, folder.path(), [&*server.address()]);
-    driver.until("the instance is used", usable);
+    let mut driver = with(config, &server, folder.path());
     for name in ["alice", "bob"] {
         let now_us = driver.now_us();
         driver.tier.offer(name, 0, b"nobody", Keep::Short, now_us);
@@ -208,8 +211,7 @@ fn what_is_too_large_is_not_kept_but_holds_off_what_is_older() {
         value_bytes_max: 100,
         ..config()
     };
-    let mut driver = Driver::new(config, folder.path(), [&*server.address()]);
-    driver.until("the instance is used", usable);
+    let mut driver = with(config, &server, folder.path());
     assert!(store(&mut driver, "alice", 5, "small"));
     assert!(store(&mut driver, "alice", 6, &"large".repeat(50)));
     assert!(store(&mut driver, "alice", 5, "small"));
@@ -352,7 +354,7 @@ fn an_old_dump_does_not_come_back_while_the_blade_is_down() {
 #[test]
 fn a_hung_instance_that_goes_on_with_an_old_write_misleads_nobody() {
     let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
-    let mut driver = one(&server, folder.path());
+    let mut driver = with(hasty(), &server, folder.path());
     assert!(store(&mut driver, "alice", 1, "first"));
     server.stop();
     assert!(!store(&mut driver, "alice", 2, "in its socket"));
@@ -370,13 +372,13 @@ fn a_hung_instance_that_goes_on_with_an_old_write_misleads_nobody() {
 #[test]
 fn a_removed_user_does_not_come_back_with_a_hung_instance() {
     let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
-    let mut driver = one(&server, folder.path());
+    let mut driver = with(hasty(), &server, folder.path());
     server.stop();
     try_store(&mut driver, "alice", 1, "here").unwrap();
     driver.turn(Duration::ZERO);
     // The blade ends without having heard, and starts again; the journal still has the change and then the removal.
     drop(driver);
-    let mut driver = Driver::new(config(), folder.path(), [&*server.address()]);
+    let mut driver = Driver::new(hasty(), folder.path(), [&*server.address()]);
     assert!(!store(&mut driver, "alice", 2, "removed"));
     server.go_on();
     driver.until("the old write is carried out", |_| {
@@ -387,9 +389,51 @@ fn a_removed_user_does_not_come_back_with_a_hung_instance() {
 }
 
 #[test]
-fn an_offer_that_nobody_confirmed_is_a_missed_write() {
+fn what_a_dead_process_left_in_a_socket_is_refused() {
     let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
     let mut driver = one(&server, folder.path());
+    try_store(&mut driver, "alice", 1, "late").unwrap();
+    // As if the network kept it.
+    let late = driver.tier.outgoing(0).to_vec();
+    drop(driver);
+    let mut driver = one(&server, folder.path());
+    assert!(store(&mut driver, "alice", 2, "new"));
+    let answer_to_late = |say: &str| {
+        for (key, _) in server.users() {
+            server.ask(&["DEL", &key]); // as eviction does
+        }
+        assert_eq!(server.say(&late), Value::Int(-1), "{say}");
+    };
+    answer_to_late("while the fence is the new process's");
+    assert_eq!(load(&mut driver, "alice"), missed("alice"));
+    server.ask(&["FLUSHALL"]);
+    answer_to_late("while there is no fence");
+    assert_eq!(load(&mut driver, "alice"), missed("alice"));
+    assert!(
+        store(&mut driver, "alice", 3, "newer"),
+        "the fence is set again"
+    );
+    answer_to_late("afterwards");
+    assert_eq!(driver.tier.counters(0).errors.get(), 0);
+}
+
+#[test]
+fn two_blades_of_one_name_are_found_out() {
+    let (server, folders) = (
+        Server::start(),
+        [(); 2].map(|()| tempfile::tempdir().unwrap()),
+    );
+    let mut first = one(&server, folders[0].path());
+    let mut second = one(&server, folders[1].path());
+    assert!(store(&mut second, "alice", 1, "x"));
+    let lines = log_of(|| assert!(!store(&mut first, "alice", 2, "y")));
+    assert!(lines.contains("a name of its own"), "{lines}");
+}
+
+#[test]
+fn an_offer_that_nobody_confirmed_is_a_missed_write() {
+    let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
+    let mut driver = with(hasty(), &server, folder.path());
     assert!(store(&mut driver, "bob", 1, "x"));
     let renewals = driver.tier.counters(0).renewals.get();
     server.stop();
@@ -441,10 +485,10 @@ fn an_instance_out_of_memory_is_not_read_although_it_answers_reads() {
 #[test]
 fn a_slow_instance_costs_a_load_no_more_than_the_deadline() {
     let (server, folder) = (Server::start(), tempfile::tempdir().unwrap());
-    let mut driver = one(&server, folder.path());
+    let mut driver = with(hasty(), &server, folder.path());
     assert!(store(&mut driver, "alice", 1, "x"));
     let sleeping = std::thread::scope(|scope| {
-        let sleeping = scope.spawn(|| server.ask(&["DEBUG", "SLEEP", "1.5"]));
+        let sleeping = scope.spawn(|| server.ask(&["DEBUG", "SLEEP", "4"]));
         // From here on an answer comes late or in time; what counts is that one comes before the sleep ends.
         driver.until("a load is unavailable", |driver| {
             load(driver, "alice") == unavailable("alice")

@@ -126,14 +126,23 @@ impl Server {
     }
 
     fn try_ask(&self, command: &[&str]) -> Option<Value> {
-        let mut stream = UnixStream::connect(self.socket()).ok()?;
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut packed = redis::cmd(command[0]);
         command[1..].iter().for_each(|part| {
             packed.arg(*part);
         });
+        self.try_say(&packed.get_packed_command())
+    }
+
+    /// Bytes of one command, over a connection of its own.
+    pub fn say(&self, command: &[u8]) -> Value {
+        self.try_say(command).expect("the server answers")
+    }
+
+    fn try_say(&self, command: &[u8]) -> Option<Value> {
+        let mut stream = UnixStream::connect(self.socket()).ok()?;
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
         // The end of sending makes it answer and close, so the answer is whole.
-        stream.write_all(&packed.get_packed_command()).ok()?;
+        stream.write_all(command).ok()?;
         stream.shutdown(std::net::Shutdown::Write).ok()?;
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).ok()?;
