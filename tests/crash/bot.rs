@@ -135,6 +135,8 @@ struct Stream {
     id: String,
     sent: u32,
     covered: u32,
+    /// The last count that stood for a message that is kept.
+    kept: u32,
     handled: u32,
     /// The counts of the two sides do not agree any more: told once, then not looked at.
     confused: bool,
@@ -904,8 +906,8 @@ impl Bot {
         let back = (h.wrapping_sub(stream.covered) as i32) < 0;
         if beyond || back {
             let text = format!(
-                "{}: {by} says {h}; sent {}, covered before {}",
-                self.profile.name, stream.sent, stream.covered
+                "{}: {by} says {h}; sent {}, covered before {} (the last message to be kept was {})",
+                self.profile.name, stream.sent, stream.covered, stream.kept
             );
             stream.confused = true;
             let kind = match (beyond, by) {
@@ -924,6 +926,9 @@ impl Bot {
                         let sent = &mut self.sent[number];
                         if sent.state == State::Open {
                             sent.state = State::Accepted;
+                        }
+                        if !sent.fleeting {
+                            self.stream.kept = unacked.count;
                         }
                         accepted = (accepted.0.min(number), number);
                     }
