@@ -98,6 +98,9 @@ struct Options {
     /// Kills between two checks of everything
     #[arg(long, default_value_t = 5)]
     check_every: u32,
+    /// A kind of broken promise (as the report names it) that is counted apart and does not fail the run
+    #[arg(long, value_name = "KIND")]
+    tolerate: Vec<String>,
     /// Keys of the configuration, as `nitro serve --set` takes them
     #[arg(long = "set", value_name = "KEY=VALUE")]
     settings: Vec<String>,
@@ -246,7 +249,7 @@ fn run(options: &Options, seed: u64) -> Value {
         (Some(address), Some(kill), Some(start)) => Server::external(address, kill, start),
         _ => Server::nitro(options.database, options.redis, &options.settings),
     };
-    let mut world = World::new(format!("seed {seed}"));
+    let mut world = World::new(format!("seed {seed}"), options.tolerate.clone());
     for (place, count) in USERS.iter().enumerate() {
         for _ in 0..*count {
             let clients: Vec<(bool, bool)> = (0..=place)

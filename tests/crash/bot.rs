@@ -21,6 +21,9 @@ const NS_CARBONS: &str = "urn:xmpp:carbons:2";
 const NS_SID: &str = "urn:xmpp:sid:0";
 /// How long a living server may take for an answer.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// `<failed h/>` leaves out stanzas that were covered, but no message that is kept: a client that goes by the highest count
+/// it saw does nothing twice.
+const FAILED_H_FORGETS: &str = "failed_h_forgets_what_is_not_kept";
 /// Results on a page of the archive.
 const PAGE: usize = 50;
 
@@ -318,11 +321,16 @@ impl Bot {
                         None if self.stream.covered == 0 => {}
                         None => {
                             let text = format!(
-                                "{}: <failed/> without h, {} were covered before",
+                                "{}: <failed/> without h, {} were covered before (the last message to be kept was {})",
                                 self.jid(),
-                                self.stream.covered
+                                self.stream.covered,
+                                self.stream.kept
                             );
-                            self.wrong("failed_without_h", text);
+                            let kind = match self.stream.kept {
+                                0 => FAILED_H_FORGETS,
+                                _ => "failed_without_h",
+                            };
+                            self.wrong(kind, text);
                         }
                     }
                 }
@@ -912,6 +920,7 @@ impl Bot {
             stream.confused = true;
             let kind = match (beyond, by) {
                 (true, _) => "count_beyond_sent",
+                (false, "<failed/>") if h.wrapping_sub(stream.kept) as i32 >= 0 => FAILED_H_FORGETS,
                 (false, "<failed/>") => "failed_h_too_low",
                 (false, _) => "count_goes_back",
             };
