@@ -181,6 +181,8 @@ pub struct Bot {
     pub profile: Profile,
     /// The server said that this account exists.
     pub registered: bool,
+    /// Of the last log-in.
+    password: String,
     wire: Option<Connection>,
     stream: Stream,
     /// Number of the stream: a resumption continues it.
@@ -215,6 +217,7 @@ impl Bot {
         Bot {
             profile,
             registered: false,
+            password: password.to_owned(),
             wire: None,
             stream: Stream::default(),
             session: 0,
@@ -379,7 +382,7 @@ impl Bot {
                 .map_err(|why| trouble(round, why))?;
             if outcome.name == "success" {
                 wire.open(DOMAIN).map_err(|why| trouble(round, why))?;
-                self.facts.settle("password", Some(password));
+                self.password = password;
                 return Ok(wire);
             }
             refusal = outcome.to_string();
@@ -388,6 +391,12 @@ impl Bot {
             "{} cannot log in: {refusal}",
             self.jid()
         )))
+    }
+
+    /// No change is on its way any more (its server is dead): the password of the last log-in is the one.
+    pub fn settle_password(&mut self) {
+        let password = self.password.clone();
+        self.facts.settle("password", Some(password));
     }
 
     /// Does an allowed password open the account?
