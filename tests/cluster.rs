@@ -4,6 +4,7 @@
 mod blade;
 #[path = "client/mod.rs"]
 mod client;
+#[allow(clippy::duplicate_mod)] // the client is built on the dialogues' connection, too
 #[path = "dialogue/mod.rs"]
 mod dialogue;
 #[path = "fixture/mod.rs"]
@@ -19,6 +20,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 use client::{Client, body};
+use mariadb::Mariadb;
+use redis::Redis;
+
 use fixture::{CONTACTS, Cluster, HISTORY, USERS};
 
 /// Users who are looked at: some at the ends of desks and of the ring.
@@ -45,6 +49,34 @@ fn a_populated_cluster_serves_its_users_before_and_after_a_kill_of_every_tier() 
     }
     contacts_see_and_hear_each_other(&cluster, 789);
     everybody_finds_what_is_his(&cluster);
+}
+
+#[test]
+fn the_real_servers_are_killed_hang_and_come_back() {
+    let mut redis = Redis::start().expect("Redis is not installed: apt-get install redis-server");
+    assert_eq!(redis.command("SET key value").as_deref(), Some("+OK\r\n"));
+    redis.stop();
+    let pid = redis.pid();
+    redis.go_on();
+    assert_eq!(redis.command("GET key").as_deref(), Some("$5\r\nvalue\r\n"));
+    redis.kill();
+    assert_eq!(redis.command("PING"), None);
+    redis.restart();
+    assert_ne!(redis.pid(), pid);
+    // it keeps nothing on disk
+    assert_eq!(redis.command("GET key").as_deref(), Some("$-1\r\n"));
+
+    let mut mariadb =
+        Mariadb::start().expect("MariaDB is not installed: apt-get install mariadb-server");
+    mariadb.sql("CREATE TABLE nitro.kept (n INT PRIMARY KEY); INSERT INTO nitro.kept VALUES (7)");
+    mariadb.stop();
+    mariadb.go_on();
+    mariadb.kill();
+    mariadb.restart();
+    assert!(
+        !mariadb.try_sql("INSERT INTO nitro.kept VALUES (7)"),
+        "the row is there"
+    );
 }
 
 fn everybody_finds_what_is_his(cluster: &Cluster) {

@@ -249,6 +249,10 @@ fn run(options: &Options, seed: u64) -> Value {
         (Some(address), Some(kill), Some(start)) => Server::external(address, kill, start),
         _ => Server::nitro(options.database, options.redis, &options.settings),
     };
+    if options.keep {
+        let folder = server.keep(true);
+        eprintln!("seed {seed}: data and log are in {}", folder.display());
+    }
     let mut world = World::new(format!("seed {seed}"), options.tolerate.clone());
     for (place, count) in USERS.iter().enumerate() {
         for _ in 0..*count {
@@ -351,8 +355,8 @@ fn run(options: &Options, seed: u64) -> Value {
         let text = format!("only {} messages were accepted", world.totals.accepted);
         world.wrong("too_little_for_a_proof", &text, |_| Vec::new());
     }
-    if options.keep && world.wrong_count() > 0 {
-        server.keep();
+    if options.keep && world.wrong_count() == 0 {
+        server.keep(false);
     }
     let mut line = serde_json::Map::new();
     for (key, value) in identity(options, seed) {
