@@ -156,9 +156,9 @@ impl Blade {
         self.folder.path()
     }
 
-    /// The folder stays when the blade is dropped: for somebody who wants to look into it.
-    pub fn keep(&mut self) {
-        self.folder.disable_cleanup(true);
+    /// Whether the folder stays when the blade is dropped: for somebody who wants to look into it.
+    pub fn keep(&mut self, keep: bool) {
+        self.folder.disable_cleanup(keep);
     }
 
     pub fn pid(&self) -> u32 {

@@ -21,6 +21,9 @@ const NS_CARBONS: &str = "urn:xmpp:carbons:2";
 const NS_SID: &str = "urn:xmpp:sid:0";
 /// How long a living server may take for an answer.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(20);
+/// `<failed h/>` leaves out stanzas that were covered, but no message that is kept: a client that goes by the highest count
+/// it saw does nothing twice.
+const FAILED_H_FORGETS: &str = "failed_h_forgets_what_is_not_kept";
 /// Results on a page of the archive.
 const PAGE: usize = 50;
 
@@ -135,6 +138,8 @@ struct Stream {
     id: String,
     sent: u32,
     covered: u32,
+    /// The last count that stood for a message that is kept.
+    kept: u32,
     handled: u32,
     /// The counts of the two sides do not agree any more: told once, then not looked at.
     confused: bool,
@@ -176,6 +181,8 @@ pub struct Bot {
     pub profile: Profile,
     /// The server said that this account exists.
     pub registered: bool,
+    /// Of the last log-in.
+    password: String,
     wire: Option<Connection>,
     stream: Stream,
     /// Number of the stream: a resumption continues it.
@@ -210,6 +217,7 @@ impl Bot {
         Bot {
             profile,
             registered: false,
+            password: password.to_owned(),
             wire: None,
             stream: Stream::default(),
             session: 0,
@@ -316,11 +324,16 @@ impl Bot {
                         None if self.stream.covered == 0 => {}
                         None => {
                             let text = format!(
-                                "{}: <failed/> without h, {} were covered before",
+                                "{}: <failed/> without h, {} were covered before (the last message to be kept was {})",
                                 self.jid(),
-                                self.stream.covered
+                                self.stream.covered,
+                                self.stream.kept
                             );
-                            self.wrong("failed_without_h", text);
+                            let kind = match self.stream.kept {
+                                0 => FAILED_H_FORGETS,
+                                _ => "failed_without_h",
+                            };
+                            self.wrong(kind, text);
                         }
                     }
                 }
@@ -369,7 +382,7 @@ impl Bot {
                 .map_err(|why| trouble(round, why))?;
             if outcome.name == "success" {
                 wire.open(DOMAIN).map_err(|why| trouble(round, why))?;
-                self.facts.settle("password", Some(password));
+                self.password = password;
                 return Ok(wire);
             }
             refusal = outcome.to_string();
@@ -378,6 +391,12 @@ impl Bot {
             "{} cannot log in: {refusal}",
             self.jid()
         )))
+    }
+
+    /// No change is on its way any more (its server is dead): the password of the last log-in is the one.
+    pub fn settle_password(&mut self) {
+        let password = self.password.clone();
+        self.facts.settle("password", Some(password));
     }
 
     /// Does an allowed password open the account?
@@ -904,12 +923,13 @@ impl Bot {
         let back = (h.wrapping_sub(stream.covered) as i32) < 0;
         if beyond || back {
             let text = format!(
-                "{}: {by} says {h}; sent {}, covered before {}",
-                self.profile.name, stream.sent, stream.covered
+                "{}: {by} says {h}; sent {}, covered before {} (the last message to be kept was {})",
+                self.profile.name, stream.sent, stream.covered, stream.kept
             );
             stream.confused = true;
             let kind = match (beyond, by) {
                 (true, _) => "count_beyond_sent",
+                (false, "<failed/>") if h.wrapping_sub(stream.kept) as i32 >= 0 => FAILED_H_FORGETS,
                 (false, "<failed/>") => "failed_h_too_low",
                 (false, _) => "count_goes_back",
             };
@@ -924,6 +944,9 @@ impl Bot {
                         let sent = &mut self.sent[number];
                         if sent.state == State::Open {
                             sent.state = State::Accepted;
+                        }
+                        if !sent.fleeting {
+                            self.stream.kept = unacked.count;
                         }
                         accepted = (accepted.0.min(number), number);
                     }

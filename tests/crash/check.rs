@@ -53,6 +53,7 @@ pub fn check(world: &mut World, round: &Round, users: &[usize], scope: Scope) {
         }
         // whoever can asks for the count of his last stream
         bot.log_in(round, true)?;
+        bot.settle_password();
         bot.message(round, bot.profile.user, None, false);
         let deadline = Instant::now() + ANSWER_WITHIN;
         while bot.profile.sm && bot.open() > 0 {

@@ -2,6 +2,7 @@
 
 use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -153,11 +154,14 @@ impl Server {
         }
     }
 
-    /// Leaves data and log where they are.
-    pub fn keep(&mut self) {
-        if let Server::Nitro { blade, .. } = self {
-            blade.keep();
-            eprintln!("kept: {}", blade.folder().display());
+    /// Whether data and log stay where they are when all is over, a panic included; the folder.
+    pub fn keep(&mut self, keep: bool) -> PathBuf {
+        match self {
+            Server::Nitro { blade, .. } => {
+                blade.keep(keep);
+                blade.folder().to_owned()
+            }
+            Server::External { .. } => PathBuf::new(),
         }
     }
 

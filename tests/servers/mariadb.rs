@@ -141,7 +141,8 @@ impl Mariadb {
         );
     }
 
-    fn try_sql(&self, statements: &str) -> bool {
+    /// Statements as root: did they succeed?
+    pub fn try_sql(&self, statements: &str) -> bool {
         let status = Command::new("mariadb")
             .args([
                 "--no-defaults",
