@@ -87,7 +87,9 @@ fn round(fleet: &Fleet, options: &StormOptions, users: &[u32]) -> Result<Round, 
     if options.contacts_online > 0 {
         // Presence to and from contacts belongs to a login and may be under way when the last one is complete.
         fleet.wait_until_quiet();
-        usage.server = before.until(&fleet.snapshot()).server;
+        let until_quiet = before.until(&fleet.snapshot());
+        usage.server = until_quiet.server;
+        usage.processes = until_quiet.processes;
     }
     Ok(Round {
         usage,
@@ -162,12 +164,11 @@ fn rows(report: &mut Report, global: &Global, options: &StormOptions, rounds: &[
         }
     }
     if !server.is_empty() {
-        report.number(
-            "server_cpu_ms_per_login",
-            "server CPU per login",
-            median(&server),
-            "ms",
-        );
+        let usages: Vec<_> = rounds
+            .iter()
+            .map(|round| (&round.usage, round.outcome.done))
+            .collect();
+        report.server_cpu(&usages, "login", "ms", 1e3);
         report.list("server_cpu_ms_per_login_of_rounds", &server);
     }
     report.number(
