@@ -15,7 +15,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use crate::chat;
 use crate::options::{Global, Target};
 use crate::proc::{Processes, Snapshot};
-use crate::report::{self, Failures, Histogram};
+use crate::report::Failures;
 use crate::socket::Tls;
 use crate::worker::{
     Answer, Command, Counters, Job, Layout, Outcome, Pace, Parts, Run, WAKE, Worker,
@@ -43,21 +43,6 @@ struct Handle {
     waker: Arc<Waker>,
     thread: JoinHandle<io::Result<()>>,
     counters: Arc<Counters>,
-}
-
-/// What came of the chat of all workers.
-pub struct ChatOutcome {
-    pub tally: chat::Tally,
-    pub latencies: Histogram,
-}
-
-impl Default for ChatOutcome {
-    fn default() -> ChatOutcome {
-        ChatOutcome {
-            tally: chat::Tally::default(),
-            latencies: report::histogram(),
-        }
-    }
 }
 
 impl Fleet {
@@ -190,33 +175,33 @@ impl Fleet {
         self.tell_all(|| Command::StopChat);
     }
 
+    pub fn collect_chat(&self) {
+        self.tell_all(|| Command::Collect);
+    }
+
     /// Lets the chat go on for a while.
     pub fn watch_chat(&self, title: &str, duration: Duration) {
         let bar = progress_bar(duration.as_millis() as u64, title);
-        let (start, before) = (Instant::now(), self.received());
+        let (start, before) = (Instant::now(), self.settled());
         while start.elapsed() < duration {
             thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
             bar.set_position(start.elapsed().as_millis() as u64);
-            let rate = (self.received() - before) as f64 / start.elapsed().as_secs_f64();
+            let rate = (self.settled() - before) as f64 / start.elapsed().as_secs_f64();
             bar.set_message(format!("{rate:.0} messages/s"));
         }
         bar.finish_and_clear();
     }
 
-    pub fn finish_chat(&self, title: &str) -> Result<ChatOutcome, String> {
+    pub fn finish_chat(&self, title: &str) -> Result<chat::Outcome, String> {
         let bar = progress_bar(0, title);
-        let mut outcome = ChatOutcome::default();
+        let mut outcome = chat::Outcome::new();
         for _ in &self.handles {
             let part =
-                self.wait_for_answer(|| bar.set_message(format!("{} messages", self.received())))?;
-            let Answer::Chat(tally, latencies) = part else {
+                self.wait_for_answer(|| bar.set_message(format!("{} messages", self.settled())))?;
+            let Answer::Chat(part) = part else {
                 unreachable!("nothing else is running")
             };
-            outcome.tally.add(&tally);
-            outcome
-                .latencies
-                .add(&latencies)
-                .expect("histograms have the same bounds");
+            outcome.add(&part);
         }
         bar.finish_and_clear();
         Ok(outcome)
@@ -244,17 +229,23 @@ impl Fleet {
 
     /// Until nothing arrives any more and the server rests (bounded).
     pub fn wait_until_quiet(&self) {
+        self.wait_until_quiet_for(QUIET_FOR, QUIET_WAIT_MAX);
+    }
+
+    /// The same, with other times; whether it came to rest.
+    pub fn wait_until_quiet_for(&self, quiet: Duration, most: Duration) -> bool {
         let start = Instant::now();
-        while start.elapsed() < QUIET_WAIT_MAX {
+        while start.elapsed() < most {
             let (bytes, before) = (self.sum(|counters| &counters.bytes_in), self.snapshot());
-            thread::sleep(QUIET_FOR);
+            thread::sleep(quiet);
             let usage = before.until(&self.snapshot());
             let server = usage.server.map_or(0.0, |server| server.as_secs_f64());
             let rested = server < usage.wall.as_secs_f64() * QUIET_SERVER_SHARE;
             if rested && self.sum(|counters| &counters.bytes_in) == bytes {
-                return;
+                return true;
             }
         }
+        false
     }
 
     /// Lets time pass, with a bar.
@@ -276,9 +267,9 @@ impl Fleet {
         self.processes.server_rss_kib()
     }
 
-    /// Chat messages received so far.
-    pub fn received(&self) -> u64 {
-        self.sum(|counters| &counters.received)
+    /// Chat messages that have reached whom they can reach so far: a recipient, or, when he is off line, the server.
+    pub fn settled(&self) -> u64 {
+        self.sum(|counters| &counters.settled)
     }
 
     /// Presence stanzas of others received so far.

@@ -20,7 +20,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use crate::chat::{self, Engine, Outputs};
+use crate::chat::{self, Engine, Output, Outputs};
 use crate::connection::{Account, Connection, Effect, Purpose};
 use crate::element::escape;
 use crate::options::{Target, TlsMode};
@@ -44,7 +44,10 @@ pub enum Command {
     Chat(chat::Plan),
     /// The measured part of the chat begins.
     Measure,
+    /// No more is sent.
     StopChat,
+    /// Everyone is on line: the chat may end when all is there.
+    Collect,
 }
 
 /// Do one thing with each of some users.
@@ -89,7 +92,7 @@ impl Pace {
 
 pub enum Answer {
     Run(Outcome),
-    Chat(chat::Tally, Histogram),
+    Chat(chat::Outcome),
 }
 
 /// What came of a [`Run`].
@@ -110,7 +113,8 @@ pub struct Counters {
     pub failed: AtomicU64,
     pub bytes_in: AtomicU64,
     pub presences: AtomicU64,
-    pub received: AtomicU64,
+    /// Chat messages that have reached whom they can reach, of all chats.
+    pub settled: AtomicU64,
     pub disconnected: AtomicU64,
 }
 
@@ -189,6 +193,8 @@ pub struct Worker {
     clients: Clients,
     running: Option<Running>,
     chat: Option<Engine>,
+    /// Of the chats before.
+    settled: u64,
     bytes_in: u64,
     presences: u64,
     disconnections: Arc<std::sync::Mutex<Failures>>,
@@ -211,7 +217,7 @@ pub struct Parts {
 }
 
 impl Outputs for Clients {
-    fn output(&mut self, slot: usize) -> Option<&mut Vec<u8>> {
+    fn output(&mut self, slot: usize) -> Option<Output<'_>> {
         let client = self.slots[slot]
             .as_mut()
             .filter(|client| client.connection.is_online())?;
@@ -219,7 +225,10 @@ impl Outputs for Clients {
             client.dirty = true;
             self.dirty.push(slot);
         }
-        Some(&mut client.connection.out)
+        Some(Output {
+            bytes: &mut client.connection.out,
+            stanzas: &mut client.connection.sent,
+        })
     }
 }
 
@@ -271,6 +280,7 @@ impl Worker {
             accounts,
             running: None,
             chat: None,
+            settled: 0,
             bytes_in: 0,
             presences: 0,
             disconnections: parts.disconnections,
@@ -367,6 +377,10 @@ impl Worker {
                     .chat
                     .iter_mut()
                     .for_each(|chat| chat.stop_sending(Instant::now())),
+                Ok(Command::Collect) => self
+                    .chat
+                    .iter_mut()
+                    .for_each(|chat| chat.collect(Instant::now())),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
@@ -637,6 +651,18 @@ impl Worker {
                     }
                 }
             }
+            Effect::Acknowledged(count) => {
+                if let Some(chat) = &mut self.chat {
+                    let now = Instant::now();
+                    for _ in 0..chat.on_acknowledged(slot, count, now) {
+                        let out = Output {
+                            bytes: &mut client.connection.out,
+                            stanzas: &mut client.connection.sent,
+                        };
+                        chat.send_next(slot, now, out);
+                    }
+                }
+            }
             Effect::Ended => return Err(End::Finished),
             Effect::Failed(error) => return Err(End::Failed(error.to_string())),
         }
@@ -739,11 +765,10 @@ impl Worker {
         self.counters
             .presences
             .store(self.presences, Ordering::Relaxed);
-        if let Some(chat) = &self.chat {
-            self.counters
-                .received
-                .store(chat.tally.received, Ordering::Relaxed);
-        }
+        let settled = self.chat.as_ref().map_or(0, Engine::settled);
+        self.counters
+            .settled
+            .store(self.settled + settled, Ordering::Relaxed);
     }
 
     /// Hands in what is finished. A fleet that is gone ends the loop by the next command anyway.
@@ -762,8 +787,9 @@ impl Worker {
             .as_ref()
             .is_some_and(|chat| chat.is_finished(Instant::now()))
         {
-            let (tally, latencies) = self.chat.take().expect("just seen").finish();
-            let _ = self.answers.send(Answer::Chat(tally, latencies));
+            let chat = self.chat.take().expect("just seen");
+            self.settled += chat.settled();
+            let _ = self.answers.send(Answer::Chat(chat.finish()));
         }
     }
 }
