@@ -557,6 +557,7 @@ pub fn run(global: &Global, options: &ChatOptions) -> Result<Report, String> {
     measure(&fleet, options, &plan, &offline, &counters, &mut report)?;
     if options.stored && options.no_store {
         report.begin_section("no_store", "no-store");
+        fleet.wait_until_quiet();
         let plan = Plan {
             run: plan.run + 1,
             no_store: true,
@@ -565,7 +566,7 @@ pub fn run(global: &Global, options: &ChatOptions) -> Result<Report, String> {
         measure(&fleet, options, &plan, &[], &counters, &mut report)?;
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop();
+    fleet.stop()?;
     Ok(report)
 }
 

@@ -1,18 +1,21 @@
 //! All workers together, as the scenarios see them: give everyone work, wait for it with a progress bar, read the
 //! processes' costs.
 
-use std::io;
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mio::{Poll, Waker};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::chat;
+use crate::connection::Account;
 use crate::options::{Global, Target};
 use crate::proc::{Processes, Snapshot};
 use crate::report::Failures;
@@ -41,7 +44,7 @@ pub struct Fleet {
 struct Handle {
     commands: Sender<Command>,
     waker: Arc<Waker>,
-    thread: JoinHandle<io::Result<()>>,
+    thread: JoinHandle<io::Result<Vec<Account>>>,
     counters: Arc<Counters>,
 }
 
@@ -55,6 +58,11 @@ impl Fleet {
             threads: global.threads as u32,
         };
         let target = Arc::new(target);
+        let keys = match &global.keys {
+            Some(file) => read_keys(file)?,
+            None => HashMap::new(),
+        };
+        let keys = Arc::new(keys);
         let disconnections = Arc::new(Mutex::new(Failures::new()));
         let (answer_sender, answers) = channel();
         let start = |number: usize| -> io::Result<Handle> {
@@ -66,6 +74,7 @@ impl Fleet {
                 number,
                 layout,
                 prefix: global.prefix.clone(),
+                keys: keys.clone(),
                 target: target.clone(),
                 tls: tls.clone(),
                 poll,
@@ -288,12 +297,19 @@ impl Fleet {
             .clone()
     }
 
-    /// Ends the threads and with them all connections.
-    pub fn stop(self) {
+    /// Ends the threads and with them all connections; keeps the keys if asked to.
+    pub fn stop(self) -> Result<(), String> {
+        let mut accounts = Vec::new();
         for handle in self.handles {
             drop(handle.commands);
             let _ = handle.waker.wake();
-            let _ = handle.thread.join();
+            if let Ok(Ok(part)) = handle.thread.join() {
+                accounts.extend(part);
+            }
+        }
+        match &self.global.keys {
+            Some(file) => write_keys(file, &accounts),
+            None => Ok(()),
         }
     }
 
@@ -317,6 +333,35 @@ impl Handle {
         let _ = self.commands.send(command);
         let _ = self.waker.wake();
     }
+}
+
+/// `NAME<tab>LINE` of each account; a file that is not there yet holds none.
+fn read_keys(file: &Path) -> Result<HashMap<String, String>, String> {
+    match fs::read_to_string(file) {
+        Ok(text) => {
+            let lines = text.lines().filter_map(|line| line.split_once('\t'));
+            Ok(lines
+                .map(|(name, line)| (name.into(), line.into()))
+                .collect())
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(HashMap::new()),
+        Err(error) => Err(format!("--keys {}: {error}", file.display())),
+    }
+}
+
+/// Accounts of other runs stay in the file.
+fn write_keys(file: &Path, accounts: &[Account]) -> Result<(), String> {
+    let mut lines = read_keys(file)?;
+    for account in accounts {
+        if let Some(line) = account.keys.to_line() {
+            lines.insert(account.name.clone(), line);
+        }
+    }
+    let text: String = lines
+        .iter()
+        .map(|(name, line)| format!("{name}\t{line}\n"))
+        .collect();
+    fs::write(file, text).map_err(|error| format!("--keys {}: {error}", file.display()))
 }
 
 fn progress_bar(length: u64, title: &str) -> ProgressBar {
@@ -347,5 +392,28 @@ fn raise_file_limit(clients: u64) -> Result<(), String> {
             clients + FILES_RESERVED
         )),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scram::KeyCache;
+
+    #[test]
+    fn keys_of_other_accounts_stay_in_the_file() {
+        let file = std::env::temp_dir().join(format!("loadtest-keys-{}", std::process::id()));
+        let _ = fs::remove_file(&file);
+        assert_eq!(read_keys(&file), Ok(HashMap::new()));
+        let line = format!("sha-1 4 c2FsdA== {}=", "A".repeat(27));
+        let account = |name: &str| Account {
+            name: name.into(),
+            keys: KeyCache::from_line(&line).unwrap(),
+        };
+        write_keys(&file, &[account("a"), account("b c")]).unwrap();
+        write_keys(&file, &[account("d")]).unwrap();
+        let keys = read_keys(&file).unwrap();
+        assert_eq!((keys.len(), &keys["b c"]), (3, &line));
+        fs::remove_file(&file).unwrap();
     }
 }

@@ -86,6 +86,10 @@ pub struct Global {
     /// SASL mechanism.
     #[arg(long, global = true, value_enum, default_value_t = MechanismOption::ScramSha1)]
     pub mechanism: MechanismOption,
+    /// Keep the users' SCRAM keys in this file from run to run (for the same --password): no key is derived while the first
+    /// logins after a restart of the server are measured.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub keys: Option<PathBuf>,
     /// Resource to bind; empty: the server makes one.
     #[arg(long, global = true, default_value = "loadtest")]
     pub resource: String,

@@ -34,10 +34,14 @@ pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
         let warm = fleet.login_all("warm up")?;
         report.note_failures(&warm.failures);
         if report.is_failure() {
-            fleet.stop();
+            fleet.stop()?;
             return Ok(report);
         }
         online = true;
+    }
+    if !online {
+        // What an earlier run left to the server is not part of the first round.
+        fleet.wait_until_quiet();
     }
     let mut rounds = Vec::new();
     for number in 0..options.rounds {
@@ -64,7 +68,7 @@ pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
         }
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop();
+    fleet.stop()?;
     Ok(report)
 }
 

@@ -4,7 +4,7 @@
 //! one turn of the loop has for one socket leaves with one write. A client's place in the poll and in all tables is
 //! its slot; a user always belongs to the same worker, and the two users of a pair to the same one.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -207,6 +207,8 @@ pub struct Parts {
     pub number: usize,
     pub layout: Layout,
     pub prefix: String,
+    /// Lines of known keys, by name of the account.
+    pub keys: Arc<HashMap<String, String>>,
     pub target: Arc<Target>,
     pub tls: Tls,
     pub poll: Poll,
@@ -246,12 +248,19 @@ impl Outcome {
 
 impl Worker {
     pub fn new(parts: Parts) -> io::Result<Worker> {
+        let keys = |name: &String| {
+            parts
+                .keys
+                .get(name)
+                .and_then(|line| KeyCache::from_line(line))
+        };
         let accounts: Vec<_> = parts
             .layout
             .users_of(parts.number)
-            .map(|user| Account {
-                name: format!("{}{user}", parts.prefix),
-                keys: KeyCache::default(),
+            .map(|user| format!("{}{user}", parts.prefix))
+            .map(|name| Account {
+                keys: keys(&name).unwrap_or_default(),
+                name,
             })
             .collect();
         let timer = timerfd_create(
@@ -289,8 +298,8 @@ impl Worker {
         })
     }
 
-    /// Until the fleet lets go of it.
-    pub fn run(mut self) -> io::Result<()> {
+    /// Until the fleet lets go of it; then it gives the accounts back.
+    pub fn run(mut self) -> io::Result<Vec<Account>> {
         let mut events = Events::with_capacity(EVENTS_PER_TURN);
         loop {
             self.arm_timer()?;
@@ -309,7 +318,7 @@ impl Worker {
                 }
             }
             if !self.take_commands() {
-                return Ok(());
+                return Ok(self.accounts);
             }
             self.begin_jobs();
             if let Some(chat) = &mut self.chat {
