@@ -630,6 +630,8 @@ fn measure(
 ) -> Result<(), String> {
     let at_once = options.messages.is_some() || options.settle.is_some();
     let warmup = options.warmup.unwrap_or(if at_once { 0.0 } else { 1.0 });
+    let read = || Ok::<_, String>((counters.read()?, fleet.snapshot(), fleet.settled()));
+    let mut start = read()?;
     fleet.start_chat(Plan {
         epoch: Instant::now(),
         ..plan.clone()
@@ -637,9 +639,9 @@ fn measure(
     if warmup > 0.0 {
         fleet.watch_chat("warm up", Duration::from_secs_f64(warmup));
         fleet.measure_chat();
+        start = read()?;
     }
-    let counted_before = counters.read()?;
-    let (before, settled_before) = (fleet.snapshot(), fleet.settled());
+    let (counted_before, before, settled_before) = start;
     let mut outcome = Outcome::new();
     match options.messages {
         Some(_) => outcome = fleet.finish_chat("chat")?,

@@ -543,7 +543,11 @@ mod tests {
         assert_eq!(groups, expected);
     }
 
-    fn snapshot(processes: &[(u32, &str, u64, &[(u32, &str, u64)])]) -> Snapshot {
+    /// Number, group and milliseconds of each thread.
+    type Threads<'a> = &'a [(u32, &'a str, u64)];
+
+    /// Of processes: number, name, milliseconds and threads.
+    fn snapshot(processes: &[(u32, &str, u64, Threads)]) -> Snapshot {
         let mut snapshot = Snapshot {
             at: Instant::now(),
             server: ThreadTimes::new(),
