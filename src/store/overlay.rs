@@ -364,6 +364,16 @@ impl Overlay {
         found
     }
 
+    /// Messages of the user's that were refused.
+    fn dropped(&self, name: &str) -> SmallVec<[u64; 4]> {
+        let items = self.users.get(name).into_iter().flat_map(Undrained::items);
+        let dropped = items.filter_map(|item| match item {
+            Item::Dropped(id) => Some(*id),
+            _ => None,
+        });
+        dropped.collect()
+    }
+
     /// Does the overlay know all about the user, so that SQL has nothing to add?
     pub fn is_whole(&self, name: &str) -> bool {
         self.users.get(name).is_some_and(|user| {
@@ -378,6 +388,9 @@ impl Overlay {
 
     /// A page of an archive as it is, from the page that SQL gave.
     pub fn page(&self, query: &ArchiveQuery, mut page: Page) -> Result<Page, String> {
+        // what was refused after all, and SQL does not know yet; the count stays as it is (XEP-0059: it may be approximate)
+        let dropped = self.dropped(&query.name);
+        page.entries.retain(|entry| !dropped.contains(&entry.id));
         let beyond = self.archived(&query.name, page.last_id);
         page.missing
             .retain(|id| beyond.binary_search_by_key(id, |(id, _)| *id).is_err());

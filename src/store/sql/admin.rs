@@ -71,8 +71,10 @@ impl Store {
                 runtime,
                 sql: Some(sql),
             })),
-            Err(SetUpError(_, true)) => Ok(None),
-            Err(SetUpError(sentence, false)) => Err(sentence),
+            Err(SetUpError {
+                unreachable: true, ..
+            }) => Ok(None),
+            Err(SetUpError { sentence, .. }) => Err(sentence),
         }
     }
 
