@@ -95,6 +95,8 @@ pub struct DrainHandle {
     wake: Arc<Notify>,
     stop: Notify,
     stopping: std::cell::Cell<bool>,
+    /// What is not drained by then stays in the journals.
+    until: std::cell::Cell<Option<Instant>>,
 }
 
 impl DrainHandle {
@@ -103,6 +105,16 @@ impl DrainHandle {
         self.stopping.set(true);
         self.stop.notify_one();
         self.wake.notify_one();
+    }
+
+    /// The same, but no transaction begins later than this: the journals keep what is left for the next start.
+    pub fn stop_within(&self, most: Duration) {
+        self.until.set(Some(Instant::now() + most));
+        self.stop();
+    }
+
+    fn is_over(&self) -> bool {
+        self.until.get().is_some_and(|until| Instant::now() >= until)
     }
 
     /// A pause that ends early when the drain is to stop.
@@ -194,6 +206,9 @@ impl Drain {
     async fn turn(&mut self, sql: &mut Sql, handle: &DrainHandle) -> Result<Turn, SqlError> {
         self.read();
         let all = handle.is_stopping();
+        if all && handle.is_over() {
+            return Ok(Turn::Ended);
+        }
         let batch = self.batch(all);
         if !batch.is_empty() {
             self.write(sql, &batch).await?;

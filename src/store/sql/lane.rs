@@ -27,6 +27,8 @@ use crate::store::drain::{Drain, DrainConfig, DrainHandle, DrainedSink, Source};
 use crate::store::tier::{Answer, Loaded, Page, Query, ReadError, Request, Ticket};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
+/// How long the drain goes on when the lane is stopped.
+const STOP_WITHIN: Duration = Duration::from_secs(2);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 
 /// How the lane runs; see [`LaneConfig::new`] for the defaults.
@@ -320,7 +322,7 @@ impl Desk {
         self.waiting.borrow_mut().stopping = true;
         self.loads_wake.notify_one();
         self.reads_wake.notify_one();
-        self.drain.stop();
+        self.drain.stop_within(STOP_WITHIN);
     }
 
     /// Makes the schema if the start could not, then drains.
