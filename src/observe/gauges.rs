@@ -70,6 +70,27 @@ snapshot! {
     counter cache_evictions = "nitro_cache_evictions";
     /// Bytes of the cache.
     gauge cache_bytes = "nitro_cache_bytes";
+    /// Groups of changes that the journal has synced.
+    counter journal_commits = "nitro_journal_commits";
+    /// Changes in them.
+    counter journal_records = "nitro_journal_records";
+    /// Their bytes, before whole blocks are filled up.
+    counter journal_bytes = "nitro_journal_bytes";
+    /// Microseconds from handing groups over to their being durable, all together: divide by nitro_journal_commits.
+    counter journal_commit_us = "nitro_journal_commit_microseconds";
+    /// The slowest of them. When it grows, the disk is at its limit: clients wait as long for their acknowledgements.
+    gauge journal_commit_us_max = "nitro_journal_commit_microseconds_max";
+    /// Bytes that the database does not have yet. When it grows, the database is away or too slow; at
+    /// journal.backlog_bytes_max new messages are refused.
+    gauge journal_backlog = "nitro_journal_backlog_bytes";
+    /// Files of the journal that hold changes.
+    gauge journal_segments = "nitro_journal_segments";
+    /// 0: open; 1: full, the backlog's bound is reached; 2: full, the disk is. New messages and changes are refused.
+    gauge journal_status = "nitro_journal_status";
+    /// Messages and changes refused because the journal was full.
+    counter journal_refused = "nitro_journal_refused";
+    /// Changes that the database does not have yet and the shard remembers.
+    gauge overlay_items = "nitro_overlay_items";
 }
 
 /// Figures of the whole blade.

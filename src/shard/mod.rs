@@ -35,7 +35,7 @@ use crate::net::{Scratch, TlsConfig, Transport};
 use crate::observe::Snapshot;
 use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
 use crate::store::change::Id;
-use crate::store::journal::{Committed, Files, Floors, Writer};
+use crate::store::journal::{Committed, Files, Floors, Status, Writer};
 use crate::store::overlay::Position;
 use crate::store::recovery::Found;
 use crate::store::ring::Ring;
@@ -284,6 +284,7 @@ impl Shard {
     fn publish(&self) {
         let slice = self.slice.borrow();
         let (ways, cache, c) = (self.ways.borrow(), slice.users.stats(), &slice.counters);
+        let journal = self.journal.state();
         let snapshot = Snapshot {
             sessions: slice.sessions.len() as u64,
             parked: slice.parked as u64,
@@ -306,6 +307,20 @@ impl Shard {
             cache_misses: cache.misses,
             cache_evictions: cache.evictions,
             cache_bytes: cache.bytes as u64,
+            journal_commits: journal.commits(),
+            journal_records: journal.records(),
+            journal_bytes: journal.bytes(),
+            journal_commit_us: journal.commit_us_sum(),
+            journal_commit_us_max: journal.commit_us_max(),
+            journal_backlog: journal.backlog_bytes(),
+            journal_segments: journal.segments() as u64,
+            journal_status: match journal.status() {
+                Status::Open => 0,
+                Status::BacklogFull => 1,
+                Status::DiskFull => 2,
+            },
+            journal_refused: c.journal_refused,
+            overlay_items: slice.overlay.items() as u64,
         };
         self.gauges.publish(self.number, snapshot);
     }

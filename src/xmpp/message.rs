@@ -93,6 +93,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         slice.route(&to, &jid, &stanza, meta, receipt);
     } else if slice.ledger.full {
         slice.give_scratch(stanza);
+        slice.counters.journal_refused += 1;
         return bounce_out(slice, sid, view, &JOURNAL_FULL);
     } else {
         let receipt = Receipt {
@@ -332,6 +333,7 @@ pub fn accept(
         }
     }
     if slice.ledger.full {
+        slice.counters.journal_refused += 1;
         slice.bounce(to, from, stanza, meta, &JOURNAL_FULL);
         return Fate::Decided;
     }

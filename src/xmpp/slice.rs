@@ -316,6 +316,7 @@ pub struct Counters {
     pub overflows: u64,
     pub load_queue_full: u64,
     pub mesh_refused: u64,
+    pub journal_refused: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -1633,6 +1634,7 @@ impl Slice {
     /// Changes a user's record, here at once and in the journal; `then` runs when it is durable, or at once if it is not made.
     pub fn edit(&mut self, name: &str, change: impl FnOnce(&mut UserRecord), then: Then) {
         if self.ledger.full {
+            self.counters.journal_refused += 1;
             return then(self, Err(WriteError::Full));
         }
         let Some(user) = self.user(name) else {
@@ -1668,6 +1670,7 @@ impl Slice {
     /// cache until then.
     pub fn write(&mut self, name: &str, op: Op, then: Then) {
         if self.ledger.full {
+            self.counters.journal_refused += 1;
             return then(self, Err(WriteError::Full));
         }
         let who: Rc<str> = match self.users.get(name) {
