@@ -47,6 +47,8 @@ pub struct Totals {
     /// Came back as errors: not accepted.
     pub refused_messages: u64,
     pub archive_entries: u64,
+    /// Pages that had to be asked for again.
+    pub archive_waits: u64,
     pub accounts_made: u64,
     pub changes_answered: u64,
     pub resumptions: u64,
@@ -497,6 +499,7 @@ impl World {
             .filter(|bot| bot.registered && bot.profile.speaker)
             .count() as u64;
         self.totals.changes_answered = self.bots.iter().map(|bot| bot.changes_answered).sum();
+        self.totals.archive_waits = self.bots.iter().map(|bot| bot.archive_waits).sum();
         self.totals.resumptions = self.bots.iter().map(|bot| bot.resumptions).sum();
         self.totals.failed_resumptions = self.bots.iter().map(|bot| bot.failed_resumptions).sum();
     }
