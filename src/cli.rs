@@ -730,7 +730,11 @@ fn change_text(shard: u16, seq: u64, change: &ArchivedChange) -> String {
             key,
             ..
         } => {
-            format!("{} {key:?}", revision("put-document", name, r.to_native()))
+            format!(
+                "{} {:?}",
+                revision("put-document", name, r.to_native()),
+                &**key
+            )
         }
         ArchivedChange::PutLast {
             name, revision: r, ..
@@ -867,5 +871,103 @@ mod tests {
         assert_eq!(date(0), "1970-01-01T00:00:00Z");
         assert_eq!(date(951_827_696), "2000-02-29T12:34:56Z");
         assert_eq!(date(1_795_392_000), "2026-11-23T00:00:00Z");
+    }
+
+    #[test]
+    fn a_line_about_a_change_never_says_what_it_says() {
+        use crate::store::change::{Change, Marks, Message};
+        let line = |change: Change| {
+            let mut bytes = Vec::new();
+            change.encode(&mut bytes);
+            change_text(1, 7, ArchivedChange::access(&bytes).unwrap())
+        };
+        let message = line(Change::Message(Message {
+            id: 4711,
+            owner: "alice",
+            what: Message::ARCHIVE | Message::RECEIVED,
+            kind: 0,
+            flags: 0,
+            peer: "bob@localhost/desk",
+            twin: 4710,
+            stream: "",
+            count: 0,
+            stanza: b"secret",
+        }));
+        assert_eq!(
+            message,
+            "1 7 message alice 4711 archive+received twin 4710, 6 bytes\n"
+        );
+        let put = line(Change::PutUser {
+            name: "alice",
+            revision: 8,
+            record: b"secret",
+        });
+        assert_eq!(put, "1 7 put-user alice 8\n");
+        let document = line(Change::PutDocument {
+            name: "alice",
+            revision: 9,
+            key: "vcard",
+            value: b"secret",
+        });
+        assert_eq!(document, "1 7 put-document alice 9 \"vcard\"\n");
+        let marks = line(Change::Marks(Marks {
+            done: &[1, 2],
+            ..Marks::default()
+        }));
+        assert_eq!(marks, "1 7 marks, 2 done, 0 dropped, 0 settled, 0 counts\n");
+    }
+
+    #[test]
+    fn journals_are_left_alone_while_a_server_runs_and_mended_when_it_does_not() {
+        use crate::store::change::Change;
+        use crate::store::journal::{self, Group, Options, floors};
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            data_dir: dir.path().join("data"),
+            ..Config::default()
+        };
+        let why = super::journal(&config, Journal::Verify).unwrap_err();
+        assert!(why.contains("there is no journal"), "{why}");
+        let lock = DataLock::acquire(&config.data_dir).unwrap();
+        let path = config.data_dir.join("journal");
+        let disk: Arc<dyn Disk> = Arc::new(Folder::open(&path).unwrap());
+        let options = Options {
+            segment_bytes: 64 << 10,
+            backlog_bytes_max: 1 << 30,
+            floors: floors(),
+        };
+        let mut journals = journal::open(disk.clone(), &options).unwrap();
+        let (sender, committed) = std::sync::mpsc::channel();
+        let tell = move |_| sender.send(()).unwrap();
+        let writer = journals.writer(0, 0, Box::new(tell)).unwrap();
+        for seq in 1..=3 {
+            let mut group = Group::new();
+            let change = Change::RemoveUser {
+                name: "alice",
+                revision: seq,
+            };
+            group.append(seq, &change);
+            writer.submit(group);
+            committed.recv_timeout(Duration::from_secs(30)).unwrap();
+        }
+        let why = super::journal(&config, Journal::Verify).unwrap_err();
+        assert!(why.contains("another nitro"), "{why}");
+        drop((writer, journals, lock));
+        super::journal(&config, Journal::Verify).unwrap();
+        // the second group, in the third block
+        let file = disk.open("00000-000000000001.seg").unwrap();
+        file.write_at(b"x", 2 * 4096 + 60).unwrap();
+        let why = super::journal(&config, Journal::Verify).unwrap_err();
+        assert!(why.contains("nitro journal repair"), "{why}");
+        let backup = Some(dir.path().join("backup"));
+        super::journal(&config, Journal::Repair { backup }).unwrap();
+        assert!(dir.path().join("backup/00000-000000000001.seg").exists());
+        super::journal(&config, Journal::Verify).unwrap();
+        let show = Journal::Show {
+            shard: None,
+            from: 0,
+        };
+        super::journal(&config, show).unwrap();
+        journal::open(disk, &options).unwrap();
     }
 }
