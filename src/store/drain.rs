@@ -114,7 +114,9 @@ impl DrainHandle {
     }
 
     fn is_over(&self) -> bool {
-        self.until.get().is_some_and(|until| Instant::now() >= until)
+        self.until
+            .get()
+            .is_some_and(|until| Instant::now() >= until)
     }
 
     /// A pause that ends early when the drain is to stop.

@@ -10,10 +10,13 @@ fn what_the_first_schema_held_is_kept() {
     };
     run(async {
         use sqlx::Connection as _;
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         let options = sqlx::sqlite::SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true);
-        let mut old = sqlx::SqliteConnection::connect_with(&options).await.unwrap();
+        let mut old = sqlx::SqliteConnection::connect_with(&options)
+            .await
+            .unwrap();
         crate::store::sql::schema::first_of_sqlite()
             .run(&mut old)
             .await
