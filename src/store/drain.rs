@@ -8,7 +8,8 @@
 //! - journals are merged by the ids of their records, which grow with time: a user whose changes lie in two journals,
 //!   because the number of cores has changed, sees them in his order;
 //! - records rest for a moment ([`DrainConfig::linger`]), so that a delivery that is taken soon is never written as
-//!   pending; with a backlog they do not;
+//!   pending; with a backlog they do not. (So a load may show a delivery as taken whose mark is durable in the journal,
+//!   but not reached yet.);
 //! - a record that the database refuses is found by halving its batch, put aside (`quarantine`) and counted, and the
 //!   drain goes on. Every statement has a deadline, every wait a bound.
 

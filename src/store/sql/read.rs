@@ -38,6 +38,9 @@ impl Sql {
     /// Names that one [`Sql::load`] takes at most.
     pub const LOADS_MAX: usize = ASK_MAX;
 
+    /// Ids that one [`ArchiveQuery`] may name.
+    pub const IDS_MAX: usize = 5_000;
+
     /// Loads up to [`Sql::LOADS_MAX`] users with one statement. The answers stand in the order of `names`.
     pub async fn load(&mut self, names: &[&str]) -> Result<Vec<Found>, SqlError> {
         let rows = self
@@ -123,6 +126,12 @@ impl Sql {
 
     /// One page of an archive, with one statement.
     pub async fn archive_page(&mut self, query: &ArchiveQuery) -> Result<Page, SqlError> {
+        if query.ids.len() > Sql::IDS_MAX {
+            let (asked, most) = (query.ids.len(), Sql::IDS_MAX);
+            return Err(SqlError::refused(format!(
+                "{asked} ids are more than the {most} that one page may name"
+            )));
+        }
         let (text, values) = PageStatement::of(query, self.conn.dialect());
         let rows = self.conn.ask(AssertSqlSafe(text), &values).await?;
         let mut page = Page::default();
