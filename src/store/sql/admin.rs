@@ -145,6 +145,11 @@ impl Store {
         self.wait(async |sql| sql.positions().await)
     }
 
+    /// What [`Sql::highest_id`] says: where the ids of this blade's shards begin.
+    pub fn highest_id(&mut self) -> Result<u64, String> {
+        self.wait(async |sql| sql.highest_id().await)
+    }
+
     fn one(&mut self, op: Op) -> Result<bool, String> {
         Ok(self.apply(&[op])?.iter().all(Result::is_ok))
     }

@@ -183,6 +183,15 @@ impl Sql {
             .collect()
     }
 
+    /// No id or revision here is higher, but that of an account's record (which a load shows): new ids must be, or they
+    /// would be taken for old ones.
+    pub async fn highest_id(&mut self) -> Result<u64, SqlError> {
+        let rows = self.conn.ask(statements::HIGHEST, &[]).await?;
+        let ids = rows.iter().map(|row| row.id(0));
+        ids.collect::<Result<Vec<_>, _>>()
+            .map(|ids| ids.into_iter().max().unwrap_or(0))
+    }
+
     /// Counts of accounts by the shape of their keys.
     pub async fn key_shapes(&mut self) -> Result<Vec<KeyShape>, SqlError> {
         let rows = self.conn.ask(statements::KEY_SHAPES, &[]).await?;
