@@ -94,7 +94,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let mut journals = journal::open(folder, &options).map_err(|error| error.to_string())?;
     let positions = accounts.with(Store::positions).ok();
     let (found, last_id) = recover(&journals, &ring, positions.as_deref())?;
-    let last_id = last_id.max(accounts.with(Store::last_id).unwrap_or_default());
+    let last_id = last_id.max(accounts.with(Store::highest_id).unwrap_or_default());
     if accounts.is_missing() {
         tracing::error!(
             %database,

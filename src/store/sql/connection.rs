@@ -38,7 +38,7 @@ pub struct SqlError {
 }
 
 impl SqlError {
-    pub(super) fn lost(text: impl Into<String>) -> SqlError {
+    pub(crate) fn lost(text: impl Into<String>) -> SqlError {
         SqlError {
             trouble: Trouble::Lost,
             text: text.into(),

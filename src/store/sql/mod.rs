@@ -148,7 +148,7 @@ pub struct Counters {
     pub queue_depth_max: AtomicUsize,
     /// Records read from journals and not yet in the database.
     pub drain_waiting: AtomicUsize,
-    /// Whether the drain's last statement was answered.
+    /// Whether the last statement was answered.
     pub up: AtomicBool,
 }
 

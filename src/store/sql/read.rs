@@ -38,6 +38,9 @@ impl Sql {
     /// Names that one [`Sql::load`] takes at most.
     pub const LOADS_MAX: usize = ASK_MAX;
 
+    /// Ids that one [`ArchiveQuery`] may name.
+    pub const IDS_MAX: usize = 5_000;
+
     /// Loads up to [`Sql::LOADS_MAX`] users with one statement. The answers stand in the order of `names`.
     pub async fn load(&mut self, names: &[&str]) -> Result<Vec<Found>, SqlError> {
         let rows = self
@@ -123,6 +126,12 @@ impl Sql {
 
     /// One page of an archive, with one statement.
     pub async fn archive_page(&mut self, query: &ArchiveQuery) -> Result<Page, SqlError> {
+        if query.ids.len() > Sql::IDS_MAX {
+            let (asked, most) = (query.ids.len(), Sql::IDS_MAX);
+            return Err(SqlError::refused(format!(
+                "{asked} ids are more than the {most} that one page may name"
+            )));
+        }
         let (text, values) = PageStatement::of(query, self.conn.dialect());
         let rows = self.conn.ask(AssertSqlSafe(text), &values).await?;
         let mut page = Page::default();
@@ -172,6 +181,15 @@ impl Sql {
                 })
             })
             .collect()
+    }
+
+    /// No id or revision here is higher, but that of an account's record (which a load shows): new ids must be, or they
+    /// would be taken for old ones.
+    pub async fn highest_id(&mut self) -> Result<u64, SqlError> {
+        let rows = self.conn.ask(statements::HIGHEST, &[]).await?;
+        let ids = rows.iter().map(|row| row.id(0));
+        ids.collect::<Result<Vec<_>, _>>()
+            .map(|ids| ids.into_iter().max().unwrap_or(0))
     }
 
     /// Counts of accounts by the shape of their keys.
@@ -225,12 +243,6 @@ impl Sql {
     /// How many accounts there are.
     pub async fn count(&mut self) -> Result<u64, SqlError> {
         self.number(statements::COUNT).await
-    }
-
-    /// The highest id or revision that there is; 0: none.
-    pub async fn last_id(&mut self) -> Result<u64, SqlError> {
-        let archived = self.number(statements::LAST_ARCHIVED).await?;
-        Ok(archived.max(self.number(statements::LAST_REVISION).await?))
     }
 
     /// How many records lie in `quarantine`.
