@@ -79,11 +79,12 @@ fn sqlite(path: &Path, statement: &str) -> Vec<String> {
     })
 }
 
-/// Every row of every table as text, in an order that hangs on the rows alone.
+/// Every row of every table as text, in an order that hangs on the rows alone. What is left of accounts that are gone is
+/// not among it.
 fn dump(path: &Path) -> Vec<(String, Vec<String>)> {
     let tables = sqlite(
         path,
-        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT GLOB '_sqlx*' AND name NOT GLOB 'sqlite_*' \
+        "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT GLOB '_sqlx*' AND name NOT GLOB 'sqlite_*' AND name <> 'gone' \
          ORDER BY name",
     );
     let rows = |table: &String| {
@@ -107,6 +108,29 @@ fn dump(path: &Path) -> Vec<(String, Vec<String>)> {
         .into_iter()
         .map(|table| (table.clone(), rows(&table)))
         .collect()
+}
+
+type Dump = [(String, Vec<String>)];
+
+fn same(one: &Dump, other: &Dump) {
+    assert_eq!(one.len(), other.len(), "tables");
+    for ((table, one), (_, other)) in one.iter().zip(other) {
+        assert!(one == other, "{table} differs");
+    }
+}
+
+/// Long keys of documents come back shortened from MariaDB.
+fn same_but_long_keys(one: &Dump, other: &Dump) {
+    let without = |dump: &Dump| {
+        let others = dump.iter().filter(|(table, _)| table != "documents");
+        others.cloned().collect::<Vec<_>>()
+    };
+    same(&without(one), &without(other));
+    let documents = |dump: &Dump| {
+        let found = dump.iter().find(|(table, _)| table == "documents");
+        found.expect("a table of documents").1.len()
+    };
+    assert_eq!(documents(one), documents(other));
 }
 
 /// A thousand users with rosters; twenty of them with archives, a vCard, and messages that wait; one who is gone.
@@ -245,7 +269,7 @@ fn a_migration_to_mariadb_and_back_changes_nothing_and_both_are_served() {
         !said.contains("secret@"),
         "the password stays out of sight: {said}"
     );
-    assert_eq!(dump(&source), before, "the source is as it was");
+    same(&before, &dump(&source));
     done(
         &blade,
         &["migrate-store", "--to", &mariadb.url(), "--verify"],
@@ -258,15 +282,10 @@ fn a_migration_to_mariadb_and_back_changes_nothing_and_both_are_served() {
     blade.set("database", &format!("\"{}\"", mariadb.url()));
     done(&blade, &["migrate-store", "--to", &sqlite_url(&back)]);
     let after = dump(&back);
-    for ((table, before), (_, after)) in before.iter().zip(&after) {
-        match table.as_str() {
-            "documents" => assert_eq!(before.len(), after.len()),
-            _ => assert_eq!(before, after, "{table}"),
-        }
-    }
+    same_but_long_keys(&before, &after);
     let again = blade.folder().join("again.db");
     done(&blade, &["migrate-store", "--to", &sqlite_url(&again)]);
-    assert_eq!(dump(&again), after);
+    same(&after, &dump(&again));
     // And a third time forth: short keys stay what they are.
     blade.set("database", &format!("\"{}\"", sqlite_url(&back)));
     mariadb.sql("DROP DATABASE nitro; CREATE DATABASE nitro");
@@ -314,7 +333,7 @@ fn a_migration_that_is_killed_again_and_again_ends_as_if_it_had_not_been() {
     let before = dump(&source);
     let back = blade.folder().join("back.db");
     let mut random = fastrand::Rng::with_seed(4);
-    let mut kills = 0;
+    let mut kills = 0_u32;
     for (database, to) in [
         (sqlite_url(&source), mariadb.url()),
         (mariadb.url(), sqlite_url(&back)),
@@ -373,12 +392,7 @@ fn a_migration_that_is_killed_again_and_again_ends_as_if_it_had_not_been() {
         &blade,
         &["migrate-store", "--to", &sqlite_url(&back), "--verify"],
     );
-    for ((table, before), (_, after)) in before.iter().zip(&dump(&back)) {
-        match table.as_str() {
-            "documents" => assert_eq!(before.len(), after.len()),
-            _ => assert!(before == after, "{table} differs"),
-        }
-    }
+    same_but_long_keys(&before, &dump(&back));
 }
 
 #[test]
@@ -642,7 +656,7 @@ fn what_a_newer_release_wrote_is_refused_with_what_to_do() {
     let database = blade.data_dir().join("nitro.db");
     sqlite(
         &database,
-        "UPDATE users SET record = X'09' || substr(record, 2) WHERE name = 'alice'",
+        "UPDATE users SET record = CAST(X'09' || substr(record, 2) AS BLOB) WHERE name = 'alice'",
     );
     let why = refused(&blade, &["user", "show", "alice"]);
     assert!(why.contains("has version 9"), "{why}");
