@@ -333,7 +333,7 @@ fn a_migration_that_is_killed_again_and_again_ends_as_if_it_had_not_been() {
     let before = dump(&source);
     let back = blade.folder().join("back.db");
     let mut random = fastrand::Rng::with_seed(4);
-    let mut kills = 0_u32;
+    let (mut kills, mut midway) = (0_u32, 0);
     for (database, to) in [
         (sqlite_url(&source), mariadb.url()),
         (mariadb.url(), sqlite_url(&back)),
@@ -364,13 +364,13 @@ fn a_migration_that_is_killed_again_and_again_ends_as_if_it_had_not_been() {
                 if let Some(status) = child.try_wait().unwrap() {
                     break Some(status);
                 }
-                if Instant::now() > kill_at && begun.elapsed() < Duration::from_secs(60) {
+                if Instant::now() > kill_at && begun.elapsed() < Duration::from_secs(20) {
                     child.kill().unwrap();
                     break None;
                 }
                 assert!(
                     begun.elapsed() < Duration::from_secs(240),
-                    "it does not come to its end"
+                    "the copy does not end"
                 );
                 std::thread::sleep(Duration::from_millis(2)); // the poll's interval; the bound is above
             };
@@ -381,18 +381,31 @@ fn a_migration_that_is_killed_again_and_again_ends_as_if_it_had_not_been() {
                     assert!(status.success() || said.contains("is not empty"), "{said}");
                     break;
                 }
-                None => kills += 1,
+                None => {
+                    kills += 1;
+                    midway += u32::from(to != mariadb.url() && is_midway(&back));
+                }
             }
         }
     }
     assert!(kills >= 5, "only {kills} kills");
-    eprintln!("{kills} kills");
+    assert!(midway > 0, "no kill found the archive half copied");
+    eprintln!("{kills} kills, {midway} of them found the archive half copied");
     blade.set("database", &format!("\"{}\"", mariadb.url()));
     done(
         &blade,
         &["migrate-store", "--to", &sqlite_url(&back), "--verify"],
     );
     same_but_long_keys(&before, &dump(&back));
+}
+
+/// Whether some of the archive is there, and not all of it.
+fn is_midway(copy: &Path) -> bool {
+    let made = "SELECT name FROM sqlite_schema WHERE name = 'archive'";
+    copy.exists()
+        && !sqlite(copy, made).is_empty()
+        && !sqlite(copy, "SELECT name FROM state WHERE name = 'copying' AND (SELECT COUNT(*) FROM archive) BETWEEN 1 AND 40000")
+            .is_empty()
 }
 
 #[test]
@@ -542,6 +555,40 @@ fn backup_under_load(mariadb: Option<Mariadb>) {
     assert!(left.is_empty());
     let mut speaker = Client::online(&restored, &name(0), "desk");
     assert_eq!(speaker.next_body(), "new");
+}
+
+#[test]
+fn a_backup_that_would_miss_what_was_accepted_is_not_made() {
+    let Some(mut mariadb) = Mariadb::start() else {
+        eprintln!("skipped: MariaDB is not installed (apt-get install mariadb-server)");
+        return;
+    };
+    let mut blade = prepared(&behind(Some(&mariadb)));
+    blade.restart();
+    populate_little(&blade);
+    let folder = blade.folder().join("backup");
+    let to = folder.to_str().unwrap();
+    let mut alice = Client::online(&blade, "alice", "desk");
+    alice.enable_resumption();
+    mariadb.kill();
+    alice.send("<message type='chat' to='alice@localhost'><body>without SQL</body></message>");
+    while alice.ask_h() < 1 {}
+    let why = refused(&blade, &["backup", to, "--wait", "1"]);
+    assert!(
+        why.contains("has not taken within 1 s what was accepted"),
+        "{why}"
+    );
+    assert!(!folder.exists());
+    mariadb.restart();
+    done(&blade, &["backup", to]);
+    let archive = sqlite(
+        &folder.join("nitro.db"),
+        "SELECT CAST(stanza AS TEXT) FROM archive",
+    );
+    assert!(
+        archive.iter().any(|stanza| stanza.contains("without SQL")),
+        "{archive:?}"
+    );
 }
 
 #[test]
