@@ -25,6 +25,7 @@ use crate::store::journal::repair;
 use crate::store::record::ScramKeys;
 use crate::user_import::{self, Sources};
 use crate::xmpp::{jid, sasl};
+use crate::{backup, migrate};
 
 /// An instant-messaging (XMPP) server for trading floors.
 ///
@@ -59,6 +60,44 @@ enum Command {
     /// Look at the journals of a stopped server, or mend them.
     #[command(subcommand, after_help = "Example:\n  nitro journal verify")]
     Journal(Journal),
+    /// Back up accounts, rosters, messages and secrets into a new folder, while the server runs or not.
+    ///
+    /// Everything that the server had accepted before the command began is in the backup: the command waits until the
+    /// database has it, and then copies the database as it is at one moment (the backup of a MySQL database is a SQLite
+    /// file too). Journals are not needed then.
+    #[command(after_help = "Example:\n  nitro backup /var/backups/nitro-monday")]
+    Backup {
+        /// The folder to make.
+        folder: PathBuf,
+        /// How long the database may take to have everything that was accepted.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+        wait: u64,
+    },
+    /// Restore a backup into an empty data folder (and an empty MySQL database, if one is configured).
+    #[command(after_help = "Example:\n  nitro restore /var/backups/nitro-monday")]
+    Restore {
+        /// The folder that `nitro backup` made.
+        folder: PathBuf,
+    },
+    /// Copy everything from one database into another, SQLite or MySQL, while the server is stopped.
+    ///
+    /// A copy that was interrupted goes on when the command is repeated. What was copied is compared at the end, row by
+    /// row. The source stays as it is; change the key `database` of the configuration afterwards.
+    #[command(
+        name = "migrate-store",
+        after_help = "Example:\n  nitro migrate-store --to mysql://nitro:secret@db.example.com/nitro"
+    )]
+    MigrateStore {
+        /// The database to fill, as the key `database` names it; it must be empty.
+        #[arg(long, value_name = "DATABASE")]
+        to: String,
+        /// The database to copy. Default: the one of the configuration.
+        #[arg(long, value_name = "DATABASE")]
+        from: Option<String>,
+        /// Copy nothing, only compare the two.
+        #[arg(long)]
+        verify: bool,
+    },
     /// Check the configuration and say what it means.
     #[command(after_help = "Example:\n  nitro check-config --config /etc/nitro.toml")]
     CheckConfig {
@@ -242,6 +281,13 @@ pub fn run() -> ExitCode {
                 Command::User(command) => user(&config, command),
                 Command::Session(command) => session(&config, command),
                 Command::Journal(command) => journal(&config, command),
+                Command::Backup { folder, wait } => {
+                    backup::backup(&config, &folder, Duration::from_secs(wait))
+                }
+                Command::Restore { folder } => backup::restore(&config, &folder),
+                Command::MigrateStore { to, from, verify } => {
+                    migrate::run(&config, &to, from.as_deref(), verify)
+                }
                 _ => check_config(&config, &options),
             }
         }

@@ -161,6 +161,13 @@ impl Row {
         Ok(bytes.unwrap_or_default())
     }
 
+    pub fn optional_bytes(&self, at: usize) -> Result<Option<&[u8]>, SqlError> {
+        Ok(match self {
+            Row::Sqlite(row) => row.try_get(at)?,
+            Row::MySql(row) => row.try_get(at)?,
+        })
+    }
+
     pub fn text(&self, at: usize) -> Result<&str, SqlError> {
         std::str::from_utf8(self.bytes(at)?)
             .map_err(|error| SqlError::refused(format!("column {at} is not UTF-8: {error}")))

@@ -100,26 +100,41 @@ impl Sql {
     ) -> Result<Vec<Option<Box<[u8]>>>, SqlError> {
         let mut found = vec![None; wanted.len()];
         let dialect = self.conn.dialect();
-        let wanted: Vec<_> = wanted
+        let mut asked: Vec<_> = wanted
             .iter()
             .enumerate()
             .map(|(n, (name, key))| (n, *name, Sql::stored_key(dialect, key)))
             .collect();
-        for wanted in wanted.chunks(ASK_MAX) {
+        // What came from MySQL has long keys in their short form, until it is written again.
+        let own = asked.len();
+        for (n, (name, key)) in wanted.iter().enumerate() {
+            let short = Sql::short_key(key);
+            if dialect == Dialect::Sqlite && short != *key {
+                asked.push((own + n, *name, short));
+            }
+        }
+        let mut came = vec![None; own];
+        let mut is_own = vec![false; own];
+        for asked in asked.chunks(ASK_MAX) {
             let rows = self.conn.ask_about(
                 &statements::DOCUMENTS,
-                wanted,
+                asked,
                 1,
                 |values, (n, name, key)| {
                     values.extend([Value::Int(*n as i64), Value::Text(name), Value::Text(key)]);
                 },
             );
             for row in rows.await? {
-                let value = row.bytes(1)?;
-                if !value.is_empty() {
-                    found[row.int(0)? as usize] = Some(value.into());
+                let (n, value) = (row.int(0)? as usize, row.bytes(1)?);
+                let value = (!value.is_empty()).then(|| value.into());
+                match n < own {
+                    true => (found[n], is_own[n]) = (value, true),
+                    false => came[n - own] = value,
                 }
             }
+        }
+        for (n, came) in came.into_iter().enumerate().filter(|(n, _)| !is_own[*n]) {
+            found[n] = came;
         }
         Ok(found)
     }

@@ -52,6 +52,11 @@ pub(super) enum SchemaError {
     Wrong(String),
 }
 
+/// The newest schema of SQLite that this program knows: that of a backup, whatever database it was made of.
+pub(super) fn newest_of_sqlite() -> i64 {
+    SQLITE.iter().map(|one| one.version).max().unwrap_or(0)
+}
+
 /// Brings the schema up to date. `database` is named in sentences.
 pub(super) async fn migrate(conn: &mut Connection, database: &Database) -> Result<(), SchemaError> {
     let usual = std::mem::replace(&mut conn.deadline, ONE_MAX);

@@ -32,7 +32,7 @@ impl Statement {
         }
     }
 
-    const fn change(write: fn(Dialect, usize) -> String) -> Statement {
+    pub(super) const fn change(write: fn(Dialect, usize) -> String) -> Statement {
         Statement {
             write,
             texts: [OnceLock::new(), OnceLock::new()],
@@ -124,7 +124,7 @@ pub(super) fn id(values: &mut Vec<Value<'_>>, id: &u64) {
 }
 
 /// `(?,?),(?,?)`: rows of values.
-fn rows(count: usize, width: usize) -> String {
+pub(super) fn rows(count: usize, width: usize) -> String {
     let row = format!("({})", marks(width));
     vec![row; count].join(",")
 }
