@@ -58,9 +58,13 @@ fn refusal() -> Duration {
     }
 }
 
-/// A blade that is not started; log-ins that fail for want of the database are not held back.
+/// A blade that is not started; log-ins that fail for want of the database are not held back, and offline queues are long.
 fn prepared(settings: &[(&str, &str)]) -> Blade {
-    let always = [("limits.auth_failure_delay_ms", "0")];
+    let always = [
+        ("limits.auth_failure_delay_ms", "0"),
+        ("limits.offline_messages_max", "1000000"),
+        ("limits.offline_bytes_max", "1073741824"),
+    ];
     Blade::prepare(&[&PLAIN[..], &always, settings].concat())
 }
 
@@ -418,9 +422,10 @@ fn a_locked_sqlite_file_holds_nobody_up_and_other_cores_find_what_it_did_not_tak
         drop(writer);
         blade.kill();
         blade.set("cores", &format!("\"{cores}\""));
-        drop(lock);
         blade.restart();
         assert_eq!(collect(&blade, &format!("away-{round}"), count), expected);
+        drop(lock);
+        wait_until_drained(&blade, WITHIN);
         writer = Talker::online(&blade, "writer");
         drop(Client::online(&blade, "known", "r"));
     }
@@ -539,8 +544,6 @@ fn a_journal_at_its_bound_refuses_messages_lets_in_and_goes_on_when_the_database
         ("database", &format!("\"{}\"", mariadb.url())),
         ("journal.backlog_bytes_max", "67108864"),
         ("cores", "\"0\""),
-        ("limits.offline_messages_max", "100000"),
-        ("limits.offline_bytes_max", "1073741824"),
     ]);
     blade.restart();
     register(&blade, &["known", "writer", "romeo"]);
@@ -572,12 +575,7 @@ fn a_journal_at_its_bound_refuses_messages_lets_in_and_goes_on_when_the_database
 
 #[test]
 fn a_full_disk_under_the_journal_refuses_messages_and_goes_on_when_there_is_room() {
-    let mut blade = prepared(&[
-        ("cores", "\"0\""),
-        ("journal.segment_bytes", "1048576"),
-        ("limits.offline_messages_max", "100000"),
-        ("limits.offline_bytes_max", "1073741824"),
-    ]);
+    let mut blade = prepared(&[("cores", "\"0\""), ("journal.segment_bytes", "1048576")]);
     let Some(room) = Room::for_blade(&mut blade, 16 << 20) else {
         return skipped("no user and mount namespaces: full disks are not tested");
     };
