@@ -78,7 +78,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let database = crate::admin::database(&config)?;
     let mut accounts = Accounts::new(&database)?;
     let decoy = Arc::new(accounts.decoy(&secret, &config));
-    let account_count = accounts.with(Store::count).unwrap_or(u64::MAX);
+    let account_count = accounts.if_there(Store::count).unwrap_or(u64::MAX);
 
     let started = Instant::now();
     let shards = cores.len();
@@ -92,9 +92,9 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let options = crate::admin::journal_options(&config);
     let folder = Arc::new(Folder::open(&config.journal_dir())?);
     let mut journals = journal::open(folder, &options).map_err(|error| error.to_string())?;
-    let positions = accounts.with(Store::positions).ok();
+    let positions = accounts.if_there(Store::positions);
     let (found, last_id) = recover(&journals, &ring, positions.as_deref())?;
-    let last_id = last_id.max(accounts.with(Store::highest_id).unwrap_or_default());
+    let last_id = last_id.max(accounts.if_there(Store::highest_id).unwrap_or_default());
     if accounts.is_missing() {
         tracing::error!(
             %database,
@@ -445,9 +445,17 @@ impl Accounts {
         answer
     }
 
+    /// For the start: what was out of reach a moment ago is not tried again, each try may take long.
+    fn if_there<T>(&mut self, ask: impl FnOnce(&mut Store) -> Result<T, String>) -> Option<T> {
+        match self.is_missing() {
+            true => None,
+            false => self.with(ask).ok(),
+        }
+    }
+
     fn decoy(&mut self, secret: &[u8; 32], config: &Config) -> Decoy {
-        self.with(|store| decoy(store, secret, config))
-            .unwrap_or_else(|_| made_up(secret, &[], config))
+        self.if_there(|store| decoy(store, secret, config))
+            .unwrap_or_else(|| made_up(secret, &[], config))
     }
 }
 

@@ -37,6 +37,9 @@ pub const DOMAIN: &str = "localhost";
 pub struct Blade {
     folder: TempDir,
     settings: Vec<String>,
+    /// A command that runs another one, with its arguments; empty: none.
+    wrapper: Vec<String>,
+    environment: Vec<(String, String)>,
     child: Option<Child>,
     /// Client port, STARTTLS.
     pub c2s: SocketAddr,
@@ -77,6 +80,8 @@ impl Blade {
         let mut blade = Blade {
             folder,
             settings: all,
+            wrapper: Vec::new(),
+            environment: Vec::new(),
             child: None,
             c2s,
             c2s_tls,
@@ -101,6 +106,16 @@ impl Blade {
         self.settings.push(format!("{key}={value}"));
     }
 
+    /// From the next start on, the server is started by this command (that must `exec` it).
+    pub fn wrap(&mut self, command: Vec<String>) {
+        self.wrapper = command;
+    }
+
+    /// A variable of the server's environment, from the next start on.
+    pub fn set_env(&mut self, key: &str, value: &str) {
+        self.environment.push((key.to_owned(), value.to_owned()));
+    }
+
     /// Starts the process (again) on the same folder and ports, and does not wait for it.
     pub fn launch(&mut self) {
         assert!(self.child.is_none(), "the blade runs already");
@@ -109,9 +124,19 @@ impl Blade {
             .append(true)
             .open(self.log_path())
             .expect("the log file");
-        let child = Command::new(env!("CARGO_BIN_EXE_nitro"))
+        let nitro = env!("CARGO_BIN_EXE_nitro");
+        let mut command = match self.wrapper.split_first() {
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(nitro);
+                command
+            }
+            None => Command::new(nitro),
+        };
+        let child = command
             .arg("serve")
             .args(self.set_options())
+            .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .current_dir(self.folder.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("the log file"))

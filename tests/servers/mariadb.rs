@@ -171,6 +171,18 @@ impl Mariadb {
         }
     }
 
+    /// Ends it in order.
+    pub fn shut_down(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            signal(child.id(), Signal::TERM);
+            let deadline = Instant::now() + WITHIN;
+            while matches!(child.try_wait(), Ok(None)) {
+                assert!(Instant::now() < deadline, "mariadbd does not end");
+                std::thread::sleep(Duration::from_millis(5)); // the poll's interval; the bound is the deadline
+            }
+        }
+    }
+
     /// SIGSTOP: it hangs until [`Mariadb::go_on`].
     pub fn stop(&self) {
         signal(self.pid(), Signal::STOP);

@@ -4,6 +4,8 @@
 //! durable. Never beside a running server, and never before its journals were drained: its caches would not know, and
 //! what a journal still holds is older than what is written here.
 
+use std::time::Duration;
+
 use super::{Applied, Database, Position, SetUpError, Sql, SqlError, UserChange, UserOp};
 pub use super::{KeyShape, Listed};
 use crate::store::change::Id;
@@ -12,6 +14,9 @@ use crate::store::tier::Loaded;
 
 /// Accounts written between two commits of an import.
 const IMPORT_BATCH: usize = 5_000;
+
+/// A server that hangs must not hold the start up for long.
+const THERE_WITHIN: Duration = Duration::from_secs(5);
 
 /// The database, opened for calls that wait. Errors are sentences for the operator.
 pub struct Store {
@@ -66,11 +71,15 @@ impl Store {
             .build()
             .map_err(|error| format!("cannot start a runtime: {error}"))?;
         let mut sql = Sql::unconnected(database, 64 << 20, Default::default());
+        let usual = sql.set_deadline(THERE_WITHIN);
         match runtime.block_on(sql.set_up()) {
-            Ok(()) => Ok(Some(Store {
-                runtime,
-                sql: Some(sql),
-            })),
+            Ok(()) => {
+                sql.set_deadline(usual);
+                Ok(Some(Store {
+                    runtime,
+                    sql: Some(sql),
+                }))
+            }
             Err(SetUpError {
                 unreachable: true, ..
             }) => Ok(None),

@@ -262,9 +262,9 @@ impl Sql {
         self.conn.drop_connection();
     }
 
-    /// How long one statement may take from now on; 10 s at first.
-    pub fn set_deadline(&mut self, deadline: Duration) {
-        self.conn.deadline = deadline;
+    /// How long one statement may take from now on; 10 s at first. What it was before.
+    pub fn set_deadline(&mut self, deadline: Duration) -> Duration {
+        std::mem::replace(&mut self.conn.deadline, deadline)
     }
 
     /// Closes the connection; SQLite's last one moves the write-ahead log into the file.

@@ -37,6 +37,8 @@ const TABLE: &str = "CREATE TABLE IF NOT EXISTS _sqlx_migrations (
     checksum BLOB NOT NULL,
     execution_time BIGINT NOT NULL
 )";
+const HAS_TABLE: &str =
+    "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = '_sqlx_migrations'";
 const APPLIED: &str = "SELECT version, checksum FROM _sqlx_migrations ORDER BY version";
 const APPLY: &str =
     "INSERT INTO _sqlx_migrations (version, description, success, checksum, execution_time)
@@ -71,6 +73,8 @@ async fn under_lock(conn: &mut Connection, database: &Database) -> Result<(), Sc
         Dialect::MySql => &MYSQL,
     };
     match conn.dialect() {
+        // As at nearly every start: then nobody who holds the file has to be waited for.
+        Dialect::Sqlite if is_current(conn, own).await? => Ok(()),
         Dialect::Sqlite => {
             // Everything is one transaction here, and nobody else is between.
             let until = Instant::now() + OTHERS_MAX;
@@ -129,6 +133,19 @@ fn is_supported(version: &str, database: &Database) -> Result<(), SchemaError> {
         "the database {database} is on {kind} {version}: nitro needs {kind} {}.{} or later",
         least.0, least.1
     )))
+}
+
+/// Has a SQLite file exactly this schema? Asks without a lock.
+async fn is_current(conn: &mut Connection, own: &'static Migrator) -> Result<bool, SqlError> {
+    if conn.ask(HAS_TABLE, &[]).await?.is_empty() {
+        return Ok(false);
+    }
+    let rows = conn.ask(APPLIED, &[]).await?;
+    let mut same = rows.len() == own.iter().count();
+    for (row, one) in rows.iter().zip(own.iter()) {
+        same &= row.int(0)? == one.version && *row.bytes(1)? == *one.checksum;
+    }
+    Ok(same)
 }
 
 /// Applies what is missing.
