@@ -351,6 +351,7 @@ pub struct Slice {
     reload: Vec<(u64, Rc<str>)>,
     /// Changes of private storage at work.
     pub(super) private: feature::private::Changes,
+    pub(super) passwords: feature::register::Changes,
     /// Queries of archives at work.
     pub(super) archive: feature::archive::Queries,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
@@ -414,6 +415,7 @@ impl Slice {
             counts: FnvHashMap::default(),
             reload: Vec::new(),
             private: Default::default(),
+            passwords: Default::default(),
             archive: Default::default(),
             waits: FnvHashMap::default(),
             ticket: 0,

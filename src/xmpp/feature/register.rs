@@ -1,6 +1,8 @@
 //! In-band registration (XEP-0077) for those who have an account: they change its password or remove it. Making an account is
 //! part of the negotiation, before there is a session.
 
+use fnv::FnvHashMap;
+
 use super::{Feature, Iq, IqRoute, NONE, Target};
 use crate::store::record;
 use crate::xml::dom::Element;
@@ -89,9 +91,14 @@ fn change_password(slice: &mut Slice, mut iq: Iq) {
         password,
         iterations: slice.env.limits.iterations,
     };
+    let turn = slice.passwords.begin(&name);
     slice.compute(
         job,
         Box::new(move |slice, computed| {
+            // helper threads overtake each other: the last one asked for is the one that holds
+            let holds = slice
+                .passwords
+                .end(&name, turn, matches!(computed, Computed::Keys(Ok(_))));
             let (sha1, sha256) = match computed {
                 Computed::Keys(Ok(keys)) => keys,
                 // a password that SASLprep forbids, or an endless one
@@ -101,8 +108,10 @@ fn change_password(slice: &mut Slice, mut iq: Iq) {
             slice.edit(
                 &name,
                 |record| {
-                    record.sha1 = Some(stored(sha1));
-                    record.sha256 = Some(stored(sha256));
+                    if holds {
+                        record.sha1 = Some(stored(sha1));
+                        record.sha256 = Some(stored(sha256));
+                    }
                 },
                 Box::new(move |slice, result| match result {
                     Ok(()) => slice.iq_result(&iq, None),
@@ -114,6 +123,43 @@ fn change_password(slice: &mut Slice, mut iq: Iq) {
             );
         }),
     );
+}
+
+/// Password changes whose keys are being computed, by user.
+#[derive(Default)]
+pub struct Changes(FnvHashMap<Box<str>, Turns>);
+
+#[derive(Default)]
+struct Turns {
+    begun: u64,
+    /// The youngest one that was made.
+    made: u64,
+    open: u32,
+}
+
+impl Changes {
+    fn begin(&mut self, name: &str) -> u64 {
+        let turns = self.0.entry(name.into()).or_default();
+        turns.begun += 1;
+        turns.open += 1;
+        turns.begun
+    }
+
+    /// Is it to be made: `good`, and no younger one was made before?
+    fn end(&mut self, name: &str, turn: u64, good: bool) -> bool {
+        let Some(turns) = self.0.get_mut(name) else {
+            return good;
+        };
+        let holds = good && turn > turns.made;
+        if holds {
+            turns.made = turn;
+        }
+        turns.open -= 1;
+        if turns.open == 0 {
+            self.0.remove(name);
+        }
+        holds
+    }
 }
 
 fn stored(keys: ScramKeys) -> record::ScramKeys {
@@ -240,6 +286,18 @@ mod tests {
             "set",
             &format!("<username>{username}</username><password>{password}</password>"),
         )
+    }
+
+    #[test]
+    fn of_two_new_passwords_the_last_one_asked_for_holds_whichever_is_computed_first() {
+        let mut changes = super::Changes::default();
+        let (first, second) = (changes.begin("alice"), changes.begin("alice"));
+        assert!(changes.end("alice", second, true));
+        assert!(!changes.end("alice", first, true));
+        let (first, second) = (changes.begin("alice"), changes.begin("alice"));
+        assert!(!changes.end("alice", second, false));
+        assert!(changes.end("alice", first, true));
+        assert!(changes.0.is_empty());
     }
 
     fn alice() -> (World, Client) {
