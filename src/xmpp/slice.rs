@@ -230,8 +230,6 @@ pub struct Effects {
     pub unconfirmed: Vec<SessionId>,
     /// Sent messages below this are settled for good.
     pub floor: u64,
-    /// Nothing of shards of an earlier start is open any more.
-    pub foreign_settled: bool,
     /// Sessions that have more to get than a slow reader may have.
     overflown: Vec<SessionId>,
 }
@@ -1161,7 +1159,6 @@ impl Slice {
             self.act(entry, strings, group, place);
         }
         self.fx.floor = floor;
-        self.fx.foreign_settled = self.ledger.foreign_settled();
         self.ledger.give_back_acts(acts);
     }
 
