@@ -5,7 +5,7 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::{Relaxed, Release};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::time::{Duration, Instant};
 
 use crate::store::journal::{Committed, Floors, State, Status, Writer};
@@ -30,10 +30,13 @@ pub struct Journal {
     begun: Cell<Instant>,
     /// The file that groups go to; 0: not known yet.
     file: Cell<u32>,
-    foreign: Cell<Option<Arc<Foreign>>>,
+    foreign: Arc<Foreign>,
+    /// This shard holds nothing foreign open any more, and has said so.
+    settled: Cell<bool>,
 }
 
-/// Shards of an earlier start that are no more: when nobody holds anything of theirs open, their floors are passed.
+/// What shards have taken over from others of an earlier start: until nobody holds anything of it open, no floor may rise,
+/// for an id in it may be anybody's. Then the floors of shards that are no more are passed.
 pub struct Foreign {
     /// Shards that may still hold something.
     pub left: std::sync::atomic::AtomicUsize,
@@ -49,7 +52,8 @@ impl Journal {
             floors,
             begun: Cell::new(Instant::now() - PACE_WITH_BACKLOG),
             file: Cell::new(0),
-            foreign: Cell::new(Some(foreign)),
+            foreign,
+            settled: Cell::new(false),
         }
     }
 
@@ -60,6 +64,7 @@ impl Journal {
     /// Hands over what waits, if it is time.
     pub fn hand_over(&self, slice: &mut Slice) {
         slice.ledger.full = self.state.status() != Status::Open;
+        self.tell_settled(slice);
         if slice.ledger.is_flying() || self.wait(slice).is_none_or(|wait| !wait.is_zero()) {
             return;
         }
@@ -101,12 +106,18 @@ impl Journal {
             slice.new_segment();
         }
         slice.ledger.give_back(committed.group);
-        self.floors[self.shard].store(slice.fx.floor, Release);
-        if slice.fx.foreign_settled
-            && let Some(foreign) = self.foreign.take()
-            && foreign.left.fetch_sub(1, Relaxed) == 1
-        {
-            for floor in &self.floors[foreign.shards..] {
+        self.tell_settled(slice);
+        if self.foreign.left.load(Acquire) == 0 {
+            self.floors[self.shard].store(slice.fx.floor, Release);
+        }
+    }
+
+    fn tell_settled(&self, slice: &Slice) {
+        if !slice.ledger.foreign_settled() || self.settled.replace(true) {
+            return;
+        }
+        if self.foreign.left.fetch_sub(1, AcqRel) == 1 {
+            for floor in &self.floors[self.foreign.shards..] {
                 floor.store(u64::MAX, Release);
             }
         }

@@ -32,6 +32,11 @@ impl Id {
         Id((ms << Self::LOW_BITS) | (u64::from(shard) << Self::COUNTER_BITS) | counter)
     }
 
+    /// No shard has given a higher one in the same millisecond: where all go on after the highest id of any.
+    pub fn last_of_ms(self) -> Id {
+        Id(self.0 | ((1 << Self::LOW_BITS) - 1))
+    }
+
     /// The first id that any shard may give at `unix_ms`: the bound of a search by time.
     pub fn at(unix_ms: u64) -> Id {
         Id(unix_ms << Self::LOW_BITS)
@@ -239,6 +244,18 @@ mod tests {
             panic!("marks were encoded");
         };
         assert_eq!(read.done.iter().map(|id| id.to_native()).sum::<u64>(), 6);
+    }
+
+    #[test]
+    fn no_shard_gives_an_id_again_after_a_start_that_knows_the_highest_of_all() {
+        let of_others = Id::next(Id(0), 5, 2);
+        let mut given = Id(0);
+        for _ in 0..10 {
+            given = Id::next(given, 5, 0);
+        }
+        assert!(given < of_others);
+        assert!(Id::next(of_others.last_of_ms(), 0, 0) > of_others);
+        assert_eq!(Id::next(of_others.last_of_ms(), 0, 0).unix_ms(), 6);
     }
 
     #[test]

@@ -89,8 +89,8 @@ pub struct Acts {
 pub struct Ledger {
     group: Group,
     acts: Acts,
-    /// Of the group that is being committed, and the floor that will be durable with it.
-    flying: Option<(Acts, u64)>,
+    /// Of the group that is being committed; the floor that will be durable with it, and whether nothing foreign is open then.
+    flying: Option<(Acts, u64, bool)>,
     /// A set at rest.
     spare: (Option<Group>, Option<Acts>),
     next_seq: u64,
@@ -100,8 +100,10 @@ pub struct Ledger {
     behind: FnvHashMap<Rc<str>, u32>,
     /// Ids of sent messages whose fate at their recipient is not durable, ascending; settled ones in the middle are marked.
     open: VecDeque<(u64, bool)>,
-    /// The same, left by shards of an earlier start that are no more.
+    /// The same, of messages to which another shard of an earlier start gave their ids: their senders have moved here.
     foreign: FnvHashSet<u64>,
+    /// Not all of them are settled, durably.
+    foreign_open: bool,
     done: Vec<(Rc<str>, u64)>,
     dropped: Vec<(Rc<str>, u64)>,
     settled: Vec<u64>,
@@ -112,12 +114,12 @@ pub struct Ledger {
 }
 
 impl Ledger {
-    /// `next_seq` and `last_id` go on from what the journals hold.
+    /// `next_seq` and `last_id` (the highest of any shard) go on from what the journals hold.
     pub fn new(shard: u16, next_seq: u64, last_id: Id) -> Ledger {
         Ledger {
             shard,
             next_seq: next_seq.max(1),
-            last_id,
+            last_id: last_id.last_of_ms(),
             ..Ledger::default()
         }
     }
@@ -180,6 +182,7 @@ impl Ledger {
     pub fn opened(&mut self, id: u64) {
         if Id(id).shard() != self.shard {
             self.foreign.insert(id);
+            self.foreign_open = true;
         } else if self.open.back().is_none_or(|(last, _)| *last < id) {
             self.open.push_back((id, false));
         } else if let Err(at) = self.open.binary_search_by_key(&id, |(open, _)| *open) {
@@ -270,7 +273,7 @@ impl Ledger {
         }
         let acts = self.spare.1.take().unwrap_or_default();
         let acts = std::mem::replace(&mut self.acts, acts);
-        self.flying = Some((acts, self.floor()));
+        self.flying = Some((acts, self.floor(), self.foreign.is_empty()));
         if self.group.is_empty() {
             // nothing to commit: the caller runs the acts
             return None;
@@ -317,12 +320,14 @@ impl Ledger {
 
     /// The acts of the group that has become durable, and what is settled now for good.
     pub fn landed(&mut self) -> (Acts, u64) {
-        self.flying.take().expect("a group was flying")
+        let (acts, floor, foreign_settled) = self.flying.take().expect("a group was flying");
+        self.foreign_open &= !foreign_settled;
+        (acts, floor)
     }
 
-    /// Nothing of earlier shards is open any more.
+    /// Nothing to which another shard gave its id is open any more, durably: from now on floors are each shard's own.
     pub fn foreign_settled(&self) -> bool {
-        self.foreign.is_empty()
+        !self.foreign_open
     }
 
     /// A buffer for a next group.

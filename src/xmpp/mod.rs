@@ -20,6 +20,8 @@ pub mod sasl;
 pub mod session;
 pub mod slice;
 #[cfg(test)]
+mod simulation;
+#[cfg(test)]
 pub mod testing;
 
 pub const NS_CLIENT: &str = "jabber:client";

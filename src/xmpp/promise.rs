@@ -238,6 +238,49 @@ fn a_subscription_reaches_the_other_owner_whatever_happens_between() {
 }
 
 #[test]
+fn what_a_subscription_has_changed_is_not_changed_again_after_a_crash() {
+    for shards in [1, 2] {
+        let (mut w, alice, bob) = two(shards);
+        let a = managed(&mut w, &alice, "a");
+        let b = managed(&mut w, &bob, "b");
+        w.send(
+            a,
+            &format!("<presence type='subscribe' to='{bob}@localhost'/>"),
+        );
+        assert_eq!(w.stored(&bob).requests.len(), 1);
+        w.send(
+            b,
+            &format!("<presence type='unsubscribed' to='{alice}@localhost'/>"),
+        );
+        w.advance(100);
+        w.crash(shards);
+        w.advance(100);
+        assert_eq!(w.stored(&bob).requests.len(), 0, "{shards}");
+        assert!(!w.stored(&alice).roster[0].ask);
+    }
+}
+
+#[test]
+fn a_subscription_keeps_its_place_in_the_journal_until_it_is_known_at_the_other_side() {
+    let (mut w, alice, bob) = two(1);
+    let a = managed(&mut w, &alice, "a");
+    w.tier.gone = true;
+    w.send(
+        a,
+        &format!("<presence type='subscribe' to='{bob}@localhost'/>"),
+    );
+    let before = w.slice_of(&alice).fx.floor;
+    w.send(a, &chat(&alice, "1"));
+    w.advance(2_000);
+    w.send(a, &chat(&alice, "2"));
+    assert_eq!(w.slice_of(&alice).fx.floor, before);
+    w.tier.gone = false;
+    w.advance(2_000);
+    assert_eq!(w.stored(&bob).requests.len(), 1);
+    assert!(w.slice_of(&alice).fx.floor > before);
+}
+
+#[test]
 fn undrained_changes_are_what_a_login_and_a_read_see() {
     let (mut w, alice, bob) = two(1);
     w.tier.dry = true;

@@ -165,6 +165,28 @@ pub enum Queued {
     Call(Call),
 }
 
+impl Queued {
+    /// Part of a change that is made at the other side already (see [`Slice::forward`]): it must not be refused.
+    fn is_journalled(&self) -> bool {
+        match self {
+            Queued::Stanza(waiting) => is_forwarded(waiting.meta, waiting.receipt),
+            Queued::Call(_) => false,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Queued::Stanza(waiting) => waiting.stanza.len(),
+            Queued::Call(_) => 0,
+        }
+    }
+}
+
+/// Is it a stanza of [`Slice::forward`], which waits in its sender's journal until it is settled?
+fn is_forwarded(meta: Meta, receipt: Option<Receipt>) -> bool {
+    !meta.storable() && receipt.is_some_and(|receipt| receipt.twin != 0)
+}
+
 /// Runs when a user is known: present or missing (or, when the tier cannot say, neither).
 pub type Call = Box<dyn FnOnce(&mut Slice)>;
 
@@ -210,8 +232,6 @@ pub struct Effects {
     pub unconfirmed: Vec<SessionId>,
     /// Sent messages below this are settled for good.
     pub floor: u64,
-    /// Nothing of shards of an earlier start is open any more.
-    pub foreign_settled: bool,
     /// Sessions that have more to get than a slow reader may have.
     overflown: Vec<SessionId>,
 }
@@ -520,6 +540,8 @@ impl Slice {
 
     /// Answers of the tiers.
     pub fn answers(&mut self, answers: Vec<Answer>) {
+        // before, not after: whoever waits for a user who is loaded now must find him, however full the cache is
+        self.evict();
         for answer in answers {
             match answer {
                 Answer::Loaded { name, user } => {
@@ -559,7 +581,6 @@ impl Slice {
                 }
             }
         }
-        self.evict();
     }
 
     /// SQL has everything of a journal up to a position.
@@ -886,7 +907,8 @@ impl Slice {
             }
             return;
         }
-        if self.fx.closed[owner as usize] && meta.kind.may_bounce() {
+        let refuses = meta.kind.may_bounce() && !is_forwarded(meta, receipt);
+        if self.fx.closed[owner as usize] && refuses {
             self.counters.mesh_refused += 1;
             if let Some(receipt) = receipt {
                 self.refused(receipt);
@@ -972,7 +994,7 @@ impl Slice {
         ) {
             return Fate::Decided;
         }
-        if full {
+        if full && !is_forwarded(meta, receipt) {
             self.counters.load_queue_full += 1;
             self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
             return Fate::Decided;
@@ -1081,6 +1103,8 @@ impl Slice {
             receipt,
         };
         self.ledger.journal(&user, &change, act);
+        // it has no twin, wherever it goes: its end is told by a mark
+        self.ledger.opened(id);
         self.defer(receipt);
     }
 
@@ -1143,7 +1167,6 @@ impl Slice {
             self.act(entry, strings, group, place);
         }
         self.fx.floor = floor;
-        self.fx.foreign_settled = self.ledger.foreign_settled();
         self.ledger.give_back_acts(acts);
     }
 
@@ -1314,6 +1337,7 @@ impl Slice {
         }
         let mut bytes = Vec::new();
         for (id, place) in found.forward {
+            self.ledger.opened(id);
             let receipt = Receipt {
                 shard: self.env.shard,
                 session: SessionId::NONE,
@@ -1579,18 +1603,24 @@ impl Slice {
     /// The tier cannot say: what waits is refused for now; messages that are in the journal wait on, and the tier is asked
     /// again.
     fn load_failed(&mut self, name: &str) {
-        let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) else {
+        let Some(Slot::Loading { queue, bytes }) = self.users.get_mut(name) else {
             return;
         };
-        let queue = std::mem::take(queue);
-        let accepted = self.ledger.holds(name) || !self.overlay.undecided(name).is_empty();
+        let (journalled, refused): (Vec<_>, Vec<_>) = std::mem::take(queue)
+            .into_iter()
+            .partition(Queued::is_journalled);
+        *bytes = journalled.iter().map(Queued::bytes).sum();
+        *queue = journalled;
+        let accepted = !queue.is_empty()
+            || self.ledger.holds(name)
+            || !self.overlay.undecided(name).is_empty();
         if accepted {
             self.reload.push((self.now.ms + RELOAD_MS, name.into()));
         } else {
             self.users.unpin(name);
             self.users.remove(name);
         }
-        for waiting in queue {
+        for waiting in refused {
             match waiting {
                 Queued::Call(call) => call(self),
                 Queued::Stanza(w) => {

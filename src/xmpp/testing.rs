@@ -4,8 +4,9 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Mutex;
 
-use fnv::FnvHashMap;
+use fnv::{FnvHashMap, FnvHashSet};
 
 use super::bind::{Arrival, bind};
 use super::error::StreamError;
@@ -13,7 +14,7 @@ use super::feature;
 use super::parse_stanza;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Limits, Now, Slice, Start, User};
-use crate::store::change::{ArchivedChange, Message};
+use crate::store::change::{ArchivedChange, ArchivedMarks, Message};
 use crate::store::journal::{Group, Place, Slot};
 use crate::store::overlay::Position;
 use crate::store::record::{Record, RosterItem, Subscription, UserRecord};
@@ -25,6 +26,16 @@ use crate::store::tier::{
 use crate::xml::{Element, FrameKind, Framer, Node, StreamNs};
 
 pub const DOMAIN: &str = "localhost";
+
+/// The ring of so many shards; made once, because that takes a while.
+pub fn ring(shards: usize) -> Rc<Ring> {
+    static RINGS: Mutex<BTreeMap<usize, Ring>> = Mutex::new(BTreeMap::new());
+    let mut rings = RINGS.lock().unwrap();
+    let ring = rings
+        .entry(shards)
+        .or_insert_with(|| Ring::of_shards(shards));
+    Rc::new(ring.clone())
+}
 
 /// The limits of tests: roomy, so that a test that is about one sets it.
 pub fn limits() -> Limits {
@@ -103,6 +114,12 @@ pub struct Tier {
     pub loads: usize,
     /// What was carried over, by journal.
     drained: FnvHashMap<u16, u64>,
+    /// Accounts that are no more: since which revision.
+    removed: BTreeMap<String, u64>,
+    /// The highest id or revision that was carried over.
+    pub last_id: u64,
+    /// Marks that are read and not carried over yet, as [`crate::store::sql::Ahead`] has them: done, dropped.
+    pub ahead: (FnvHashSet<u64>, FnvHashSet<u64>),
     /// Of the journals, not carried over yet.
     undrained: VecDeque<(Position, Vec<u8>)>,
     queue: VecDeque<(usize, Request)>,
@@ -112,9 +129,13 @@ pub struct Tier {
 pub struct Stored {
     pub record: UserRecord,
     pub revision: u64,
+    /// Revision with which the account began: what is older belonged to another one.
+    added: u64,
     pub archive: BTreeMap<u64, Entry>,
     pub pending: BTreeMap<u64, Pending>,
     pub documents: BTreeMap<String, Box<[u8]>>,
+    /// Revisions of documents and, under the empty key, of the last log-out.
+    revisions: BTreeMap<String, u64>,
     pub last: Option<Last>,
 }
 
@@ -157,7 +178,7 @@ impl World {
     }
 
     fn start(&mut self, shards: usize, limits: &Limits) {
-        let ring = Rc::new(Ring::of_shards(shards));
+        let ring = ring(shards);
         let most = self.journals.len().max(shards);
         self.journals.resize_with(most, Rc::default);
         let journals = self.journals.clone();
@@ -169,15 +190,7 @@ impl World {
             recovery.record(at.journal, at.seq, *place, change).unwrap();
         }
         let (found, last_id) = recovery.finish();
-        let slice = |(shard, found): (usize, Found)| {
-            let env = Env {
-                domain: DOMAIN.into(),
-                shard: shard as u16,
-                ring: ring.clone(),
-                limits: limits.clone(),
-                id_key: [1, 2],
-                features: Default::default(),
-            };
+        let start = |(shard, found): (usize, Found)| {
             let journals = journals.clone();
             let read_back = move |place: Place, into: &mut Vec<u8>| {
                 let journal = journals[place.file as usize].borrow();
@@ -186,19 +199,36 @@ impl World {
             };
             let own = |(at, _): &&(Position, Place)| usize::from(at.journal) == shard;
             let last = self.records.iter().filter(own).map(|(at, _)| at.seq).max();
-            let start = Start {
+            Start {
                 next_seq: last.unwrap_or_default() + 1,
                 last_id,
                 found,
                 read_back: Rc::new(read_back),
+            }
+        };
+        let starts = found.into_iter().enumerate().map(start).collect();
+        self.begin(limits, 64 << 20, starts);
+        self.flying = (0..shards).map(|_| None).collect();
+    }
+
+    /// New slices take the place of all.
+    pub fn begin(&mut self, limits: &Limits, cache_bytes_max: usize, starts: Vec<Start>) {
+        let shards = starts.len();
+        let ring = ring(shards);
+        let slice = |(shard, start): (usize, Start)| {
+            let env = Env {
+                domain: DOMAIN.into(),
+                shard: shard as u16,
+                ring: ring.clone(),
+                limits: limits.clone(),
+                id_key: [1, 2],
+                features: Default::default(),
             };
-            let mut slice = Slice::new(env, shards, 64 << 20, start);
+            let mut slice = Slice::new(env, shards, cache_bytes_max, start);
             slice.now = self.now;
             slice
         };
-        let slices = found.into_iter().enumerate().map(slice).collect();
-        self.slices = slices;
-        self.flying = (0..shards).map(|_| None).collect();
+        self.slices = starts.into_iter().enumerate().map(slice).collect();
     }
 
     /// `name`, or `name` with a number, such that the shard owns it.
@@ -488,7 +518,7 @@ impl World {
 }
 
 impl Tier {
-    fn answer(&mut self, request: Request) -> Answer {
+    pub fn answer(&mut self, request: Request) -> Answer {
         let gone = || "broken by the test".to_owned();
         match request {
             Request::Load { name } if self.broken || self.gone => Answer::LoadFailed {
@@ -510,7 +540,7 @@ impl Tier {
     }
 
     /// As SQL does: by revision, twice changes nothing.
-    fn apply(&mut self, change: &ArchivedChange<'_>) {
+    pub fn apply(&mut self, change: &ArchivedChange<'_>) {
         if !matches!(
             change,
             ArchivedChange::Message(_) | ArchivedChange::Marks(_)
@@ -518,60 +548,72 @@ impl Tier {
             self.changes += 1;
         }
         let record = |bytes: &[u8]| Record::from_bytes(bytes).unwrap().to_owned();
-        match change {
-            ArchivedChange::AddUser {
-                name,
-                revision,
-                record: bytes,
-            } => {
+        let id = match change {
+            ArchivedChange::Message(message) => message.id.to_native(),
+            ArchivedChange::AddUser { revision, .. }
+            | ArchivedChange::PutUser { revision, .. }
+            | ArchivedChange::RemoveUser { revision, .. }
+            | ArchivedChange::PutDocument { revision, .. }
+            | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
+            ArchivedChange::Marks(marks) => return self.apply_marks(marks),
+        };
+        self.last_id = self.last_id.max(id);
+        let name = change.owner().unwrap_or_default();
+        let stored = self.users.get_mut(name);
+        let newest = stored.as_ref().map(|stored| stored.revision);
+        let newest = newest.max(self.removed.get(name).copied());
+        let newer = newest.is_none_or(|newest| newest < id);
+        match (change, stored) {
+            (ArchivedChange::AddUser { record: bytes, .. }, _) if newer => {
                 let stored = Stored {
                     record: record(bytes),
-                    revision: (*revision).into(),
+                    revision: id,
+                    added: id,
                     ..Stored::default()
                 };
-                self.users.insert(name.to_string(), stored);
+                self.users.insert(name.to_owned(), stored);
+                self.removed.remove(name);
             }
-            ArchivedChange::RemoveUser { name, .. } => {
-                self.users.remove(&**name);
+            (ArchivedChange::RemoveUser { .. }, _) if newer => {
+                self.users.remove(name);
+                self.removed.insert(name.to_owned(), id);
             }
-            ArchivedChange::Marks(marks) => {
-                for user in self.users.values_mut() {
-                    for id in marks.done.iter().chain(marks.dropped.iter()) {
-                        user.pending.remove(&id.to_native());
-                    }
-                    for id in marks.dropped.iter() {
-                        user.archive.remove(&id.to_native());
-                    }
+            (ArchivedChange::PutUser { record: bytes, .. }, Some(user)) if newer => {
+                user.record = record(bytes);
+                user.revision = id;
+            }
+            (ArchivedChange::PutDocument { key, value, .. }, Some(user)) => {
+                if user.follows(key, id) {
+                    match value.is_empty() {
+                        false => user.documents.insert(key.to_string(), (**value).into()),
+                        true => user.documents.remove(&**key),
+                    };
                 }
             }
-            change => {
-                let Some(user) = change.owner().and_then(|name| self.users.get_mut(name)) else {
-                    return;
-                };
-                match change {
-                    ArchivedChange::PutUser {
-                        revision,
-                        record: bytes,
-                        ..
-                    } => {
-                        user.record = record(bytes);
-                        user.revision = (*revision).into();
-                    }
-                    ArchivedChange::PutDocument { key, value, .. } => {
-                        match value.is_empty() {
-                            false => user.documents.insert(key.to_string(), (**value).into()),
-                            true => user.documents.remove(&**key),
-                        };
-                    }
-                    ArchivedChange::PutLast { at, status, .. } => {
-                        user.last = Some(Last {
-                            at: (*at).into(),
-                            status: (**status).into(),
-                        });
-                    }
-                    ArchivedChange::Message(m) => user.put(m),
-                    _ => {}
+            (ArchivedChange::PutLast { at, status, .. }, Some(user)) => {
+                if user.follows("", id) {
+                    user.last = Some(Last {
+                        at: (*at).into(),
+                        status: (**status).into(),
+                    });
                 }
+            }
+            (ArchivedChange::Message(m), Some(user)) => {
+                if id > user.added && !self.ahead.1.contains(&id) {
+                    user.put(m, self.ahead.0.contains(&id));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn apply_marks(&mut self, marks: &ArchivedMarks<'_>) {
+        for user in self.users.values_mut() {
+            for id in marks.done.iter().chain(marks.dropped.iter()) {
+                user.pending.remove(&id.to_native());
+            }
+            for id in marks.dropped.iter() {
+                user.archive.remove(&id.to_native());
             }
         }
     }
@@ -601,9 +643,18 @@ impl Tier {
 }
 
 impl Stored {
-    fn put(&mut self, m: &crate::store::change::ArchivedMessage<'_>) {
+    /// Is a change with this revision newer than what was under the key, and of this account?
+    fn follows(&mut self, key: &str, revision: u64) -> bool {
+        let last = self.revisions.get(key).copied().unwrap_or(self.added);
+        if last < revision {
+            self.revisions.insert(key.to_owned(), revision);
+        }
+        last < revision
+    }
+
+    fn put(&mut self, m: &crate::store::change::ArchivedMessage<'_>, done: bool) {
         let id = m.id.to_native();
-        if m.what & Message::PENDING != 0 {
+        if m.what & Message::PENDING != 0 && !done {
             let pending = Pending {
                 id,
                 what: m.what,
