@@ -167,7 +167,7 @@ fn run(place: &Place) {
 
 fn message(names: &[String], ms: u64, n: usize, waiting: bool) -> [Change<'_>; 2] {
     let (from, to) = (&names[n * 7_919 % USERS], &names[n * 104_729 % USERS]);
-    let got = Message::ARCHIVE | Message::RECEIVED | u8::from(waiting) * Message::PENDING;
+    let got = Message::ARCHIVE | Message::RECEIVED | (u8::from(waiting) * Message::PENDING);
     let id = Id::at(ms).0;
     [
         Change::Message(entry(from, id, Message::ARCHIVE | Message::SENT)),

@@ -14,7 +14,7 @@ use signal_hook::iterator::Signals;
 
 use crate::admin::lock::DataLock;
 use crate::admin::server::AdminServer;
-use crate::admin::{AdminReply, AdminRequest, Outcome, UserLine};
+use crate::admin::{AdminReply, AdminRequest, JournalLine, Outcome, UserLine};
 use crate::config::{Config, reloadable_diff};
 use crate::net::{self, TlsConfig};
 use crate::observe::Gauges;
@@ -28,9 +28,9 @@ use crate::store::journal::{self, Journals, State, disk::Folder};
 use crate::store::overlay::Position;
 use crate::store::recovery::{Found, Recovery};
 use crate::store::ring::Ring;
-use crate::store::sql::{self, Database};
 use crate::store::sql::admin::Store;
 use crate::store::sql::lane::{AnswerSink, Lane, LaneConfig};
+use crate::store::sql::{self, Database};
 use crate::store::tier::Ticket;
 use crate::xmpp::sasl::decoy::{Decoy, Profile, Shape};
 use crate::xmpp::slice::Job;
@@ -94,7 +94,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let mut journals = journal::open(folder, &options).map_err(|error| error.to_string())?;
     let positions = accounts.if_there(Store::positions);
     let (found, last_id) = recover(&journals, &ring, positions.as_deref())?;
-    let last_id = last_id.max(accounts.if_there(Store::last_id).unwrap_or_default());
+    let last_id = last_id.max(accounts.if_there(Store::highest_id).unwrap_or_default());
     if accounts.is_missing() {
         tracing::error!(
             %database,
@@ -119,7 +119,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         writers.push(Some(writer.map_err(|error| error.to_string())?));
     }
     let states: Vec<Arc<State>> = writers.iter().flatten().map(|w| w.state()).collect();
-    let lane = start_lane(&config, &database, &cores, &mut journals, &senders)?;
+    let (lane, feeds) = start_lane(&config, &database, &cores, &mut journals, &senders)?;
     let files = journals.files();
     let foreign = Arc::new(Foreign {
         left: shards.into(),
@@ -185,6 +185,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         ring: ring.clone(),
         accounts: Mutex::new(accounts),
         states,
+        feeds,
         changed: follow_accounts(&shared, &database, secret, &senders)?,
     };
     let admin = AdminServer::start(
@@ -368,14 +369,23 @@ fn start_lane(
     cores: &[usize],
     journals: &mut Journals,
     senders: &[InboxSender<Inbound>],
-) -> Result<Lane, String> {
+) -> Result<(Lane, Vec<Feed>), String> {
     let mut numbers: Vec<u16> = journals.found().iter().map(|found| found.shard).collect();
     numbers.extend(0..senders.len() as u16);
     numbers.sort_unstable();
     numbers.dedup();
-    let sources = numbers
+    let readers: Vec<_> = numbers.into_iter().map(|n| journals.reader(n)).collect();
+    let feeds = readers
+        .iter()
+        .map(|reader| Feed {
+            shard: reader.shard(),
+            identity: reader.identity(),
+            state: reader.state().clone(),
+        })
+        .collect();
+    let sources = readers
         .into_iter()
-        .map(|shard| Box::new(journals.reader(shard)) as Box<dyn Source>)
+        .map(|reader| Box::new(reader) as Box<dyn Source>)
         .collect();
     let all = senders.to_vec();
     let drained = move |journal, seq| {
@@ -393,7 +403,15 @@ fn start_lane(
         ..LaneConfig::new(database.clone())
     };
     let answers = senders.iter().cloned().map(answer_sink).collect();
-    Lane::start(lane, answers, sources, Box::new(drained))
+    let lane = Lane::start(lane, answers, sources, Box::new(drained))?;
+    Ok((lane, feeds))
+}
+
+/// A journal that is drained.
+struct Feed {
+    shard: u16,
+    identity: u64,
+    state: Arc<State>,
 }
 
 /// The database for what is not a shard's: lists and counts. It may be away.
@@ -602,6 +620,8 @@ struct Operators {
     accounts: Mutex<Accounts>,
     /// Of the journals, by shard.
     states: Vec<Arc<State>>,
+    /// All journals, those of shards that are no more included.
+    feeds: Vec<Feed>,
     /// Accounts have changed.
     changed: SyncSender<()>,
 }
@@ -620,6 +640,7 @@ impl Operators {
                 limit,
             } => self.list(&prefix, &after, limit),
             UsersKnown { names } => self.known(&names),
+            Journals => self.journals(),
             SessionList {
                 name: None,
                 after,
@@ -768,6 +789,19 @@ impl Operators {
                 .any(|(state, wanted)| state.drained_seq() < *wanted)
         {
             std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn journals(&self) -> AdminReply {
+        let line = |feed: &Feed| JournalLine {
+            shard: feed.shard,
+            identity: feed.identity,
+            committed: feed.state.committed_seq(),
+            drained: feed.state.drained_seq(),
+        };
+        AdminReply::Journals {
+            release: env!("CARGO_PKG_VERSION").into(),
+            journals: self.feeds.iter().map(line).collect(),
         }
     }
 

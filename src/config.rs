@@ -267,7 +267,8 @@ keys! {
     journal: Journal {
         /// Their folder, on a disk of its own if possible. Empty: `journal` in `data_dir`.
         restart dir: PathBuf = PathBuf::new();
-        /// Length of a file. A multiple of 4096.
+        /// Length of a file. A multiple of 4096; at least twice `limits.stanza_bytes_max`, and no account with its roster may be
+        /// larger.
         restart segment_bytes: usize = 64 << 20 => (1 << 20)..=(1 << 30);
         /// What one shard's journal may hold that the database has not taken: beyond it new messages and changes are refused
         /// with `<resource-constraint/>`. 16 GiB hold an hour without database at 1,000 messages a second.
@@ -973,6 +974,12 @@ impl Loading {
         // The pair of a smaller and a larger limit; whichever was set by the operator is named.
         let l = &c.limits;
         for (small, large, key_small, key_large) in [
+            (
+                2 * l.stanza_bytes_max,
+                c.journal.segment_bytes,
+                "limits.stanza_bytes_max",
+                "journal.segment_bytes",
+            ),
             (
                 l.stanza_bytes_max,
                 l.send_queue_bytes_max,

@@ -18,6 +18,10 @@
 //! with what was promised ([`check`], [`judge`]).
 //!
 //! The seed decides who does what and when the kill comes; what the machine makes of it differs from run to run.
+//!
+//! Can it fail? A server that counts in `<a h/>` what it has only read, one whose replay does not forward what the other
+//! side's journal does not hold, forwards it twice, or leaves out one pending delivery in eight: each was found within six
+//! kills. A server that keeps sessions in memory only fails at the first check, and passes (as for losses) with `--gently`.
 
 #[path = "blade/mod.rs"]
 mod blade;

@@ -85,6 +85,11 @@ impl Direct {
             },
             SessionList { .. } => AdminReply::Sessions { sessions: vec![] },
             SessionKick { .. } => AdminReply::Kicked { sessions: 0 },
+            // `open` has carried all of them over.
+            Journals => AdminReply::Journals {
+                release: env!("CARGO_PKG_VERSION").into(),
+                journals: Vec::new(),
+            },
             UsersKnown { names } => {
                 let records = self.records(names.iter())?;
                 AdminReply::Known {

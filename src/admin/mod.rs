@@ -72,6 +72,8 @@ pub enum AdminRequest {
     },
     /// -> `Imported`, in the same order. See [`import_roster`]; contacts on line get a roster push.
     ImportRosters { rosters: Vec<ImportRoster> },
+    /// How far the database has what was accepted. -> `Journals`.
+    Journals,
 }
 
 /// The answer to a request.
@@ -100,6 +102,11 @@ pub enum AdminReply {
     },
     Imported {
         outcomes: Vec<Outcome>,
+    },
+    Journals {
+        /// Of the nitro that answers.
+        release: String,
+        journals: Vec<JournalLine>,
     },
     /// A sentence for the operator that says why not.
     Refused {
@@ -154,6 +161,18 @@ impl UserDetail {
             sessions: None,
         }
     }
+}
+
+/// How far a journal is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalLine {
+    pub shard: u16,
+    /// Tells it from one of the same shard that began anew.
+    pub identity: u64,
+    /// The last record that is durable.
+    pub committed: u64,
+    /// The last record that is in the database.
+    pub drained: u64,
 }
 
 /// One session in a list.

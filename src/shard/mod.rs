@@ -382,6 +382,8 @@ pub fn limits(config: &Config) -> Limits {
         blocked_max: l.blocked_max,
         subscription_requests_max: l.subscription_requests_max,
         directed_presence_max: l.directed_presence_max,
+        record_bytes_max: (config.journal.segment_bytes - (128 << 10))
+            .min(crate::store::journal::PAYLOAD_BYTES_MAX as usize),
         send_queue_bytes_max: l.send_queue_bytes_max,
         deferred_stanzas_max: l.deferred_stanzas_max,
         offline_messages_max: l.offline_messages_max,

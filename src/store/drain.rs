@@ -8,7 +8,8 @@
 //! - journals are merged by the ids of their records, which grow with time: a user whose changes lie in two journals,
 //!   because the number of cores has changed, sees them in his order;
 //! - records rest for a moment ([`DrainConfig::linger`]), so that a delivery that is taken soon is never written as
-//!   pending; with a backlog they do not;
+//!   pending; with a backlog they do not. (So a load may show a delivery as taken whose mark is durable in the journal,
+//!   but not reached yet.);
 //! - a record that the database refuses is found by halving its batch, put aside (`quarantine`) and counted, and the
 //!   drain goes on. Every statement has a deadline, every wait a bound.
 
@@ -114,7 +115,9 @@ impl DrainHandle {
     }
 
     fn is_over(&self) -> bool {
-        self.until.get().is_some_and(|until| Instant::now() >= until)
+        self.until
+            .get()
+            .is_some_and(|until| Instant::now() >= until)
     }
 
     /// A pause that ends early when the drain is to stop.
@@ -204,7 +207,7 @@ impl Drain {
 
     /// One transaction, or the wait for one.
     async fn turn(&mut self, sql: &mut Sql, handle: &DrainHandle) -> Result<Turn, SqlError> {
-        self.read();
+        self.read()?;
         let all = handle.is_stopping();
         if all && handle.is_over() {
             return Ok(Turn::Ended);
@@ -332,18 +335,21 @@ impl Drain {
         }
     }
 
-    /// Reads what may be drained, as far as there is room.
-    fn read(&mut self) {
-        let mut bytes: usize = self.feeds.iter().map(Feed::bytes).sum();
+    /// Reads what may be drained, as far as there is room. Each journal has its own, so that the oldest record of all
+    /// is always among those that were read; for the same reason nothing is drained while one cannot be read.
+    fn read(&mut self) -> Result<(), SqlError> {
+        let bytes_max = self.config.ahead_bytes_max / self.feeds.len().max(1);
         for feed in &mut self.feeds {
-            while bytes < self.config.ahead_bytes_max {
-                match feed.read_more(&mut self.ahead) {
+            let mut bytes = feed.bytes();
+            while bytes < bytes_max {
+                match feed.read_more(&mut self.ahead)? {
                     0 => break,
                     read => bytes += read,
                 }
             }
         }
         self.count_waiting();
+        Ok(())
     }
 
     /// The places of the next batch: those that rested long enough, oldest ids first, each journal in its order.
@@ -432,7 +438,10 @@ impl Drain {
     fn is_up(&mut self) {
         self.counters.up.store(true, Relaxed);
         if let Some(since) = self.down_since.take() {
-            tracing::info!(seconds = since.elapsed().as_secs(), "the database is back");
+            tracing::info!(
+                seconds = since.elapsed().as_secs(),
+                "the journal is drained again"
+            );
         }
     }
 
@@ -441,7 +450,7 @@ impl Drain {
         self.counters.retries.fetch_add(1, Relaxed);
         if self.down_since.is_none() {
             self.down_since = Some(Instant::now());
-            tracing::warn!(%error, "the database is not available; what is accepted stays in the journal");
+            tracing::warn!(%error, "nothing is drained into the database; what is accepted stays in the journal");
         }
     }
 }
@@ -468,8 +477,6 @@ struct Feed {
     /// Of the last record read.
     order: u64,
     chunks: VecDeque<Chunk>,
-    /// The source cannot be read; told once.
-    failed: bool,
 }
 
 struct Chunk {
@@ -495,7 +502,6 @@ impl Feed {
             read: 0,
             order: 0,
             chunks: VecDeque::new(),
-            failed: false,
         }
     }
 
@@ -522,25 +528,21 @@ impl Feed {
     }
 
     /// Reads some records, notes the marks among them; how many bytes.
-    fn read_more(&mut self, ahead: &mut Ahead) -> usize {
+    fn read_more(&mut self, ahead: &mut Ahead) -> Result<usize, SqlError> {
         let limit = self.source.limit();
         if limit <= self.read {
-            return 0;
+            return Ok(0);
         }
         let (mut bytes, mut found) = (Vec::new(), Vec::new());
-        let read = self
-            .source
-            .read_after(self.read, READ_BYTES, &mut bytes, &mut found);
-        if let Err(error) = read {
-            if !std::mem::replace(&mut self.failed, true) {
-                tracing::error!(journal = self.source.journal(), %error, "the journal cannot be read; it is not drained");
-            }
-            return 0;
-        }
-        self.failed = false;
+        self.source
+            .read_after(self.read, READ_BYTES, &mut bytes, &mut found)
+            .map_err(|error| {
+                let journal = self.source.journal();
+                SqlError::lost(format!("journal {journal} cannot be read: {error}"))
+            })?;
         found.retain(|(seq, _)| *seq <= limit);
         let Some((last, _)) = found.last() else {
-            return 0;
+            return Ok(0);
         };
         self.read = *last;
         let records = found.into_iter().map(|(seq, place)| {
@@ -569,7 +571,7 @@ impl Feed {
             next: 0,
         });
         // Empty payloads count, too, or a source of them would be read without end.
-        len.max(1)
+        Ok(len.max(1))
     }
 
     fn drop_up_to(&mut self, seq: u64) {

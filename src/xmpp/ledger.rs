@@ -69,7 +69,10 @@ pub enum Act {
         then: Then,
     },
     /// The journal knows so many stanzas of a session.
-    Counted { session: SessionId, count: u32 },
+    Counted {
+        session: SessionId,
+        count: u32,
+    },
     /// Deliveries of the user's that a client took.
     Done(Vec<u64>),
     Dropped(Vec<u64>),

@@ -82,6 +82,8 @@ pub struct Limits {
     pub blocked_max: usize,
     pub subscription_requests_max: usize,
     pub directed_presence_max: usize,
+    /// Of one user's record: it must fit into a journal's segment.
+    pub record_bytes_max: usize,
     pub send_queue_bytes_max: usize,
     pub deferred_stanzas_max: usize,
     pub offline_messages_max: usize,
@@ -237,6 +239,7 @@ impl From<WriteError> for StanzaError {
     fn from(error: WriteError) -> StanzaError {
         match error {
             WriteError::Full | WriteError::Unavailable => StanzaError::RESOURCE_CONSTRAINT,
+            WriteError::TooLarge => StanzaError::POLICY_VIOLATION,
             WriteError::Conflict => StanzaError::CONFLICT,
             WriteError::Missing => StanzaError::ITEM_NOT_FOUND,
         }
@@ -252,6 +255,8 @@ pub enum WriteError {
     Missing,
     #[error("the journal is full: the database takes nothing, or the disk has no space left")]
     Full,
+    #[error("the account with its roster is too large: journal.segment_bytes is its bound")]
+    TooLarge,
     #[error("the database is not available")]
     Unavailable,
 }
@@ -1643,6 +1648,9 @@ impl Slice {
         let mut record = user.record.to_owned();
         change(&mut record);
         let record = Record::new(&record);
+        if record.bytes().len() > self.env.limits.record_bytes_max {
+            return then(self, Err(WriteError::TooLarge));
+        }
         let revision = self.next_id();
         let Some(user) = self.user_mut(name) else {
             return then(self, Err(WriteError::Missing));
@@ -1690,6 +1698,11 @@ impl Slice {
         let present = self.user(name).is_some();
         match op {
             Op::AddUser { .. } if present => return then(self, Err(WriteError::Conflict)),
+            Op::AddUser { ref record }
+                if record.bytes().len() > self.env.limits.record_bytes_max =>
+            {
+                return then(self, Err(WriteError::TooLarge));
+            }
             Op::AddUser { .. } => {}
             _ if !present => return then(self, Err(WriteError::Missing)),
             _ => {}

@@ -36,6 +36,7 @@ pub fn limits() -> Limits {
         blocked_max: 100,
         subscription_requests_max: 100,
         directed_presence_max: 100,
+        record_bytes_max: 1 << 20,
         send_queue_bytes_max: 1 << 20,
         deferred_stanzas_max: 1000,
         offline_messages_max: 100,

@@ -204,6 +204,8 @@ pub struct Bot {
     pub wrong: Vec<Wrong>,
     pub failed_resumptions: u64,
     pub resumptions: u64,
+    /// Pages of the archive that the server could not give at once (an error of type `wait`).
+    pub archive_waits: u64,
     /// A count was asked for and not given yet.
     asked: bool,
     /// The server has told this session its own presence.
@@ -236,6 +238,7 @@ impl Bot {
             wrong: Vec::new(),
             failed_resumptions: 0,
             resumptions: 0,
+            archive_waits: 0,
             asked: false,
             available: false,
         }
@@ -616,9 +619,10 @@ impl Bot {
 
     /// Reads the own archive to its end.
     pub fn synchronise_all(&mut self, round: &Round, which: usize) -> Result<(), Trouble> {
+        let mut deadline = Instant::now() + ANSWER_WITHIN;
+        let mut known = self.syncs[which].entries.len();
         loop {
             self.synchronise(round, which);
-            let deadline = Instant::now() + ANSWER_WITHIN;
             while self.syncs[which].active.is_some() {
                 if !self.listen(round, Duration::from_millis(50)) {
                     return Err(Trouble::Gone);
@@ -628,8 +632,16 @@ impl Bot {
                     return Err(Trouble::Refused(text));
                 }
             }
-            if self.syncs[which].complete {
+            let sync = &self.syncs[which];
+            if sync.complete {
                 return Ok(());
+            }
+            if sync.entries.len() > known {
+                known = sync.entries.len();
+                deadline = Instant::now() + ANSWER_WITHIN;
+            } else if !self.listen(round, Duration::from_millis(100)) {
+                // told to wait: meanwhile something may come
+                return Err(Trouble::Gone);
             }
         }
     }
@@ -887,6 +899,13 @@ impl Bot {
         let sync = &mut self.syncs[which];
         sync.active = None;
         let page = std::mem::take(&mut sync.page);
+        let error = element
+            .child("error")
+            .and_then(|error| error.attribute("type"));
+        if error == Some("wait") {
+            self.archive_waits += 1;
+            return; // asked again later
+        }
         let Some(fin) = element.child("fin") else {
             let after = sync.entries.last().map(|entry| entry.id.clone());
             sync.complete = true; // as far as it can be read

@@ -5,6 +5,27 @@
 //!
 //! Receipts are judged as they come ([`World::merge`]), archives and losses when a check says that all is there
 //! ([`World::judge_losses`], [`World::judge_archives`]).
+//!
+//! | counter of broken promises | what happened |
+//! |---|---|
+//! | `lost`, `late` | an accepted message never came, or only after the check |
+//! | `reordered` | first receipts of one sender's messages are not in the order of sending |
+//! | `duplicates_with_another_stable_id`, `without_stable_id` | XEP-0359: a duplicate cannot be told, or no message can |
+//! | `twice_in_a_session` | the same message twice in one stream, resumptions included |
+//! | `misdelivered`, `changed_or_invented` | a stranger got it; it is not as it was sent, or nobody sent it |
+//! | `missing_in_archive`, `twice_in_archive` | an accepted message is not in an archive of its two users, or more often than once |
+//! | `archive_reordered`, `archive_order_not_as_seen` | positions are not in the order of sending; a client saw another order |
+//! | `archive_changes_behind_its_reader` | something appeared or vanished before a position that was read already |
+//! | `archive_id_is_not_stable_id`, `archive_refused` | XEP-0313: ids differ; a page is refused or wrongly told |
+//! | `stored_against_its_hint` | XEP-0334 no-store, but in an archive |
+//! | `count_beyond_sent`, `count_goes_back`, `bad_count` | XEP-0198: `h` of `<a/>`, `<resumed/>` or `<failed/>` is wrong |
+//! | `failed_without_h`, `failed_h_too_low` | after a restart `<failed/>` does not cover a message that was covered |
+//! | `failed_h_forgets_what_is_not_kept` | it covers all messages, but not presence or IQs behind the last one |
+//! | `bad_failed` | `<failed/>` without item-not-found |
+//! | `changes_lost`, `changes_refused` | roster, private data, vCard, block list are not as answered; a change is an error |
+//! | `subscriptions_lost` | a covered request or approval is not in the rosters of both, or was not told |
+//! | `refused`, `disconnects`, `stream_errors`, `garbage` | a living server does not serve: no log-in, no answer, no stream |
+//! | `died_by_itself`, `no_archive`, `too_little_for_a_proof` | the run itself |
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -26,6 +47,8 @@ pub struct Totals {
     /// Came back as errors: not accepted.
     pub refused_messages: u64,
     pub archive_entries: u64,
+    /// Pages that had to be asked for again.
+    pub archive_waits: u64,
     pub accounts_made: u64,
     pub changes_answered: u64,
     pub resumptions: u64,
@@ -476,6 +499,7 @@ impl World {
             .filter(|bot| bot.registered && bot.profile.speaker)
             .count() as u64;
         self.totals.changes_answered = self.bots.iter().map(|bot| bot.changes_answered).sum();
+        self.totals.archive_waits = self.bots.iter().map(|bot| bot.archive_waits).sum();
         self.totals.resumptions = self.bots.iter().map(|bot| bot.resumptions).sum();
         self.totals.failed_resumptions = self.bots.iter().map(|bot| bot.failed_resumptions).sum();
     }

@@ -6,9 +6,10 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// One flat folder. A new name, a rename or a removal is durable after [`Disk::sync_dir`], bytes after
 /// [`DiskFile::datasync`].
@@ -84,6 +85,12 @@ pub struct Folder {
     path: PathBuf,
     /// Kept open, for syncing.
     dir: File,
+    sync_delay: Duration,
+}
+
+struct FolderFile {
+    file: File,
+    sync_delay: Duration,
 }
 
 impl Folder {
@@ -120,7 +127,14 @@ impl Folder {
         Ok(Folder {
             path: path.into(),
             dir,
+            sync_delay: Duration::ZERO,
         })
+    }
+
+    /// Every sync of a file takes so much longer: for tests that nothing is acknowledged before it.
+    pub fn delay_syncs(mut self, by: Duration) -> Folder {
+        self.sync_delay = by;
+        self
     }
 
     fn file(&self, name: &str, create: bool) -> io::Result<Arc<dyn DiskFile>> {
@@ -131,7 +145,10 @@ impl Folder {
             .truncate(create)
             .mode(0o600)
             .open(self.path.join(name))?;
-        Ok(Arc::new(file))
+        Ok(Arc::new(FolderFile {
+            file,
+            sync_delay: self.sync_delay,
+        }))
     }
 }
 
@@ -178,20 +195,23 @@ impl Disk for Folder {
     }
 }
 
-impl DiskFile for File {
+impl DiskFile for FolderFile {
     fn read_at(&self, into: &mut [u8], offset: u64) -> io::Result<usize> {
-        std::os::unix::fs::FileExt::read_at(self, into, offset)
+        self.file.read_at(into, offset)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        std::os::unix::fs::FileExt::write_at(self, bytes, offset)
+        self.file.write_at(bytes, offset)
     }
 
     fn datasync(&self) -> io::Result<()> {
-        self.sync_data()
+        if !self.sync_delay.is_zero() {
+            std::thread::sleep(self.sync_delay);
+        }
+        self.file.sync_data()
     }
 
     fn bytes(&self) -> io::Result<u64> {
-        Ok(self.metadata()?.len())
+        Ok(self.file.metadata()?.len())
     }
 }

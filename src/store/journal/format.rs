@@ -434,6 +434,22 @@ mod tests {
     }
 
     #[test]
+    fn a_group_torn_over_a_torn_one_is_not_put_together_from_both() {
+        let [one, other] = [b'a', b'b'].map(|fill| group(&[vec![fill; 5000], vec![fill; 5000]], 4));
+        for block in 1..3 {
+            let mut torn = one.clone();
+            torn[block * 4096..].copy_from_slice(&other[block * 4096..]);
+            let head = GroupHead::parse(&torn, 1 << 20).unwrap();
+            assert!(head.check(4, &torn).is_err());
+        }
+        // both records are whole, each of another group
+        let mut torn = one.clone();
+        torn[40 + 5008..].copy_from_slice(&other[40 + 5008..]);
+        let head = GroupHead::parse(&torn, 1 << 20).unwrap();
+        assert_eq!(head.check(4, &torn), Err(BadGroup::Checksum));
+    }
+
+    #[test]
     fn a_record_is_checked_by_itself() {
         let bytes = group(&[b"one".to_vec(), b"two".to_vec()], 4);
         let head = GroupHead::parse(&bytes, 4096).unwrap();

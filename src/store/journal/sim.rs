@@ -4,7 +4,7 @@
 //! pieces of 4096 or 512 bytes, and of the folder's entries; a crash of the process keeps all. The number of calls until
 //! the next crash can be set, so that it comes in the middle of anything.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -120,54 +120,54 @@ impl SimDisk {
         self.state().failing = failing;
     }
 
-    /// Ends a life; what is there afterwards is durable.
+    /// Ends a life.
     pub fn crash(&self, how: Crash) {
         let state = &mut *self.state();
         state.calls_left = None;
         state.failing = None;
         state.life += 1;
-        if how != Crash::Process {
-            // of each file, its renames up to some point; those of different files are independent of each other
-            let mut stuck = std::collections::BTreeSet::new();
-            let mut names = state.durable_names.clone();
-            for (inode, name) in std::mem::take(&mut state.moves) {
-                if how == Crash::Forgetful || stuck.contains(&inode) || state.random.one_in(2) {
-                    stuck.insert(inode);
-                    continue;
-                }
-                names.retain(|_, at| *at != inode);
-                if let Some(name) = name {
-                    names.insert(name, inode);
-                }
-            }
-            state.names = names;
-            // sometimes nearly all is kept, sometimes nearly nothing
-            let keep = state.random.below(5);
-            for inode in &mut state.inodes {
-                let mut after = inode.durable.clone();
-                for (from, to) in std::mem::take(&mut inode.dirty) {
-                    let Crash::Machine { piece } = how else {
-                        continue;
-                    };
-                    let mut at = from;
-                    while at < to {
-                        let end = ((at / piece + 1) * piece).min(to);
-                        if state.random.below(4) < keep {
-                            after.resize(after.len().max(end), 0);
-                            after[at..end].copy_from_slice(&inode.now[at..end]);
-                        }
-                        at = end;
+        let State { random, inodes, .. } = state;
+        // sometimes nearly all is kept, sometimes nearly nothing
+        let (keep, piece) = match how {
+            Crash::Process => (random.below(5), 4096),
+            Crash::Machine { piece } => (random.below(5), piece),
+            Crash::Forgetful => (0, 4096),
+        };
+        for inode in inodes {
+            for (from, to) in &inode.dirty {
+                let mut at = *from;
+                while at < *to {
+                    let end = ((at / piece + 1) * piece).min(*to);
+                    if random.below(4) < keep {
+                        let length = inode.durable.len().max(end);
+                        inode.durable.resize(length, 0);
+                        inode.durable[at..end].copy_from_slice(&inode.now[at..end]);
                     }
+                    at = end;
                 }
-                inode.now = after;
             }
         }
+        if how == Crash::Process {
+            // the kernel goes on: some has been written back meanwhile, the rest is still to be
+            return;
+        }
+        // of each file, its renames up to some point; those of different files are independent of each other
+        let mut stuck = BTreeSet::new();
+        for (inode, name) in std::mem::take(&mut state.moves) {
+            if how == Crash::Forgetful || stuck.contains(&inode) || state.random.one_in(2) {
+                stuck.insert(inode);
+                continue;
+            }
+            state.durable_names.retain(|_, at| *at != inode);
+            if let Some(name) = name {
+                state.durable_names.insert(name, inode);
+            }
+        }
+        state.names = state.durable_names.clone();
         for inode in &mut state.inodes {
-            inode.durable.clone_from(&inode.now);
+            inode.now.clone_from(&inode.durable);
             inode.dirty.clear();
         }
-        state.moves.clear();
-        state.durable_names = state.names.clone();
         // files without a name are gone
         let named: Vec<_> = state.names.values().copied().collect();
         for (at, inode) in state.inodes.iter_mut().enumerate() {

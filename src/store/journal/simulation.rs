@@ -129,6 +129,10 @@ impl Simulation {
                 _ => Crash::Forgetful,
             };
             self.disk.crash(how);
+            // what the machine still remembers of a process that ended may be lost before anybody looks
+            if how == Crash::Process && self.random.one_in(4) {
+                self.disk.crash(Crash::Forgetful);
+            }
         }
         // and at last without a crash, so that all can be looked at
         self.disk.set_bytes_max(u64::MAX);

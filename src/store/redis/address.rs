@@ -36,7 +36,7 @@ pub enum Endpoint {
     },
 }
 
-pub const WEIGHT_MAX: u32 = 1_000;
+pub const WEIGHT_MAX: u32 = crate::store::ring::WEIGHT_PLAIN_MAX;
 
 /// Why an address is not one; the text never holds the password.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -3,7 +3,10 @@
 //! In: the instances that are configured, and requests for a new generation. Out: [`Generation`]s that are durable when
 //! they are given out, and the [`Placement`] of names. Promises:
 //!
-//! - a number is given out once, even if the file is lost or an old one is restored: numbers are microseconds since
+//! - each shard has a generation of its own for each instance, so a write that one missed does not make the others' users
+//!   cold. The numbers of a user only grow: a shard that needs a new one gets, if there is one, another's that is newer
+//!   than its own (it never wrote there), and with another number of shards all go on with the newest;
+//! - a number is made once, even if the file is lost or an old one is restored: numbers are microseconds since
 //!   1970, and at least one more than the last;
 //! - a name that left an instance and comes back (an instance was added and taken away, a weight changed twice) does
 //!   not find there what it left behind: its key holds the number of the change that brought it to its instance. Names
@@ -11,7 +14,8 @@
 //!
 //! One small JSON file, replaced whole (written aside, synced, renamed, folder synced). It is the blade's: shards share
 //! it behind a lock and must not wait for its disk, so a thread of the blade renews. A file that cannot be read is the
-//! same as none: all copies are cold then, none is wrong.
+//! same as none: all copies are cold then, none is wrong. Whoever restores a backup of the database leaves this file
+//! out, and deletes one that is there: Redis may hold what the backup does not know yet.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -43,6 +47,7 @@ pub struct Placement {
 #[derive(Debug)]
 pub struct Generations {
     path: PathBuf,
+    shards: usize,
     incarnation: u64,
     state: State,
 }
@@ -51,7 +56,8 @@ pub struct Generations {
 struct State {
     version: u32,
     last_number: u64,
-    generations: BTreeMap<String, Generation>,
+    /// By instance: one for each shard.
+    generations: BTreeMap<String, Vec<Option<Generation>>>,
     /// The oldest first; the last one is in use.
     layouts: Vec<Layout>,
 }
@@ -76,6 +82,7 @@ impl Generations {
     pub fn open(
         path: impl Into<PathBuf>,
         addresses: &[Address],
+        shards: usize,
         unix_us: u64,
     ) -> io::Result<Generations> {
         let path = path.into();
@@ -104,9 +111,16 @@ impl Generations {
         state
             .generations
             .retain(|name, _| addresses.iter().any(|address| *address.name == **name));
+        for of_shards in state.generations.values_mut() {
+            if of_shards.len() != shards {
+                let newest = of_shards.iter().flatten().max_by_key(|of| of.number);
+                *of_shards = vec![newest.cloned(); shards];
+            }
+        }
         let incarnation = state.next_number(unix_us);
         let generations = Generations {
             path,
+            shards,
             incarnation,
             state,
         };
@@ -119,12 +133,12 @@ impl Generations {
         self.incarnation
     }
 
-    /// For each instance as configured: what it has, if it has one.
-    pub fn all(&self) -> Vec<Option<Generation>> {
+    /// What a shard has for each instance as configured, if it has one.
+    pub fn all(&self, shard: usize) -> Vec<Option<Generation>> {
         let members = &self.layout().members;
         members
             .iter()
-            .map(|(name, _)| self.state.generations.get(name).cloned())
+            .map(|(name, _)| self.state.generations.get(name)?[shard].clone())
             .collect()
     }
 
@@ -133,15 +147,30 @@ impl Generations {
     }
 
     /// A new generation for the instance with this index, durable when this returns. On an error nothing has changed.
-    pub fn renew(&mut self, instance: usize, run_id: &str, unix_us: u64) -> io::Result<Generation> {
-        let generation = Generation {
-            // Not used again, whatever the disk makes of it.
-            number: self.state.next_number(unix_us),
-            run_id: run_id.into(),
-        };
+    pub fn renew(
+        &mut self,
+        shard: usize,
+        instance: usize,
+        run_id: &str,
+        unix_us: u64,
+    ) -> io::Result<Generation> {
         let name = self.layout().members[instance].0.clone();
         let before = self.state.generations.clone();
-        self.state.generations.insert(name, generation.clone());
+        let of_shards = before.get(&name);
+        let mut of_shards = of_shards.cloned().unwrap_or(vec![None; self.shards]);
+        let own = of_shards[shard].as_ref().map_or(0, |own| own.number);
+        let newer = of_shards
+            .iter()
+            .flatten()
+            .filter(|of| of.number > own && *of.run_id == *run_id)
+            .max_by_key(|of| of.number);
+        let generation = newer.cloned().unwrap_or_else(|| Generation {
+            // Not made again, whatever the disk makes of it.
+            number: self.state.next_number(unix_us),
+            run_id: run_id.into(),
+        });
+        of_shards[shard] = Some(generation.clone());
+        self.state.generations.insert(name, of_shards);
         if let Err(error) = self.write() {
             self.state.generations = before;
             return Err(error);
@@ -256,22 +285,22 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("redis.json");
         let two = addresses(&[("a", 1), ("b", 1)]);
-        let mut generations = Generations::open(&path, &two, 10).unwrap();
-        assert_eq!(generations.all(), [None, None]);
-        let first = generations.renew(0, "x", 1000).unwrap();
-        let second = generations.renew(1, "y", 900).unwrap();
+        let mut generations = Generations::open(&path, &two, 1, 10).unwrap();
+        assert_eq!(generations.all(0), [None, None]);
+        let first = generations.renew(0, 0, "x", 1000).unwrap();
+        let second = generations.renew(0, 1, "y", 900).unwrap();
         assert!(second.number > first.number);
         drop(generations);
-        let mut generations = Generations::open(&path, &two, 10).unwrap();
+        let mut generations = Generations::open(&path, &two, 1, 10).unwrap();
         assert_eq!(
-            generations.all(),
+            generations.all(0),
             [Some(first.clone()), Some(second.clone())]
         );
-        assert!(generations.renew(0, "x", 5).unwrap().number > second.number);
+        assert!(generations.renew(0, 0, "x", 5).unwrap().number > second.number);
         fs::write(&path, b"{ half").unwrap();
-        let mut generations = Generations::open(&path, &two, 10).unwrap();
-        assert_eq!(generations.all(), [None, None]);
-        assert!(generations.renew(0, "x", 2000).unwrap().number >= 2000);
+        let mut generations = Generations::open(&path, &two, 1, 10).unwrap();
+        assert_eq!(generations.all(0), [None, None]);
+        assert!(generations.renew(0, 0, "x", 2000).unwrap().number >= 2000);
     }
 
     #[test]
@@ -279,11 +308,42 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("redis.json");
         let mut generations =
-            Generations::open(&path, &addresses(&[("a", 1), ("b", 1)]), 10).unwrap();
-        generations.renew(1, "x", 1000).unwrap();
-        Generations::open(&path, &addresses(&[("a", 1)]), 10).unwrap();
-        let generations = Generations::open(&path, &addresses(&[("a", 1), ("b", 1)]), 10).unwrap();
-        assert_eq!(generations.all(), [None, None]);
+            Generations::open(&path, &addresses(&[("a", 1), ("b", 1)]), 1, 10).unwrap();
+        generations.renew(0, 1, "x", 1000).unwrap();
+        Generations::open(&path, &addresses(&[("a", 1)]), 1, 10).unwrap();
+        let generations =
+            Generations::open(&path, &addresses(&[("a", 1), ("b", 1)]), 1, 10).unwrap();
+        assert_eq!(generations.all(0), [None, None]);
+    }
+
+    #[test]
+    fn a_shard_that_missed_a_write_does_not_make_the_others_cold() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("redis.json");
+        let one = addresses(&[("a", 1)]);
+        let open = |shards, unix_us| Generations::open(&path, &one, shards, unix_us).unwrap();
+        let numbers = |of: &Generations, shards| {
+            let number = |shard| of.all(shard)[0].as_ref().map(|of: &Generation| of.number);
+            (0..shards).map(number).collect::<Vec<_>>()
+        };
+        // Both see a new server: they meet at one number.
+        let mut generations = open(2, 10);
+        let first = generations.renew(1, 0, "x", 1000).unwrap();
+        assert_eq!(generations.renew(0, 0, "x", 1001).unwrap(), first);
+        // One misses a write; the other one keeps its own.
+        let second = generations.renew(0, 0, "x", 2000).unwrap();
+        assert!(second.number > first.number);
+        let generations = open(2, 20);
+        assert_eq!(
+            numbers(&generations, 2),
+            [Some(second.number), Some(first.number)]
+        );
+        // Users go to other shards: the newest number is behind none of theirs.
+        assert_eq!(numbers(&open(3, 30), 3), [Some(second.number); 3]);
+        // Another server: no shard's number is good for it.
+        let third = open(3, 40).renew(2, 0, "y", 3000).unwrap();
+        assert!(third.number > second.number);
+        assert_eq!(open(3, 50).renew(1, 0, "y", 4000).unwrap(), third);
     }
 
     #[test]
@@ -291,11 +351,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("sub/redis.json");
         fs::create_dir(folder.path().join("sub")).unwrap();
-        let mut generations = Generations::open(&path, &addresses(&[("a", 1)]), 10).unwrap();
-        let first = generations.renew(0, "x", 1000).unwrap();
+        let mut generations = Generations::open(&path, &addresses(&[("a", 1)]), 1, 10).unwrap();
+        let first = generations.renew(0, 0, "x", 1000).unwrap();
         fs::remove_dir_all(folder.path().join("sub")).unwrap();
-        generations.renew(0, "y", 2000).unwrap_err();
-        assert_eq!(generations.all(), [Some(first)]);
+        generations.renew(0, 0, "y", 2000).unwrap_err();
+        assert_eq!(generations.all(0), [Some(first)]);
     }
 
     #[test]
@@ -350,7 +410,7 @@ mod tests {
                 if list.is_empty() {
                     continue;
                 }
-                let placement = Generations::open(&path, &addresses(&list), 10).unwrap().placement();
+                let placement = Generations::open(&path, &addresses(&list), 1, 10).unwrap().placement();
                 for name in &names {
                     let (at, since) = placement.of(name);
                     let key = (list[at].0, name.clone(), since);

@@ -6,7 +6,7 @@
 //!
 //! - a store whose fate is unknown (connection lost, deadline), that was refused (out of memory, read-only, ...) or that
 //!   could not be sent is a *missed write*: the instance may now hold something old. It is read again only under a new
-//!   *generation*, a number that is part of every key, never used before and durable before it is used
+//!   *generation*, a number that is part of every key, never used by this shard and durable before it is
 //!   ([`Event::Renew`], [`super::Tier::generation`]). What is late in some socket goes to keys that nobody reads;
 //! - a server of another `run_id` is another server (restarted from an old dump, replaced): a new generation as well;
 //! - any fault closes the connection, so no reply is believed that comes behind one.
@@ -141,6 +141,8 @@ enum Fault {
     /// With the command and the server's own words.
     #[error("it refuses {0}: {1}")]
     Refused(&'static str, String),
+    #[error("it refuses the login ({0}): look at user and password in `redis.instances`")]
+    Login(String),
     #[error("it answered {0} with something else than expected")]
     Unexpected(&'static str),
     #[error("it is a replica, which may be behind: name its master in `redis.instances`")]
@@ -403,7 +405,7 @@ impl Instance {
         }
     }
 
-    /// The answer to [`Event::Renew`]: a number that was never used, durable with its run id. False if it is not newer.
+    /// The answer to [`Event::Renew`]: a number that this shard never used, durable with its run id. False if it is not newer.
     pub fn generation(&mut self, generation: Generation, events: &mut Events) -> bool {
         if let Standing::Good {
             generation: old, ..
@@ -547,7 +549,7 @@ impl Instance {
                     self.answer_loads(name, events, |name| Event::Loaded {
                         name,
                         revision,
-                        value: bytes.clone(),
+                        value: bytes,
                     });
                     Ok(())
                 }
@@ -655,7 +657,11 @@ impl Instance {
                 Some(_) => return Err(Fault::Replica),
                 None => return Err(unexpected("INFO", value)),
             },
-            (Step::Auth, _) => return Err(unexpected("the login", value)),
+            // Its words may repeat what it did not understand, and that would be the password.
+            (Step::Auth, Value::ServerError(error)) => {
+                return Err(Fault::Login(error.code().into()));
+            }
+            (Step::Auth, _) => return Err(Fault::Unexpected("the login")),
             (Step::Select, _) => return Err(unexpected("the database number", value)),
             (Step::SetName, _) => return Err(unexpected("CLIENT SETNAME", value)),
             (Step::Fence, Value::Int(0)) => return Err(Fault::Superseded),
@@ -789,11 +795,12 @@ impl Instance {
         &mut self,
         name: Box<str>,
         events: &mut Events,
-        mut event: impl FnMut(Box<str>) -> Event,
+        event: impl FnOnce(Box<str>) -> Event,
     ) {
         let asking = self.loads.remove(&name).unwrap_or(1);
-        (1..asking).for_each(|_| events.push_back(event(name.clone())));
-        events.push_back(event(name));
+        let event = event(name);
+        (1..asking).for_each(|_| events.push_back(event.clone()));
+        events.push_back(event);
     }
 
     fn fault(&mut self, fault: Fault, now_us: u64, events: &mut Events) {
@@ -893,7 +900,7 @@ fn user_key(prefix: &str, generation: u64, since: u32, name: &str) -> String {
     format!("{prefix}{generation:x}.{since:x}:u:{name}")
 }
 
-/// The server's own words, cut to a line's length; they never hold what was sent as a password.
+/// With the server's own words, cut to a line's length.
 fn unexpected(what: &'static str, value: Value) -> Fault {
     match value {
         Value::ServerError(error) => {

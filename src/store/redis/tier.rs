@@ -110,8 +110,9 @@ pub enum Event {
         name: Box<str>,
         revision: u64,
     },
-    /// What the instance holds is not to be believed any more. Make a number that was never used durable together with
-    /// the run id (`Generations::renew`), then call [`Tier::generation`]. Until then it is neither read nor written.
+    /// What the instance holds is not to be believed any more. Make a number that this shard never used durable together with
+    /// the run id (`Generations::renew`), then call [`Tier::generation`]. Until then it is neither read nor written, and missed
+    /// writes are not answered; it is not asked for again, so whoever fails at it goes on trying.
     Renew { instance: usize, run_id: Box<str> },
     /// `None`: the instance is away.
     Sessions {

@@ -174,9 +174,9 @@ impl Store {
         self.wait(async |sql| sql.positions().await)
     }
 
-    /// The highest id or revision that the database holds.
-    pub fn last_id(&mut self) -> Result<Id, String> {
-        self.wait(async |sql| sql.last_id().await).map(Id)
+    /// What [`Sql::highest_id`] says: where the ids of this blade's shards begin.
+    pub fn highest_id(&mut self) -> Result<Id, String> {
+        self.wait(async |sql| sql.highest_id().await).map(Id)
     }
 
     fn one(&mut self, op: Op) -> Result<bool, String> {

@@ -201,6 +201,22 @@ impl Sql {
         format!("{begin}{dots}{hex}").into()
     }
 
+    /// A key of any database as MySQL holds it: one that comes from there may be short already.
+    pub(super) fn short_key(key: &str) -> Cow<'_, str> {
+        match Sql::is_short_form(key) {
+            true => key.into(),
+            false => Sql::stored_key(Dialect::MySql, key),
+        }
+    }
+
+    /// Whether [`Sql::stored_key`] has made it: as long as those, with dots and a hash at its end.
+    fn is_short_form(key: &str) -> bool {
+        let key = key.as_bytes();
+        key.len() == 1025
+            && key[1025 - 65] == b'.'
+            && key[1025 - 64..].iter().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b))
+    }
+
     async fn in_transaction<T>(
         &mut self,
         work: impl AsyncFnOnce(&mut Sql) -> Result<T, SqlError>,

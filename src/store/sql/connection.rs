@@ -38,7 +38,7 @@ pub struct SqlError {
 }
 
 impl SqlError {
-    pub(super) fn lost(text: impl Into<String>) -> SqlError {
+    pub(crate) fn lost(text: impl Into<String>) -> SqlError {
         SqlError {
             trouble: Trouble::Lost,
             text: text.into(),
@@ -159,6 +159,13 @@ impl Row {
             Row::MySql(row) => row.try_get(at)?,
         };
         Ok(bytes.unwrap_or_default())
+    }
+
+    pub fn optional_bytes(&self, at: usize) -> Result<Option<&[u8]>, SqlError> {
+        Ok(match self {
+            Row::Sqlite(row) => row.try_get(at)?,
+            Row::MySql(row) => row.try_get(at)?,
+        })
     }
 
     pub fn text(&self, at: usize) -> Result<&str, SqlError> {

@@ -613,16 +613,21 @@ impl Attempts {
         };
         let Ok(done) = tokio::time::timeout_at(until, attempt).await else {
             sql.disconnect();
+            desk.counters.up.store(false, Relaxed);
             desk.counters.retries.fetch_add(1, Relaxed);
             let waited = desk.retry_max;
             return Err(SqlError::lost(format!("no answer within {waited:?}")));
         };
         match &done {
-            Ok(_) => self.pause = None,
+            Ok(_) => {
+                self.pause = None;
+                desk.counters.up.store(true, Relaxed);
+            }
             Err(error) if is_refused(error) => {}
             Err(error) => {
                 if error.trouble == Trouble::Lost {
                     sql.disconnect();
+                    desk.counters.up.store(false, Relaxed);
                 }
                 desk.counters.retries.fetch_add(1, Relaxed);
                 let pause = self.pause.unwrap_or(BACKOFF_MIN);

@@ -9,7 +9,7 @@
 //! - names, JIDs and keys are bytes; what a database would cut or fold it refuses.
 //!
 //! [`Sql`] is one dedicated connection: [`lane`] holds one for loads, one for documents and archive pages, and one for
-//! the drain. [`admin`] is the database by hand.
+//! the drain. [`admin`] is the database by hand, [`copy`] carries everything from one database into another.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
 pub mod admin;
 mod apply;
 mod connection;
+pub mod copy;
 pub mod lane;
 mod read;
 mod schema;
@@ -148,7 +149,7 @@ pub struct Counters {
     pub queue_depth_max: AtomicUsize,
     /// Records read from journals and not yet in the database.
     pub drain_waiting: AtomicUsize,
-    /// Whether the drain's last statement was answered.
+    /// Whether the last statement was answered.
     pub up: AtomicBool,
 }
 
@@ -194,8 +195,25 @@ impl Sql {
         Sql::unconnected(&self.database, self.page_cache_bytes, self.counters.clone())
     }
 
-    /// Connects and brings the schema up to date.
+    /// Connects and brings the schema up to date. A database that a copy has not filled yet is refused.
     pub async fn set_up(&mut self) -> Result<(), SetUpError> {
+        self.set_up_unfinished().await?;
+        match self.copying().await {
+            Ok(None) => Ok(()),
+            Ok(Some(_)) => Err(SetUpError::of_operator(format!(
+                "the database {} is half of a copy: repeat the `nitro migrate-store` or `nitro restore` that was \
+                 interrupted, or name another database",
+                self.database
+            ))),
+            Err(error) => Err(SetUpError {
+                sentence: format!("cannot read the database {}: {error}", self.database),
+                unreachable: error.unreachable,
+            }),
+        }
+    }
+
+    /// The same, whether a copy is under way or not.
+    async fn set_up_unfinished(&mut self) -> Result<(), SetUpError> {
         if let Database::Sqlite(path) = &self.database {
             create_private(path).map_err(SetUpError::of_operator)?;
         }

@@ -38,6 +38,9 @@ impl Sql {
     /// Names that one [`Sql::load`] takes at most.
     pub const LOADS_MAX: usize = ASK_MAX;
 
+    /// Ids that one [`ArchiveQuery`] may name.
+    pub const IDS_MAX: usize = 5_000;
+
     /// Loads up to [`Sql::LOADS_MAX`] users with one statement. The answers stand in the order of `names`.
     pub async fn load(&mut self, names: &[&str]) -> Result<Vec<Found>, SqlError> {
         let rows = self
@@ -97,32 +100,53 @@ impl Sql {
     ) -> Result<Vec<Option<Box<[u8]>>>, SqlError> {
         let mut found = vec![None; wanted.len()];
         let dialect = self.conn.dialect();
-        let wanted: Vec<_> = wanted
+        let mut asked: Vec<_> = wanted
             .iter()
             .enumerate()
             .map(|(n, (name, key))| (n, *name, Sql::stored_key(dialect, key)))
             .collect();
-        for wanted in wanted.chunks(ASK_MAX) {
+        // What came from MySQL has long keys in their short form, until it is written again.
+        let own = asked.len();
+        for (n, (name, key)) in wanted.iter().enumerate() {
+            let short = Sql::short_key(key);
+            if dialect == Dialect::Sqlite && short != *key {
+                asked.push((own + n, *name, short));
+            }
+        }
+        let mut came = vec![None; own];
+        let mut is_own = vec![false; own];
+        for asked in asked.chunks(ASK_MAX) {
             let rows = self.conn.ask_about(
                 &statements::DOCUMENTS,
-                wanted,
+                asked,
                 1,
                 |values, (n, name, key)| {
                     values.extend([Value::Int(*n as i64), Value::Text(name), Value::Text(key)]);
                 },
             );
             for row in rows.await? {
-                let value = row.bytes(1)?;
-                if !value.is_empty() {
-                    found[row.int(0)? as usize] = Some(value.into());
+                let (n, value) = (row.int(0)? as usize, row.bytes(1)?);
+                let value = (!value.is_empty()).then(|| value.into());
+                match n < own {
+                    true => (found[n], is_own[n]) = (value, true),
+                    false => came[n - own] = value,
                 }
             }
+        }
+        for (n, came) in came.into_iter().enumerate().filter(|(n, _)| !is_own[*n]) {
+            found[n] = came;
         }
         Ok(found)
     }
 
     /// One page of an archive, with one statement.
     pub async fn archive_page(&mut self, query: &ArchiveQuery) -> Result<Page, SqlError> {
+        if query.ids.len() > Sql::IDS_MAX {
+            let (asked, most) = (query.ids.len(), Sql::IDS_MAX);
+            return Err(SqlError::refused(format!(
+                "{asked} ids are more than the {most} that one page may name"
+            )));
+        }
         let (text, values) = PageStatement::of(query, self.conn.dialect());
         let rows = self.conn.ask(AssertSqlSafe(text), &values).await?;
         let mut page = Page::default();
@@ -172,6 +196,15 @@ impl Sql {
                 })
             })
             .collect()
+    }
+
+    /// No id or revision here is higher, but that of an account's record (which a load shows): new ids must be, or they
+    /// would be taken for old ones.
+    pub async fn highest_id(&mut self) -> Result<u64, SqlError> {
+        let rows = self.conn.ask(statements::HIGHEST, &[]).await?;
+        let ids = rows.iter().map(|row| row.id(0));
+        ids.collect::<Result<Vec<_>, _>>()
+            .map(|ids| ids.into_iter().max().unwrap_or(0))
     }
 
     /// Counts of accounts by the shape of their keys.
@@ -225,12 +258,6 @@ impl Sql {
     /// How many accounts there are.
     pub async fn count(&mut self) -> Result<u64, SqlError> {
         self.number(statements::COUNT).await
-    }
-
-    /// The highest id or revision that there is; 0: none.
-    pub async fn last_id(&mut self) -> Result<u64, SqlError> {
-        let archived = self.number(statements::LAST_ARCHIVED).await?;
-        Ok(archived.max(self.number(statements::LAST_REVISION).await?))
     }
 
     /// How many records lie in `quarantine`.

@@ -54,6 +54,11 @@ pub(super) enum SchemaError {
     Wrong(String),
 }
 
+/// The newest schema of SQLite that this program knows: that of a backup, whatever database it was made of.
+pub(super) fn newest_of_sqlite() -> i64 {
+    SQLITE.iter().map(|one| one.version).max().unwrap_or(0)
+}
+
 /// Brings the schema up to date. `database` is named in sentences.
 pub(super) async fn migrate(conn: &mut Connection, database: &Database) -> Result<(), SchemaError> {
     let usual = std::mem::replace(&mut conn.deadline, ONE_MAX);
@@ -91,6 +96,10 @@ async fn under_lock(conn: &mut Connection, database: &Database) -> Result<(), Sc
             }
         }
         Dialect::MySql => {
+            let rows = conn.ask("SELECT VERSION()", &[]).await?;
+            if let Some(version) = rows.first() {
+                is_supported(version.text(0)?, database)?;
+            }
             let rows = conn.ask(LOCK, &[]).await?;
             if rows.first().map(|row| row.int(0)).transpose()? != Some(1) {
                 return Err(SchemaError::Wrong(format!(
@@ -104,6 +113,26 @@ async fn under_lock(conn: &mut Connection, database: &Database) -> Result<(), Sc
             done
         }
     }
+}
+
+/// `8.0.36`, `10.11.14-MariaDB-0+deb12u2`, or that with `5.5.5-` before it.
+fn is_supported(version: &str, database: &Database) -> Result<(), SchemaError> {
+    let (kind, least) = match version.contains("MariaDB") {
+        true => ("MariaDB", (10, 11)),
+        false => ("MySQL", (8, 0)),
+    };
+    let number = version.strip_prefix("5.5.5-").unwrap_or(version);
+    let mut parts = number
+        .split(['.', '-'])
+        .map(|part| part.parse().unwrap_or(0));
+    let found: (u32, u32) = (parts.next().unwrap_or(0), parts.next().unwrap_or(0));
+    if found >= least {
+        return Ok(());
+    }
+    Err(SchemaError::Wrong(format!(
+        "the database {database} is on {kind} {version}: nitro needs {kind} {}.{} or later",
+        least.0, least.1
+    )))
 }
 
 /// Has a SQLite file exactly this schema? Asks without a lock.
@@ -159,4 +188,29 @@ async fn missing(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_old_server_is_refused_with_a_sentence() {
+        let database = Database::parse("mysql://nitro@localhost/nitro").unwrap();
+        for good in [
+            "8.0.36",
+            "9.1.0-log",
+            "10.11.14-MariaDB-0+deb12u2",
+            "5.5.5-11.4.2-MariaDB",
+        ] {
+            is_supported(good, &database).unwrap();
+        }
+        for old in ["5.7.44-log", "10.6.18-MariaDB", "5.5.5-10.5.1-MariaDB-1"] {
+            let sentence = is_supported(old, &database).unwrap_err().to_string();
+            assert!(
+                sentence.contains(old) && sentence.contains("or later"),
+                "{sentence}"
+            );
+        }
+    }
 }

@@ -32,7 +32,7 @@ impl Statement {
         }
     }
 
-    const fn change(write: fn(Dialect, usize) -> String) -> Statement {
+    pub(super) const fn change(write: fn(Dialect, usize) -> String) -> Statement {
         Statement {
             write,
             texts: [OnceLock::new(), OnceLock::new()],
@@ -124,7 +124,7 @@ pub(super) fn id(values: &mut Vec<Value<'_>>, id: &u64) {
 }
 
 /// `(?,?),(?,?)`: rows of values.
-fn rows(count: usize, width: usize) -> String {
+pub(super) fn rows(count: usize, width: usize) -> String {
     let row = format!("({})", marks(width));
     vec![row; count].join(",")
 }
@@ -357,11 +357,8 @@ pub(super) static PUT_QUARANTINE: Statement = Statement::change(|dialect, n| {
 pub(super) const EPOCH: &str = "SELECT value FROM state WHERE name = 'accounts'";
 pub(super) const NEXT_EPOCH: &str = "UPDATE state SET value = value + 1 WHERE name = 'accounts'";
 pub(super) const POSITIONS: &str = "SELECT identity, journal, seq FROM drained";
+pub(super) const HIGHEST: &str = "SELECT max(id) FROM archive UNION ALL SELECT max(id) FROM pending UNION ALL SELECT max(revision) FROM removed";
 pub(super) const COUNT: &str = "SELECT count(*) FROM users";
-
-pub(super) const LAST_ARCHIVED: &str = "SELECT COALESCE(MAX(id), 0) FROM archive";
-
-pub(super) const LAST_REVISION: &str = "SELECT COALESCE(MAX(revision), 0) FROM users";
 pub(super) const KEY_SHAPES: &str =
     "SELECT sha1_iterations, sha1_salt_len, sha256_iterations, sha256_salt_len, count(*)
     FROM users GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC";

@@ -6,9 +6,9 @@ use std::collections::VecDeque;
 use smallvec::SmallVec;
 
 use super::{Feature, NONE, NonzaRoute, offline};
-use crate::xml::view::View;
 use crate::store::change::StreamCount;
 use crate::store::recovery::stream_key;
+use crate::xml::view::View;
 use crate::xmpp::accept::is_behind;
 use crate::xmpp::error::StreamError;
 use crate::xmpp::jid::Jid;
@@ -397,7 +397,10 @@ pub fn is_settling(slice: &mut Slice, sid: SessionId) -> bool {
         return false;
     };
     let h = session.accept.h();
-    let durable = session.sm.as_ref().is_none_or(|sm| !is_behind(sm.durable, h));
+    let durable = session
+        .sm
+        .as_ref()
+        .is_none_or(|sm| !is_behind(sm.durable, h));
     session.settling = session.accept.waiting() > 0 || !durable;
     if session.accept.waiting() == 0 && !durable {
         count(slice, sid);

@@ -23,6 +23,7 @@ pub struct Driver {
     pub renewed: u64,
     pub events: VecDeque<Event>,
     sockets: Vec<Option<Box<dyn Stream>>>,
+    buffer: Vec<u8>,
     start: Instant,
 }
 
@@ -58,7 +59,7 @@ impl Driver {
     ) -> Driver {
         let addresses = Address::parse_all(addresses).unwrap();
         let path = folder.join("redis.json");
-        let generations = Generations::open(path, &addresses, unix_us()).unwrap();
+        let generations = Generations::open(path, &addresses, 1, unix_us()).unwrap();
         let config = Config {
             incarnation: generations.incarnation(),
             ..config
@@ -67,7 +68,7 @@ impl Driver {
             config,
             &addresses,
             generations.placement(),
-            generations.all(),
+            generations.all(0),
         );
         Driver {
             sockets: addresses.iter().map(|_| None).collect(),
@@ -77,6 +78,7 @@ impl Driver {
             renews: true,
             renewed: 0,
             events: VecDeque::new(),
+            buffer: vec![0; 128 << 10],
             start: Instant::now(),
         }
     }
@@ -120,7 +122,7 @@ impl Driver {
     /// Answers what was asked for.
     pub fn renew(&mut self) {
         while let Some((instance, run_id)) = self.renewals.pop_front() {
-            let generation = self.generations.renew(instance, &run_id, unix_us());
+            let generation = self.generations.renew(0, instance, &run_id, unix_us());
             let generation = generation.unwrap();
             assert!(self.tier.generation(instance, generation));
             self.renewed += 1;
@@ -186,12 +188,12 @@ impl Driver {
     }
 
     fn read(&mut self, at: usize) {
-        let mut buffer = vec![0; 128 << 10];
+        let buffer = &mut self.buffer;
         while let Some(socket) = &mut self.sockets[at] {
-            match socket.read(&mut buffer) {
+            match socket.read(buffer) {
                 Ok(0) => return self.lose(at, "it closed the connection"),
                 Ok(bytes) => {
-                    let now_us = self.now_us();
+                    let now_us = self.start.elapsed().as_micros() as u64;
                     self.tier.incoming(at, &buffer[..bytes], now_us);
                     if self.tier.wants(at, now_us) != Wants::Keep {
                         self.sockets[at] = None;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use redis::Value;
 
-use super::super::{Config, Event, Keep, Later, Session, State};
+use super::super::{Config, Event, Keep, Later, Session, State, Wants};
 use super::driver::{Driver, config, hasty};
 use super::server::Server;
 
@@ -518,7 +518,7 @@ fn a_wrong_password_opens_the_breaker_and_is_said_once() {
     });
     assert_eq!(lines.lines().count(), 1, "{lines}");
     assert!(
-        lines.contains("WRONGPASS") && !lines.contains("hunter2"),
+        lines.contains("refuses the login (WRONGPASS)") && !lines.contains("hunter2"),
         "{lines}"
     );
     let mut driver = Driver::new(config(), folder.path(), [&*address("right")]);
@@ -543,6 +543,50 @@ fn a_dead_instance_is_logged_when_it_goes_and_when_it_comes_back_not_a_thousand_
     });
     assert_eq!(lines.lines().count(), 2, "{lines}");
     assert!(driver.tier.counters(0).unavailable.get() >= 1000);
+}
+
+#[test]
+fn a_server_without_login_does_not_make_us_log_the_password() {
+    let (server, folder) = (
+        Server::start_with(&["--rename-command", "AUTH", ""]),
+        tempfile::tempdir().unwrap(),
+    );
+    let address = format!("{}?user=nitro&pass=hunter2", server.address());
+    let lines = log_of(|| {
+        let mut driver = Driver::new(config(), folder.path(), [&*address]);
+        driver.until("the breaker opens", |driver| state(driver) == State::Open);
+    });
+    assert!(
+        lines.contains("refuses the login (ERR)") && !lines.contains("hunter2"),
+        "{lines}"
+    );
+}
+
+#[test]
+fn pauses_between_tries_grow_up_to_their_bound() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = Config {
+        pause_ms_min: 10,
+        pause_ms_max: 1000,
+        ..config()
+    };
+    // Its own clock: nobody is there to be waited for.
+    let tier = &mut Driver::new(config, folder.path(), ["unix:///nowhere/redis.sock"]).tier;
+    let (mut now_us, mut pauses_ms) = (0, Vec::new());
+    for _ in 0..12 {
+        assert!(matches!(tier.wants(0, now_us), Wants::Connect(_)));
+        tier.connecting(0, now_us);
+        assert_eq!(tier.wants(0, now_us), Wants::Keep);
+        tier.lost(0, "nobody is there", now_us);
+        let next_us = tier.deadline_us().unwrap();
+        assert_eq!(tier.wants(0, next_us - 1), Wants::Nothing);
+        pauses_ms.push((next_us - now_us) / 1000);
+        now_us = next_us;
+    }
+    for (n, pause_ms) in pauses_ms.iter().enumerate() {
+        let most = (10u64 << n).min(1000);
+        assert!((most * 3 / 4..=most).contains(pause_ms), "{pauses_ms:?}");
+    }
 }
 
 #[test]

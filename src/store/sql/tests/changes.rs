@@ -355,6 +355,7 @@ fn a_removed_user_stays_removed_and_a_new_account_has_nothing_of_the_old_one() {
             );
             let outcome = apply(&mut sql, &old).await.unwrap();
             assert_eq!(outcome.skipped, 3, "it belongs to the former account");
+            assert_eq!(sql.highest_id().await.unwrap(), 110);
             assert_eq!(sql.documents(&[("romeo", "vcard")]).await.unwrap(), [None]);
             while sql.purge().await.unwrap() {}
             let rows = sql.conn.ask("SELECT count(*) FROM archive", &[]).await;

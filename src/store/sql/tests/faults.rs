@@ -118,6 +118,26 @@ fn journals_are_merged_by_time_and_stay_in_order() {
 }
 
 #[test]
+fn a_large_journal_does_not_overtake_an_old_one() {
+    let place = sqlite();
+    let (first, stanza) = (record(1), vec![b'x'; 100_000]);
+    let journals: Vec<Arc<Journal>> = vec![Arc::default(), Arc::default()];
+    let large: Vec<_> = (200..400)
+        .map(|id| {
+            Change::Message(Message {
+                stanza: &stanza,
+                ..message("romeo", id, BOTH, "x@y")
+            })
+        })
+        .collect();
+    journals[0].push(&large);
+    journals[1].push(&[add("romeo", 100, &first)]);
+    let bench = Bench::try_with(&place.database, journals, |_| {}).unwrap();
+    bench.all_drained(0);
+    assert_eq!(bench.load("romeo").unwrap().unwrap().pending.len(), 200);
+}
+
+#[test]
 fn nothing_beyond_the_limit_is_drained() {
     let place = sqlite();
     let bench = Bench::start(&place.database, 1, |_| {});

@@ -31,6 +31,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A database for one test.
 struct Place {
     database: Database,
+    /// As in the configuration.
+    address: String,
     _folder: Option<TempDir>,
     server: Option<Arc<Mariadb>>,
 }
@@ -59,8 +61,10 @@ fn places() -> Vec<Place> {
 
 fn sqlite() -> Place {
     let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("data").join("nitro.db");
     Place {
-        database: Database::Sqlite(folder.path().join("data").join("nitro.db")),
+        address: format!("sqlite:{}", file.display()),
+        database: Database::Sqlite(file),
         _folder: Some(folder),
         server: None,
     }
@@ -75,6 +79,7 @@ fn on_mariadb(server: Arc<Mariadb>) -> Place {
     let url = server.url().replace("/nitro?", &format!("/{name}?"));
     Place {
         database: Database::parse(&url).unwrap(),
+        address: url,
         _folder: None,
         server: Some(server),
     }

@@ -11,10 +11,13 @@ fn what_the_first_schema_held_is_kept() {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     run(async {
         use sqlx::Connection as _;
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
         let options = sqlx::sqlite::SqliteConnectOptions::new()
             .filename(path)
             .create_if_missing(true);
-        let mut old = sqlx::SqliteConnection::connect_with(&options).await.unwrap();
+        let mut old = sqlx::SqliteConnection::connect_with(&options)
+            .await
+            .unwrap();
         crate::store::sql::schema::first_of_sqlite()
             .run(&mut old)
             .await
@@ -97,27 +100,48 @@ fn a_newer_schema_is_refused_with_a_sentence() {
     }
 }
 
+/// Not a test by itself: what the processes of the next one do.
 #[test]
-fn several_who_migrate_at_once_do_it_once() {
+fn a_process_that_opens_what_it_is_told() {
+    if let Ok(address) = std::env::var("NITRO_TEST_OPEN") {
+        let database = Database::parse(&address).unwrap();
+        run(async {
+            let sql = Sql::open(&database, 1 << 20, Default::default()).await;
+            assert_eq!(sql.unwrap().count().await.unwrap(), 0);
+        });
+    }
+}
+
+#[test]
+fn processes_that_migrate_at_once_do_it_once() {
     for place in places() {
-        let threads: Vec<_> = (0..6)
+        let program = std::env::current_exe().unwrap();
+        let processes: Vec<_> = (0..6)
             .map(|_| {
-                let database = place.database.clone();
-                std::thread::spawn(move || {
-                    run(async {
-                        Sql::open(&database, 1 << 20, Default::default())
-                            .await
-                            .map(drop)
-                    })
-                })
+                std::process::Command::new(&program)
+                    .args([
+                        "--exact",
+                        "store::sql::tests::schema::a_process_that_opens_what_it_is_told",
+                    ])
+                    .env("NITRO_TEST_OPEN", &place.address)
+                    .stdout(std::process::Stdio::piped())
+                    .spawn()
+                    .unwrap()
             })
             .collect();
-        for thread in threads {
-            thread.join().unwrap().unwrap();
+        for process in processes {
+            let output = process.wait_with_output().unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(
+                output.status.success() && text.contains("1 passed"),
+                "{text}"
+            );
         }
         run(async {
             let mut sql = open(&place).await;
-            assert_eq!(sql.count().await.unwrap(), 0);
+            let applied = sql.conn.ask("SELECT count(*) FROM _sqlx_migrations", &[]);
+            let expected = if place.server.is_some() { 1 } else { 2 };
+            assert_eq!(applied.await.unwrap()[0].int(0).unwrap(), expected);
         });
     }
 }
