@@ -62,7 +62,7 @@ impl Room {
     }
 
     /// The same for this one.
-    fn from_outside(&self) -> PathBuf {
+    fn seen_from_here(&self) -> PathBuf {
         let root = PathBuf::from(format!("/proc/{}/root", self.holder.id()));
         root.join(self.path.strip_prefix("/").expect("an absolute path"))
     }
@@ -72,7 +72,7 @@ impl Room {
         let mut ballast = File::options()
             .create(true)
             .append(true)
-            .open(self.from_outside().join("ballast"))
+            .open(self.seen_from_here().join("ballast"))
             .expect("the ballast");
         for size in [1 << 16, 1 << 12, 1] {
             let piece = vec![b'x'; size];
@@ -82,7 +82,7 @@ impl Room {
 
     /// Makes room.
     pub fn empty(&self) {
-        fs::remove_file(self.from_outside().join("ballast")).expect("the ballast is there");
+        fs::remove_file(self.seen_from_here().join("ballast")).expect("the ballast is there");
     }
 }
 

@@ -71,6 +71,15 @@ impl Talker {
         self.covered == self.sent
     }
 
+    /// Waits until at most so many stanzas are not acknowledged.
+    pub fn wait_for_counts(&mut self, open: u32) {
+        let deadline = Instant::now() + WITHIN;
+        while self.sent - self.covered > open {
+            assert!(Instant::now() < deadline, "{}: no count", self.client.jid);
+            self.hear(Duration::from_millis(50));
+        }
+    }
+
     /// Sends a message to a user of the blade; what became of it.
     pub fn say(&mut self, to: &str, text: &str) -> Said {
         let id = self.send(&format!("{to}@{DOMAIN}"), text);
@@ -92,6 +101,20 @@ impl Talker {
                 Said::Accepted
             }
         }
+    }
+
+    /// Hears until the server is gone; how many of the last `messages` it has acknowledged.
+    pub fn last_words(mut self, messages: u32) -> usize {
+        let deadline = Instant::now() + WITHIN;
+        while let Ok(heard) = self.client.connection.hear(WITHIN) {
+            assert!(Instant::now() < deadline, "{} is not cut", self.client.jid);
+            match heard {
+                Heard::Item(Item::Element(e)) if e.name == "a" => self.covered = h(&e),
+                Heard::Closed => break,
+                _ => {}
+            }
+        }
+        self.covered.saturating_sub(self.sent - messages) as usize
     }
 
     /// An IQ that is answered.

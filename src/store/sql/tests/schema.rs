@@ -8,6 +8,7 @@ fn what_the_first_schema_held_is_kept() {
     let Database::Sqlite(path) = &place.database else {
         unreachable!()
     };
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     run(async {
         use sqlx::Connection as _;
         std::fs::create_dir_all(path.parent().unwrap()).unwrap();
