@@ -21,6 +21,7 @@ pub mod session;
 pub mod slice;
 #[cfg(test)]
 pub mod testing;
+pub mod warmth;
 
 pub const NS_CLIENT: &str = "jabber:client";
 pub const NS_STREAM: &str = "http://etherx.jabber.org/streams";

@@ -22,6 +22,7 @@ use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
+use super::warmth::{Waits, Warmth};
 use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
@@ -121,6 +122,8 @@ pub struct User {
     pub record: Record,
     /// Of the record; see [`Id`].
     pub revision: u64,
+    /// Of the newest record that is durable.
+    pub durable: u64,
     /// Bound resources, those that wait for resumption included.
     pub sessions: SmallVec<[SessionId; 2]>,
     /// Deliveries that nobody holds: for the next resource that becomes available (XEP-0160) and for those that are.
@@ -129,6 +132,8 @@ pub struct User {
     pub held: Vec<(u64, u16)>,
     /// The last log-out (XEP-0012).
     pub last: Option<Last>,
+    /// What Redis says of messages that wait for him.
+    pub waits: Waits,
 }
 
 impl User {
@@ -137,10 +142,12 @@ impl User {
             name: name.into(),
             record: loaded.record,
             revision: loaded.revision,
+            durable: loaded.revision,
             sessions: SmallVec::new(),
             offline,
             held: Vec::new(),
             last: loaded.last,
+            waits: Waits::default(),
         }
     }
 }
@@ -196,6 +203,8 @@ pub struct Effects {
     pub dirty: Vec<SessionId>,
     pub closing: Vec<Closing>,
     pub requests: Vec<Request>,
+    /// The same, of users of whom the Redis ring does not know enough.
+    pub behind: Vec<Request>,
     /// One batch per shard.
     pub mesh: Vec<Batch>,
     /// Shards for which too much waits: stanzas for them are refused.
@@ -339,6 +348,7 @@ pub struct Slice {
     pub parked: usize,
     pub ledger: Ledger,
     pub overlay: Overlay,
+    pub warmth: Warmth,
     /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
     counts: FnvHashMap<Box<str>, (u32, u64)>,
     /// Users whom the tier could not load and for whom messages wait: when to ask again.
@@ -405,6 +415,7 @@ impl Slice {
             parked: 0,
             ledger,
             overlay,
+            warmth: Warmth::default(),
             counts: FnvHashMap::default(),
             reload: Vec::new(),
             private: Default::default(),
@@ -609,6 +620,13 @@ impl Slice {
         };
         let sid = self.sessions.insert(make);
         user.sessions.push(sid);
+        let owner = user.name.clone();
+        if self.warmth.is_on()
+            && let Some(session) = self.sessions.get(sid)
+        {
+            let resource = session.resource().into();
+            self.warmth.sessions.push((owner, resource, true));
+        }
         self.users.pin(name);
         self.counters.binds += 1;
         self.timer(self.env.limits.ping_idle_ms, sid, Timer::Idle);
@@ -634,6 +652,10 @@ impl Slice {
         // nobody finds it any more, but its own farewell still names it
         let mut session = self.sessions.remove(sid).expect("was there a moment ago");
         let name = session.user.clone();
+        if self.warmth.is_on() {
+            let resource = session.resource().into();
+            self.warmth.sessions.push((name.clone(), resource, false));
+        }
         if let Some(user) = self.user_mut(&name) {
             user.sessions.retain(|s| *s != sid);
         }
@@ -1134,6 +1156,7 @@ impl Slice {
         for entry in entries.drain(..) {
             self.act(entry, strings, group, place);
         }
+        self.warmth.landed(self.ledger.sealed_seq());
         self.fx.floor = floor;
         self.fx.foreign_settled = self.ledger.foreign_settled();
         self.ledger.give_back_acts(acts);
@@ -1163,6 +1186,9 @@ impl Slice {
                 let (id, what) = (message.id.to_native(), message.what);
                 self.overlay
                     .add(at, &user, Undrained::Message { id, what, place });
+                if what & Message::PENDING != 0 {
+                    self.warmth.accepted(seq, &user, id, self.now.ms);
+                }
                 self.ledger.release(&user);
                 message::accepted(self, strings.text(to), message, meta);
                 if let Some(receipt) = receipt {
@@ -1250,6 +1276,15 @@ impl Slice {
                 self.settle(whole);
             }
             Act::Written { item, then } => {
+                match &item {
+                    Undrained::Record {
+                        revision, record, ..
+                    } => self.ring_changed(&user, seq, Some((*revision, record))),
+                    Undrained::Removed { .. } | Undrained::Last { .. } => {
+                        self.ring_changed(&user, seq, None);
+                    }
+                    _ => {}
+                }
                 self.overlay.add(at, &user, item);
                 then(self, Ok(()));
                 self.users.unpin(&user);
@@ -1341,8 +1376,11 @@ impl Slice {
         };
         if let Ok(at) = user.held.binary_search_by_key(&id, |(held, _)| *held) {
             user.held.remove(at);
-            let user = user.name.clone();
+            let (user, calm) = (user.name.clone(), user.is_calm());
             self.ledger.done(&user, id, ms);
+            if calm {
+                self.ring_calm(&user);
+            }
         }
     }
 
@@ -1527,6 +1565,7 @@ impl Slice {
     fn known(&mut self, name: &str, user: Option<Loaded>) {
         let Some(mut loaded) = user else {
             self.loaded(name, Slot::Missing);
+            self.ring_known(name);
             return message::decide_missing(self, name);
         };
         let by = format!("{name}@{}", self.env.domain);
@@ -1545,6 +1584,7 @@ impl Slice {
         }
         let user = Box::new(User::new(name, loaded, offline));
         self.loaded(name, Slot::Present(user));
+        self.ring_known(name);
         message::decide(self, name, undecided);
     }
 
@@ -1571,6 +1611,7 @@ impl Slice {
     /// The tier cannot say: what waits is refused for now; messages that are in the journal wait on, and the tier is asked
     /// again.
     fn load_failed(&mut self, name: &str) {
+        self.ring_unknown(name);
         let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) else {
             return;
         };
@@ -1787,16 +1828,18 @@ impl Slice {
     /// There is a new account, with a revision, or none any more: the table follows.
     pub fn set_user(&mut self, name: &str, record: Option<(Record, u64)>) {
         let slot = match record {
-            Some((record, revision)) => Slot::Present(Box::new(User::new(
-                name,
-                Loaded {
+            Some((record, revision)) => {
+                let loaded = Loaded {
                     record,
                     revision,
                     pending: Vec::new(),
                     last: None,
-                },
-                Offline::default(),
-            ))),
+                };
+                let mut user = Box::new(User::new(name, loaded, Offline::default()));
+                // not yet
+                user.durable = 0;
+                Slot::Present(user)
+            }
             None => Slot::Missing,
         };
         match self.users.get_mut(name) {

@@ -106,6 +106,16 @@ impl Generations {
         Ok(generations)
     }
 
+    /// Somebody changes, or may have changed, what the copies were made of, without telling the ring: none of them is
+    /// used again. Durable when it returns.
+    pub fn forget(path: &Path) -> io::Result<()> {
+        match fs::remove_file(path) {
+            Ok(()) => sync_folder(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// For each instance as configured: what it has, if it has one.
     pub fn all(&self) -> Vec<Option<Generation>> {
         let members = &self.layout().members;
@@ -147,12 +157,13 @@ impl Generations {
         file.write_all(&serde_json::to_vec_pretty(&self.state)?)?;
         file.sync_all()?;
         fs::rename(&aside, &self.path)?;
-        let folder = self
-            .path
-            .parent()
-            .filter(|path| !path.as_os_str().is_empty());
-        fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+        sync_folder(&self.path)
     }
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|path| !path.as_os_str().is_empty());
+    fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 impl Default for State {
@@ -253,6 +264,18 @@ mod tests {
         let mut generations = Generations::open(&path, &two).unwrap();
         assert_eq!(generations.all(), [None, None]);
         assert!(generations.renew(0, "x", 2000).unwrap().number >= 2000);
+    }
+
+    #[test]
+    fn what_was_forgotten_is_not_found_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("redis.json");
+        Generations::forget(&path).unwrap();
+        let one = addresses(&[("a", 1)]);
+        let mut generations = Generations::open(&path, &one).unwrap();
+        generations.renew(0, "x", 1000).unwrap();
+        Generations::forget(&path).unwrap();
+        assert_eq!(Generations::open(&path, &one).unwrap().all(), [None]);
     }
 
     #[test]

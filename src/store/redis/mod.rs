@@ -54,7 +54,9 @@
 pub mod address;
 pub mod connection;
 pub mod generations;
+pub mod hold;
 pub mod instance;
+pub mod keeper;
 pub mod tier;
 
 #[cfg(test)]
