@@ -401,7 +401,8 @@ impl Shard {
 
     /// Makes and closes connections as the tier wants them.
     fn redis_connect(&self, redis: &Redis, now_us: u64) {
-        for instance in 0..redis.sockets.borrow().len() {
+        let count = redis.sockets.borrow().len();
+        for instance in 0..count {
             let endpoint = match redis.tier.borrow().wants(instance, now_us) {
                 Wants::Keep => continue,
                 Wants::Nothing => None,
@@ -460,7 +461,8 @@ impl Shard {
     }
 
     fn redis_close(&self, redis: &Redis, instance: usize) {
-        if let Some(socket) = redis.sockets.borrow_mut()[instance].take() {
+        let socket = redis.sockets.borrow_mut()[instance].take();
+        if let Some(socket) = socket {
             self.readiness.remove(&socket.fd);
             self.links.borrow_mut().remove(socket.link);
         }
