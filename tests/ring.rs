@@ -153,3 +153,327 @@ fn a_warm_login_after_a_restart_costs_no_statement() {
         assert_eq!(house.sum("nitro_sql_statements_total"), before);
     }
 }
+
+// ---- what was changed never comes back ---------------------------------------------------------------------------
+
+fn set_password(blade: &Blade, name: &str, password: &str) {
+    let output = blade.nitro(
+        &["user", "passwd", name, "--password-stdin"],
+        &format!("{password}\n"),
+    );
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+}
+
+fn remove(blade: &Blade, name: &str) {
+    let output = blade.nitro(&["user", "remove", name], "");
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{error}");
+}
+
+fn can_log_in(blade: &Blade, name: &str, password: &str) -> bool {
+    authenticated(blade.c2s, name, password).is_ok()
+}
+
+/// What happens to the instances around a change.
+#[derive(Debug, Clone, Copy)]
+enum Fault {
+    None,
+    /// Dead during the change; back, with what it held before, after it.
+    Down,
+    /// Hangs with the change in its socket, and goes on after nitro has died.
+    Hung,
+    /// Alive, then restarted with what it held before the change.
+    OldDump,
+    /// Alive, then another server with the old data while nitro is down.
+    OldDumpMeanwhile,
+    /// Takes no more memory.
+    Full,
+}
+
+const FAULTS: [Fault; 6] = [
+    Fault::None,
+    Fault::Down,
+    Fault::Hung,
+    Fault::OldDump,
+    Fault::OldDumpMeanwhile,
+    Fault::Full,
+];
+
+impl House {
+    fn each(&mut self, act: impl FnMut(&mut Redis)) {
+        self.redis.iter_mut().for_each(act);
+    }
+
+    /// `change` is made while the fault is there; nitro is killed or stopped, and has a cold cache afterwards.
+    fn through(&mut self, fault: Fault, gently: bool, change: impl FnOnce(&Blade)) {
+        self.settle();
+        self.each(|redis| {
+            let saved = redis.command("SAVE").expect("an answer");
+            assert!(saved.starts_with("+OK"), "{saved}");
+        });
+        match fault {
+            Fault::Down => self.each(|redis| redis.kill()),
+            Fault::Hung => self.each(|redis| redis.stop()),
+            Fault::Full => self.each(|redis| {
+                redis.command("CONFIG SET maxmemory 1");
+            }),
+            Fault::None | Fault::OldDump | Fault::OldDumpMeanwhile => {}
+        }
+        change(&self.blade);
+        match fault {
+            Fault::Down => self.each(|redis| redis.restart()),
+            Fault::OldDump => self.each(|redis| {
+                redis.kill();
+                redis.restart();
+            }),
+            _ => {}
+        }
+        match gently {
+            true => drop(self.blade.terminate()),
+            false => drop(self.blade.kill()),
+        }
+        match fault {
+            Fault::Hung => self.each(|redis| redis.go_on()),
+            Fault::OldDumpMeanwhile => self.each(|redis| {
+                redis.kill();
+                redis.restart();
+            }),
+            Fault::Full => self.each(|redis| {
+                redis.command("CONFIG SET maxmemory 0");
+            }),
+            Fault::None | Fault::Down | Fault::OldDump => {}
+        }
+        self.blade.restart();
+    }
+}
+
+#[test]
+fn an_old_password_never_works_again_whatever_an_instance_went_through() {
+    let mut house = House::new(2, &[]);
+    let mut number = 0;
+    for gently in [false, true] {
+        for fault in FAULTS {
+            let names: Vec<String> = (0..4).map(|n| format!("u{number}x{n}")).collect();
+            number += 1;
+            for name in &names {
+                house.blade.add_user(name, "old");
+            }
+            house.through(fault, gently, |blade| {
+                for name in &names {
+                    set_password(blade, name, "new");
+                }
+            });
+            // at once, once more when everything has calmed down, and after another cold start
+            for look in 0..3 {
+                for name in &names {
+                    let (old, new) = (
+                        can_log_in(&house.blade, name, "old"),
+                        can_log_in(&house.blade, name, "new"),
+                    );
+                    assert!(!old && new, "{fault:?}, {gently}, {look}: {old} {new}");
+                }
+                if look == 0 {
+                    house.wait_in_use();
+                    house.settle();
+                    house.blade.kill();
+                    house.blade.restart();
+                    house.wait_in_use();
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_removed_user_never_comes_back() {
+    let mut house = House::new(2, &[]);
+    for (number, fault) in FAULTS.into_iter().enumerate() {
+        let names: Vec<String> = (0..4).map(|n| format!("u{number}x{n}")).collect();
+        for name in &names {
+            house.blade.add_user(name, "old");
+        }
+        house.through(fault, false, |blade| {
+            for name in &names {
+                remove(blade, name);
+            }
+        });
+        for look in 0..2 {
+            for name in &names {
+                assert!(!can_log_in(&house.blade, name, "old"), "{fault:?}, {look}");
+            }
+            if look == 0 {
+                house.wait_in_use();
+                house.settle();
+                house.blade.kill();
+                house.blade.restart();
+                house.wait_in_use();
+            }
+        }
+    }
+}
+
+#[test]
+fn a_change_made_while_no_nitro_runs_is_what_the_next_start_knows() {
+    let mut house = House::new(2, &[]);
+    house.blade.add_user("alice", "old");
+    house.settle();
+    house.blade.terminate();
+    set_password(&house.blade, "alice", "new");
+    house.blade.restart();
+    house.wait_in_use();
+    assert!(!can_log_in(&house.blade, "alice", "old"));
+    assert!(can_log_in(&house.blade, "alice", "new"));
+    // and a start without the ring, which is not told what changes
+    let urls = format!("[{:?}, {:?}]", house.redis[0].url(), house.redis[1].url());
+    house.settle();
+    house.blade.terminate();
+    house.blade.set("redis.instances", "[]");
+    house.blade.restart();
+    set_password(&house.blade, "alice", "newer");
+    house.blade.terminate();
+    house.blade.set("redis.instances", &urls);
+    house.blade.restart();
+    house.wait_in_use();
+    assert!(!can_log_in(&house.blade, "alice", "new"));
+    assert!(can_log_in(&house.blade, "alice", "newer"));
+}
+
+#[test]
+fn that_there_is_no_such_user_is_known_for_a_while() {
+    let mut house = House::new(2, &[("redis.missing_ttl_seconds", "2")]);
+    // an instance is written to when its first change has given it a generation
+    for n in 0..20 {
+        house.blade.add_user(&format!("u{n}"), "old");
+    }
+    house.settle();
+    assert!(!can_log_in(&house.blade, "nobody", "x"));
+    assert_eq!(house.sum("nitro_redis_offers_total"), 1);
+    house.blade.kill();
+    house.blade.restart();
+    house.wait_in_use();
+    assert!(!can_log_in(&house.blade, "nobody", "x"));
+    assert_eq!(house.sum("nitro_sql_loads_total"), 0);
+    house.blade.kill();
+    std::thread::sleep(Duration::from_millis(2100)); // the word's own time
+    house.blade.restart();
+    house.wait_in_use();
+    assert!(!can_log_in(&house.blade, "nobody", "x"));
+    assert_eq!(house.sum("nitro_sql_loads_total"), 1);
+    // and it stands in nobody's way
+    house.blade.add_user("nobody", "x");
+    house.settle();
+    house.blade.kill();
+    house.blade.restart();
+    assert!(can_log_in(&house.blade, "nobody", "x"));
+}
+
+// ---- messages ----------------------------------------------------------------------------------------------------
+
+fn message(to: &str, text: &str) -> String {
+    format!("<message type='chat' to='{to}@{DOMAIN}'><body>{text}</body></message>")
+}
+
+#[test]
+fn a_message_that_waits_is_found_by_the_next_log_in_after_any_kill() {
+    let mut house = House::new(2, &[]);
+    for n in 0..4 {
+        house.blade.add_user(&format!("u{n}"), PASSWORD);
+    }
+    house.settle();
+    for (round, settled) in [true, false, true].into_iter().enumerate() {
+        let mut alice = Client::online(&house.blade, "u0", "a");
+        alice.enable_resumption();
+        for n in 1..4 {
+            alice.send(&message(&format!("u{n}"), &round.to_string()));
+        }
+        assert_eq!(alice.ask_h(), 3);
+        if settled {
+            // SQL has them, the journal does not need to any more
+            house.settle();
+        }
+        house.blade.kill();
+        house.blade.restart();
+        house.wait_in_use();
+        for n in 1..4 {
+            let mut client = Client::bind(&house.blade, &format!("u{n}"), "r");
+            client.send("<presence/>");
+            assert_eq!(client.next_body(), round.to_string());
+            client.settle();
+        }
+        house.settle();
+    }
+    // who has nothing waiting is read from the ring alone
+    house.blade.kill();
+    house.blade.restart();
+    house.wait_in_use();
+    for n in 1..4 {
+        Client::bind(&house.blade, &format!("u{n}"), "r");
+    }
+    assert_eq!(house.sum("nitro_sql_loads_total"), 0);
+}
+
+#[test]
+fn nobody_on_line_feels_what_happens_to_instances() {
+    const PAIRS: usize = 6;
+    let mut house = House::new(4, &[]);
+    house.import("u", 2 * PAIRS, 0);
+    house.import("other", 60, 0);
+    house.settle();
+    let stop = AtomicBool::new(false);
+    let blade = house.blade.c2s;
+    let mut pairs: Vec<(Client, Client)> = (0..PAIRS)
+        .map(|n| {
+            (
+                Client::online(&house.blade, &format!("u{}", 2 * n), "a"),
+                Client::online(&house.blade, &format!("u{}", 2 * n + 1), "b"),
+            )
+        })
+        .collect();
+    let sent = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for (one, other) in &mut pairs {
+            let (stop, sent) = (&stop, &sent);
+            scope.spawn(move || {
+                let to = other.jid.split('@').next().unwrap().to_owned();
+                for number in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        break;
+                    }
+                    one.send(&message(&to, &number.to_string()));
+                    // in order, each once
+                    assert_eq!(other.next_body(), number.to_string());
+                    sent.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        let mut next = 0;
+        let mut log_in_some = || {
+            for _ in 0..5 {
+                let name = format!("other{next}");
+                authenticated(blade, &name, PASSWORD).expect("a log-in");
+                next += 1;
+            }
+        };
+        for redis in 0..2 {
+            house.redis[redis].kill();
+            log_in_some();
+            house.redis[redis].restart();
+            house.redis[redis].stop();
+            log_in_some();
+            house.redis[redis].go_on();
+            house.redis[redis].command("FLUSHALL");
+            log_in_some();
+            house.redis[redis].command("CONFIG SET maxmemory 1");
+            log_in_some();
+            house.redis[redis].command("CONFIG SET maxmemory 0");
+        }
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert!(sent.load(Ordering::Relaxed) > 100);
+    house.wait_in_use();
+    house.settle();
+    let log = house.blade.log();
+    let told = log.lines().filter(|line| line.contains("Redis instance")).count();
+    assert!(told < 100, "{log}");
+}
