@@ -27,7 +27,9 @@ struct House {
 impl House {
     fn new(instances: usize, settings: &[(&str, &str)]) -> House {
         House::with(
-            (0..instances).map(|_| Redis::start().expect(NO_REDIS)).collect(),
+            (0..instances)
+                .map(|_| Redis::start().expect(NO_REDIS))
+                .collect(),
             settings,
         )
     }
@@ -58,7 +60,9 @@ impl House {
     fn import(&self, prefix: &str, count: usize, contacts: usize) {
         let accounts = self.blade.folder().join("accounts.csv");
         let rosters = self.blade.folder().join("rosters.csv");
-        let rows: String = (0..count).map(|n| format!("{prefix}{n},{PASSWORD}\n")).collect();
+        let rows: String = (0..count)
+            .map(|n| format!("{prefix}{n},{PASSWORD}\n"))
+            .collect();
         fs::write(&accounts, format!("username,password\n{rows}")).unwrap();
         let rows: String = (0..count)
             .flat_map(|one| (1..=contacts).map(move |other| (one, (one + other) % count)))
@@ -474,6 +478,9 @@ fn nobody_on_line_feels_what_happens_to_instances() {
     house.wait_in_use();
     house.settle();
     let log = house.blade.log();
-    let told = log.lines().filter(|line| line.contains("Redis instance")).count();
+    let told = log
+        .lines()
+        .filter(|line| line.contains("Redis instance"))
+        .count();
     assert!(told < 100, "{log}");
 }

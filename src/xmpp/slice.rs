@@ -22,7 +22,7 @@ use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
-use super::warmth::{Waits, Warmth};
+use super::warmth::{Behind, Waits, Warmth};
 use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
@@ -307,7 +307,8 @@ pub type ThenPage = Box<dyn FnOnce(&mut Slice, Result<Page, ReadError>)>;
 
 enum Wait {
     Read(ThenRead),
-    Page(Box<ArchiveQuery>, ThenPage),
+    /// With how often it may be asked again.
+    Page(Box<ArchiveQuery>, u8, ThenPage),
     Compute(ThenComputed),
 }
 
@@ -358,6 +359,8 @@ pub struct Slice {
     /// Queries of archives at work.
     pub(super) archive: feature::archive::Queries,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
+    /// How often users were asked for again; see [`AGAIN_MAX`].
+    again: FnvHashMap<Box<str>, u8>,
     ticket: Ticket,
     timers: BinaryHeap<Reverse<(u64, u32, u32, Timer)>>,
     /// Output buffers at rest; a session owns one only while it has output.
@@ -389,6 +392,8 @@ impl Start {
 
 /// How long after a failure a user for whom messages wait is asked for again.
 const RELOAD_MS: u64 = 1000;
+/// How often SQL is asked again because the journal does not have any more what was to be added to its answer.
+const AGAIN_MAX: u8 = 3;
 const BUFFERS_MAX: usize = 64;
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
 
@@ -421,6 +426,7 @@ impl Slice {
             private: Default::default(),
             archive: Default::default(),
             waits: FnvHashMap::default(),
+            again: FnvHashMap::default(),
             ticket: 0,
             timers: BinaryHeap::new(),
             buffers: Vec::new(),
@@ -529,11 +535,13 @@ impl Slice {
                     let user = self.overlay.apply(&name, user);
                     self.overlay.release(&name);
                     match user {
-                        Ok(user) => self.known(&name, user),
-                        Err(error) => {
-                            tracing::error!(user = &*name, error, "the journal cannot be read");
-                            self.load_failed(&name);
+                        Ok(user) => {
+                            if !self.again.is_empty() {
+                                self.again.remove(&name);
+                            }
+                            self.known(&name, user);
                         }
+                        Err(error) => self.load_again(&name, &error),
                     }
                 }
                 Answer::LoadFailed { name, .. } => {
@@ -552,9 +560,22 @@ impl Slice {
                     }
                 }
                 Answer::Archive { ticket, result } => {
-                    if let Some((name, Wait::Page(query, then))) = self.waits.remove(&ticket) {
-                        let page = result
-                            .and_then(|page| self.overlay.page(&query, page).map_err(ReadError));
+                    if let Some((name, Wait::Page(query, again, then))) = self.waits.remove(&ticket)
+                    {
+                        let page = match result.map(|page| self.overlay.page(&query, page)) {
+                            Ok(Ok(page)) => Ok(page),
+                            // what was carried over meanwhile stands in the journal no more, but in SQL
+                            Ok(Err(_)) if again > 0 => {
+                                let asked = Query::Archive((*query).clone());
+                                let wait = Wait::Page(query, again - 1, then);
+                                self.waits.insert(ticket, (name, wait));
+                                let query = asked;
+                                self.fx.requests.push(Request::Read { ticket, query });
+                                continue;
+                            }
+                            Ok(Err(error)) => Err(ReadError(error)),
+                            Err(error) => Err(error),
+                        };
                         self.overlay.release(&name);
                         then(self, page);
                         self.users.unpin(&name);
@@ -1561,6 +1582,22 @@ impl Slice {
         self.fx.requests.push(Request::Load { name: name.into() });
     }
 
+    /// What the journal has of a user cannot be read: most likely it was carried over meanwhile, so that SQL has it.
+    fn load_again(&mut self, name: &str, error: &str) {
+        let asked = self.again.entry(name.into()).or_insert(0);
+        *asked += 1;
+        if *asked > AGAIN_MAX {
+            self.again.remove(name);
+            tracing::error!(user = name, error, "the journal cannot be read");
+            return self.load_failed(name);
+        }
+        self.overlay.hold(name);
+        match self.warmth.is_on() {
+            true => self.ring_behind(name, Behind::Unavailable),
+            false => self.fx.requests.push(Request::Load { name: name.into() }),
+        }
+    }
+
     /// The tiers and the journal have told of a user.
     fn known(&mut self, name: &str, user: Option<Loaded>) {
         let Some(mut loaded) = user else {
@@ -1807,7 +1844,7 @@ impl Slice {
     /// Reads a page of a user's archive, what SQL does not have yet included.
     pub fn read_archive(&mut self, query: ArchiveQuery, then: ThenPage) {
         let name = query.name.clone();
-        let ticket = self.wait(&name, Wait::Page(Box::new(query.clone()), then));
+        let ticket = self.wait(&name, Wait::Page(Box::new(query.clone()), AGAIN_MAX, then));
         self.users.pin(&name);
         self.overlay.hold(&name);
         let query = Query::Archive(query);

@@ -124,7 +124,9 @@ impl Warmth {
 
     /// Is there somebody to be looked at again before the next tick?
     pub fn looks_again(&self, now_ms: u64) -> bool {
-        !self.fresh.is_empty() || (!self.later.is_empty() && self.look_ms <= now_ms + LOOK_MS)
+        !self.fresh.is_empty()
+            || !self.start.is_empty()
+            || (!self.later.is_empty() && self.look_ms <= now_ms + LOOK_MS)
     }
 
     /// The ring has answered for everything that the last start left.
@@ -361,23 +363,13 @@ impl Slice {
                 self.warmth.change(&name, None);
             }
         }
-        while let Some(name) = self.warmth.start.front()
-            && self.warmth.changed.len() < STARTING_MAX
-        {
-            let name = name.clone();
-            self.warmth.start.pop_front();
-            let change = self.warmth.change(&name, None);
-            (change.whole, change.waits) = (true, true);
-            if std::mem::replace(&mut change.start, true) {
-                self.warmth.start_open -= 1;
-            }
-        }
     }
 
     // ---- copies
 
     /// Gives away what must be stored and can be now. The numbers come back by [`Warmth::stored`].
     pub fn ring_stores(&mut self, store: Store<'_>) {
+        self.start_some();
         for name in std::mem::take(&mut self.warmth.fresh) {
             if !self.tell(&name, store) {
                 self.warmth.later.push_back(name);
@@ -393,6 +385,21 @@ impl Slice {
             };
             if !self.tell(&name, store) {
                 self.warmth.later.push_back(name);
+            }
+        }
+    }
+
+    /// Some more of what the last start left.
+    fn start_some(&mut self) {
+        while let Some(name) = self.warmth.start.front()
+            && self.warmth.changed.len() < STARTING_MAX
+        {
+            let name = name.clone();
+            self.warmth.start.pop_front();
+            let change = self.warmth.change(&name, None);
+            (change.whole, change.waits) = (true, true);
+            if std::mem::replace(&mut change.start, true) {
+                self.warmth.start_open -= 1;
             }
         }
     }
