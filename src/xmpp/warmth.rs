@@ -124,8 +124,9 @@ impl Warmth {
 
     /// Is there somebody to be looked at again before the next tick?
     pub fn looks_again(&self, now_ms: u64) -> bool {
+        let starts = !self.start.is_empty() && self.changed.len() < STARTING_MAX;
         !self.fresh.is_empty()
-            || !self.start.is_empty()
+            || starts
             || (!self.later.is_empty() && self.look_ms <= now_ms + LOOK_MS)
     }
 
@@ -513,5 +514,188 @@ impl User {
     /// Nothing waits, but the ring says so, or would have to.
     pub(super) fn is_calm(&self) -> bool {
         (self.waits.must || self.waits.says) && !self.has_waiting()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xmpp::slice::Op;
+    use crate::xmpp::testing::{Client, World};
+
+    /// What a ring was told, in order: name, number, copy.
+    type Copies = Vec<(String, u64, Warm)>;
+
+    fn told(w: &mut World) -> Copies {
+        let mut told = Copies::new();
+        w.slices[0].ring_stores(&mut |name, number, value, keep| {
+            assert_eq!(keep, Keep::Long);
+            told.push((name.into(), number, Warm::decode(value).expect("a copy")));
+            true
+        });
+        told
+    }
+
+    fn answer(w: &mut World, told: &Copies) {
+        for (_, number, _) in told {
+            w.slices[0].ring_stored(*number);
+        }
+    }
+
+    /// Is there something in the journal that SQL may not have?
+    fn holds(w: &World) -> bool {
+        w.slices[0].ledger.sealed_seq() != w.slices[0].warmth.drainable()
+    }
+
+    fn world() -> (World, Client) {
+        let mut w = World::new(1);
+        for name in ["alice", "bob"] {
+            w.add(name);
+        }
+        w.slices[0].ring_on();
+        let client = w.login("alice", "a");
+        (w, client)
+    }
+
+    fn rename(w: &mut World, client: Client, to: &str) {
+        let set = format!(
+            "<iq type='set' id='r'><query xmlns='jabber:iq:roster'><item jid='x@y' name='{to}'/></query></iq>"
+        );
+        w.send(client, &set);
+    }
+
+    fn message(w: &mut World, client: Client, text: &str) {
+        let chat = format!("<message type='chat' to='bob@localhost'><body>{text}</body></message>");
+        w.send(client, &chat);
+    }
+
+    fn settle(w: &mut World) {
+        w.advance(SETTLE_MS + 1);
+        w.slices[0].ring_tick();
+    }
+
+    #[test]
+    fn a_change_goes_to_sql_only_when_the_ring_has_answered_for_it() {
+        let (mut w, client) = world();
+        assert!(told(&mut w).is_empty());
+        rename(&mut w, client, "one");
+        assert!(holds(&w));
+        let first = told(&mut w);
+        assert_eq!(first.len(), 1);
+        assert_eq!(first[0].2.revision, w.user("alice").revision);
+        rename(&mut w, client, "two");
+        let second = told(&mut w);
+        assert!(second[0].1 > first[0].1);
+        answer(&mut w, &second);
+        assert!(holds(&w), "the first was not answered");
+        answer(&mut w, &first);
+        assert!(!holds(&w));
+    }
+
+    #[test]
+    fn what_cannot_be_stored_now_is_stored_later() {
+        let (mut w, client) = world();
+        rename(&mut w, client, "one");
+        w.slices[0].ring_stores(&mut |_, _, _, _| false);
+        assert!(holds(&w));
+        w.advance(LOOK_MS + 1);
+        let later = told(&mut w);
+        answer(&mut w, &later);
+        assert!(later.len() == 1 && !holds(&w));
+    }
+
+    #[test]
+    fn a_copy_is_made_of_what_is_durable() {
+        let (mut w, client) = world();
+        rename(&mut w, client, "one");
+        let durable = w.user("alice").revision;
+        w.tier.held = true;
+        rename(&mut w, client, "two");
+        assert_ne!(w.user("alice").revision, durable);
+        for (_, _, copy) in told(&mut w) {
+            assert_eq!(copy.revision, durable);
+            let record = copy.record.expect("a user");
+            assert_ne!(record.bytes(), w.user("alice").record.bytes());
+        }
+        w.release();
+        w.advance(LOOK_MS + 1);
+        let copies = told(&mut w);
+        assert_eq!(copies.last().unwrap().2.revision, w.user("alice").revision);
+    }
+
+    #[test]
+    fn a_message_that_waits_is_told_before_sql_has_it_and_one_that_is_taken_soon_is_not() {
+        let (mut w, client) = world();
+        w.confirms = true;
+        let b = w.online("bob", "b");
+        let came = told(&mut w);
+        answer(&mut w, &came);
+        message(&mut w, client, "1");
+        assert!(holds(&w), "it may wait");
+        settle(&mut w);
+        assert!(told(&mut w).is_empty() && !holds(&w));
+
+        w.logout(b);
+        let left = told(&mut w);
+        assert!(left.iter().all(|(_, _, copy)| !copy.pending));
+        answer(&mut w, &left);
+        message(&mut w, client, "2");
+        settle(&mut w);
+        assert!(holds(&w));
+        let waits = told(&mut w);
+        assert!(waits.len() == 1 && waits[0].2.pending);
+        assert!(holds(&w), "the ring has not answered");
+        answer(&mut w, &waits);
+        assert!(!holds(&w));
+        // a second one changes nothing
+        message(&mut w, client, "3");
+        settle(&mut w);
+        assert!(told(&mut w).is_empty() && !holds(&w));
+
+        // and when he has taken all, the ring hears that, too
+        w.online("bob", "b");
+        let there = told(&mut w);
+        answer(&mut w, &there);
+        w.advance(CALM_MS + 1);
+        w.slices[0].ring_tick();
+        let calm = told(&mut w);
+        assert!(calm.len() == 1 && !calm[0].2.pending, "{calm:?}");
+    }
+
+    #[test]
+    fn who_is_removed_is_told_as_missing() {
+        let (mut w, _) = world();
+        let gone = Box::new(|slice: &mut Slice, done: Result<(), _>| {
+            assert_eq!(done, Ok(()));
+            slice.set_user("bob", None);
+        });
+        w.slices[0].write("bob", Op::RemoveUser, gone);
+        w.run();
+        let copies = told(&mut w);
+        assert_eq!(copies.len(), 1);
+        assert_eq!(copies[0].2, Warm::missing(0));
+    }
+
+    #[test]
+    fn what_the_last_start_left_is_told_before_anything_goes_to_sql() {
+        let (mut w, client) = world();
+        w.tier.dry = true;
+        rename(&mut w, client, "one");
+        message(&mut w, client, "1");
+        w.crash(1);
+        w.slices[0].ring_on();
+        w.run();
+        let mut all = Copies::new();
+        for _ in 0..4 {
+            assert!(!w.slices[0].warmth.has_started());
+            all.extend(told(&mut w));
+            w.run();
+            w.advance(LOOK_MS + 1);
+        }
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        let names: Vec<(&str, bool)> = all.iter().map(|(n, _, c)| (&**n, c.pending)).collect();
+        assert_eq!(names, [("alice", false), ("bob", true)]);
+        answer(&mut w, &all);
+        assert!(w.slices[0].warmth.has_started());
     }
 }
