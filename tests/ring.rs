@@ -484,3 +484,114 @@ fn nobody_on_line_feels_what_happens_to_instances() {
         .count();
     assert!(told < 100, "{log}");
 }
+
+// ---- sessions and addresses --------------------------------------------------------------------------------------
+
+/// Where a user is logged in, as the instances have it: `blade:shard:resource`.
+fn sessions(house: &House, name: &str) -> Vec<String> {
+    let mut all: Vec<String> = house
+        .redis
+        .iter()
+        .filter_map(|redis| redis.command(&format!("HKEYS nitro:s:{name}")))
+        .flat_map(|answer| {
+            let lines = answer.lines().map(str::to_owned);
+            lines.filter(|line| line.contains(':')).collect::<Vec<_>>()
+        })
+        .collect();
+    all.sort();
+    all
+}
+
+fn time_to_live_ms(house: &House, name: &str) -> i64 {
+    let of = |redis: &Redis| -> Option<i64> {
+        let answer = redis.command(&format!("PTTL nitro:s:{name}"))?;
+        answer.trim().strip_prefix(':')?.parse().ok()
+    };
+    house.redis.iter().filter_map(of).max().unwrap_or(-2)
+}
+
+#[test]
+fn the_ring_knows_who_is_logged_in_where() {
+    let settings = [
+        ("redis.blade", "\"east\""),
+        ("redis.sessions_ttl_seconds", "15"),
+    ];
+    let mut house = House::new(2, &settings);
+    for name in ["alice", "bob"] {
+        house.blade.add_user(name, PASSWORD);
+    }
+    let one = Client::online(&house.blade, "alice", "one");
+    let two = Client::bind(&house.blade, "alice", "two");
+    wait_until("both are there", WITHIN, || {
+        sessions(&house, "alice").len() == 2
+    });
+    let all = sessions(&house, "alice");
+    let (east, resource) = all[0].split_once(':').unwrap();
+    assert_eq!(east, "east");
+    assert!(
+        resource.ends_with(":one") && all[1].ends_with(":two"),
+        "{all:?}"
+    );
+    drop(two);
+    wait_until("one is left", WITHIN, || {
+        sessions(&house, "alice").len() == 1
+    });
+    // renewed, also on an instance that has forgotten
+    house.each(|redis| {
+        redis.command("FLUSHALL");
+    });
+    wait_until("it is there again", WITHIN, || {
+        sessions(&house, "alice") == all[..1]
+    });
+    let seen = time_to_live_ms(&house, "alice");
+    assert!((1..=15_000).contains(&seen), "{seen}");
+    drop(one);
+    wait_until("nobody is left", WITHIN, || {
+        sessions(&house, "alice").is_empty()
+    });
+    // who is killed is believed in until his time is over, and is not renewed
+    let _there = Client::bind(&house.blade, "bob", "r");
+    wait_until("he is there", WITHIN, || sessions(&house, "bob").len() == 1);
+    house.blade.kill();
+    assert!(time_to_live_ms(&house, "bob") <= 15_000);
+}
+
+#[test]
+fn an_instance_is_found_by_the_name_of_its_host_and_asks_for_a_password() {
+    let port = {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+        free.local_addr().unwrap().port().to_string()
+    };
+    let options = ["--port", &port, "--bind", "127.0.0.1"];
+    let redis = Redis::start_with(&options).expect(NO_REDIS);
+    redis.command("ACL SETUSER nitro on >secret ~nitro:* +get +getrange +set +eval +evalsha +pexpire +hset +hdel +hgetall +info +select");
+    let url = format!("[\"redis://nitro:secret@localhost:{port}/0\"]");
+    let blade = client::blade(&[("redis.instances", &url)]);
+    wait_until("the instance is in use", WITHIN, || {
+        let states = figures(&blade, "nitro_redis_state");
+        !states.is_empty() && states.iter().all(|state| *state == 1)
+    });
+    blade.add_user("alice", PASSWORD);
+    wait_until("its copy is written", WITHIN, || {
+        figures(&blade, "nitro_redis_stored_total")
+            .iter()
+            .sum::<u64>()
+            == 1
+    });
+}
+
+#[test]
+fn a_wrong_address_is_a_sentence_and_nothing_starts() {
+    for (urls, says) in [
+        ("[\"rediss://host:6379\"]", "TLS"),
+        ("[\"redis://a\", \"redis://a\"]", "the name a:6379#0"),
+    ] {
+        let blade = Blade::prepare(&[("redis.instances", urls)]);
+        for command in ["serve", "check-config"] {
+            let output = blade.nitro(&[command], "");
+            let error = String::from_utf8_lossy(&output.stderr);
+            assert!(!output.status.success() && error.contains(says), "{error}");
+            assert!(error.contains("redis.instances"), "{error}");
+        }
+    }
+}
