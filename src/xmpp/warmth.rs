@@ -201,6 +201,9 @@ enum Told {
 /// Takes name, number, value and how long it is to be kept; false: not now.
 pub type Store<'a> = &'a mut dyn FnMut(&str, u64, &[u8], Keep) -> bool;
 
+/// The same, but it does not matter whether it gets there.
+pub type Offer<'a> = &'a mut dyn FnMut(&str, u64, &[u8], Keep);
+
 impl Slice {
     /// There is a ring: from here on it is told. Called once, before anything else happens.
     pub fn ring_on(&mut self) {
@@ -464,7 +467,7 @@ impl Slice {
     }
 
     /// Gives away what SQL has said and the ring did not know.
-    pub fn ring_offers(&mut self, offer: &mut dyn FnMut(&str, u64, &[u8], Keep)) {
+    pub fn ring_offers(&mut self, offer: Offer<'_>) {
         for name in std::mem::take(&mut self.warmth.offers) {
             if self.warmth.changed.contains_key(&name) {
                 continue;

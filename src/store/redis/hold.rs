@@ -6,7 +6,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, OnceLock};
 
 use tokio::sync::Notify;
 
@@ -18,7 +18,7 @@ pub struct Hold {
     starting: AtomicUsize,
     /// By shard.
     drainable: Vec<AtomicU64>,
-    drain: Mutex<Vec<Arc<Notify>>>,
+    drain: OnceLock<Arc<Notify>>,
 }
 
 impl Hold {
@@ -26,7 +26,7 @@ impl Hold {
         Hold {
             starting: AtomicUsize::new(shards),
             drainable: (0..shards).map(|_| AtomicU64::new(0)).collect(),
-            drain: Mutex::default(),
+            drain: OnceLock::new(),
         }
     }
 
@@ -57,10 +57,8 @@ impl Hold {
     }
 
     fn wake(&self) {
-        if let Ok(drain) = self.drain.lock() {
-            for notify in &*drain {
-                notify.notify_one();
-            }
+        if let Some(drain) = self.drain.get() {
+            drain.notify_one();
         }
     }
 }
@@ -100,11 +98,8 @@ impl<S: Source> Source for Held<S> {
     }
 
     fn wake(&self, waker: Arc<Notify>) {
-        if let Ok(mut drain) = self.hold.drain.lock()
-            && !drain.iter().any(|other| Arc::ptr_eq(other, &waker))
-        {
-            drain.push(waker.clone());
-        }
+        // the drain has one for all of its journals
+        let _ = self.hold.drain.set(waker.clone());
         self.journal.wake(waker);
     }
 }
