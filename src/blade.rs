@@ -22,11 +22,16 @@ use crate::rt::{self, InboxSender};
 use crate::shard::admin::Call;
 use crate::shard::doors::Doors;
 use crate::shard::journal::Foreign;
+use crate::shard::redis::RedisParts;
 use crate::shard::{Door, Inbound, Parts, Shard};
+use crate::store::change::Id;
 use crate::store::drain::{DrainConfig, Source};
 use crate::store::journal::{self, Journals, State, disk::Folder};
 use crate::store::overlay::Position;
 use crate::store::recovery::{Found, Recovery};
+use crate::store::redis::hold::{Held, Hold};
+use crate::store::redis::keeper::{self, Keeper};
+use crate::store::redis::{self, Generations};
 use crate::store::ring::Ring;
 use crate::store::sql::admin::Store;
 use crate::store::sql::lane::{AnswerSink, Lane, LaneConfig};
@@ -119,7 +124,9 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         writers.push(Some(writer.map_err(|error| error.to_string())?));
     }
     let states: Vec<Arc<State>> = writers.iter().flatten().map(|w| w.state()).collect();
-    let (lane, feeds) = start_lane(&config, &database, &cores, &mut journals, &senders)?;
+    let redis = start_redis(&config, shards, last_id, &senders)?;
+    let hold = redis.as_ref().map(|redis| redis.hold.clone());
+    let (lane, feeds) = start_lane(&config, &database, &cores, &mut journals, hold, &senders)?;
     let files = journals.files();
     let foreign = Arc::new(Foreign {
         left: shards.into(),
@@ -160,6 +167,10 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 files: files.clone(),
                 found: found[n].take().unwrap_or_default(),
                 last_id,
+                redis: redis.clone().map(|mut redis| {
+                    redis.config.shard = n as u16;
+                    redis
+                }),
                 helpers: helpers.clone(),
                 own_inbox: senders[n].clone(),
                 doors: doors.clone(),
@@ -362,12 +373,75 @@ fn drained_of(journals: &Journals, shard: u16, positions: Option<&[sql::Position
     }
 }
 
+/// The Redis ring, if instances are configured.
+fn start_redis(
+    config: &Config,
+    shards: usize,
+    last_id: Id,
+    senders: &[InboxSender<Inbound>],
+) -> Result<Option<RedisParts>, String> {
+    let addresses = crate::admin::redis_instances(config)?;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let stepped_back = last_id.unix_ms() > now.unwrap_or_default().as_millis() as u64;
+    if addresses.is_empty() || stepped_back {
+        // copies may be numbered higher than what comes now, or will not be told of it
+        crate::admin::forget_copies(config)?;
+    }
+    if addresses.is_empty() {
+        return Ok(None);
+    }
+    let path = crate::admin::generations(config);
+    let unix_us = now.unwrap_or_default().as_micros() as u64;
+    let generations = Generations::open(&path, &addresses, shards, unix_us)
+        .map_err(|error| format!("{}: {error}; make the data folder writable", path.display()))?;
+    let c = &config.redis;
+    let blade = match c.blade.as_str() {
+        "" => rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .replace(':', "-"),
+        name => name.to_owned(),
+    };
+    let placement = generations.placement();
+    let durable = (0..shards).map(|n| generations.all(n)).collect();
+    let incarnation = generations.incarnation();
+    let sinks = || -> Vec<keeper::Sink> {
+        let sink = |sender: &InboxSender<Inbound>| {
+            let sender = sender.clone();
+            Box::new(move |reply| {
+                // a shard that takes nothing for so long has ended
+                let _ = sender.send(Inbound::Redis(reply), INBOX_PATIENCE);
+            }) as keeper::Sink
+        };
+        senders.iter().map(sink).collect()
+    };
+    Ok(Some(RedisParts {
+        config: redis::Config {
+            ttl_ms: c.ttl_hours * 3_600_000,
+            missing_ttl_ms: c.missing_ttl_seconds * 1000,
+            sessions_ttl_ms: c.sessions_ttl_seconds * 1000,
+            timeout_ms: c.timeout_ms,
+            connect_timeout_ms: c.connect_timeout_ms,
+            pause_ms_max: c.pause_ms_max,
+            in_flight_max: c.commands_max,
+            ..redis::Config::new(c.prefix.as_str(), blade, 0, incarnation)
+        },
+        addresses: addresses.into(),
+        placement,
+        generations: durable,
+        keeper: Keeper::start(generations, sinks(), sinks())?,
+        hold: Arc::new(Hold::new(shards)),
+        figures: Arc::default(),
+    }))
+}
+
 /// The SQL lane, with the journals of all shards, those of an earlier start that are no more included.
 fn start_lane(
     config: &Config,
     database: &Database,
     cores: &[usize],
     journals: &mut Journals,
+    hold: Option<Arc<Hold>>,
     senders: &[InboxSender<Inbound>],
 ) -> Result<(Lane, Vec<Feed>), String> {
     let mut numbers: Vec<u16> = journals.found().iter().map(|found| found.shard).collect();
@@ -385,7 +459,13 @@ fn start_lane(
         .collect();
     let sources = readers
         .into_iter()
-        .map(|reader| Box::new(reader) as Box<dyn Source>)
+        .map(|journal| match &hold {
+            None => Box::new(journal) as Box<dyn Source>,
+            Some(hold) => Box::new(Held {
+                journal,
+                hold: hold.clone(),
+            }),
+        })
         .collect();
     let all = senders.to_vec();
     let drained = move |journal, seq| {

@@ -263,6 +263,32 @@ keys! {
         restart queue_max: usize = 100_000 => 100..=10_000_000;
     }
 
+    /// The Redis ring between cache and database: warm copies, so that a login after a restart costs no SQL.
+    redis: Redis {
+        /// The instances, whose keys are spread by consistent hashing: "unix:///run/nitro-redis/1.sock?db=0&user=U&pass=P" or
+        /// "redis://USER:PASSWORD@HOST:6379/0"; behind `?` also `weight=N` (its share, 1 to 1000) and `name=NAME` (which
+        /// decides the keys it holds; else the address does). Empty: no ring.
+        restart instances: Vec<String> = Vec::new();
+        /// What all keys begin with: tells several blades on the same instances apart.
+        restart prefix: String = "nitro:".into();
+        /// This blade's name in the list of sessions, without `:`. Empty: the machine's name.
+        restart blade: String = String::new();
+        /// Hours that a user's copy stays without being written again.
+        restart ttl_hours: u64 = 168 => 1..=8760;
+        /// Seconds that the word stays that there is no such user.
+        restart missing_ttl_seconds: u64 = 60 => 1..=3600;
+        /// Seconds that a session is believed in; it is renewed three times in that span.
+        restart sessions_ttl_seconds: u64 = 90 => 15..=3600;
+        /// Milliseconds that an instance has for an answer, then it is left alone for a while.
+        restart timeout_ms: u64 = 250 => 10..=10_000;
+        /// Milliseconds for a connection.
+        restart connect_timeout_ms: u64 = 250 => 10..=10_000;
+        /// Longest pause, in milliseconds, until an instance that has failed is tried again.
+        restart pause_ms_max: u64 = 5000 => 100..=600_000;
+        /// Commands of one shard that wait for one instance; what comes then is read from the database.
+        restart commands_max: usize = 16_384 => 100..=1_000_000;
+    }
+
     /// The journals: what was accepted and is not in the database yet. One for each shard.
     journal: Journal {
         /// Their folder, on a disk of its own if possible. Empty: `journal` in `data_dir`.
@@ -1030,6 +1056,9 @@ fn check(c: &mut Config, key: &str) -> Result<(), String> {
                 );
             }
         },
+        "redis.blade" if c.redis.blade.contains(':') => {
+            return Err("it must not contain `:`; write e.g. \"blade1\"".into());
+        }
         "journal.segment_bytes" if !c.journal.segment_bytes.is_multiple_of(4096) => {
             return Err("it must be a multiple of 4096".into());
         }

@@ -12,11 +12,14 @@ pub mod direct;
 pub mod lock;
 pub mod server;
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
 use crate::store::journal::{Options, floors};
 use crate::store::record::{RosterItem, ScramKeys, Subscription, UserRecord};
+use crate::store::redis::{Address, Generations};
 use crate::store::settle;
 use crate::store::sql::Database;
 use crate::store::sql::admin::Store;
@@ -384,7 +387,30 @@ pub fn import_roster(record: &mut UserRecord, items: &[ImportItem], items_max: u
 /// The database of a blade that does not run, with everything that its journals hold. An error is a sentence.
 pub fn open_store(config: &Config) -> Result<Store, String> {
     let database = database(config)?;
+    forget_copies(config)?;
     settle::open(&database, &config.journal_dir(), &journal_options(config))
+}
+
+/// What Redis holds will not be what the database has: it is not used again.
+pub fn forget_copies(config: &Config) -> Result<(), String> {
+    let path = generations(config);
+    Generations::forget(&path).map_err(|error| {
+        format!(
+            "{}: {error}; it must be removed before the database is changed by hand",
+            path.display()
+        )
+    })
+}
+
+/// The instances of the ring; none: there is no ring. An error is a sentence.
+pub fn redis_instances(config: &Config) -> Result<Vec<Address>, String> {
+    let texts = config.redis.instances.iter().map(String::as_str);
+    Address::parse_all(texts).map_err(|error| error.to_string())
+}
+
+/// The file with the generations of the instances.
+pub fn generations(config: &Config) -> PathBuf {
+    config.data_dir.join("redis.json")
 }
 
 /// The database that the configuration names.

@@ -88,9 +88,11 @@ impl Shard {
         }
     }
 
-    /// Nothing waits for a commit that nobody else would tell of; marks wait for the next tick.
+    /// Nothing waits for a commit that nobody else would tell of (marks wait for the next tick), or for a deadline of Redis.
     fn may_sleep(&self) -> bool {
-        self.slice.borrow().ledger.waiting() == 0 || self.slice.borrow().ledger.is_flying()
+        let slice = self.slice.borrow();
+        let durable = slice.ledger.waiting() == 0 || slice.ledger.is_flying();
+        durable && self.redis.as_ref().is_none_or(|redis| !redis.is_restless())
     }
 
     /// The shard stops: what it has decided is in its journal, marks too.
@@ -125,6 +127,12 @@ impl Shard {
                 Some(Kind::Closing { .. }) => {
                     drop(links);
                     self.go_on_closing(link);
+                    false
+                }
+                Some(Kind::Redis(instance)) => {
+                    let instance = *instance;
+                    drop(links);
+                    self.redis_ready(instance, event);
                     false
                 }
                 Some(Kind::Inbox | Kind::Mesh) | None => false,
@@ -252,6 +260,7 @@ impl Shard {
             }
             Inbound::Drained(at) => self.slice.borrow_mut().drained(at),
             Inbound::Computed(ticket, outcome) => self.slice.borrow_mut().computed(ticket, outcome),
+            Inbound::Redis(reply) => self.redis_reply(reply),
             Inbound::Admin(call) => super::admin::call(&mut self.slice.borrow_mut(), call),
             Inbound::Decoy(decoy) => *self.decoy.borrow_mut() = decoy,
             Inbound::Reload(config, tls) => {
@@ -285,6 +294,7 @@ impl Shard {
     /// Carries out what the slice has decided: output, farewells, requests, batches, jobs.
     pub(super) fn flush(&self) {
         let mut slice = self.slice.borrow_mut();
+        self.redis_hear(&mut slice);
         self.journal.hand_over(&mut slice);
         slice.cut_slow_readers();
         while let Some(sid) = slice.fx.dirty.pop() {
@@ -324,12 +334,16 @@ impl Shard {
                 slice.computed(ticket, Computed::Busy);
             }
         }
-        let requests = std::mem::take(&mut slice.fx.requests);
+        self.redis_tell(&mut slice);
+        let mut requests = std::mem::take(&mut slice.fx.behind);
+        if self.redis.is_none() {
+            requests.append(&mut slice.fx.requests);
+        }
         if !requests.is_empty()
             && let Err(back) = self.lane.try_send(self.number, requests)
         {
             // the lane is full: they wait here, in order, and logins with them
-            slice.fx.requests = back;
+            slice.fx.behind = back;
         }
         let mut ways = self.ways.borrow_mut();
         ways.retry();

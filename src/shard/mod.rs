@@ -7,6 +7,7 @@
 //! | `live` | the readiness task: ready sockets, answers, output; connections of sessions |
 //! | `login` | a connection from accept to its session, a task in the login queue; hand-over to the owner |
 //! | `journal` | groups of changes on their way to the disk |
+//! | `redis` | its end of the Redis ring |
 //! | `doors` | who may connect, how often, and how fast after failures |
 //! | `moves` | what travels between shards, and what happens when a way is full |
 //! | `http` | `/healthz` |
@@ -19,6 +20,7 @@ pub mod journal;
 mod live;
 mod login;
 pub mod moves;
+pub mod redis;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -49,6 +51,7 @@ use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
 use doors::Doors;
 use journal::{Foreign, Journal};
 use moves::{Parcel, Ways};
+use redis::{Redis, RedisParts};
 
 /// From other threads into a shard.
 pub enum Inbound {
@@ -58,6 +61,8 @@ pub enum Inbound {
     /// SQL has everything of a journal up to a position.
     Drained(Position),
     Computed(Ticket, Computed),
+    /// What the Redis ring needs from outside.
+    Redis(crate::store::redis::keeper::Reply),
     Admin(admin::Call),
     /// Configuration and certificate were loaded again.
     Reload(Arc<Config>, TlsConfig),
@@ -97,6 +102,8 @@ pub struct Parts {
     /// What the last start left.
     pub found: Found,
     pub last_id: Id,
+    /// Where instances are configured.
+    pub redis: Option<RedisParts>,
     pub helpers: crate::blade::Helpers,
     pub own_inbox: InboxSender<Inbound>,
     pub doors: Arc<Doors>,
@@ -115,6 +122,7 @@ pub struct Shard {
     own_inbox: InboxSender<Inbound>,
     lane: LaneSender,
     journal: Journal,
+    redis: Option<Redis>,
     helpers: crate::blade::Helpers,
     config: RefCell<Arc<Config>>,
     tls: RefCell<TlsConfig>,
@@ -156,6 +164,8 @@ enum Kind {
     },
     Inbox,
     Mesh,
+    /// The socket of the instance with this index.
+    Redis(usize),
 }
 
 /// What a task waits for that is not a session yet.
@@ -227,14 +237,15 @@ impl Shard {
             found: parts.found,
             read_back: Rc::new(read_back),
         };
+        let mut slice = Slice::new(env, shards, config.cache.bytes_max / shards, start);
+        let redis = parts.redis.map(|redis| Redis::new(number, redis));
+        if redis.is_some() {
+            slice.ring_on();
+        }
         let shard = Rc::new(Shard {
             number,
-            slice: RefCell::new(Slice::new(
-                env,
-                shards,
-                config.cache.bytes_max / shards,
-                start,
-            )),
+            slice: RefCell::new(slice),
+            redis,
             links: RefCell::default(),
             readiness: Readiness::new().map_err(|e| format!("epoll_create: {e}"))?,
             scratch: RefCell::new(Scratch::new()),
@@ -321,6 +332,7 @@ impl Shard {
             },
             journal_refused: c.journal_refused,
             overlay_items: slice.overlay.items() as u64,
+            ring_waiting: slice.warmth.waiting() as u64,
         };
         self.gauges.publish(self.number, snapshot);
     }
@@ -351,6 +363,10 @@ impl Shard {
             let now_ms = {
                 let mut slice = self.slice.borrow_mut();
                 slice.tick();
+                slice.ring_tick();
+                if let Some(redis) = &self.redis {
+                    redis.renew_sessions(&mut slice);
+                }
                 slice.now.ms
             };
             self.confirm_deliveries();

@@ -104,6 +104,27 @@ impl Overlay {
             .map(|(name, _)| &**name)
     }
 
+    /// Must the Redis ring hear of what is here of the user? Of all but what is in archives and documents only.
+    pub fn concerns_ring(&self, name: &str) -> bool {
+        let Some(user) = self.users.get(name) else {
+            return false;
+        };
+        let done: FnvHashSet<u64> = user
+            .items()
+            .filter_map(|item| match item {
+                Item::Done(id) | Item::Dropped(id) => Some(*id),
+                _ => None,
+            })
+            .collect();
+        user.items().any(|item| match item {
+            Item::Record { .. } | Item::Removed { .. } | Item::Last { .. } => true,
+            Item::Message { id, what, .. } => {
+                what & Message::PENDING != 0 && !done.contains(id) && !self.gone.contains_key(id)
+            }
+            Item::Document { .. } | Item::Done(_) | Item::Dropped(_) => false,
+        })
+    }
+
     /// A change is durable in its journal. Positions of one journal ascend.
     pub fn add(&mut self, at: Position, name: &Rc<str>, item: Item) {
         self.order

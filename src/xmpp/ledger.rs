@@ -94,6 +94,7 @@ pub struct Ledger {
     /// A set at rest.
     spare: (Option<Group>, Option<Acts>),
     next_seq: u64,
+    sealed_seq: u64,
     last_id: Id,
     shard: u16,
     /// Acts that wait, by user.
@@ -120,6 +121,7 @@ impl Ledger {
             shard,
             next_seq: next_seq.max(1),
             last_id: last_id.last_of_ms(),
+            sealed_seq: next_seq.max(1) - 1,
             ..Ledger::default()
         }
     }
@@ -237,6 +239,11 @@ impl Ledger {
         self.marks_since_ms.get_or_insert(now_ms);
     }
 
+    /// The last change of the group that was sealed last.
+    pub fn sealed_seq(&self) -> u64 {
+        self.sealed_seq
+    }
+
     pub fn is_flying(&self) -> bool {
         self.flying.is_some()
     }
@@ -274,6 +281,7 @@ impl Ledger {
         let acts = self.spare.1.take().unwrap_or_default();
         let acts = std::mem::replace(&mut self.acts, acts);
         self.flying = Some((acts, self.floor(), self.foreign.is_empty()));
+        self.sealed_seq = self.next_seq - 1;
         if self.group.is_empty() {
             // nothing to commit: the caller runs the acts
             return None;

@@ -23,6 +23,7 @@ pub mod slice;
 mod simulation;
 #[cfg(test)]
 pub mod testing;
+pub mod warmth;
 
 pub const NS_CLIENT: &str = "jabber:client";
 pub const NS_STREAM: &str = "http://etherx.jabber.org/streams";

@@ -22,6 +22,7 @@ use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
+use super::warmth::{Behind, Waits, Warmth};
 use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
@@ -123,6 +124,8 @@ pub struct User {
     pub record: Record,
     /// Of the record; see [`Id`].
     pub revision: u64,
+    /// Of the newest record that is durable.
+    pub durable: u64,
     /// Bound resources, those that wait for resumption included.
     pub sessions: SmallVec<[SessionId; 2]>,
     /// Deliveries that nobody holds: for the next resource that becomes available (XEP-0160) and for those that are.
@@ -131,6 +134,8 @@ pub struct User {
     pub held: Vec<(u64, u16)>,
     /// The last log-out (XEP-0012).
     pub last: Option<Last>,
+    /// What Redis says of messages that wait for him.
+    pub waits: Waits,
 }
 
 impl User {
@@ -139,10 +144,12 @@ impl User {
             name: name.into(),
             record: loaded.record,
             revision: loaded.revision,
+            durable: loaded.revision,
             sessions: SmallVec::new(),
             offline,
             held: Vec::new(),
             last: loaded.last,
+            waits: Waits::default(),
         }
     }
 }
@@ -220,6 +227,8 @@ pub struct Effects {
     pub dirty: Vec<SessionId>,
     pub closing: Vec<Closing>,
     pub requests: Vec<Request>,
+    /// The same, of users of whom the Redis ring does not know enough.
+    pub behind: Vec<Request>,
     /// One batch per shard.
     pub mesh: Vec<Batch>,
     /// Shards for which too much waits: stanzas for them are refused.
@@ -323,7 +332,8 @@ pub type ThenPage = Box<dyn FnOnce(&mut Slice, Result<Page, ReadError>)>;
 
 enum Wait {
     Read(ThenRead),
-    Page(Box<ArchiveQuery>, ThenPage),
+    /// With how often it may be asked again.
+    Page(Box<ArchiveQuery>, u8, ThenPage),
     Compute(ThenComputed),
 }
 
@@ -365,6 +375,7 @@ pub struct Slice {
     pub parked: usize,
     pub ledger: Ledger,
     pub overlay: Overlay,
+    pub warmth: Warmth,
     /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
     counts: FnvHashMap<Box<str>, (u32, u64)>,
     /// Users whom the tier could not load and for whom messages wait: when to ask again.
@@ -375,6 +386,8 @@ pub struct Slice {
     /// Queries of archives at work.
     pub(super) archive: feature::archive::Queries,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
+    /// How often users were asked for again; see [`AGAIN_MAX`].
+    again: FnvHashMap<Box<str>, u8>,
     ticket: Ticket,
     timers: BinaryHeap<Reverse<(u64, u32, u32, Timer)>>,
     /// Output buffers at rest; a session owns one only while it has output.
@@ -406,6 +419,8 @@ impl Start {
 
 /// How long after a failure a user for whom messages wait is asked for again.
 const RELOAD_MS: u64 = 1000;
+/// How often SQL is asked again because the journal does not have any more what was to be added to its answer.
+const AGAIN_MAX: u8 = 3;
 const BUFFERS_MAX: usize = 64;
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
 
@@ -432,12 +447,14 @@ impl Slice {
             parked: 0,
             ledger,
             overlay,
+            warmth: Warmth::default(),
             counts: FnvHashMap::default(),
             reload: Vec::new(),
             private: Default::default(),
             passwords: Default::default(),
             archive: Default::default(),
             waits: FnvHashMap::default(),
+            again: FnvHashMap::default(),
             ticket: 0,
             timers: BinaryHeap::new(),
             buffers: Vec::new(),
@@ -548,11 +565,13 @@ impl Slice {
                     let user = self.overlay.apply(&name, user);
                     self.overlay.release(&name);
                     match user {
-                        Ok(user) => self.known(&name, user),
-                        Err(error) => {
-                            tracing::error!(user = &*name, error, "the journal cannot be read");
-                            self.load_failed(&name);
+                        Ok(user) => {
+                            if !self.again.is_empty() {
+                                self.again.remove(&name);
+                            }
+                            self.known(&name, user);
                         }
+                        Err(error) => self.load_again(&name, &error),
                     }
                 }
                 Answer::LoadFailed { name, .. } => {
@@ -571,9 +590,22 @@ impl Slice {
                     }
                 }
                 Answer::Archive { ticket, result } => {
-                    if let Some((name, Wait::Page(query, then))) = self.waits.remove(&ticket) {
-                        let page = result
-                            .and_then(|page| self.overlay.page(&query, page).map_err(ReadError));
+                    if let Some((name, Wait::Page(query, again, then))) = self.waits.remove(&ticket)
+                    {
+                        let page = match result.map(|page| self.overlay.page(&query, page)) {
+                            Ok(Ok(page)) => Ok(page),
+                            // what was carried over meanwhile stands in the journal no more, but in SQL
+                            Ok(Err(_)) if again > 0 => {
+                                let asked = Query::Archive((*query).clone());
+                                let wait = Wait::Page(query, again - 1, then);
+                                self.waits.insert(ticket, (name, wait));
+                                let query = asked;
+                                self.fx.requests.push(Request::Read { ticket, query });
+                                continue;
+                            }
+                            Ok(Err(error)) => Err(ReadError(error)),
+                            Err(error) => Err(error),
+                        };
                         self.overlay.release(&name);
                         then(self, page);
                         self.users.unpin(&name);
@@ -638,6 +670,13 @@ impl Slice {
         };
         let sid = self.sessions.insert(make);
         user.sessions.push(sid);
+        let owner = user.name.clone();
+        if self.warmth.is_on()
+            && let Some(session) = self.sessions.get(sid)
+        {
+            let resource = session.resource().into();
+            self.warmth.sessions.push((owner, resource, true));
+        }
         self.users.pin(name);
         self.counters.binds += 1;
         self.timer(self.env.limits.ping_idle_ms, sid, Timer::Idle);
@@ -663,6 +702,10 @@ impl Slice {
         // nobody finds it any more, but its own farewell still names it
         let mut session = self.sessions.remove(sid).expect("was there a moment ago");
         let name = session.user.clone();
+        if self.warmth.is_on() {
+            let resource = session.resource().into();
+            self.warmth.sessions.push((name.clone(), resource, false));
+        }
         if let Some(user) = self.user_mut(&name) {
             user.sessions.retain(|s| *s != sid);
         }
@@ -1166,6 +1209,7 @@ impl Slice {
         for entry in entries.drain(..) {
             self.act(entry, strings, group, place);
         }
+        self.warmth.landed(self.ledger.sealed_seq());
         self.fx.floor = floor;
         self.ledger.give_back_acts(acts);
     }
@@ -1194,6 +1238,9 @@ impl Slice {
                 let (id, what) = (message.id.to_native(), message.what);
                 self.overlay
                     .add(at, &user, Undrained::Message { id, what, place });
+                if what & Message::PENDING != 0 {
+                    self.warmth.accepted(seq, &user, id, self.now.ms);
+                }
                 self.ledger.release(&user);
                 message::accepted(self, strings.text(to), message, meta);
                 if let Some(receipt) = receipt {
@@ -1281,6 +1328,15 @@ impl Slice {
                 self.settle(whole);
             }
             Act::Written { item, then } => {
+                match &item {
+                    Undrained::Record {
+                        revision, record, ..
+                    } => self.ring_changed(&user, seq, Some((*revision, record))),
+                    Undrained::Removed { .. } | Undrained::Last { .. } => {
+                        self.ring_changed(&user, seq, None);
+                    }
+                    _ => {}
+                }
                 self.overlay.add(at, &user, item);
                 then(self, Ok(()));
                 self.users.unpin(&user);
@@ -1373,8 +1429,11 @@ impl Slice {
         };
         if let Ok(at) = user.held.binary_search_by_key(&id, |(held, _)| *held) {
             user.held.remove(at);
-            let user = user.name.clone();
+            let (user, calm) = (user.name.clone(), user.is_calm());
             self.ledger.done(&user, id, ms);
+            if calm {
+                self.ring_calm(&user);
+            }
         }
     }
 
@@ -1555,10 +1614,27 @@ impl Slice {
         self.fx.requests.push(Request::Load { name: name.into() });
     }
 
+    /// What the journal has of a user cannot be read: most likely it was carried over meanwhile, so that SQL has it.
+    fn load_again(&mut self, name: &str, error: &str) {
+        let asked = self.again.entry(name.into()).or_insert(0);
+        *asked += 1;
+        if *asked > AGAIN_MAX {
+            self.again.remove(name);
+            tracing::error!(user = name, error, "the journal cannot be read");
+            return self.load_failed(name);
+        }
+        self.overlay.hold(name);
+        match self.warmth.is_on() {
+            true => self.ring_behind(name, Behind::Unavailable),
+            false => self.fx.requests.push(Request::Load { name: name.into() }),
+        }
+    }
+
     /// The tiers and the journal have told of a user.
     fn known(&mut self, name: &str, user: Option<Loaded>) {
         let Some(mut loaded) = user else {
             self.loaded(name, Slot::Missing);
+            self.ring_known(name);
             return message::decide_missing(self, name);
         };
         let by = format!("{name}@{}", self.env.domain);
@@ -1577,6 +1653,7 @@ impl Slice {
         }
         let user = Box::new(User::new(name, loaded, offline));
         self.loaded(name, Slot::Present(user));
+        self.ring_known(name);
         message::decide(self, name, undecided);
     }
 
@@ -1603,6 +1680,7 @@ impl Slice {
     /// The tier cannot say: what waits is refused for now; messages that are in the journal wait on, and the tier is asked
     /// again.
     fn load_failed(&mut self, name: &str) {
+        self.ring_unknown(name);
         let Some(Slot::Loading { queue, bytes }) = self.users.get_mut(name) else {
             return;
         };
@@ -1814,7 +1892,7 @@ impl Slice {
     /// Reads a page of a user's archive, what SQL does not have yet included.
     pub fn read_archive(&mut self, query: ArchiveQuery, then: ThenPage) {
         let name = query.name.clone();
-        let ticket = self.wait(&name, Wait::Page(Box::new(query.clone()), then));
+        let ticket = self.wait(&name, Wait::Page(Box::new(query.clone()), AGAIN_MAX, then));
         self.users.pin(&name);
         self.overlay.hold(&name);
         let query = Query::Archive(query);
@@ -1835,16 +1913,18 @@ impl Slice {
     /// There is a new account, with a revision, or none any more: the table follows.
     pub fn set_user(&mut self, name: &str, record: Option<(Record, u64)>) {
         let slot = match record {
-            Some((record, revision)) => Slot::Present(Box::new(User::new(
-                name,
-                Loaded {
+            Some((record, revision)) => {
+                let loaded = Loaded {
                     record,
                     revision,
                     pending: Vec::new(),
                     last: None,
-                },
-                Offline::default(),
-            ))),
+                };
+                let mut user = Box::new(User::new(name, loaded, Offline::default()));
+                // not yet
+                user.durable = 0;
+                Slot::Present(user)
+            }
             None => Slot::Missing,
         };
         match self.users.get_mut(name) {

@@ -128,6 +128,16 @@ impl Generations {
         Ok(generations)
     }
 
+    /// Somebody changes, or may have changed, what the copies were made of, without telling the ring: none of them is
+    /// used again. Durable when it returns.
+    pub fn forget(path: &Path) -> io::Result<()> {
+        match fs::remove_file(path) {
+            Ok(()) => sync_folder(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     /// A number of the same series for this process: greater than those of all before it.
     pub fn incarnation(&self) -> u64 {
         self.incarnation
@@ -188,11 +198,7 @@ impl Generations {
         file.write_all(&serde_json::to_vec_pretty(&self.state)?)?;
         file.sync_all()?;
         fs::rename(&aside, &self.path)?;
-        let folder = self
-            .path
-            .parent()
-            .filter(|path| !path.as_os_str().is_empty());
-        fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
+        sync_folder(&self.path)
     }
 }
 
@@ -201,6 +207,11 @@ impl State {
         self.last_number = unix_us.max(self.last_number + 1);
         self.last_number
     }
+}
+
+fn sync_folder(path: &Path) -> io::Result<()> {
+    let folder = path.parent().filter(|path| !path.as_os_str().is_empty());
+    fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 impl Default for State {
@@ -301,6 +312,19 @@ mod tests {
         let mut generations = Generations::open(&path, &two, 1, 10).unwrap();
         assert_eq!(generations.all(0), [None, None]);
         assert!(generations.renew(0, 0, "x", 2000).unwrap().number >= 2000);
+    }
+
+    #[test]
+    fn what_was_forgotten_is_not_found_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("redis.json");
+        Generations::forget(&path).unwrap();
+        let one = addresses(&[("a", 1)]);
+        let mut generations = Generations::open(&path, &one, 1, 10).unwrap();
+        generations.renew(0, 0, "x", 1000).unwrap();
+        Generations::forget(&path).unwrap();
+        let again = Generations::open(&path, &one, 1, 20).unwrap();
+        assert_eq!(again.all(0), [None]);
     }
 
     #[test]

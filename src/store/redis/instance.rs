@@ -522,6 +522,14 @@ impl Instance {
         self.count_in_flight();
     }
 
+    pub fn is_waiting(&self) -> bool {
+        match &self.link {
+            Link::Waiting { .. } => false,
+            Link::Connecting { .. } | Link::Hello(_) => true,
+            Link::Ready(connection) => connection.in_flight() > 0,
+        }
+    }
+
     /// When `tick` is due at the latest.
     pub fn deadline_us(&self) -> Option<u64> {
         match &self.link {

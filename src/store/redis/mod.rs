@@ -10,7 +10,12 @@
 //!  instance    circuit breaker, missed writes, generation          one for each instance
 //!  connection  pipelining, framing, deadlines                      one for each time it is connected
 //!  generations what must outlive the process                       one file for the blade
+//!  keeper      the threads for that file and for host names          one for the blade
+//!  hold        how far SQL may have the journals                     one for the blade
 //! ```
+//!
+//! Around it: [`crate::shard::redis`] owns the sockets, [`crate::xmpp::warmth`] decides what is stored and when, and
+//! [`super::warm`] is what a copy looks like.
 //!
 //! Keys: `{prefix}{generation}.{since}:u:{name}` holds the revision (8 bytes, big-endian) and the value, written by a
 //! script that never replaces a newer revision; `{prefix}s:{name}` is a hash `blade:shard:resource` → unix milliseconds
@@ -49,14 +54,24 @@
 //! | left the ring, or some of its keys did, and came back | old | `since` in the key is the change of the ring that brought the name back |
 //! | answers garbage | ? | the connection is closed, nothing behind it is believed |
 //!
-//! What this does not cover: somebody else who writes to keys with this prefix; a server that is made a replica of an
+//! A copy holds no messages, but says whether some wait: then SQL is asked as well. So the ring must say so before SQL
+//! alone has such a message. Most are taken by a client in no time, so a message that still waits after a moment is told,
+//! and until it is answered for the drain stays in front of it. What the journals of the last start hold is told by the
+//! owners before anything at all is drained. Whoever changes the database without the ring (a start that has none
+//! configured, a command while no nitro runs, a clock that went back) removes the file with the generations first: all
+//! copies are cold then.
+//!
+//! What this does not cover: a database or a data folder restored from a backup while the file with the generations stays
+//! (remove `redis.json`, then start); somebody else who writes to keys with this prefix; a server that is made a replica of an
 //! old one and a master again within one connection and without a write in between; users who go from one blade to
 //! another and back (their blades have generations of their own; that wants one file for the cluster).
 
 pub mod address;
 pub mod connection;
 pub mod generations;
+pub mod hold;
 pub mod instance;
+pub mod keeper;
 pub mod tier;
 
 #[cfg(test)]

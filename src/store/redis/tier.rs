@@ -332,6 +332,11 @@ impl Tier {
         }
     }
 
+    /// Does an instance owe an answer, or is one being connected? Then deadlines are near.
+    pub fn is_waiting(&self) -> bool {
+        self.instances.iter().any(Instance::is_waiting)
+    }
+
     /// When the driver must look at `tick` and `wants` at the latest, even if nothing comes.
     pub fn deadline_us(&self) -> Option<u64> {
         self.instances

@@ -39,6 +39,10 @@ impl Offline {
         self.messages.is_empty()
     }
 
+    pub fn has(&self, id: u64) -> bool {
+        self.messages.contains_key(&id)
+    }
+
     pub fn bytes(&self) -> usize {
         self.bytes
     }
