@@ -71,10 +71,13 @@ pub struct Overlay {
     items: usize,
 }
 
+/// What one journal has of a user, by position.
+type Part = (u16, VecDeque<(u64, Item)>);
+
 #[derive(Default)]
 struct Undrained {
     /// By journal; nearly always one.
-    parts: SmallVec<[(u16, VecDeque<(u64, Item)>); 1]>,
+    parts: SmallVec<[Part; 1]>,
     /// Reads under way.
     held: u32,
     /// Drained while they are.

@@ -22,10 +22,13 @@ pub struct Found {
     pub undrained: Vec<(Position, Box<str>, Item)>,
     /// Deliveries that are done, whoever's they are, and refused messages.
     pub gone: Vec<(Position, u64)>,
-    /// Ids and places of sent messages that must be forwarded again.
-    pub forward: Vec<(u64, Place)>,
-    /// Ids of sent messages that have a twin but no mark.
+    /// Ids of sent messages that must be forwarded again, the shard that is told of their end, and their places.
+    pub forward: Vec<(u64, u16, Place)>,
+    /// Ids of sent messages that have a twin but no mark; of the shard that gave them, if there is one of that number.
     pub settled: Vec<u64>,
+    /// Ids that this shard gave to messages which must be forwarded again, whoever does it: the mark that ends it belongs
+    /// into the journal that holds the message.
+    pub open: Vec<u64>,
     pub counts: Vec<StreamCount>,
 }
 
@@ -149,10 +152,15 @@ impl<'a> Recovery<'a> {
     /// The findings, one for each shard, and the highest id that was given.
     pub fn finish(mut self) -> (Vec<Found>, Id) {
         for (id, (shard, place)) in self.sent {
+            let home = usize::from(Id(id).shard());
+            let home = if home < self.found.len() { home } else { shard };
             match () {
                 _ if self.settled.contains(&id) => {}
-                _ if self.twins.contains(&id) => self.found[shard].settled.push(id),
-                _ => self.found[shard].forward.push((id, place)),
+                _ if self.twins.contains(&id) => self.found[home].settled.push(id),
+                _ => {
+                    self.found[home].open.push(id);
+                    self.found[shard].forward.push((id, home as u16, place));
+                }
             }
         }
         for found in &mut self.found {

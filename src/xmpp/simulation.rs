@@ -584,7 +584,7 @@ impl Simulation {
         }
         slice.ledger.give_back(committed.group);
         self.floors[shard].store(slice.fx.floor, Relaxed);
-        self.settled[shard] |= slice.fx.foreign_settled;
+        self.settled[shard] |= slice.ledger.foreign_settled();
         if self.settled.iter().all(|settled| *settled) {
             for floor in &self.floors[self.settled.len()..] {
                 floor.store(u64::MAX, Relaxed);

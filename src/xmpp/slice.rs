@@ -969,7 +969,7 @@ impl Slice {
         batch.items.push(item);
         if let Some(receipt) = receipt {
             self.defer(receipt);
-            if receipt.twin != 0 {
+            if receipt.twin != 0 && receipt.shard == self.env.shard {
                 self.ledger.opened(receipt.twin);
             }
         }
@@ -977,7 +977,9 @@ impl Slice {
 
     /// Nobody will journal the recipient's side of a message.
     fn refused(&mut self, receipt: Receipt) {
-        if receipt.twin != 0 {
+        if receipt.shard != self.env.shard {
+            self.settle(receipt);
+        } else if receipt.twin != 0 {
             self.ledger.opened(receipt.twin);
             self.ledger.settled(receipt.twin, self.now.ms);
         }
@@ -1391,11 +1393,13 @@ impl Slice {
         for name in undecided {
             self.want(&name);
         }
-        let mut bytes = Vec::new();
-        for (id, place) in found.forward {
+        for id in found.open {
             self.ledger.opened(id);
+        }
+        let mut bytes = Vec::new();
+        for (id, home, place) in found.forward {
             let receipt = Receipt {
-                shard: self.env.shard,
+                shard: home,
                 session: SessionId::NONE,
                 seq: 0,
                 twin: id,
