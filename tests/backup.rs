@@ -666,6 +666,115 @@ fn a_backup_of_a_stopped_server_is_restored_only_whole_and_only_into_an_empty_fo
     assert_eq!(hearer.next_body(), "hello");
 }
 
+#[test]
+fn a_restore_that_is_killed_is_repeated_until_it_is_whole() {
+    let mut blade = prepared(&behind(None));
+    blade.restart();
+    populate_little(&blade);
+    blade.kill();
+    let folder = blade.folder().join("backup");
+    done(&blade, &["backup", folder.to_str().unwrap()]);
+    let mut random = fastrand::Rng::with_seed(5);
+    let (mut kills, mut marked) = (0, 0);
+    for _ in 0..10 {
+        let mut other = prepared(&behind(None));
+        let data_dir = format!("data_dir=\"{}\"", other.data_dir().display());
+        for most in [40, 80, 160] {
+            let mut child = Command::new(env!("CARGO_BIN_EXE_nitro"))
+                .arg("restore")
+                .arg(&folder)
+                .args(["--set", &data_dir])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+                .unwrap();
+            // The instant of the kill is what is tried here, not an event.
+            std::thread::sleep(Duration::from_millis(random.u64(5..most)));
+            child.kill().unwrap();
+            if child.wait().unwrap().success() {
+                break;
+            }
+            kills += 1;
+            if other.data_dir().join("restoring").exists() {
+                marked += 1;
+                let why = refused(&other, &["serve"]);
+                assert!(why.contains("a restore was interrupted here"), "{why}");
+            }
+        }
+        // Behind its last step it leaves a whole folder, which is not empty any more.
+        let output = other.nitro(&["restore", folder.to_str().unwrap()], "");
+        let said = text(&output);
+        assert!(
+            output.status.success() || said.contains("is not empty"),
+            "{said}"
+        );
+        other.restart();
+        let mut hearer = Client::online(&other, "bob", "desk");
+        assert_eq!(hearer.next_body(), "hello");
+    }
+    eprintln!("{kills} kills, {marked} of them left the mark");
+    assert!(kills > 0);
+}
+
+/// A measurement: `cargo test --release --test backup -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement"]
+fn how_long_a_large_archive_takes() {
+    let rows = std::env::var("NITRO_BACKUP_ROWS").map_or(300_000, |rows| rows.parse().unwrap());
+    let mariadb = Mariadb::start().expect("MariaDB is installed");
+    let mut blade = prepared(&behind(None));
+    blade.restart();
+    populate_little(&blade);
+    blade.terminate();
+    done(&blade, &["user", "list"]);
+    let source = blade.data_dir().join("nitro.db");
+    sqlite(
+        &source,
+        &format!(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows})
+             INSERT INTO archive SELECT 1000 + i, 1 + i % 500, i, 1, 'bob@localhost/x', randomblob(300) FROM n"
+        ),
+    );
+    let timed = |what: &str, blade: &Blade, arguments: &[&str]| {
+        let begun = Instant::now();
+        done(blade, arguments);
+        let seconds = begun.elapsed().as_secs_f32();
+        eprintln!(
+            "{what}: {rows} rows in {seconds:.1} s, {:.0} rows/s",
+            rows as f32 / seconds
+        );
+    };
+    let folder = |name: &str| blade.folder().join(name).to_str().unwrap().to_owned();
+    timed(
+        "backup of SQLite",
+        &blade,
+        &["backup", &folder("of-sqlite")],
+    );
+    timed(
+        "migration to MariaDB, with comparison",
+        &blade,
+        &["migrate-store", "--to", &mariadb.url()],
+    );
+    timed(
+        "comparison",
+        &blade,
+        &["migrate-store", "--to", &mariadb.url(), "--verify"],
+    );
+    let mut behind_it = behind(None);
+    behind_it.push(("database", format!("\"{}\"", mariadb.url())));
+    timed(
+        "backup of MariaDB",
+        &prepared(&behind_it),
+        &["backup", &folder("of-mariadb")],
+    );
+    timed(
+        "restore into SQLite",
+        &prepared(&behind(None)),
+        &["restore", &folder("of-mariadb")],
+    );
+}
+
 fn populate_little(blade: &Blade) {
     Client::register(blade, "alice");
     Client::register(blade, "bob");
