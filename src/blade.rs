@@ -382,7 +382,8 @@ fn start_redis(
 ) -> Result<Option<RedisParts>, String> {
     let addresses = crate::admin::redis_instances(config)?;
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let stepped_back = last_id.unix_ms() > now.unwrap_or_default().as_millis() as u64;
+    let now = now.unwrap_or_default();
+    let stepped_back = last_id.unix_ms() > now.as_millis() as u64;
     if addresses.is_empty() || stepped_back {
         // copies may be numbered higher than what comes now, or will not be told of it
         crate::admin::forget_copies(config)?;
@@ -391,7 +392,7 @@ fn start_redis(
         return Ok(None);
     }
     let path = crate::admin::generations(config);
-    let unix_us = now.unwrap_or_default().as_micros() as u64;
+    let unix_us = now.as_micros() as u64;
     let generations = Generations::open(&path, &addresses, shards, unix_us)
         .map_err(|error| format!("{}: {error}; make the data folder writable", path.display()))?;
     let c = &config.redis;
