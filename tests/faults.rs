@@ -108,6 +108,14 @@ fn wait_until_status(blade: &Blade, status: u64) {
     });
 }
 
+/// Until the database has what was journalled up to now, though more comes all the time.
+fn wait_until_caught_up(blade: &Blade) {
+    let records = metric(blade, "nitro_journal_records");
+    wait_until("the drain catches up", WITHIN, || {
+        metric(blade, "nitro_sql_drained") >= records
+    });
+}
+
 fn letters(round: &str, count: usize) -> Vec<String> {
     (0..count).map(|n| format!("{round} {n}")).collect()
 }
@@ -201,9 +209,7 @@ fn a_mariadb_that_hangs_dies_and_is_absent_loses_and_disconnects_nobody() {
     mariadb.go_on();
     assert_eq!(collect(&blade, "away-hangs", expected.len()), expected);
     collect(&blade, "cold-hangs", 0);
-    wait_until("the database is heard again", WITHIN, || {
-        metric(&blade, "nitro_sql_drained") > Some(0)
-    });
+    wait_until_caught_up(&blade);
 
     load.phase("MariaDB is killed");
     mariadb.kill();
@@ -215,6 +221,7 @@ fn a_mariadb_that_hangs_dies_and_is_absent_loses_and_disconnects_nobody() {
     late.extend(expected.clone());
     assert_eq!(collect(&blade, "away-dies", count), expected);
     collect(&blade, "cold-dies", 0);
+    wait_until_caught_up(&blade);
 
     load.phase("MariaDB restarts");
     mariadb.shut_down();
@@ -408,6 +415,8 @@ fn a_locked_sqlite_file_holds_nobody_up_and_other_cores_find_what_it_did_not_tak
     load.phase("drain catches up");
     drop(lock);
     assert_eq!(collect(&blade, "away-lock", count), expected);
+    wait_until_caught_up(&blade);
+    load.phase("quiet again");
     quiet();
     load.end("SQLite");
     wait_until_drained(&blade, WITHIN);
@@ -670,6 +679,7 @@ fn a_full_disk_under_the_database_is_felt_by_nobody_and_is_caught_up_with() {
     room.empty();
     let expected = letters("disk", count);
     assert_eq!(collect(&blade, "away-disk", count), expected);
+    wait_until_caught_up(&blade);
     load.end("full disk of SQLite");
     wait_until_drained(&blade, WITHIN);
     assert_eq!(metric(&blade, "nitro_sql_quarantined"), Some(0));
