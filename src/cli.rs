@@ -681,7 +681,7 @@ pub(crate) fn unexpected(reply: &AdminReply) -> String {
 }
 
 fn journal(config: &Config, command: Journal) -> Result<(), String> {
-    let path = config.data_dir.join("journal");
+    let path = config.journal_dir();
     if !path.is_dir() {
         return Err(format!(
             "{}: there is no journal; is data_dir right?",
@@ -976,7 +976,7 @@ mod tests {
         let why = super::journal(&config, Journal::Verify).unwrap_err();
         assert!(why.contains("there is no journal"), "{why}");
         let lock = DataLock::acquire(&config.data_dir).unwrap();
-        let path = config.data_dir.join("journal");
+        let path = config.journal_dir();
         let disk: Arc<dyn Disk> = Arc::new(Folder::open(&path).unwrap());
         let options = Options {
             segment_bytes: 64 << 10,
