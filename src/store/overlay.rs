@@ -252,6 +252,8 @@ impl Overlay {
         let mut loaded = match (loaded, newest) {
             (Some(loaded), Some((revision, _))) if loaded.revision >= revision => loaded,
             (_, Some((_, None))) => return Ok(None),
+            // SQL has the removal already
+            (None, Some(_)) if added == 0 => return Ok(None),
             (old, Some((revision, Some(record)))) => {
                 let old = old.filter(|old| old.revision > floor || floor == 0);
                 let (pending, last) = old.map(|o| (o.pending, o.last)).unwrap_or_default();
