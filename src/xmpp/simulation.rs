@@ -8,7 +8,8 @@
 //! accepted (`<a h/>`, an IQ's result) is there, once, in order; what was delivered is in the recipient's archive.
 //!
 //! `NITRO_SIM_SECONDS=3600 cargo test --release xmpp::simulation` runs for an hour, `NITRO_SIM_SEED=17` begins with that
-//! seed. A run that fails is tried with fewer actions, and the shortest that still fails is printed with its trace.
+//! seed. A run that fails is tried with fewer actions, and the shortest that still fails is printed with its trace;
+//! `NITRO_SIM_DRAIN=1` adds every record that reaches the tier.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
