@@ -226,6 +226,20 @@ impl Overlay {
         let mut gone: FnvHashSet<u64> = self.gone.keys().copied().collect();
         // what is older belongs to an account that was removed
         let mut floor = 0;
+        // a change that was made while the account was being removed does not bring it back
+        let (mut added, mut removed) = (0, 0);
+        for item in user.items() {
+            match item {
+                Item::Record {
+                    revision,
+                    fresh: true,
+                    ..
+                } => added = added.max(*revision),
+                Item::Removed { revision } => removed = removed.max(*revision),
+                _ => {}
+            }
+        }
+        let too_late = |revision: u64| removed > added && revision > removed;
         let mut newest: Option<(u64, Option<&Record>)> = None;
         let mut last: Option<(u64, &Last)> = None;
         for item in user.items() {
@@ -238,7 +252,7 @@ impl Overlay {
                     record,
                     fresh,
                 } => {
-                    if newest.is_none_or(|(r, _)| r < *revision) {
+                    if newest.is_none_or(|(r, _)| r < *revision) && !too_late(*revision) {
                         newest = Some((*revision, Some(record)));
                     }
                     if *fresh {
@@ -262,6 +276,8 @@ impl Overlay {
         let mut loaded = match (loaded, newest) {
             (Some(loaded), Some((revision, _))) if loaded.revision >= revision => loaded,
             (_, Some((_, None))) => return Ok(None),
+            // SQL has the removal already
+            (None, Some(_)) if added == 0 => return Ok(None),
             (old, Some((revision, Some(record)))) => {
                 let old = old.filter(|old| old.revision > floor || floor == 0);
                 let (pending, last) = old.map(|o| (o.pending, o.last)).unwrap_or_default();

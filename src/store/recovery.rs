@@ -41,6 +41,8 @@ pub struct Recovery<'a> {
     /// Id, owner's shard and place of sent messages.
     sent: BTreeMap<u64, (usize, Place)>,
     settled: FnvHashSet<u64>,
+    /// Of them those whose mark stands in the journal that holds the message.
+    settled_at_home: FnvHashSet<u64>,
     twins: BTreeSet<u64>,
     counts: FnvHashMap<[u8; 32], u32>,
     last_id: Id,
@@ -56,6 +58,7 @@ impl<'a> Recovery<'a> {
             found,
             sent: BTreeMap::new(),
             settled: FnvHashSet::default(),
+            settled_at_home: FnvHashSet::default(),
             twins: BTreeSet::new(),
             counts: FnvHashMap::default(),
             last_id: Id(0),
@@ -89,8 +92,12 @@ impl<'a> Recovery<'a> {
                 (id, Item::Message { id, what, place })
             }
             ArchivedChange::Marks(marks) => {
-                self.settled
-                    .extend(marks.settled.iter().map(|id| id.to_native()));
+                for id in marks.settled.iter().map(|id| id.to_native()) {
+                    self.settled.insert(id);
+                    if Id(id).shard() == journal {
+                        self.settled_at_home.insert(id);
+                    }
+                }
                 for count in marks.counts.iter() {
                     self.count(count.stream, count.count.to_native());
                 }
@@ -153,8 +160,12 @@ impl<'a> Recovery<'a> {
     pub fn finish(mut self) -> (Vec<Found>, Id) {
         for (id, (shard, place)) in self.sent {
             let home = usize::from(Id(id).shard());
-            let home = if home < self.found.len() { home } else { shard };
+            let has_home = home < self.found.len();
+            let home = if has_home { home } else { shard };
             match () {
+                _ if self.settled_at_home.contains(&id) => {}
+                // its shard was away for a while: the mark follows, or it could go first
+                _ if self.settled.contains(&id) && has_home => self.found[home].settled.push(id),
                 _ if self.settled.contains(&id) => {}
                 _ if self.twins.contains(&id) => self.found[home].settled.push(id),
                 _ => {

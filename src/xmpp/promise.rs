@@ -281,6 +281,28 @@ fn a_subscription_keeps_its_place_in_the_journal_until_it_is_known_at_the_other_
 }
 
 #[test]
+fn a_change_made_while_an_account_is_removed_does_not_bring_it_back() {
+    let (mut w, alice, bob) = two(1);
+    w.tier.dry = true;
+    let (one, two) = (w.online(&alice, "1"), w.online(&alice, "2"));
+    w.element(
+        one,
+        "<iq type='set' id='r'><query xmlns='jabber:iq:register'><remove/></query></iq>",
+    )
+    .unwrap();
+    w.element(
+        two,
+        &format!("<iq type='set' id='r'><query xmlns='jabber:iq:roster'><item jid='{bob}@localhost'/></query></iq>"),
+    )
+    .unwrap();
+    w.run();
+    w.crash(1);
+    w.slice_of(&alice).want(&alice);
+    w.run();
+    assert!(w.slice_of(&alice).user(&alice).is_none());
+}
+
+#[test]
 fn undrained_changes_are_what_a_login_and_a_read_see() {
     let (mut w, alice, bob) = two(1);
     w.tier.dry = true;

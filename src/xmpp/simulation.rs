@@ -8,7 +8,8 @@
 //! accepted (`<a h/>`, an IQ's result) is there, once, in order; what was delivered is in the recipient's archive.
 //!
 //! `NITRO_SIM_SECONDS=3600 cargo test --release xmpp::simulation` runs for an hour, `NITRO_SIM_SEED=17` begins with that
-//! seed. A run that fails is tried with fewer actions, and the shortest that still fails is printed with its trace.
+//! seed. A run that fails is tried with fewer actions, and the shortest that still fails is printed with its trace;
+//! `NITRO_SIM_DRAIN=1` adds every record that reaches the tier.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -204,6 +205,8 @@ struct Stream {
     acked: u32,
     handled: u32,
     told: u32,
+    /// What it had sent when it resumed.
+    read: u32,
     /// Messages by their count.
     messages: VecDeque<(u32, usize)>,
     /// Unix ms of the last crash that it has seen.
@@ -222,9 +225,8 @@ struct Simulation {
     limits: Limits,
     journals: Option<Stepped>,
     floors: Floors,
-    /// The files that groups go to, and whether nothing of earlier shards is open, by shard.
+    /// The files that groups go to, by shard.
     files: Vec<u32>,
-    settled: Vec<bool>,
     /// What SQL has, by number and identity of a journal.
     positions: BTreeMap<(u16, u64), u64>,
     /// By which records of a journal are merged with others, see [`crate::store::drain`].
@@ -268,7 +270,6 @@ impl Simulation {
             journals: None,
             floors: floors(),
             files: Vec::new(),
-            settled: Vec::new(),
             positions: BTreeMap::new(),
             orders: BTreeMap::new(),
             requests: Vec::new(),
@@ -418,7 +419,6 @@ impl Simulation {
         self.news = (0..shards).map(|_| VecDeque::new()).collect();
         self.floors = floors();
         self.files = vec![0; shards];
-        self.settled = vec![false; shards];
         let options = Options {
             segment_bytes: [32 << 10, 64 << 10][self.random.below(2) as usize],
             backlog_bytes_max: [300 << 10, 4 << 20][self.random.below(2) as usize],
@@ -583,10 +583,11 @@ impl Simulation {
             slice.new_segment();
         }
         slice.ledger.give_back(committed.group);
-        self.floors[shard].store(slice.fx.floor, Relaxed);
-        self.settled[shard] |= slice.ledger.foreign_settled();
-        if self.settled.iter().all(|settled| *settled) {
-            for floor in &self.floors[self.settled.len()..] {
+        let floor = slice.fx.floor;
+        let slices = &self.world.slices;
+        if slices.iter().all(|slice| slice.ledger.foreign_settled()) {
+            self.floors[shard].store(floor, Relaxed);
+            for floor in &self.floors[slices.len()..] {
                 floor.store(u64::MAX, Relaxed);
             }
         }
@@ -710,7 +711,12 @@ impl Simulation {
         let Some(journals) = &mut self.journals else {
             return false;
         };
-        let kept = journals.keep();
+        // records rest for longer before they are drained than marks wait for a group, so marks are never late
+        let mut slices = self.world.slices.iter();
+        let marked = slices.all(|slice| {
+            !slice.ledger.is_flying() && slice.ledger.due_ms(slice.now.ms).is_none()
+        });
+        let kept = journals.keep(marked);
         let worked = matches!(kept, Ok(true));
         self.look(kept.map(drop).map_err(|error| error.to_string()));
         worked
@@ -777,6 +783,11 @@ impl Simulation {
             self.orders.insert(key.0, order);
             let change = ArchivedChange::access(&bytes[range]).unwrap();
             self.world.tier.apply(change);
+            if std::env::var_os("NITRO_SIM_DRAIN").is_some() {
+                self.trace
+                    .borrow_mut()
+                    .push(format!("drained {key:?} {seq} {}", told(change)));
+            }
             reached.insert(*key, seq);
         }
         if reached.is_empty() {
@@ -865,6 +876,35 @@ impl Simulation {
             );
             account.archive.insert(id);
         }
+    }
+}
+
+/// A change in a few words.
+fn told(change: &ArchivedChange<'_>) -> String {
+    match change {
+        ArchivedChange::Message(m) => format!(
+            "message {:x} of {}, what {}, twin {:x}: {}",
+            m.id,
+            &*m.owner,
+            m.what,
+            m.twin,
+            String::from_utf8_lossy(&m.stanza)
+        ),
+        ArchivedChange::Marks(marks) => {
+            macro_rules! ids {
+                ($ids:expr) => {
+                    $ids.iter().map(|id| format!("{id:x}")).collect::<Vec<_>>()
+                };
+            }
+            format!(
+                "marks: done {:?}, dropped {:?}, settled {:?}, {} counts",
+                ids!(marks.done),
+                ids!(marks.dropped),
+                ids!(marks.settled),
+                marks.counts.len()
+            )
+        }
+        other => format!("change of {:?}: {:x?}", other.owner(), id_of(other)),
     }
 }
 
@@ -982,6 +1022,10 @@ impl Simulation {
                     peer.inbox.clear();
                     (peer.link, peer.sid) = (Some(self.links), Some(sid));
                     peer.wants = None;
+                    if let Some(stream) = &mut peer.stream {
+                        stream.told = handled;
+                        stream.read = stream.sent;
+                    }
                     self.saw("resumed");
                     return true;
                 }
@@ -1311,7 +1355,7 @@ impl Simulation {
             "resumed" => {
                 let h = h();
                 let stream = self.peers[peer].stream.as_ref().unwrap();
-                assert_eq!(h, stream.sent, "{}: all was read", self.jid(peer));
+                assert_eq!(h, stream.read, "{}: all was read", self.jid(peer));
                 self.accepted(peer, h);
             }
             _ => {}
@@ -1552,6 +1596,7 @@ impl Simulation {
             let owed = (message.accepted && self.binds(message))
                 || (message.received
                     && message.to == user
+                    && !self.accounts[user].clear.contains_key(&message.from)
                     && self.accounts[user]
                         .since
                         .is_some_and(|s| s < message.at || s == 0));

@@ -1377,6 +1377,10 @@ impl Slice {
                 self.remember_count(stream, count.count);
             }
         }
+        // the journal that has told them may belong to a shard that is no more
+        if !self.counts.is_empty() {
+            self.new_segment();
+        }
         for (at, name, item) in found.undrained {
             let name: Rc<str> = (*name).into();
             self.overlay.add(at, &name, item);

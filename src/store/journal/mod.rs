@@ -40,7 +40,7 @@ use std::fmt;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::atomic::{AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize};
 use std::sync::{Arc, RwLock};
 
 use fnv::FnvHashMap;
@@ -434,6 +434,8 @@ pub struct Files(Arc<FilesInner>);
 struct FilesInner {
     live: RwLock<FnvHashMap<u32, Arc<Live>>>,
     last_id: AtomicU32,
+    /// Journals of shards that are no more, which still hold records.
+    left: AtomicUsize,
 }
 
 impl Files {
@@ -461,6 +463,11 @@ impl Files {
         let live = self.0.live.read();
         let live = live.expect("a thread that panics ends the process");
         live.get(&id).cloned()
+    }
+
+    /// Journals that have been left and are not empty, durably: one more, one less.
+    fn left(&self) -> &AtomicUsize {
+        &self.0.left
     }
 
     fn next_id(&self) -> u32 {

@@ -5,7 +5,8 @@
 //! - a committed group is there after any crash, a group that is not committed is there whole or not at all (one that
 //!   is larger than a segment: its first pieces);
 //! - a segment goes only when all its records are drained and their pins passed ([`super::group::Pins`]), the oldest
-//!   first, one at a time, each durably, so that what is left has no gap;
+//!   first, one at a time, each durably, so that what is left has no gap; those of journals whose shards are no more go
+//!   before all others;
 //! - the file of a segment is written again only when it is durably a spare.
 //!
 //! A segment's life: `SHARD-N.new` (being filled with zeros) → `SHARD-N.spare` → header and first group are written
@@ -191,7 +192,11 @@ impl Journal {
     }
 
     pub fn set_role(&self, role: Role) {
-        self.table().role = role;
+        let mut table = self.table();
+        table.role = role;
+        if role == Role::Left && !table.segments.is_empty() {
+            self.files.left().fetch_add(1, Relaxed);
+        }
     }
 
     /// Whether a first group could be committed now.
@@ -308,6 +313,10 @@ impl Journal {
         if table.role == Role::Unknown || self.is_only_active(&table) {
             return None;
         }
+        // what ends a message of a journal that was left, mark or twin, must outlive it there
+        if table.role == Role::Written && self.files.left().load(Relaxed) > 0 {
+            return None;
+        }
         let drained = self.state.drained_seq();
         let floor = |shard: usize| Some(self.floors.get(shard)?.load(Relaxed));
         let segment = table
@@ -342,6 +351,11 @@ impl Journal {
         }
         let synced = self.disk.sync_dir();
         synced.map_err(|e| self.io(name, "recycled", e))?;
+        let table = self.table();
+        if table.role == Role::Left && table.segments.is_empty() {
+            self.files.left().fetch_sub(1, Relaxed);
+        }
+        drop(table);
         if let Some(name) = spare {
             let file = segment.live.file.clone();
             self.add_spare(Spare { name, file });

@@ -105,11 +105,16 @@ impl Stepped {
         }
     }
 
-    /// One step of tidying up in every journal; did it do anything?
-    pub fn keep(&mut self) -> Result<bool, JournalError> {
+    /// One step of tidying up in every journal, or of making spares alone; did it do anything?
+    pub fn keep(&mut self, recycles: bool) -> Result<bool, JournalError> {
         let mut worked = false;
         for running in self.running.values() {
-            worked |= running.journal.keep()? == Kept::Worked;
+            let journal = &running.journal;
+            worked |= match recycles {
+                true => journal.keep()? == Kept::Worked,
+                false if journal.state.spares() > 0 || running.appender.is_none() => false,
+                false => journal.make_spare()? == Kept::Worked,
+            };
         }
         self.running.retain(|_, one| !one.journal.is_gone());
         Ok(worked)
