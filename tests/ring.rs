@@ -277,6 +277,10 @@ fn an_old_password_never_works_again_whatever_an_instance_went_through() {
                     );
                     assert!(!old && new, "{fault:?}, {gently}, {look}: {old} {new}");
                 }
+                if let (Fault::None, 1) = (fault, look) {
+                    let hits = house.sum("nitro_redis_hits_total");
+                    assert_eq!(hits, names.len() as u64, "it is the ring that is asked");
+                }
                 if look == 0 {
                     house.wait_in_use();
                     house.settle();
