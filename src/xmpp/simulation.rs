@@ -713,9 +713,8 @@ impl Simulation {
         };
         // records rest for longer before they are drained than marks wait for a group, so marks are never late
         let mut slices = self.world.slices.iter();
-        let marked = slices.all(|slice| {
-            !slice.ledger.is_flying() && slice.ledger.due_ms(slice.now.ms).is_none()
-        });
+        let marked = slices
+            .all(|slice| !slice.ledger.is_flying() && slice.ledger.due_ms(slice.now.ms).is_none());
         let kept = journals.keep(marked);
         let worked = matches!(kept, Ok(true));
         self.look(kept.map(drop).map_err(|error| error.to_string()));
@@ -1500,10 +1499,10 @@ impl Simulation {
         self.rest();
         self.advance(2_000);
         self.rest();
-        for user in 0..users {
+        for (user, peer) in last.into_iter().enumerate() {
             let account = &self.accounts[user];
             if account.since.is_some() {
-                assert!(self.peers[last[user]].link.is_some(), "user{user} is in");
+                assert!(self.peers[peer].link.is_some(), "user{user} is in");
                 self.check_archive(user);
                 self.check_changes(user);
             }

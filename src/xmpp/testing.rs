@@ -582,26 +582,26 @@ impl Tier {
                 user.record = record(bytes);
                 user.revision = id;
             }
-            (ArchivedChange::PutDocument { key, value, .. }, Some(user)) => {
-                if user.follows(key, id) {
-                    match value.is_empty() {
-                        false => user.documents.insert(key.to_string(), (**value).into()),
-                        true => user.documents.remove(&**key),
-                    };
-                }
+            (ArchivedChange::PutDocument { key, value, .. }, Some(user))
+                if user.follows(key, id) =>
+            {
+                user.revisions.insert(key.to_string(), id);
+                match value.is_empty() {
+                    false => user.documents.insert(key.to_string(), (**value).into()),
+                    true => user.documents.remove(&**key),
+                };
             }
-            (ArchivedChange::PutLast { at, status, .. }, Some(user)) => {
-                if user.follows("", id) {
-                    user.last = Some(Last {
-                        at: (*at).into(),
-                        status: (**status).into(),
-                    });
-                }
+            (ArchivedChange::PutLast { at, status, .. }, Some(user)) if user.follows("", id) => {
+                user.revisions.insert(String::new(), id);
+                user.last = Some(Last {
+                    at: (*at).into(),
+                    status: (**status).into(),
+                });
             }
-            (ArchivedChange::Message(m), Some(user)) => {
-                if id > user.added && !self.ahead.1.contains(&id) {
-                    user.put(m, self.ahead.0.contains(&id));
-                }
+            (ArchivedChange::Message(m), Some(user))
+                if id > user.added && !self.ahead.1.contains(&id) =>
+            {
+                user.put(m, self.ahead.0.contains(&id));
             }
             _ => {}
         }
@@ -644,12 +644,8 @@ impl Tier {
 
 impl Stored {
     /// Is a change with this revision newer than what was under the key, and of this account?
-    fn follows(&mut self, key: &str, revision: u64) -> bool {
-        let last = self.revisions.get(key).copied().unwrap_or(self.added);
-        if last < revision {
-            self.revisions.insert(key.to_owned(), revision);
-        }
-        last < revision
+    fn follows(&self, key: &str, revision: u64) -> bool {
+        self.revisions.get(key).copied().unwrap_or(self.added) < revision
     }
 
     fn put(&mut self, m: &crate::store::change::ArchivedMessage<'_>, done: bool) {
