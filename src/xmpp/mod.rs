@@ -18,9 +18,9 @@ pub mod negotiation;
 mod promise;
 pub mod sasl;
 pub mod session;
-pub mod slice;
 #[cfg(test)]
 mod simulation;
+pub mod slice;
 #[cfg(test)]
 pub mod testing;
 pub mod warmth;

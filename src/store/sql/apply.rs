@@ -214,7 +214,9 @@ impl Sql {
         let key = key.as_bytes();
         key.len() == 1025
             && key[1025 - 65] == b'.'
-            && key[1025 - 64..].iter().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b))
+            && key[1025 - 64..]
+                .iter()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b))
     }
 
     async fn in_transaction<T>(
