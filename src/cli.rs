@@ -714,6 +714,8 @@ fn journal(config: &Config, command: Journal) -> Result<(), String> {
                 ));
             }
             let copies = Folder::open(&backup)?;
+            // what is dropped here may have been copied into Redis
+            crate::admin::forget_copies(config)?;
             let report = repair::repair(&disk, &copies).map_err(|e| e.to_string())?;
             print(&format!(
                 "{report}repaired; the damaged files as they were are in {}\n",

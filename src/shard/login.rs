@@ -237,12 +237,11 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
             transport,
             framer,
             rest,
-            mut pass,
+            pass,
             negotiation,
             ..
         } = c;
         drop(negotiation);
-        pass.authenticated();
         let Some(sid) = shard.take_bound(link) else {
             return;
         };
@@ -330,6 +329,8 @@ async fn run(
         match step {
             Step::Continue => {}
             Step::Authenticated => {
+                // before the client hears of it: its next connection counts on it
+                c.pass.authenticated();
                 c.framer.restart();
                 if let Some(name) = c.negotiation.user() {
                     shard.doors.succeeded(name);
