@@ -1,16 +1,19 @@
-//! What the tiers cost: placement, reading a cached record, and the SQL lane's cold loads and writes.
+//! What the tiers cost: placement, reading a cached record, collecting a group for the journal, cold loads from SQL.
 //! `cargo bench --bench store`; set `NITRO_BENCH_DIR` to measure the disk that matters.
 
 use std::hint::black_box;
 use std::sync::mpsc::{Receiver, channel};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use nitro::store::admin::Store;
 use nitro::store::cache::Cache;
-use nitro::store::lane::{AnswerSink, Lane, LaneConfig};
+use nitro::store::change::{Change, Message};
+use nitro::store::journal::Group;
 use nitro::store::record::{Record, RosterItem, ScramKeys, Subscription, UserRecord};
 use nitro::store::ring::Ring;
-use nitro::store::tier::{Answer, Op, Request};
+use nitro::store::sql::Database;
+use nitro::store::sql::admin::Store;
+use nitro::store::sql::lane::{AnswerSink, Lane, LaneConfig};
+use nitro::store::tier::{Answer, Request};
 
 const USERS: usize = 10_000;
 const AT_ONCE: usize = 1_000;
@@ -92,6 +95,39 @@ fn record(c: &mut Criterion) {
     group.finish();
 }
 
+/// What the hot path pays for a message at one owner: encoding into the group that is being collected.
+fn group(c: &mut Criterion) {
+    let stanza = [b'x'; 220];
+    let change = Change::Message(Message {
+        id: 1 << 60,
+        owner: "trader00001",
+        what: Message::RECEIVED | Message::PENDING | Message::ARCHIVE,
+        kind: 0,
+        flags: 1,
+        peer: "trader00002@example.com/desk",
+        twin: 1 << 60,
+        stream: "",
+        count: 0,
+        stanza: &stanza,
+    });
+    let mut collected = Group::new();
+    let mut bench = c.benchmark_group("journal");
+    bench.throughput(Throughput::Elements(1000));
+    bench.bench_function("a message of 220 bytes appended to a group", |b| {
+        b.iter(|| {
+            collected.clear();
+            for seq in 1..=1000 {
+                black_box(collected.append(seq, black_box(&change)));
+            }
+        });
+    });
+    bench.finish();
+}
+
+fn database(folder: &tempfile::TempDir) -> Database {
+    Database::Sqlite(folder.path().join("nitro.db"))
+}
+
 struct Bench {
     lane: Lane,
     answers: Receiver<Vec<Answer>>,
@@ -101,10 +137,11 @@ impl Bench {
     fn start(folder: &tempfile::TempDir) -> Bench {
         let (to, answers) = channel();
         let sink: AnswerSink = Box::new(move |batch| to.send(batch).expect("the bench listens"));
-        let mut config = LaneConfig::new(folder.path().join("nitro.db"));
+        let mut config = LaneConfig::new(database(folder));
         config.affinity = Some(vec![0]);
+        let lane = Lane::start(config, vec![sink], Vec::new(), Box::new(|_, _| {}));
         Bench {
-            lane: Lane::start(config, vec![sink]).expect("a fresh database opens"),
+            lane: lane.expect("a fresh database opens"),
             answers,
         }
     }
@@ -130,7 +167,7 @@ fn sql(c: &mut Criterion) {
     let folder = folder.expect("a folder for the database can be made");
     let names = names(USERS);
     let record = Record::new(&user(50));
-    let mut store = Store::open(folder.path().join("nitro.db")).expect("a fresh database opens");
+    let mut store = Store::open(&database(&folder)).expect("a fresh database opens");
     let users = names.iter().map(|name| (name.clone(), record.clone()));
     store
         .add_users(users, |_| {})
@@ -159,48 +196,6 @@ fn sql(c: &mut Criterion) {
     group.bench_function("cold load, alone", |b| {
         b.iter(|| bench.round(vec![Request::Load { name: next() }]));
     });
-    group.throughput(Throughput::Elements(AT_ONCE as u64));
-    group.bench_function("records of 50 contacts written, 1,000 at once", |b| {
-        b.iter(|| {
-            let op = |name| Op::PutUser {
-                name,
-                record: record.clone(),
-            };
-            let writes = (0..AT_ONCE as u64).map(|ticket| Request::Write {
-                ticket,
-                op: op(next()),
-            });
-            bench.round(writes.collect());
-        });
-    });
-    let mut id = 0;
-    group.bench_function("offline messages of 300 bytes, 1,000 at once", |b| {
-        b.iter(|| {
-            let writes = (0..AT_ONCE as u64).map(|ticket| {
-                id += 1;
-                let stanza = vec![b'x'; 300].into();
-                Request::Write {
-                    ticket,
-                    op: Op::PutOffline {
-                        name: next(),
-                        id,
-                        stanza,
-                    },
-                }
-            });
-            bench.round(writes.collect());
-        });
-    });
-    group.throughput(Throughput::Elements(1));
-    group.bench_function("record written, alone", |b| {
-        b.iter(|| {
-            let op = Op::PutUser {
-                name: next(),
-                record: record.clone(),
-            };
-            bench.round(vec![Request::Write { ticket: 0, op }]);
-        });
-    });
     group.finish();
     bench.lane.stop();
 }
@@ -213,7 +208,7 @@ fn import(c: &mut Criterion) {
     group.bench_function("100,000 accounts", |b| {
         b.iter(|| {
             let folder = tempfile::tempdir().expect("a folder for the database can be made");
-            let mut store = Store::open(folder.path().join("nitro.db")).expect("opens");
+            let mut store = Store::open(&database(&folder)).expect("opens");
             let users = (0..100_000).map(|n| (format!("trader{n:06}"), record.clone()));
             store
                 .add_users(users, |_| {})
@@ -223,5 +218,5 @@ fn import(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, ring, record, sql, import);
+criterion_group!(benches, ring, record, group, sql, import);
 criterion_main!(benches);

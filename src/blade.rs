@@ -14,17 +14,28 @@ use signal_hook::iterator::Signals;
 
 use crate::admin::lock::DataLock;
 use crate::admin::server::AdminServer;
-use crate::admin::{AdminReply, AdminRequest, Outcome, UserLine};
+use crate::admin::{AdminReply, AdminRequest, JournalLine, Outcome, UserLine};
 use crate::config::{Config, reloadable_diff};
 use crate::net::{self, TlsConfig};
 use crate::observe::Gauges;
 use crate::rt::{self, InboxSender};
 use crate::shard::admin::Call;
 use crate::shard::doors::Doors;
+use crate::shard::journal::Foreign;
+use crate::shard::redis::RedisParts;
 use crate::shard::{Door, Inbound, Parts, Shard};
-use crate::store::admin::Store;
-use crate::store::lane::{Lane, LaneConfig};
+use crate::store::change::Id;
+use crate::store::drain::{DrainConfig, Source};
+use crate::store::journal::{self, Journals, State, disk::Folder};
+use crate::store::overlay::Position;
+use crate::store::recovery::{Found, Recovery};
+use crate::store::redis::hold::{Held, Hold};
+use crate::store::redis::keeper::{self, Keeper};
+use crate::store::redis::{self, Generations};
 use crate::store::ring::Ring;
+use crate::store::sql::admin::Store;
+use crate::store::sql::lane::{AnswerSink, Lane, LaneConfig};
+use crate::store::sql::{self, Database};
 use crate::store::tier::Ticket;
 use crate::xmpp::sasl::decoy::{Decoy, Profile, Shape};
 use crate::xmpp::slice::Job;
@@ -35,6 +46,8 @@ const INBOX_MAX: usize = 4096;
 const INBOX_PATIENCE: Duration = Duration::from_secs(30);
 /// How long an operator's request may take.
 const ADMIN_PATIENCE: Duration = Duration::from_secs(50);
+/// How long a list waits for the database to have what was changed.
+const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 /// The look of decoys follows the accounts not more often than that.
 const DECOY_PAUSE: Duration = Duration::from_secs(5);
 /// And at least that often, for the accounts that are made in-band.
@@ -62,35 +75,64 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         );
     }
     let _lock = DataLock::acquire(&config.data_dir)?;
-    let first_start = !config.sqlite_path().exists();
     let cores = config.cores.pick(&rt::cores_online())?;
     let mut config = config;
     let listen = open_ports(&mut config)?;
     let (tls, fingerprint) = load_tls(&config)?;
     let secret = secret(&config.data_dir)?;
-    let mut store = Store::open(config.sqlite_path())?;
-    let decoy = Arc::new(decoy(&mut store, &secret, &config)?);
-    let accounts = store.count()?;
+    let database = crate::admin::database(&config)?;
+    let mut accounts = Accounts::new(&database)?;
+    let decoy = Arc::new(accounts.decoy(&secret, &config));
+    let account_count = accounts.if_there(Store::count).unwrap_or(u64::MAX);
 
     let started = Instant::now();
     let shards = cores.len();
+    if shards > crate::store::change::Id::SHARDS_MAX {
+        return Err(format!(
+            "cores: {shards} are too many; name at most {} of them",
+            crate::store::change::Id::SHARDS_MAX
+        ));
+    }
     let ring = Arc::new(Ring::of_shards(shards));
+    let options = crate::admin::journal_options(&config);
+    let folder = Arc::new(Folder::open(&config.journal_dir())?);
+    let mut journals = journal::open(folder, &options).map_err(|error| error.to_string())?;
+    let positions = accounts.if_there(Store::positions);
+    let (found, last_id) = recover(&journals, &ring, positions.as_deref())?;
+    let last_id = last_id.max(accounts.if_there(Store::highest_id).unwrap_or_default());
+    if accounts.is_missing() {
+        tracing::error!(
+            %database,
+            "the database cannot be reached: nitro serves what its journals hold, and goes on trying"
+        );
+    }
     let gauges = Arc::new(Gauges::new(shards));
     let (senders, inboxes): (Vec<_>, Vec<_>) = (0..shards)
         .map(|_| rt::inbox::<Inbound>(INBOX_MAX).map_err(|e| format!("eventfd: {e}")))
         .collect::<Result<Vec<_>, _>>()?
         .into_iter()
         .unzip();
-    let sinks = senders.iter().cloned().map(answer_sink).collect();
-    let lane_core = config.sql.core.pick(&cores);
-    let lane = Lane::start(
-        LaneConfig {
-            queue_max: config.sql.queue_max,
-            affinity: lane_core.map(|core| vec![core]),
-            ..LaneConfig::new(config.sqlite_path())
-        },
-        sinks,
-    )?;
+    let mut writers = Vec::new();
+    for (n, sender) in senders.iter().enumerate() {
+        let drained = drained_of(&journals, n as u16, positions.as_deref());
+        let sender = sender.clone();
+        let landed = move |committed| {
+            // a shard that takes nothing for so long has ended
+            let _ = sender.send(Inbound::Committed(Box::new(committed)), INBOX_PATIENCE);
+        };
+        let writer = journals.writer(n as u16, drained, Box::new(landed));
+        writers.push(Some(writer.map_err(|error| error.to_string())?));
+    }
+    let states: Vec<Arc<State>> = writers.iter().flatten().map(|w| w.state()).collect();
+    let redis = start_redis(&config, shards, last_id, &senders)?;
+    let hold = redis.as_ref().map(|redis| redis.hold.clone());
+    let (lane, feeds) = start_lane(&config, &database, &cores, &mut journals, hold, &senders)?;
+    let files = journals.files();
+    let foreign = Arc::new(Foreign {
+        left: shards.into(),
+        shards,
+    });
+    let mut found: Vec<Option<Found>> = found.into_iter().map(Some).collect();
     let helpers = Helpers::start(config.limits.password_checks_waiting_max);
     let doors = Arc::new(Doors::default());
     let id_key = [
@@ -119,6 +161,16 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 mesh,
                 inbox,
                 lane: lane.sender(),
+                journal: writers[n].take().expect("one for each shard"),
+                floors: options.floors.clone(),
+                foreign: foreign.clone(),
+                files: files.clone(),
+                found: found[n].take().unwrap_or_default(),
+                last_id,
+                redis: redis.clone().map(|mut redis| {
+                    redis.config.shard = n as u16;
+                    redis
+                }),
                 helpers: helpers.clone(),
                 own_inbox: senders[n].clone(),
                 doors: doors.clone(),
@@ -142,8 +194,10 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let handler = Operators {
         senders: senders.clone(),
         ring: ring.clone(),
-        store: Mutex::new(store),
-        changed: follow_accounts(&shared, secret, &senders)?,
+        accounts: Mutex::new(accounts),
+        states,
+        feeds,
+        changed: follow_accounts(&shared, &database, secret, &senders)?,
     };
     let admin = AdminServer::start(
         &config.data_dir,
@@ -151,15 +205,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         move |request| handler.answer(request),
     )?;
     let up = wait_ready(&gauges, shards, &failures)?;
-    announce(
-        &config,
-        &listen,
-        &fingerprint,
-        accounts,
-        first_start,
-        shards,
-        up,
-    );
+    announce(&config, &listen, &fingerprint, account_count, shards, up);
 
     let mut current = config;
     let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
@@ -289,6 +335,211 @@ fn secret(dir: &Path) -> Result<[u8; 32], String> {
     }
 }
 
+/// What the journals hold beyond the database, for each shard.
+fn recover(
+    journals: &Journals,
+    ring: &Ring,
+    positions: Option<&[sql::Position]>,
+) -> Result<(Vec<Found>, crate::store::change::Id), String> {
+    let drained = journals
+        .found()
+        .iter()
+        .map(|found| (found.shard, drained_of(journals, found.shard, positions)))
+        .collect();
+    let mut recovery = Recovery::new(ring, drained);
+    let mut unreadable = None;
+    let replayed = journals.replay(|shard, seq, place, change| {
+        if let Err(error) = recovery.record(shard, seq, place, change) {
+            unreadable.get_or_insert_with(|| format!("record {seq} of journal {shard}: {error}"));
+        }
+    });
+    replayed.map_err(|error| error.to_string())?;
+    match unreadable {
+        Some(sentence) => Err(sentence),
+        None => Ok(recovery.finish()),
+    }
+}
+
+/// Up to where the database has a journal; where it cannot be asked, all that is on disk counts as new.
+fn drained_of(journals: &Journals, shard: u16, positions: Option<&[sql::Position]>) -> u64 {
+    let found = journals.found().iter().find(|found| found.shard == shard);
+    let Some(found) = found else { return 0 };
+    match positions {
+        None => found.first_seq - 1,
+        Some(positions) => positions
+            .iter()
+            .find(|at| at.identity == found.identity && at.journal == shard)
+            .map_or(0, |at| at.seq),
+    }
+}
+
+/// The Redis ring, if instances are configured.
+fn start_redis(
+    config: &Config,
+    shards: usize,
+    last_id: Id,
+    senders: &[InboxSender<Inbound>],
+) -> Result<Option<RedisParts>, String> {
+    let addresses = crate::admin::redis_instances(config)?;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let now = now.unwrap_or_default();
+    let stepped_back = last_id.unix_ms() > now.as_millis() as u64;
+    if addresses.is_empty() || stepped_back {
+        // copies may be numbered higher than what comes now, or will not be told of it
+        crate::admin::forget_copies(config)?;
+    }
+    if addresses.is_empty() {
+        return Ok(None);
+    }
+    let path = crate::admin::generations(config);
+    let unix_us = now.as_micros() as u64;
+    let generations = Generations::open(&path, &addresses, shards, unix_us)
+        .map_err(|error| format!("{}: {error}; make the data folder writable", path.display()))?;
+    let c = &config.redis;
+    let blade = match c.blade.as_str() {
+        "" => rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .replace(':', "-"),
+        name => name.to_owned(),
+    };
+    let placement = generations.placement();
+    let durable = (0..shards).map(|n| generations.all(n)).collect();
+    let incarnation = generations.incarnation();
+    let sinks = || -> Vec<keeper::Sink> {
+        let sink = |sender: &InboxSender<Inbound>| {
+            let sender = sender.clone();
+            Box::new(move |reply| {
+                // a shard that takes nothing for so long has ended
+                let _ = sender.send(Inbound::Redis(reply), INBOX_PATIENCE);
+            }) as keeper::Sink
+        };
+        senders.iter().map(sink).collect()
+    };
+    Ok(Some(RedisParts {
+        config: redis::Config {
+            ttl_ms: c.ttl_hours * 3_600_000,
+            missing_ttl_ms: c.missing_ttl_seconds * 1000,
+            sessions_ttl_ms: c.sessions_ttl_seconds * 1000,
+            timeout_ms: c.timeout_ms,
+            connect_timeout_ms: c.connect_timeout_ms,
+            pause_ms_max: c.pause_ms_max,
+            in_flight_max: c.commands_max,
+            ..redis::Config::new(c.prefix.as_str(), blade, 0, incarnation)
+        },
+        addresses: addresses.into(),
+        placement,
+        generations: durable,
+        keeper: Keeper::start(generations, sinks(), sinks())?,
+        hold: Arc::new(Hold::new(shards)),
+        figures: Arc::default(),
+    }))
+}
+
+/// The SQL lane, with the journals of all shards, those of an earlier start that are no more included.
+fn start_lane(
+    config: &Config,
+    database: &Database,
+    cores: &[usize],
+    journals: &mut Journals,
+    hold: Option<Arc<Hold>>,
+    senders: &[InboxSender<Inbound>],
+) -> Result<(Lane, Vec<Feed>), String> {
+    let mut numbers: Vec<u16> = journals.found().iter().map(|found| found.shard).collect();
+    numbers.extend(0..senders.len() as u16);
+    numbers.sort_unstable();
+    numbers.dedup();
+    let readers: Vec<_> = numbers.into_iter().map(|n| journals.reader(n)).collect();
+    let feeds = readers
+        .iter()
+        .map(|reader| Feed {
+            shard: reader.shard(),
+            identity: reader.identity(),
+            state: reader.state().clone(),
+        })
+        .collect();
+    let sources = readers
+        .into_iter()
+        .map(|journal| match &hold {
+            None => Box::new(journal) as Box<dyn Source>,
+            Some(hold) => Box::new(Held {
+                journal,
+                hold: hold.clone(),
+            }),
+        })
+        .collect();
+    let all = senders.to_vec();
+    let drained = move |journal, seq| {
+        for sender in &all {
+            let _ = sender.send(Inbound::Drained(Position { journal, seq }), INBOX_PATIENCE);
+        }
+    };
+    let lane = LaneConfig {
+        queue_max: config.sql.queue_max,
+        affinity: config.sql.core.pick(cores).map(|core| vec![core]),
+        drain: DrainConfig {
+            linger: Duration::from_millis(config.journal.drain_after_ms),
+            ..DrainConfig::default()
+        },
+        ..LaneConfig::new(database.clone())
+    };
+    let answers = senders.iter().cloned().map(answer_sink).collect();
+    let lane = Lane::start(lane, answers, sources, Box::new(drained))?;
+    Ok((lane, feeds))
+}
+
+/// A journal that is drained.
+struct Feed {
+    shard: u16,
+    identity: u64,
+    state: Arc<State>,
+}
+
+/// The database for what is not a shard's: lists and counts. It may be away.
+struct Accounts {
+    database: Database,
+    store: Option<Store>,
+}
+
+impl Accounts {
+    /// An error: the database is there and cannot be used.
+    fn new(database: &Database) -> Result<Accounts, String> {
+        Ok(Accounts {
+            database: database.clone(),
+            store: Store::open_if_there(database)?,
+        })
+    }
+
+    fn is_missing(&self) -> bool {
+        self.store.is_none()
+    }
+
+    fn with<T>(&mut self, ask: impl FnOnce(&mut Store) -> Result<T, String>) -> Result<T, String> {
+        if self.store.is_none() {
+            self.store = Some(Store::open(&self.database)?);
+        }
+        let answer = ask(self.store.as_mut().expect("opened a moment ago"));
+        if answer.is_err() {
+            // a lost connection is made anew by the next one who asks
+            self.store = None;
+        }
+        answer
+    }
+
+    /// For the start: what was out of reach a moment ago is not tried again, each try may take long.
+    fn if_there<T>(&mut self, ask: impl FnOnce(&mut Store) -> Result<T, String>) -> Option<T> {
+        match self.is_missing() {
+            true => None,
+            false => self.with(ask).ok(),
+        }
+    }
+
+    fn decoy(&mut self, secret: &[u8; 32], config: &Config) -> Decoy {
+        self.if_there(|store| decoy(store, secret, config))
+            .unwrap_or_else(|| made_up(secret, &[], config))
+    }
+}
+
 /// What a challenge to an unknown user looks like: as those to known ones do.
 fn decoy(store: &mut Store, secret: &[u8; 32], config: &Config) -> Result<Decoy, String> {
     let shape = |shape: Option<(u32, usize)>| {
@@ -306,17 +557,21 @@ fn decoy(store: &mut Store, secret: &[u8; 32], config: &Config) -> Result<Decoy,
             accounts: kind.users,
         })
         .collect();
-    Ok(Decoy::new(
+    Ok(made_up(secret, &profiles, config))
+}
+
+fn made_up(secret: &[u8; 32], profiles: &[Profile], config: &Config) -> Decoy {
+    Decoy::new(
         secret,
-        &profiles,
+        profiles,
         Shape {
             iterations: config.sasl.iterations,
             salt_len: 16,
         },
-    ))
+    )
 }
 
-fn answer_sink(inbox: InboxSender<Inbound>) -> crate::store::lane::AnswerSink {
+fn answer_sink(inbox: InboxSender<Inbound>) -> AnswerSink {
     Box::new(move |answers| {
         // a shard that takes nothing for so long has ended
         let _ = inbox.send(Inbound::Answers(answers), INBOX_PATIENCE);
@@ -350,7 +605,6 @@ fn announce(
     listen: &[(SocketAddr, Door)],
     fingerprint: &str,
     accounts: u64,
-    first_start: bool,
     shards: usize,
     up: Duration,
 ) {
@@ -381,7 +635,7 @@ fn announce(
         config.data_dir.display()
     ));
     out.push_str(&format!("  certificate     SHA-256 {fingerprint}\n"));
-    if accounts == 0 || first_start {
+    if accounts == 0 {
         let exe = std::env::args().next().unwrap_or_else(|| "nitro".into());
         out.push_str(&format!(
             "  add an account  {exe} user add alice@{}\n",
@@ -444,7 +698,11 @@ impl Helpers {
 struct Operators {
     senders: Vec<InboxSender<Inbound>>,
     ring: Arc<Ring>,
-    store: Mutex<Store>,
+    accounts: Mutex<Accounts>,
+    /// Of the journals, by shard.
+    states: Vec<Arc<State>>,
+    /// All journals, those of shards that are no more included.
+    feeds: Vec<Feed>,
     /// Accounts have changed.
     changed: SyncSender<()>,
 }
@@ -463,6 +721,7 @@ impl Operators {
                 limit,
             } => self.list(&prefix, &after, limit),
             UsersKnown { names } => self.known(&names),
+            Journals => self.journals(),
             SessionList {
                 name: None,
                 after,
@@ -581,10 +840,11 @@ impl Operators {
     }
 
     fn list(&self, prefix: &str, after: &str, limit: usize) -> AdminReply {
-        let Ok(mut store) = self.store.lock() else {
+        self.wait_for_drain();
+        let Ok(mut accounts) = self.accounts.lock() else {
             return AdminReply::refused("the server is stopping");
         };
-        match store.list(prefix, after, limit) {
+        match accounts.with(|store| store.list(prefix, after, limit)) {
             Ok(users) => AdminReply::Users {
                 users: users
                     .into_iter()
@@ -598,12 +858,41 @@ impl Operators {
         }
     }
 
+    /// Lists come from the database: what was changed until now is to be in it, if it takes it in time.
+    fn wait_for_drain(&self) {
+        let wanted: Vec<u64> = self.states.iter().map(|s| s.committed_seq()).collect();
+        let until = Instant::now() + DRAIN_PATIENCE;
+        while Instant::now() < until
+            && self
+                .states
+                .iter()
+                .zip(&wanted)
+                .any(|(state, wanted)| state.drained_seq() < *wanted)
+        {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn journals(&self) -> AdminReply {
+        let line = |feed: &Feed| JournalLine {
+            shard: feed.shard,
+            identity: feed.identity,
+            committed: feed.state.committed_seq(),
+            drained: feed.state.drained_seq(),
+        };
+        AdminReply::Journals {
+            release: env!("CARGO_PKG_VERSION").into(),
+            journals: self.feeds.iter().map(line).collect(),
+        }
+    }
+
     fn known(&self, names: &[String]) -> AdminReply {
-        let Ok(mut store) = self.store.lock() else {
+        self.wait_for_drain();
+        let Ok(mut accounts) = self.accounts.lock() else {
             return AdminReply::refused("the server is stopping");
         };
         let names: Vec<&str> = names.iter().map(String::as_str).collect();
-        match store.load(&names) {
+        match accounts.with(|store| store.load(&names)) {
             Ok(users) => AdminReply::Known {
                 known: users.iter().map(Option::is_some).collect(),
             },
@@ -616,18 +905,22 @@ impl Operators {
 /// change by an operator, and now and then. The sender says that something has changed.
 fn follow_accounts(
     config: &Arc<Config>,
+    database: &Database,
     secret: [u8; 32],
     senders: &[InboxSender<Inbound>],
 ) -> Result<SyncSender<()>, String> {
     let (changed, changes) = mpsc::sync_channel(1);
     let (config, senders) = (config.clone(), senders.to_vec());
-    let mut store = Store::open(config.sqlite_path())?;
+    let mut accounts = Accounts {
+        database: database.clone(),
+        store: None,
+    };
     let follow = move || {
         while !matches!(
             changes.recv_timeout(DECOY_IDLE),
             Err(mpsc::RecvTimeoutError::Disconnected)
         ) {
-            match decoy(&mut store, &secret, &config) {
+            match accounts.with(|store| decoy(store, &secret, &config)) {
                 Ok(decoy) => {
                     let decoy = Arc::new(decoy);
                     for sender in &senders {

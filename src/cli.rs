@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::io::{self, BufRead as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use clap::{
@@ -15,11 +16,16 @@ use clap::{
 };
 
 use crate::admin::client::Accounts;
+use crate::admin::lock::DataLock;
 use crate::admin::{AdminReply, AdminRequest, Existing, Keys, LIST_MAX, SessionLine, UserDetail};
 use crate::config::Config;
+use crate::store::change::ArchivedChange;
+use crate::store::journal::disk::{Disk, Folder};
+use crate::store::journal::repair;
 use crate::store::record::ScramKeys;
 use crate::user_import::{self, Sources};
 use crate::xmpp::{jid, sasl};
+use crate::{backup, migrate};
 
 /// An instant-messaging (XMPP) server for trading floors.
 ///
@@ -51,6 +57,47 @@ enum Command {
     /// Look at the sessions of the running server, or end them.
     #[command(subcommand, after_help = "Example:\n  nitro session list alice")]
     Session(Session),
+    /// Look at the journals of a stopped server, or mend them.
+    #[command(subcommand, after_help = "Example:\n  nitro journal verify")]
+    Journal(Journal),
+    /// Back up accounts, rosters, messages and secrets into a new folder, while the server runs or not.
+    ///
+    /// Everything that the server had accepted before the command began is in the backup: the command waits until the
+    /// database has it, and then copies the database as it is at one moment (the backup of a MySQL database is a SQLite
+    /// file too). Journals are not needed then.
+    #[command(after_help = "Example:\n  nitro backup /var/backups/nitro-monday")]
+    Backup {
+        /// The folder to make.
+        folder: PathBuf,
+        /// How long the database may take to have everything that was accepted.
+        #[arg(long, value_name = "SECONDS", default_value_t = 300)]
+        wait: u64,
+    },
+    /// Restore a backup into an empty data folder (and an empty MySQL database, if one is configured).
+    #[command(after_help = "Example:\n  nitro restore /var/backups/nitro-monday")]
+    Restore {
+        /// The folder that `nitro backup` made.
+        folder: PathBuf,
+    },
+    /// Copy everything from one database into another, SQLite or MySQL, while the server is stopped.
+    ///
+    /// A copy that was interrupted goes on when the command is repeated. What was copied is compared at the end, row by
+    /// row. The source stays as it is; change the key `database` of the configuration afterwards.
+    #[command(
+        name = "migrate-store",
+        after_help = "Example:\n  nitro migrate-store --to mysql://nitro:secret@db.example.com/nitro"
+    )]
+    MigrateStore {
+        /// The database to fill, as the key `database` names it; it must be empty.
+        #[arg(long, value_name = "DATABASE")]
+        to: String,
+        /// The database to copy. Default: the one of the configuration.
+        #[arg(long, value_name = "DATABASE")]
+        from: Option<String>,
+        /// Copy nothing, only compare the two.
+        #[arg(long)]
+        verify: bool,
+    },
     /// Check the configuration and say what it means.
     #[command(after_help = "Example:\n  nitro check-config --config /etc/nitro.toml")]
     CheckConfig {
@@ -149,6 +196,37 @@ enum Session {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum Journal {
+    /// Read all journals and tell what is damaged; changes nothing.
+    #[command(after_help = "Example:\n  nitro journal verify")]
+    Verify,
+    /// Save what can be saved of damaged journals, and tell what is lost.
+    #[command(
+        after_help = "Example:\n  nitro journal repair --backup /var/backups/nitro-journal-damaged"
+    )]
+    Repair {
+        /// Where copies of the damaged files go; must not exist yet. Default: journal-damaged-TIME in data_dir.
+        #[arg(long, value_name = "FOLDER")]
+        backup: Option<PathBuf>,
+    },
+    /// List the records, one a line, without what they say.
+    #[command(after_help = "Example:\n  nitro journal show --shard 0 --from 4711")]
+    Show {
+        /// Only the journal of this shard.
+        #[arg(long)]
+        shard: Option<u16>,
+        /// Only from this sequence number on.
+        #[arg(
+            long,
+            value_name = "NUMBER",
+            default_value_t = 0,
+            hide_default_value = true
+        )]
+        from: u64,
+    },
+}
+
 #[derive(Debug, clap::Args)]
 struct PasswordArgs {
     /// Read the password from the first line of standard input instead of asking for it.
@@ -202,6 +280,14 @@ pub fn run() -> ExitCode {
                 }
                 Command::User(command) => user(&config, command),
                 Command::Session(command) => session(&config, command),
+                Command::Journal(command) => journal(&config, command),
+                Command::Backup { folder, wait } => {
+                    backup::backup(&config, &folder, Duration::from_secs(wait))
+                }
+                Command::Restore { folder } => backup::restore(&config, &folder),
+                Command::MigrateStore { to, from, verify } => {
+                    migrate::run(&config, &to, from.as_deref(), verify)
+                }
                 _ => check_config(&config, &options),
             }
         }
@@ -261,6 +347,7 @@ fn completions(shell: clap_complete::Shell) -> Result<(), String> {
 }
 
 fn check_config(config: &Config, options: &Options) -> Result<(), String> {
+    crate::admin::redis_instances(config)?;
     let from = match &options.config {
         Some(path) => path.display().to_string(),
         None => "the defaults".into(),
@@ -284,7 +371,8 @@ fn check_config(config: &Config, options: &Options) -> Result<(), String> {
         options.sets.len(),
         config.domain,
         config.data_dir.display(),
-        config.sqlite_path().display(),
+        // the password stays out of sight
+        crate::store::sql::Database::parse(&config.database())?,
         list(&config.c2s.listen),
         list(&config.c2s.listen_tls),
         list(&config.http.listen),
@@ -592,6 +680,125 @@ pub(crate) fn unexpected(reply: &AdminReply) -> String {
     )
 }
 
+fn journal(config: &Config, command: Journal) -> Result<(), String> {
+    let path = config.journal_dir();
+    if !path.is_dir() {
+        return Err(format!(
+            "{}: there is no journal; is data_dir right?",
+            path.display()
+        ));
+    }
+    let _lock = DataLock::acquire(&config.data_dir)?;
+    let disk: Arc<dyn Disk> = Arc::new(Folder::existing(&path)?);
+    let verified = || repair::verify(&disk).map_err(|e| e.to_string());
+    match command {
+        Journal::Verify => {
+            let report = verified()?;
+            print(&report.to_string())?;
+            match report.is_good() {
+                true => print("all journals are good\n"),
+                false => Err("save what can be saved with: nitro journal repair".into()),
+            }
+        }
+        Journal::Repair { backup } => {
+            if verified()?.is_good() {
+                return print("all journals are good, nothing was changed\n");
+            }
+            let now = SystemTime::now().duration_since(UNIX_EPOCH);
+            let named = format!("journal-damaged-{}", now.unwrap_or_default().as_secs());
+            let backup = backup.unwrap_or_else(|| config.data_dir.join(named));
+            if backup.exists() {
+                return Err(format!(
+                    "{}: is there already; give another folder with --backup",
+                    backup.display()
+                ));
+            }
+            let copies = Folder::open(&backup)?;
+            // what is dropped here may have been copied into Redis
+            crate::admin::forget_copies(config)?;
+            let report = repair::repair(&disk, &copies).map_err(|e| e.to_string())?;
+            print(&format!(
+                "{report}repaired; the damaged files as they were are in {}\n",
+                backup.display()
+            ))
+        }
+        Journal::Show { shard, from } => {
+            let mut lines = String::new();
+            let mut printed = Ok(());
+            repair::show(&disk, |of, seq, change| {
+                if printed.is_ok() && seq >= from && shard.is_none_or(|shard| shard == of) {
+                    lines += &change_text(of, seq, change);
+                    if lines.len() > 64 << 10 {
+                        printed = print(&lines);
+                        lines.clear();
+                    }
+                }
+            })
+            .map_err(|e| e.to_string())?;
+            printed.and_then(|()| print(&lines))
+        }
+    }
+}
+
+/// What a change is about, never what it says.
+fn change_text(shard: u16, seq: u64, change: &ArchivedChange) -> String {
+    use crate::store::change::Message;
+    let revision = |kind: &str, name: &str, revision: u64| format!("{kind} {name} {revision}");
+    let text = match change {
+        ArchivedChange::Message(message) => {
+            let names = [
+                (Message::ARCHIVE, "archive"),
+                (Message::PENDING, "pending"),
+                (Message::SENT, "sent"),
+                (Message::RECEIVED, "received"),
+                (Message::UNDECIDED, "undecided"),
+            ];
+            let what = names.iter().filter(|(bit, _)| message.what & bit != 0);
+            let what: Vec<_> = what.map(|(_, name)| *name).collect();
+            format!(
+                "message {} {} {} twin {}, {} bytes",
+                message.owner,
+                message.id,
+                what.join("+"),
+                message.twin,
+                message.stanza.len()
+            )
+        }
+        ArchivedChange::AddUser {
+            name, revision: r, ..
+        } => revision("add-user", name, r.to_native()),
+        ArchivedChange::PutUser {
+            name, revision: r, ..
+        } => revision("put-user", name, r.to_native()),
+        ArchivedChange::RemoveUser { name, revision: r } => {
+            revision("remove-user", name, r.to_native())
+        }
+        ArchivedChange::PutDocument {
+            name,
+            revision: r,
+            key,
+            ..
+        } => {
+            format!(
+                "{} {:?}",
+                revision("put-document", name, r.to_native()),
+                &**key
+            )
+        }
+        ArchivedChange::PutLast {
+            name, revision: r, ..
+        } => revision("put-last", name, r.to_native()),
+        ArchivedChange::Marks(marks) => format!(
+            "marks, {} done, {} dropped, {} settled, {} counts",
+            marks.done.len(),
+            marks.dropped.len(),
+            marks.settled.len(),
+            marks.counts.len()
+        ),
+    };
+    format!("{shard} {seq} {text}\n")
+}
+
 /// Writes to standard output; a reader that has gone (`| head`) is no mistake.
 fn print(text: &str) -> Result<(), String> {
     let mut out = io::stdout().lock();
@@ -713,5 +920,103 @@ mod tests {
         assert_eq!(date(0), "1970-01-01T00:00:00Z");
         assert_eq!(date(951_827_696), "2000-02-29T12:34:56Z");
         assert_eq!(date(1_795_392_000), "2026-11-23T00:00:00Z");
+    }
+
+    #[test]
+    fn a_line_about_a_change_never_says_what_it_says() {
+        use crate::store::change::{Change, Marks, Message};
+        let line = |change: Change| {
+            let mut bytes = Vec::new();
+            change.encode(&mut bytes);
+            change_text(1, 7, ArchivedChange::access(&bytes).unwrap())
+        };
+        let message = line(Change::Message(Message {
+            id: 4711,
+            owner: "alice",
+            what: Message::ARCHIVE | Message::RECEIVED,
+            kind: 0,
+            flags: 0,
+            peer: "bob@localhost/desk",
+            twin: 4710,
+            stream: "",
+            count: 0,
+            stanza: b"secret",
+        }));
+        assert_eq!(
+            message,
+            "1 7 message alice 4711 archive+received twin 4710, 6 bytes\n"
+        );
+        let put = line(Change::PutUser {
+            name: "alice",
+            revision: 8,
+            record: b"secret",
+        });
+        assert_eq!(put, "1 7 put-user alice 8\n");
+        let document = line(Change::PutDocument {
+            name: "alice",
+            revision: 9,
+            key: "vcard",
+            value: b"secret",
+        });
+        assert_eq!(document, "1 7 put-document alice 9 \"vcard\"\n");
+        let marks = line(Change::Marks(Marks {
+            done: &[1, 2],
+            ..Marks::default()
+        }));
+        assert_eq!(marks, "1 7 marks, 2 done, 0 dropped, 0 settled, 0 counts\n");
+    }
+
+    #[test]
+    fn journals_are_left_alone_while_a_server_runs_and_mended_when_it_does_not() {
+        use crate::store::change::Change;
+        use crate::store::journal::{self, Group, Options, floors};
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config {
+            data_dir: dir.path().join("data"),
+            ..Config::default()
+        };
+        let why = super::journal(&config, Journal::Verify).unwrap_err();
+        assert!(why.contains("there is no journal"), "{why}");
+        let lock = DataLock::acquire(&config.data_dir).unwrap();
+        let path = config.journal_dir();
+        let disk: Arc<dyn Disk> = Arc::new(Folder::open(&path).unwrap());
+        let options = Options {
+            segment_bytes: 64 << 10,
+            backlog_bytes_max: 1 << 30,
+            floors: floors(),
+        };
+        let mut journals = journal::open(disk.clone(), &options).unwrap();
+        let (sender, committed) = std::sync::mpsc::channel();
+        let tell = move |_| sender.send(()).unwrap();
+        let writer = journals.writer(0, 0, Box::new(tell)).unwrap();
+        for seq in 1..=3 {
+            let mut group = Group::new();
+            let change = Change::RemoveUser {
+                name: "alice",
+                revision: seq,
+            };
+            group.append(seq, &change);
+            writer.submit(group);
+            committed.recv_timeout(Duration::from_secs(30)).unwrap();
+        }
+        let why = super::journal(&config, Journal::Verify).unwrap_err();
+        assert!(why.contains("another nitro"), "{why}");
+        drop((writer, journals, lock));
+        super::journal(&config, Journal::Verify).unwrap();
+        // the second group, in the third block
+        let file = disk.open("00000-000000000001.seg").unwrap();
+        file.write_at(b"x", 2 * 4096 + 60).unwrap();
+        let why = super::journal(&config, Journal::Verify).unwrap_err();
+        assert!(why.contains("nitro journal repair"), "{why}");
+        let backup = Some(dir.path().join("backup"));
+        super::journal(&config, Journal::Repair { backup }).unwrap();
+        assert!(dir.path().join("backup/00000-000000000001.seg").exists());
+        super::journal(&config, Journal::Verify).unwrap();
+        let show = Journal::Show {
+            shard: None,
+            from: 0,
+        };
+        super::journal(&config, show).unwrap();
+        journal::open(disk, &options).unwrap();
     }
 }

@@ -92,7 +92,8 @@ keys! {
         /// The folder of everything that must survive: database, generated certificate, lock and admin socket. It is made
         /// at the first start. A relative path starts at the current folder.
         restart data_dir: PathBuf = "./data".into();
-        /// Where permanent data is kept: `sqlite:PATH`. Empty: the SQLite file `nitro.db` in `data_dir`.
+        /// Where permanent data is kept: `sqlite:PATH`, `mysql://USER:PASSWORD@HOST/NAME` (MySQL 8, MariaDB 10.11 or newer) or
+        /// `mysql://USER@localhost/NAME?socket=PATH`. Empty: the SQLite file `nitro.db` in `data_dir`.
         restart database: String = String::new();
         /// The cores to use, one shard on each: "all", or numbers and spans such as "0-3" or "0,2". "all" means the cores
         /// that this process may run on.
@@ -262,6 +263,47 @@ keys! {
         restart queue_max: usize = 100_000 => 100..=10_000_000;
     }
 
+    /// The Redis ring between cache and database: warm copies, so that a login after a restart costs no SQL.
+    redis: Redis {
+        /// The instances, whose keys are spread by consistent hashing: "unix:///run/nitro-redis/1.sock?db=0&user=U&pass=P" or
+        /// "redis://USER:PASSWORD@HOST:6379/0"; behind `?` also `weight=N` (its share, 1 to 1000) and `name=NAME` (which
+        /// decides the keys it holds; else the address does). Empty: no ring.
+        restart instances: Vec<String> = Vec::new();
+        /// What all keys begin with: tells several blades on the same instances apart.
+        restart prefix: String = "nitro:".into();
+        /// This blade's name in the list of sessions, without `:`. Empty: the machine's name.
+        restart blade: String = String::new();
+        /// Hours that a user's copy stays without being written again.
+        restart ttl_hours: u64 = 168 => 1..=8760;
+        /// Seconds that the word stays that there is no such user.
+        restart missing_ttl_seconds: u64 = 60 => 1..=3600;
+        /// Seconds that a session is believed in; it is renewed three times in that span.
+        restart sessions_ttl_seconds: u64 = 90 => 15..=3600;
+        /// Milliseconds that an instance has for an answer, then it is left alone for a while.
+        restart timeout_ms: u64 = 250 => 10..=10_000;
+        /// Milliseconds for a connection.
+        restart connect_timeout_ms: u64 = 250 => 10..=10_000;
+        /// Longest pause, in milliseconds, until an instance that has failed is tried again.
+        restart pause_ms_max: u64 = 5000 => 100..=600_000;
+        /// Commands of one shard that wait for one instance; what comes then is read from the database.
+        restart commands_max: usize = 16_384 => 100..=1_000_000;
+    }
+
+    /// The journals: what was accepted and is not in the database yet. One for each shard.
+    journal: Journal {
+        /// Their folder, on a disk of its own if possible. Empty: `journal` in `data_dir`.
+        restart dir: PathBuf = PathBuf::new();
+        /// Length of a file. A multiple of 4096; at least twice `limits.stanza_bytes_max`, and no account with its roster may be
+        /// larger.
+        restart segment_bytes: usize = 64 << 20 => (1 << 20)..=(1 << 30);
+        /// What one shard's journal may hold that the database has not taken: beyond it new messages and changes are refused
+        /// with `<resource-constraint/>`. 16 GiB hold an hour without database at 1,000 messages a second.
+        restart backlog_bytes_max: usize = 16 << 30 => (64 << 20)..=(1 << 44);
+        /// Milliseconds that a change rests before it is written into the database: a delivery that is taken in this time
+        /// is never written as pending.
+        restart drain_after_ms: u64 = 500 => 0..=60_000;
+    }
+
     /// Stopping.
     shutdown: Shutdown {
         /// Seconds from SIGTERM to the end of the process.
@@ -311,11 +353,19 @@ impl Config {
         loading.finish()
     }
 
-    /// The SQLite file.
-    pub fn sqlite_path(&self) -> PathBuf {
-        match self.database.strip_prefix("sqlite:") {
-            Some(path) => path.into(),
-            None => self.data_dir.join("nitro.db"),
+    /// The database's address; see the key `database`.
+    pub fn database(&self) -> String {
+        match self.database.as_str() {
+            "" => format!("sqlite:{}", self.data_dir.join("nitro.db").display()),
+            database => database.to_owned(),
+        }
+    }
+
+    /// The folder of the journals.
+    pub fn journal_dir(&self) -> PathBuf {
+        match self.journal.dir.as_os_str().is_empty() {
+            true => self.data_dir.join("journal"),
+            false => self.journal.dir.clone(),
         }
     }
 
@@ -951,6 +1001,12 @@ impl Loading {
         let l = &c.limits;
         for (small, large, key_small, key_large) in [
             (
+                2 * l.stanza_bytes_max,
+                c.journal.segment_bytes,
+                "limits.stanza_bytes_max",
+                "journal.segment_bytes",
+            ),
+            (
                 l.stanza_bytes_max,
                 l.send_queue_bytes_max,
                 "limits.stanza_bytes_max",
@@ -991,15 +1047,21 @@ fn check(c: &mut Config, key: &str) -> Result<(), String> {
         "data_dir" if c.data_dir.as_os_str().is_empty() => {
             return Err(r#"it is empty; write a folder, e.g. "./data""#.into());
         }
-        "database" if !c.database.is_empty() => match c.database.strip_prefix("sqlite:") {
-            Some(path) if !path.is_empty() => {}
+        "database" if !c.database.is_empty() => match c.database.split_once(':') {
+            Some(("sqlite" | "mysql" | "mariadb", rest)) if !rest.is_empty() => {}
+            // without what may be a password
             _ => {
-                return Err(format!(
-                    "{:?} is no database of this release; write \"sqlite:PATH\"",
-                    c.database
-                ));
+                return Err(
+                    "this is no database; write \"sqlite:PATH\" or \"mysql://USER:PASSWORD@HOST/NAME\"".into(),
+                );
             }
         },
+        "redis.blade" if c.redis.blade.contains(':') => {
+            return Err("it must not contain `:`; write e.g. \"blade1\"".into());
+        }
+        "journal.segment_bytes" if !c.journal.segment_bytes.is_multiple_of(4096) => {
+            return Err("it must be a multiple of 4096".into());
+        }
         "sasl.mechanisms" => {
             let list = &c.sasl.mechanisms;
             if let Some(wrong) = list.iter().find(|m| !MECHANISMS.contains(&m.as_str())) {
@@ -1224,8 +1286,8 @@ mod tests {
                 r#"nitro.toml:1: domain: "a b" is no domain name; write e.g. "chat.example.com""#,
             ),
             (
-                "database = 'mysql://x'",
-                r#"nitro.toml:1: database: "mysql://x" is no database of this release; write "sqlite:PATH""#,
+                "database = 'postgres://x'",
+                r#"nitro.toml:1: database: this is no database; write "sqlite:PATH" or "mysql://USER:PASSWORD@HOST/NAME""#,
             ),
             (
                 "\ntls.key = 'k'",
@@ -1364,7 +1426,8 @@ mod tests {
     #[test]
     fn paths_of_database_and_certificate_follow_the_data_folder() {
         let config = set(&["data_dir='/d'"]).unwrap();
-        assert_eq!(config.sqlite_path(), Path::new("/d/nitro.db"));
+        assert_eq!(config.database(), "sqlite:/d/nitro.db");
+        assert_eq!(config.journal_dir(), Path::new("/d/journal"));
         assert_eq!(config.certificate_paths().1, Path::new("/d/key.pem"));
         let config = set(&[
             "database='sqlite:x.db'",
@@ -1372,7 +1435,7 @@ mod tests {
             "tls.key='k'",
         ])
         .unwrap();
-        assert_eq!(config.sqlite_path(), Path::new("x.db"));
+        assert_eq!(config.database(), "sqlite:x.db");
         assert_eq!(config.certificate_paths(), ("c".into(), "k".into(), false));
     }
 

@@ -1,9 +1,11 @@
 //! nitro: an instant-messaging server for trading floors, thread-per-core and shared-nothing.
 
 pub mod admin;
+pub mod backup;
 pub mod blade;
 pub mod cli;
 pub mod config;
+pub mod migrate;
 pub mod net;
 pub mod observe;
 pub mod rt;

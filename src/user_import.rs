@@ -884,7 +884,7 @@ mod tests {
 
         fn record(&self, name: &str) -> UserRecord {
             let _lock = DataLock::acquire(&self.config.data_dir).unwrap();
-            let mut store = crate::store::admin::Store::open(self.config.sqlite_path()).unwrap();
+            let mut store = crate::admin::open_store(&self.config).unwrap();
             store.show(name).unwrap().unwrap().record.to_owned()
         }
     }

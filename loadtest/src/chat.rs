@@ -3,19 +3,28 @@
 //! The [`Engine`] of a thread knows its pairs: what to write when, and what a received message means for latency,
 //! order and loss. Each message carries its run, number and due time in its id, so nothing has to be remembered per
 //! message. With a rate, latency counts from the time a message was due: a stall counts for all that it delayed.
+//!
+//! With acknowledgements (XEP-0198) it asks behind the messages and remembers the due time of each until the server's count
+//! covers it; a message that was acknowledged and never came is the worst that a run can find. Some recipients may be
+//! off line until all is sent; of their messages only loss and order count, not the time.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io::Write;
 use std::time::{Duration, Instant};
 
 use crate::connection::Account;
 use crate::element::{attribute, escape};
 use crate::fleet::Fleet;
+use crate::metrics::Counters;
 use crate::options::{ChatOptions, Global, Target};
 use crate::report::{self, Histogram, Report};
+use crate::worker::Job;
 
 /// More messages than this that fell due in one turn wait for the next: receiving goes on in between.
 const DUE_PER_TURN_MAX: u64 = 4096;
+/// How long --settle waits for the server to come to rest.
+const SETTLE_MAX: Duration = Duration::from_secs(900);
+const ASK: &[u8] = b"<r xmlns='urn:xmpp:sm:3'/>";
 
 /// What all threads need to know.
 #[derive(Clone, Debug)]
@@ -26,6 +35,11 @@ pub struct Plan {
     /// Messages in all; `None`: until told to stop.
     pub messages: Option<u64>,
     pub pairs: u32,
+    /// Of these pairs one is off line.
+    pub offline_pairs: u32,
+    /// Ask for an acknowledgement behind so many messages of a sender.
+    pub ack: Option<u64>,
+    pub no_store: bool,
     pub threads: usize,
     pub drain: Duration,
     pub body: usize,
@@ -40,6 +54,20 @@ pub enum Pace {
     Rate(f64),
 }
 
+impl Plan {
+    /// Is the second one of a pair off line? Spread evenly over all pairs.
+    pub fn is_offline(&self, pair: u32) -> bool {
+        let before =
+            |pair: u32| u64::from(pair) * u64::from(self.offline_pairs) / u64::from(self.pairs);
+        before(pair + 1) > before(pair)
+    }
+
+    /// Those who have someone to write to and are on line.
+    fn senders(&self) -> u32 {
+        self.pairs * 2 - self.offline_pairs
+    }
+}
+
 /// What came of the messages.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tally {
@@ -50,33 +78,69 @@ pub struct Tally {
     pub reordered: u64,
     /// Came back with an error.
     pub bounced: u64,
+    /// Sent to someone off line.
+    pub to_offline: u64,
+    pub acknowledged: u64,
+    pub unacknowledged: u64,
+    /// Of the lost ones.
+    pub acknowledged_lost: u64,
 }
 
-/// The output buffers of the senders; `None` for one that is gone.
+/// The chat of one thread, or of all.
+pub struct Outcome {
+    pub tally: Tally,
+    /// From due to received, of those who were on line.
+    pub latencies: Histogram,
+    /// From due to acknowledged.
+    pub ack_latencies: Histogram,
+}
+
+/// Where a sender's bytes go.
+pub struct Output<'a> {
+    pub bytes: &'a mut Vec<u8>,
+    /// Stanzas that the sender has sent, as XEP-0198 counts them.
+    pub stanzas: &'a mut u32,
+}
+
+/// The outputs of the senders; `None` for one that is gone.
 pub trait Outputs {
-    fn output(&mut self, slot: usize) -> Option<&mut Vec<u8>>;
+    fn output(&mut self, slot: usize) -> Option<Output<'_>>;
 }
 
 /// The chat of one thread. Slots of a pair are 2n and 2n + 1; a direction is known by its sender's slot.
 pub struct Engine {
     plan: Plan,
     directions: Vec<Direction>,
+    /// Slots of those who send.
+    senders: Vec<usize>,
     rate_per_s: f64,
     due_offset: Duration,
     begun: u64,
     quota: Option<u64>,
     started: bool,
     sending: bool,
+    /// The last messages have been asked for.
+    asked: bool,
+    /// Those who were off line are not any more.
+    collecting: bool,
     last_receipt: Instant,
     suffix: Vec<u8>,
-    pub latencies: Histogram,
-    pub tally: Tally,
+    latencies: Histogram,
+    ack_latencies: Histogram,
+    tally: Tally,
+    /// To someone off line, and taken by the server as far as one can tell.
+    kept: u64,
 }
 
 #[derive(Default)]
 struct Direction {
     prefix: Vec<u8>,
+    to_offline: bool,
     sent: u64,
+    /// The first so many of them.
+    acknowledged: u64,
+    /// Of the others: the sender's count of stanzas with it, and when it was due.
+    unacknowledged: VecDeque<(u32, u64)>,
     order: Order,
 }
 
@@ -86,6 +150,8 @@ struct Order {
     next: u64,
     /// Below `next` and not yet seen.
     missing: BTreeSet<u64>,
+    /// Came back to the sender.
+    refused: BTreeSet<u64>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -109,8 +175,12 @@ impl Order {
         }
     }
 
-    fn lost(&self, sent: u64) -> u64 {
-        self.missing.len() as u64 + sent - self.next
+    /// How many of the first `count` neither came nor were refused.
+    fn lost(&self, count: u64) -> u64 {
+        let came = |number: &u64| *number < self.next && !self.missing.contains(number);
+        let missing = self.missing.range(..count).count() as u64 + count.saturating_sub(self.next);
+        let refused = self.refused.range(..count).filter(|number| !came(number));
+        missing - refused.count() as u64
     }
 }
 
@@ -118,19 +188,36 @@ impl Engine {
     /// `slots`: the accounts of this thread's users, pair by pair.
     pub fn new(plan: Plan, thread: usize, target: &Target, slots: &[Account]) -> Engine {
         let threads = plan.threads as u64;
-        let own_pairs = slots.len() as u64 / 2;
-        let share = own_pairs as f64 / f64::from(plan.pairs.max(1));
-        let directions: Vec<_> = (0..own_pairs as usize * 2)
+        let own_pairs = slots.len() / 2;
+        let offline = |slot: usize| {
+            slot % 2 == 1 && plan.is_offline((slot / 2 * plan.threads + thread) as u32)
+        };
+        let directions: Vec<_> = (0..own_pairs * 2)
             .map(|slot| Direction {
-                prefix: message_prefix(&slots[slot ^ 1], target, plan.bare, plan.run),
+                // he may come back with another resource
+                prefix: message_prefix(
+                    &slots[slot ^ 1],
+                    target,
+                    plan.bare || offline(slot ^ 1),
+                    plan.run,
+                ),
+                to_offline: offline(slot ^ 1),
                 ..Direction::default()
             })
             .collect();
+        let senders: Vec<_> = (0..directions.len())
+            .filter(|slot| !offline(*slot))
+            .collect();
+        let share = senders.len() as f64 / f64::from(plan.senders().max(1));
         let mut suffix = b"'><body>".to_vec();
         suffix.extend(
             (0..plan.body).map(|at| b"the quick brown fox jumps over the lazy dog "[at % 44]),
         );
-        suffix.extend_from_slice(b"</body></message>");
+        suffix.extend_from_slice(b"</body>");
+        if plan.no_store {
+            suffix.extend_from_slice(b"<no-store xmlns='urn:xmpp:hints'/>");
+        }
+        suffix.extend_from_slice(b"</message>");
         let thread = thread as u64;
         let quota = plan
             .messages
@@ -141,16 +228,21 @@ impl Engine {
         };
         Engine {
             directions,
+            senders,
             rate_per_s,
             due_offset,
             begun: 0,
             quota,
             started: false,
             sending: true,
+            asked: false,
+            collecting: plan.offline_pairs == 0,
             last_receipt: plan.epoch,
             suffix,
             latencies: report::histogram(),
+            ack_latencies: report::histogram(),
             tally: Tally::default(),
+            kept: 0,
             plan,
         }
     }
@@ -160,7 +252,7 @@ impl Engine {
         let Pace::Rate(_) = self.plan.pace else {
             return None;
         };
-        (self.sending && !self.directions.is_empty()).then(|| self.due(self.begun))
+        (self.sending && !self.senders.is_empty()).then(|| self.due(self.begun))
     }
 
     fn due(&self, number: u64) -> Instant {
@@ -169,7 +261,7 @@ impl Engine {
 
     /// Sends what is due.
     pub fn turn(&mut self, now: Instant, outputs: &mut impl Outputs) {
-        if self.directions.is_empty() {
+        if self.senders.is_empty() {
             self.sending = false;
             return;
         }
@@ -177,7 +269,7 @@ impl Engine {
             Pace::Rate(_) => {
                 let last = self.begun + DUE_PER_TURN_MAX;
                 while self.sending && self.begun < last && self.due(self.begun) <= now {
-                    let sender = (self.begun % self.directions.len() as u64) as usize;
+                    let sender = self.senders[(self.begun % self.senders.len() as u64) as usize];
                     let due = self.due(self.begun);
                     if let Some(out) = outputs.output(sender) {
                         self.write(sender, due, out);
@@ -188,10 +280,11 @@ impl Engine {
             }
             Pace::Window(window) if !self.started => {
                 'all: for _ in 0..window {
-                    for sender in 0..self.directions.len() {
+                    for at in 0..self.senders.len() {
                         if !self.sending {
                             break 'all;
                         }
+                        let sender = self.senders[at];
                         if let Some(out) = outputs.output(sender) {
                             self.write(sender, now, out);
                         }
@@ -203,6 +296,16 @@ impl Engine {
             Pace::Window(_) => {}
         }
         self.started = true;
+        if !self.sending && !self.asked && self.plan.ack.is_some() {
+            self.asked = true;
+            for (slot, direction) in self.directions.iter().enumerate() {
+                if !direction.unacknowledged.is_empty()
+                    && let Some(out) = outputs.output(slot)
+                {
+                    out.bytes.extend_from_slice(ASK);
+                }
+            }
+        }
     }
 
     fn check_quota(&mut self) {
@@ -211,14 +314,57 @@ impl Engine {
         }
     }
 
-    fn write(&mut self, sender: usize, due: Instant, out: &mut Vec<u8>) {
+    fn write(&mut self, sender: usize, due: Instant, out: Output<'_>) {
         let direction = &mut self.directions[sender];
         let due_ns = due.saturating_duration_since(self.plan.epoch).as_nanos() as u64;
-        out.extend_from_slice(&direction.prefix);
-        write!(out, "{:x}-{due_ns:x}", direction.sent).expect("a vector takes it");
-        out.extend_from_slice(&self.suffix);
+        out.bytes.extend_from_slice(&direction.prefix);
+        write!(out.bytes, "{:x}-{due_ns:x}", direction.sent).expect("a vector takes it");
+        out.bytes.extend_from_slice(&self.suffix);
+        *out.stanzas = out.stanzas.wrapping_add(1);
         direction.sent += 1;
         self.tally.sent += 1;
+        self.tally.to_offline += u64::from(direction.to_offline);
+        match self.plan.ack {
+            Some(every) => {
+                let unacknowledged = (*out.stanzas, due_ns);
+                direction.unacknowledged.push_back(unacknowledged);
+                if direction.sent.is_multiple_of(every) {
+                    out.bytes.extend_from_slice(ASK);
+                }
+            }
+            None => self.kept += u64::from(direction.to_offline),
+        }
+    }
+
+    /// The server has `count` stanzas of `sender`. Returns how many messages he is owed to send.
+    pub fn on_acknowledged(&mut self, sender: usize, count: u32, now: Instant) -> u64 {
+        let Some(direction) = self.directions.get_mut(sender) else {
+            return 0;
+        };
+        let now_ns = now.saturating_duration_since(self.plan.epoch).as_nanos() as u64;
+        let before = direction.acknowledged;
+        while let Some((stanza, due_ns)) = direction.unacknowledged.front().copied()
+            && count.wrapping_sub(stanza) <= u32::MAX / 2
+        {
+            direction.unacknowledged.pop_front();
+            direction.acknowledged += 1;
+            self.ack_latencies
+                .saturating_record(now_ns.saturating_sub(due_ns).max(1));
+        }
+        let covered = direction.acknowledged - before;
+        if covered == 0 {
+            return 0;
+        }
+        self.last_receipt = now;
+        self.tally.acknowledged += covered;
+        if !direction.to_offline {
+            return 0;
+        }
+        self.kept += covered;
+        match self.plan.pace {
+            Pace::Window(_) if self.sending => covered,
+            _ => 0,
+        }
     }
 
     /// Notes a message that `receiver` got. Returns the sender when it is owed the next one to send.
@@ -229,6 +375,7 @@ impl Engine {
         }
         if attribute(message, b"type") == Some(b"error") {
             self.tally.bounced += 1;
+            self.directions[receiver].order.refused.insert(number);
             return None;
         }
         let sender = receiver ^ 1;
@@ -242,14 +389,21 @@ impl Engine {
             }
         }
         self.tally.received += 1;
+        if self.directions[sender].to_offline {
+            return None;
+        }
         let now_ns = (now - self.plan.epoch).as_nanos() as u64;
         self.latencies
             .saturating_record(now_ns.saturating_sub(due_ns).max(1));
         (self.sending && matches!(self.plan.pace, Pace::Window(_))).then_some(sender)
     }
 
-    /// Writes the next message of a sender to whom [`Engine::on_message`] owed it.
-    pub fn send_next(&mut self, sender: usize, now: Instant, out: &mut Vec<u8>) {
+    /// Writes the next message of a sender who is owed it.
+    pub fn send_next(&mut self, sender: usize, now: Instant, out: Output<'_>) {
+        // the one before may have been the last
+        if !self.sending {
+            return;
+        }
         self.write(sender, now, out);
         self.begun += 1;
         self.check_quota();
@@ -258,6 +412,7 @@ impl Engine {
     /// The measurement begins: forget the latencies so far.
     pub fn measure(&mut self) {
         self.latencies.reset();
+        self.ack_latencies.reset();
     }
 
     pub fn stop_sending(&mut self, now: Instant) {
@@ -265,23 +420,42 @@ impl Engine {
         self.last_receipt = self.last_receipt.max(now);
     }
 
+    /// Everyone is on line now.
+    pub fn collect(&mut self, now: Instant) {
+        self.collecting = true;
+        self.last_receipt = self.last_receipt.max(now);
+    }
+
+    /// Messages that have reached whom they can reach: their recipients, or, for those off line, the server.
+    pub fn settled(&self) -> u64 {
+        match self.collecting && self.plan.offline_pairs > 0 {
+            true => self.tally.received,
+            false => self.tally.received + self.kept,
+        }
+    }
+
     /// All has arrived, or nothing more will.
     pub fn is_finished(&self, now: Instant) -> bool {
-        let complete = self.tally.received + self.tally.bounced >= self.tally.sent;
+        let complete = self.tally.received + self.tally.bounced >= self.tally.sent
+            && (self.plan.ack.is_none() || self.tally.acknowledged >= self.tally.sent);
         let silent =
             self.started && now.saturating_duration_since(self.last_receipt) > self.plan.drain;
         // A window of which every message is lost would wait for ever.
         let stalled = matches!(self.plan.pace, Pace::Window(_)) && silent;
-        (!self.sending && (complete || silent)) || stalled
+        self.collecting && ((!self.sending && (complete || silent)) || stalled)
     }
 
-    pub fn finish(mut self) -> (Tally, Histogram) {
-        self.tally.lost = self
-            .directions
-            .iter()
-            .map(|direction| direction.order.lost(direction.sent))
-            .sum();
-        (self.tally, self.latencies)
+    pub fn finish(mut self) -> Outcome {
+        for direction in &self.directions {
+            self.tally.lost += direction.order.lost(direction.sent);
+            self.tally.acknowledged_lost += direction.order.lost(direction.acknowledged);
+            self.tally.unacknowledged += direction.unacknowledged.len() as u64;
+        }
+        Outcome {
+            tally: self.tally,
+            latencies: self.latencies,
+            ack_latencies: self.ack_latencies,
+        }
     }
 }
 
@@ -315,6 +489,10 @@ impl Tally {
         self.duplicated += other.duplicated;
         self.reordered += other.reordered;
         self.bounced += other.bounced;
+        self.to_offline += other.to_offline;
+        self.acknowledged += other.acknowledged;
+        self.unacknowledged += other.unacknowledged;
+        self.acknowledged_lost += other.acknowledged_lost;
     }
 
     pub fn is_clean(&self) -> bool {
@@ -322,68 +500,44 @@ impl Tally {
     }
 }
 
+impl Outcome {
+    pub fn new() -> Outcome {
+        Outcome {
+            tally: Tally::default(),
+            latencies: report::histogram(),
+            ack_latencies: report::histogram(),
+        }
+    }
+
+    pub fn add(&mut self, other: &Outcome) {
+        self.tally.add(&other.tally);
+        for (own, other) in [
+            (&mut self.latencies, &other.latencies),
+            (&mut self.ack_latencies, &other.ack_latencies),
+        ] {
+            own.add(other).expect("histograms have the same bounds");
+        }
+    }
+}
+
 /// The whole scenario; returns its report and whether all went well.
 pub fn run(global: &Global, options: &ChatOptions) -> Result<Report, String> {
     let mut global = global.clone();
     global.users = (global.users / 2).max(1) * 2;
-    if options.rate.is_some_and(|rate| rate <= 0.0) || options.window == 0 {
-        return Err("--rate and --window must be greater than 0".into());
-    }
-    if global.resource.is_empty() && !options.bare {
-        return Err(
-            "--resource may only be empty with --bare: messages go to full addresses".into(),
-        );
-    }
+    check(&global, options)?;
+    let counters = Counters::new(&options.metrics)?;
     let mut target = global.target()?;
-    target.stream_management = options.sm;
+    target.stream_management = options.sm || options.ack.is_some();
+    target.acknowledgements = options.ack.is_some();
+    let plan = plan(&global, options);
+    let (offline, online) =
+        (0..global.users).partition::<Vec<_>, _>(|user| user % 2 == 1 && plan.is_offline(user / 2));
+
     let fleet = Fleet::start(&global, target)?;
-    let login = fleet.login_all("log in")?;
+    let login = fleet.run(Job::Login, &online, None, "log in")?;
     let mut report = Report::new("chat");
     report.note_failures(&login.failures);
     fleet.wait_until_quiet();
-
-    let warmup = options
-        .warmup
-        .unwrap_or(if options.messages.is_some() { 0.0 } else { 1.0 });
-    fleet.start_chat(Plan {
-        run: std::time::UNIX_EPOCH
-            .elapsed()
-            .map_or(1, |elapsed| elapsed.as_nanos() as u64),
-        epoch: Instant::now(),
-        pace: options
-            .rate
-            .map_or(Pace::Window(options.window), Pace::Rate),
-        messages: options.messages,
-        pairs: global.users / 2,
-        threads: global.threads,
-        drain: Duration::from_secs_f64(options.drain),
-        body: options.body,
-        bare: options.bare,
-    });
-    fleet.watch_chat("warm up", Duration::from_secs_f64(warmup));
-    if warmup > 0.0 {
-        fleet.measure_chat();
-    }
-    let (before, received_before) = (fleet.snapshot(), fleet.received());
-    let outcome = match options.messages {
-        Some(_) => fleet.finish_chat("chat")?,
-        None => {
-            fleet.watch_chat("chat", Duration::from_secs_f64(options.duration));
-            Default::default()
-        }
-    };
-    let (after, received_after) = (fleet.snapshot(), fleet.received());
-    let outcome = match options.messages {
-        Some(_) => outcome,
-        None => {
-            fleet.stop_chat();
-            fleet.finish_chat("drain")?
-        }
-    };
-    let usage = before.until(&after);
-    let measured = received_after - received_before;
-    let seconds = usage.wall.as_secs_f64();
-
     report.number("users", "users", global.users, "");
     report.text("tls", "TLS", format!("{:?}", global.tls).to_lowercase());
     match options.rate {
@@ -395,32 +549,193 @@ pub fn run(global: &Global, options: &ChatOptions) -> Result<Report, String> {
             "messages",
         ),
     }
+    if !offline.is_empty() {
+        let count = offline.len() as u64;
+        report.number("offline_recipients", "recipients off line", count, "");
+    }
+
+    measure(&fleet, options, &plan, &offline, &counters, &mut report)?;
+    if options.stored && options.no_store {
+        report.begin_section("no_store", "no-store");
+        fleet.wait_until_quiet();
+        let plan = Plan {
+            run: plan.run + 1,
+            no_store: true,
+            ..plan
+        };
+        measure(&fleet, options, &plan, &[], &counters, &mut report)?;
+    }
+    report.note_failures(&fleet.disconnections());
+    fleet.stop()?;
+    Ok(report)
+}
+
+fn check(global: &Global, options: &ChatOptions) -> Result<(), String> {
+    let wrong = if options.rate.is_some_and(|rate| rate <= 0.0) || options.window == 0 {
+        "--rate and --window must be greater than 0"
+    } else if options.ack == Some(0) {
+        "--ack must be greater than 0"
+    } else if options.settle.is_some_and(|seconds| seconds <= 0.0) {
+        "--settle must be greater than 0"
+    } else if !(0.0..=1.0).contains(&options.offline_share) {
+        "--offline-share is a part of 1, such as 0.25"
+    } else if options.offline_share > 0.0 && options.rate.is_none() && options.ack.is_none() {
+        "--offline-share with --window wants --ack: nothing else tells when the server has a message to someone off line"
+    } else if options.settle.is_some() && global.server_pid.is_empty() {
+        "--settle wants --server-pid"
+    } else if global.resource.is_empty() && !options.bare {
+        "--resource may only be empty with --bare: messages go to full addresses"
+    } else {
+        return Ok(());
+    };
+    Err(wrong.into())
+}
+
+fn plan(global: &Global, options: &ChatOptions) -> Plan {
+    let pairs = global.users / 2;
+    // A pair with one off line has one recipient less: x / (2 pairs - x) is the share.
+    let offline = options.offline_share * f64::from(pairs * 2) / (1.0 + options.offline_share);
+    Plan {
+        run: std::time::UNIX_EPOCH
+            .elapsed()
+            .map_or(1, |elapsed| elapsed.as_nanos() as u64),
+        epoch: Instant::now(),
+        pace: options
+            .rate
+            .map_or(Pace::Window(options.window), Pace::Rate),
+        messages: options.messages,
+        pairs,
+        offline_pairs: offline.round() as u32,
+        // asking more rarely than a window is long would wait for ever
+        ack: options.ack.map(|every| match options.rate {
+            Some(_) => every.into(),
+            None => every.min(options.window).into(),
+        }),
+        no_store: options.no_store && !options.stored,
+        threads: global.threads,
+        drain: Duration::from_secs_f64(options.drain),
+        body: options.body,
+        bare: options.bare,
+    }
+}
+
+/// One chat with all that is measured of it.
+fn measure(
+    fleet: &Fleet,
+    options: &ChatOptions,
+    plan: &Plan,
+    offline: &[u32],
+    counters: &Counters,
+    report: &mut Report,
+) -> Result<(), String> {
+    let at_once = options.messages.is_some() || options.settle.is_some();
+    let warmup = options.warmup.unwrap_or(if at_once { 0.0 } else { 1.0 });
+    let read = || Ok::<_, String>((counters.read()?, fleet.snapshot(), fleet.settled()));
+    let mut start = read()?;
+    fleet.start_chat(Plan {
+        epoch: Instant::now(),
+        ..plan.clone()
+    });
+    if warmup > 0.0 {
+        fleet.watch_chat("warm up", Duration::from_secs_f64(warmup));
+        fleet.measure_chat();
+        start = read()?;
+    }
+    let (counted_before, before, settled_before) = start;
+    let mut outcome = Outcome::new();
+    match options.messages {
+        Some(_) => outcome = fleet.finish_chat("chat")?,
+        None => fleet.watch_chat("chat", Duration::from_secs_f64(options.duration)),
+    }
+    let mut usage = before.until(&fleet.snapshot());
+    let mut measured = fleet.settled() - settled_before;
+    let seconds = usage.wall.as_secs_f64();
+    let rate = measured as f64 / seconds;
+    if options.messages.is_none() {
+        fleet.stop_chat();
+    }
+    if let Some(quiet) = options.settle {
+        if !fleet.wait_until_quiet_for(Duration::from_secs_f64(quiet), SETTLE_MAX) {
+            let limit = SETTLE_MAX.as_secs();
+            report.fail(format!("the server did not come to rest within {limit} s"));
+        }
+        let settled = before.until(&fleet.snapshot());
+        report.number(
+            "settled_seconds",
+            "until the server was at rest",
+            settled.wall.as_secs_f64(),
+            "s",
+        );
+        measured = fleet.settled() - settled_before;
+        usage.server = settled.server;
+        usage.processes = settled.processes;
+    }
+    let counted = counters.read()?;
+    if options.messages.is_none() {
+        if !offline.is_empty() {
+            let login = fleet.run(Job::Login, offline, None, "come back")?;
+            report.note_failures(&login.failures);
+            fleet.collect_chat();
+        }
+        outcome = fleet.finish_chat("drain")?;
+    }
+
+    let stored = if plan.no_store { "no (hint)" } else { "yes" };
+    report.text("to_be_stored", "to be stored", stored.to_owned());
     report.number("seconds", "measured", seconds, "s");
     report.number("messages", "messages measured", measured, "");
-    report.number(
-        "messages_per_s",
-        "messages",
-        measured as f64 / seconds,
-        "/s",
-    );
+    report.number("messages_per_s", "messages", rate, "/s");
     report.latencies("latency", "latency", &outcome.latencies);
+    if plan.ack.is_some() {
+        report.latencies("ack", "until acknowledged", &outcome.ack_latencies);
+    }
     report.usage(&usage, measured, "message", "us", 1e6);
+    counters.report(report, &[(&counted_before, &counted, measured)], "message")?;
     let tally = &outcome.tally;
     report.number("sent", "sent in all", tally.sent, "");
+    if plan.offline_pairs > 0 {
+        let count = tally.to_offline;
+        report.number("sent_to_offline", "of them to someone off line", count, "");
+    }
+    if plan.ack.is_some() {
+        report.number("acknowledged", "acknowledged", tally.acknowledged, "");
+        report.number(
+            "unacknowledged",
+            "not acknowledged",
+            tally.unacknowledged,
+            "",
+        );
+        report.number(
+            "acknowledged_lost",
+            "acknowledged and lost",
+            tally.acknowledged_lost,
+            "",
+        );
+    }
     report.number("lost", "lost", tally.lost, "");
     report.number("duplicated", "duplicated", tally.duplicated, "");
     report.number("reordered", "reordered", tally.reordered, "");
     report.number("bounced", "bounced", tally.bounced, "");
     report.number("disconnected", "connections lost", fleet.disconnected(), "");
-    report.note_failures(&fleet.disconnections());
     if !tally.is_clean() {
         report.fail("messages were lost, duplicated, reordered or bounced");
+    }
+    if tally.acknowledged_lost > 0 {
+        report.fail(format!(
+            "{} messages were acknowledged and lost",
+            tally.acknowledged_lost
+        ));
+    }
+    if tally.unacknowledged > 0 {
+        report.fail(format!(
+            "{} messages were never acknowledged",
+            tally.unacknowledged
+        ));
     }
     if measured == 0 {
         report.fail("no message arrived");
     }
-    fleet.stop();
-    Ok(report)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -428,24 +743,39 @@ mod tests {
     use super::*;
     use crate::scram::KeyCache;
 
-    impl Outputs for [Vec<u8>; 2] {
-        fn output(&mut self, slot: usize) -> Option<&mut Vec<u8>> {
-            self.get_mut(slot)
+    /// Bytes and stanzas of each sender; everyone is on line.
+    #[derive(Default)]
+    struct Senders([(Vec<u8>, u32); 2]);
+
+    impl Outputs for Senders {
+        fn output(&mut self, slot: usize) -> Option<Output<'_>> {
+            let (bytes, stanzas) = self.0.get_mut(slot)?;
+            Some(Output { bytes, stanzas })
         }
     }
 
-    fn engine(pace: Pace, messages: Option<u64>) -> Engine {
-        let plan = Plan {
+    fn plan(pace: Pace, messages: Option<u64>) -> Plan {
+        Plan {
             run: 0xabc,
             epoch: Instant::now(),
             pace,
             messages,
             pairs: 1,
+            offline_pairs: 0,
+            ack: None,
+            no_store: false,
             threads: 1,
             drain: Duration::from_secs(1),
             body: 5,
             bare: false,
-        };
+        }
+    }
+
+    fn engine(pace: Pace, messages: Option<u64>) -> Engine {
+        engine_of(plan(pace, messages))
+    }
+
+    fn engine_of(plan: Plan) -> Engine {
         let account = |name: &str| Account {
             name: name.into(),
             keys: KeyCache::default(),
@@ -455,9 +785,11 @@ mod tests {
 
     /// Lets both senders write; returns what each wrote.
     fn turn(engine: &mut Engine, now: Instant) -> [String; 2] {
-        let mut written = <[Vec<u8>; 2]>::default();
+        let mut written = Senders::default();
         engine.turn(now, &mut written);
-        written.map(|bytes| String::from_utf8(bytes).unwrap())
+        written
+            .0
+            .map(|(bytes, _)| String::from_utf8(bytes).unwrap())
     }
 
     fn stanzas(bytes: &str) -> Vec<&str> {
@@ -511,6 +843,170 @@ mod tests {
         assert_eq!(order.arrive(0), Arrival::Duplicate);
         assert_eq!(order.lost(4), 1);
         assert_eq!(order.lost(6), 3);
+    }
+
+    #[test]
+    fn what_was_refused_is_not_lost() {
+        let mut order = Order::default();
+        order.arrive(2);
+        order.refused.insert(1);
+        order.refused.insert(4);
+        // 0 and 3
+        assert_eq!(order.lost(5), 2);
+        assert_eq!(order.lost(1), 1);
+        assert_eq!(order.lost(2), 1);
+        // refused and yet delivered: neither
+        order.refused.insert(2);
+        assert_eq!(order.lost(3), 1);
+    }
+
+    #[test]
+    fn an_acknowledgement_covers_all_before_it_from_their_due_times() {
+        let mut engine = engine_of(Plan {
+            ack: Some(2),
+            ..plan(Pace::Rate(1000.0), Some(7))
+        });
+        let epoch = engine.plan.epoch;
+        let mut senders = Senders::default();
+        // roster request and presence
+        senders.0[0].1 = 2;
+        engine.turn(epoch + Duration::from_millis(10), &mut senders);
+        let [(from_a, stanzas), (from_b, _)] = &senders.0;
+        let from_a = std::str::from_utf8(from_a).unwrap();
+        // behind the second, the fourth and, as no more is sent, nothing else is open
+        assert_eq!(from_a.matches("<r xmlns='urn:xmpp:sm:3'/>").count(), 3);
+        assert_eq!(from_a.matches("</message><r").count(), 2);
+        assert_eq!(
+            (*stanzas, from_b.ends_with(b"<r xmlns='urn:xmpp:sm:3'/>")),
+            (6, true)
+        );
+        let at = |ms| epoch + Duration::from_millis(ms);
+        assert_eq!(engine.on_acknowledged(0, 2, at(11)), 0);
+        assert_eq!(engine.tally.acknowledged, 0);
+        // the messages due at 0 and 2 ms
+        engine.on_acknowledged(0, 4, at(12));
+        assert_eq!(
+            (engine.tally.acknowledged, engine.ack_latencies.len()),
+            (2, 2)
+        );
+        let close = |value: u64, ms: u64| value.abs_diff(ms * 1_000_000) < 20_000;
+        assert!(close(engine.ack_latencies.max(), 12) && close(engine.ack_latencies.min(), 10));
+        engine.on_acknowledged(0, 4, at(13));
+        assert_eq!(engine.tally.acknowledged, 2);
+        let outcome = engine.finish();
+        assert_eq!(
+            (
+                outcome.tally.unacknowledged,
+                outcome.tally.lost,
+                outcome.tally.acknowledged_lost
+            ),
+            (5, 7, 2)
+        );
+    }
+
+    #[test]
+    fn a_count_of_stanzas_that_wrapped_still_covers() {
+        let mut engine = engine_of(Plan {
+            ack: Some(1),
+            ..plan(Pace::Window(3), None)
+        });
+        let mut senders = Senders::default();
+        senders.0[0].1 = u32::MAX - 1;
+        engine.turn(Instant::now(), &mut senders);
+        engine.on_acknowledged(0, u32::MAX, Instant::now());
+        assert_eq!(engine.tally.acknowledged, 1);
+        engine.on_acknowledged(0, 1, Instant::now());
+        assert_eq!(engine.tally.acknowledged, 3);
+    }
+
+    #[test]
+    fn someone_off_line_gets_all_when_he_comes_and_his_partner_goes_on_by_acknowledgements() {
+        let mut engine = engine_of(Plan {
+            ack: Some(1),
+            offline_pairs: 1,
+            ..plan(Pace::Window(2), None)
+        });
+        let mut senders = Senders::default();
+        engine.turn(Instant::now(), &mut senders);
+        let [(from_a, _), (from_b, _)] = &senders.0;
+        assert!(from_b.is_empty());
+        let from_a = String::from_utf8(from_a.clone()).unwrap();
+        assert!(from_a.starts_with("<message type='chat' to='b@localhost' "));
+        assert_eq!(engine.settled(), 0);
+        assert_eq!(engine.on_acknowledged(0, 2, Instant::now()), 2);
+        assert_eq!(engine.settled(), 2);
+        engine.stop_sending(Instant::now());
+        let later = Instant::now() + Duration::from_secs(60);
+        assert!(!engine.is_finished(later), "he has not come yet");
+        let came = Instant::now();
+        engine.collect(came);
+        assert!(!engine.is_finished(came));
+        for stanza in stanzas(&from_a) {
+            let stanza = stanza.replace("<r xmlns='urn:xmpp:sm:3'/>", "");
+            engine.on_message(1, stanza.as_bytes(), came);
+        }
+        assert!(engine.is_finished(came));
+        let outcome = engine.finish();
+        assert!(outcome.tally.is_clean() && outcome.latencies.is_empty());
+        assert_eq!((outcome.tally.received, outcome.tally.to_offline), (2, 2));
+    }
+
+    #[test]
+    fn the_share_of_recipients_off_line_is_the_one_asked_for() {
+        use clap::Parser;
+        let cli = crate::options::Cli::parse_from(
+            "loadtest chat --users 1000 --offline-share 0.25 --ack --threads 3".split(' '),
+        );
+        let crate::options::Command::Chat(options) = &cli.command else {
+            panic!()
+        };
+        let plan = super::plan(&cli.global, options);
+        let offline: Vec<u32> = (0..500).filter(|pair| plan.is_offline(*pair)).collect();
+        assert_eq!((offline.len(), plan.senders()), (200, 800));
+        assert!(offline.windows(2).all(|pair| pair[1] - pair[0] <= 3));
+        assert_eq!(plan.ack, Some(1));
+    }
+
+    #[test]
+    fn the_hint_is_sent_only_when_asked_for() {
+        let mut with = engine_of(Plan {
+            no_store: true,
+            ..plan(Pace::Window(1), None)
+        });
+        let [from_a, _] = turn(&mut with, Instant::now());
+        assert!(from_a.ends_with("</body><no-store xmlns='urn:xmpp:hints'/></message>"));
+    }
+
+    #[test]
+    fn options_that_cannot_go_together_are_told() {
+        use clap::Parser;
+        let said = |line: &str| {
+            let cli =
+                crate::options::Cli::try_parse_from(line.split(' ')).map_err(|e| e.to_string())?;
+            let crate::options::Command::Chat(options) = &cli.command else {
+                panic!()
+            };
+            check(&cli.global, options)
+        };
+        assert!(said("loadtest chat --ack=5 --rate 10 --offline-share 1 --stored").is_ok());
+        assert!(
+            said("loadtest chat --offline-share 0.5")
+                .unwrap_err()
+                .contains("--ack")
+        );
+        assert!(
+            said("loadtest chat --rate 1 --offline-share 2")
+                .unwrap_err()
+                .contains("part of 1")
+        );
+        assert!(said("loadtest chat --ack=0").unwrap_err().contains("--ack"));
+        assert!(
+            said("loadtest chat --settle")
+                .unwrap_err()
+                .contains("--server-pid")
+        );
+        assert!(said("loadtest chat --no-store --rate 1 --offline-share 0.1").is_err());
+        assert!(said("loadtest chat --metric x").is_err());
     }
 
     #[test]

@@ -34,6 +34,10 @@ pub enum Error {
     },
     #[error("STARTTLS is not offered here")]
     StartTlsNotOffered,
+    #[error("stream management (XEP-0198) is not offered here, and --ack wants it")]
+    ManagementNotOffered,
+    #[error("the server acknowledged {acknowledged} stanzas of {sent}")]
+    Acknowledged { acknowledged: u32, sent: u32 },
     #[error("authentication failed: {0}")]
     Authentication(String),
     #[error("SCRAM: {0}")]
@@ -65,6 +69,8 @@ pub enum Effect {
     Exists,
     /// A stanza for the scenario.
     Live,
+    /// The server has so many of our stanzas (XEP-0198, modulo 2^32).
+    Acknowledged(u32),
     /// The server ended the stream in answer to our end.
     Ended,
     Failed(Error),
@@ -91,6 +97,8 @@ enum State {
 pub struct Connection {
     /// Bytes for the server, before TLS.
     pub out: Vec<u8>,
+    /// Stanzas written to `out` since stream management was enabled, modulo 2^32. Who writes one there counts it.
+    pub sent: u32,
     /// Presence stanzas received from others.
     pub presences: u64,
     /// Contacts whose presence we may see; kept when [`Target::track_contacts`] asks for it.
@@ -114,6 +122,7 @@ impl Connection {
     pub fn new(purpose: Purpose, target: &Target) -> Connection {
         Connection {
             out: Vec::new(),
+            sent: 0,
             presences: 0,
             contacts: Vec::new(),
             purpose,
@@ -204,19 +213,20 @@ impl Connection {
                         .map(|jid| unescape(jid.text).into_owned())
                         .unwrap_or_default();
                     self.full_jid = String::from_utf8_lossy(&jid).into_owned();
-                    self.after_bind(target);
+                    self.after_bind(target)?;
                 }
                 Ok(Effect::None)
             }
             State::Session => {
                 if self.answer(stanza, name, b"session", "a session")? {
                     self.session_required = false;
-                    self.after_bind(target);
+                    self.after_bind(target)?;
                 }
                 Ok(Effect::None)
             }
             State::EnableStreamManagement if name == b"enabled" => {
                 self.managed = true;
+                self.sent = 0;
                 self.send_initial();
                 Ok(Effect::None)
             }
@@ -371,22 +381,26 @@ impl Connection {
         ]);
     }
 
-    fn after_bind(&mut self, target: &Target) {
+    fn after_bind(&mut self, target: &Target) -> Result<(), Error> {
         if self.session_required {
             self.write(&["<iq type='set' id='session'><session xmlns='urn:ietf:params:xml:ns:xmpp-session'/></iq>"]);
             self.state = State::Session;
         } else if target.stream_management && self.management_offered {
             self.write(&["<enable xmlns='urn:xmpp:sm:3'/>"]);
             self.state = State::EnableStreamManagement;
+        } else if target.acknowledgements {
+            return Err(Error::ManagementNotOffered);
         } else {
             self.send_initial();
         }
+        Ok(())
     }
 
     fn send_initial(&mut self) {
         self.write(&[
             "<iq type='get' id='roster'><query xmlns='jabber:iq:roster'/></iq><presence/>",
         ]);
+        self.sent = self.sent.wrapping_add(2);
         self.state = State::Initial;
     }
 
@@ -413,6 +427,17 @@ impl Connection {
                 }
                 Ok(Effect::None)
             }
+            b"a" if self.managed => {
+                let h =
+                    attribute(stanza, b"h").and_then(|h| std::str::from_utf8(h).ok()?.parse().ok());
+                let acknowledged: u32 = h.ok_or(unexpected(name, "without its h"))?;
+                // modulo 2^32: less than half of it behind
+                if self.sent.wrapping_sub(acknowledged) > u32::MAX / 2 {
+                    let sent = self.sent;
+                    return Err(Error::Acknowledged { acknowledged, sent });
+                }
+                Ok(Effect::Acknowledged(acknowledged))
+            }
             _ => Ok(Effect::None),
         }
     }
@@ -427,6 +452,7 @@ impl Connection {
         if target.track_contacts && attribute(presence, b"type") == Some(b"subscribe") {
             let from = String::from_utf8_lossy(&from).into_owned();
             self.write(&["<presence type='subscribed' to='", &escape(&from), "'/>"]);
+            self.sent = self.sent.wrapping_add(1);
         }
     }
 
@@ -455,6 +481,7 @@ impl Connection {
 
     /// Pings and roster pushes succeed; whatever else a server asks is not for us.
     fn answer_iq(&mut self, iq: &[u8], id: &[u8], known: bool) {
+        self.sent = self.sent.wrapping_add(1);
         self.out.extend_from_slice(if known {
             b"<iq type='result' id=\""
         } else {
@@ -732,6 +759,34 @@ mod tests {
             .client_says("<presence/>")
             .server_says("<message/><r xmlns='urn:xmpp:sm:3'/>");
         dialogue.client_says("h='2'");
+        // roster request, presence and the answer to a ping
+        dialogue.server_says("<iq type='get' id='1'><ping xmlns='urn:xmpp:ping'/></iq>");
+        assert_eq!(dialogue.connection.sent, 3);
+        let effect = dialogue.server_says("<a xmlns='urn:xmpp:sm:3' h='3'/>");
+        assert!(matches!(effect, Effect::Acknowledged(3)));
+        let effect = dialogue.server_says("<a xmlns='urn:xmpp:sm:3' h='4'/>");
+        let Effect::Failed(error) = effect else {
+            panic!("{effect:?}")
+        };
+        assert_eq!(error.to_string(), "the server acknowledged 4 stanzas of 3");
+    }
+
+    #[test]
+    fn acknowledgements_want_a_server_that_gives_them() {
+        let mut dialogue = Dialogue::new(Purpose::Login, |target| {
+            plain(target);
+            target.stream_management = true;
+            target.acknowledgements = true;
+        });
+        authenticated(
+            &mut dialogue,
+            "<stream:features><bind xmlns='x'/></stream:features>",
+        );
+        let effect = dialogue.server_says(BOUND);
+        assert!(matches!(
+            effect,
+            Effect::Failed(Error::ManagementNotOffered)
+        ));
     }
 
     #[test]

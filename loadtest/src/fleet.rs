@@ -1,21 +1,24 @@
 //! All workers together, as the scenarios see them: give everyone work, wait for it with a progress bar, read the
 //! processes' costs.
 
-use std::io;
+use std::collections::HashMap;
+use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
+use std::{fs, io};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mio::{Poll, Waker};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::chat;
+use crate::connection::Account;
 use crate::options::{Global, Target};
 use crate::proc::{Processes, Snapshot};
-use crate::report::{self, Failures, Histogram};
+use crate::report::Failures;
 use crate::socket::Tls;
 use crate::worker::{
     Answer, Command, Counters, Job, Layout, Outcome, Pace, Parts, Run, WAKE, Worker,
@@ -41,23 +44,8 @@ pub struct Fleet {
 struct Handle {
     commands: Sender<Command>,
     waker: Arc<Waker>,
-    thread: JoinHandle<io::Result<()>>,
+    thread: JoinHandle<io::Result<Vec<Account>>>,
     counters: Arc<Counters>,
-}
-
-/// What came of the chat of all workers.
-pub struct ChatOutcome {
-    pub tally: chat::Tally,
-    pub latencies: Histogram,
-}
-
-impl Default for ChatOutcome {
-    fn default() -> ChatOutcome {
-        ChatOutcome {
-            tally: chat::Tally::default(),
-            latencies: report::histogram(),
-        }
-    }
 }
 
 impl Fleet {
@@ -70,6 +58,11 @@ impl Fleet {
             threads: global.threads as u32,
         };
         let target = Arc::new(target);
+        let keys = match &global.keys {
+            Some(file) => read_keys(file)?,
+            None => HashMap::new(),
+        };
+        let keys = Arc::new(keys);
         let disconnections = Arc::new(Mutex::new(Failures::new()));
         let (answer_sender, answers) = channel();
         let start = |number: usize| -> io::Result<Handle> {
@@ -81,6 +74,7 @@ impl Fleet {
                 number,
                 layout,
                 prefix: global.prefix.clone(),
+                keys: keys.clone(),
                 target: target.clone(),
                 tls: tls.clone(),
                 poll,
@@ -190,33 +184,33 @@ impl Fleet {
         self.tell_all(|| Command::StopChat);
     }
 
+    pub fn collect_chat(&self) {
+        self.tell_all(|| Command::Collect);
+    }
+
     /// Lets the chat go on for a while.
     pub fn watch_chat(&self, title: &str, duration: Duration) {
         let bar = progress_bar(duration.as_millis() as u64, title);
-        let (start, before) = (Instant::now(), self.received());
+        let (start, before) = (Instant::now(), self.settled());
         while start.elapsed() < duration {
             thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
             bar.set_position(start.elapsed().as_millis() as u64);
-            let rate = (self.received() - before) as f64 / start.elapsed().as_secs_f64();
+            let rate = (self.settled() - before) as f64 / start.elapsed().as_secs_f64();
             bar.set_message(format!("{rate:.0} messages/s"));
         }
         bar.finish_and_clear();
     }
 
-    pub fn finish_chat(&self, title: &str) -> Result<ChatOutcome, String> {
+    pub fn finish_chat(&self, title: &str) -> Result<chat::Outcome, String> {
         let bar = progress_bar(0, title);
-        let mut outcome = ChatOutcome::default();
+        let mut outcome = chat::Outcome::new();
         for _ in &self.handles {
             let part =
-                self.wait_for_answer(|| bar.set_message(format!("{} messages", self.received())))?;
-            let Answer::Chat(tally, latencies) = part else {
+                self.wait_for_answer(|| bar.set_message(format!("{} messages", self.settled())))?;
+            let Answer::Chat(part) = part else {
                 unreachable!("nothing else is running")
             };
-            outcome.tally.add(&tally);
-            outcome
-                .latencies
-                .add(&latencies)
-                .expect("histograms have the same bounds");
+            outcome.add(&part);
         }
         bar.finish_and_clear();
         Ok(outcome)
@@ -244,17 +238,23 @@ impl Fleet {
 
     /// Until nothing arrives any more and the server rests (bounded).
     pub fn wait_until_quiet(&self) {
+        self.wait_until_quiet_for(QUIET_FOR, QUIET_WAIT_MAX);
+    }
+
+    /// The same, with other times; whether it came to rest.
+    pub fn wait_until_quiet_for(&self, quiet: Duration, most: Duration) -> bool {
         let start = Instant::now();
-        while start.elapsed() < QUIET_WAIT_MAX {
+        while start.elapsed() < most {
             let (bytes, before) = (self.sum(|counters| &counters.bytes_in), self.snapshot());
-            thread::sleep(QUIET_FOR);
+            thread::sleep(quiet);
             let usage = before.until(&self.snapshot());
             let server = usage.server.map_or(0.0, |server| server.as_secs_f64());
             let rested = server < usage.wall.as_secs_f64() * QUIET_SERVER_SHARE;
             if rested && self.sum(|counters| &counters.bytes_in) == bytes {
-                return;
+                return true;
             }
         }
+        false
     }
 
     /// Lets time pass, with a bar.
@@ -276,9 +276,9 @@ impl Fleet {
         self.processes.server_rss_kib()
     }
 
-    /// Chat messages received so far.
-    pub fn received(&self) -> u64 {
-        self.sum(|counters| &counters.received)
+    /// Chat messages that have reached whom they can reach so far: a recipient, or, when he is off line, the server.
+    pub fn settled(&self) -> u64 {
+        self.sum(|counters| &counters.settled)
     }
 
     /// Presence stanzas of others received so far.
@@ -297,12 +297,19 @@ impl Fleet {
             .clone()
     }
 
-    /// Ends the threads and with them all connections.
-    pub fn stop(self) {
+    /// Ends the threads and with them all connections; keeps the keys if asked to.
+    pub fn stop(self) -> Result<(), String> {
+        let mut accounts = Vec::new();
         for handle in self.handles {
             drop(handle.commands);
             let _ = handle.waker.wake();
-            let _ = handle.thread.join();
+            if let Ok(Ok(part)) = handle.thread.join() {
+                accounts.extend(part);
+            }
+        }
+        match &self.global.keys {
+            Some(file) => write_keys(file, &accounts),
+            None => Ok(()),
         }
     }
 
@@ -326,6 +333,35 @@ impl Handle {
         let _ = self.commands.send(command);
         let _ = self.waker.wake();
     }
+}
+
+/// `NAME<tab>LINE` of each account; a file that is not there yet holds none.
+fn read_keys(file: &Path) -> Result<HashMap<String, String>, String> {
+    match fs::read_to_string(file) {
+        Ok(text) => {
+            let lines = text.lines().filter_map(|line| line.split_once('\t'));
+            Ok(lines
+                .map(|(name, line)| (name.into(), line.into()))
+                .collect())
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(HashMap::new()),
+        Err(error) => Err(format!("--keys {}: {error}", file.display())),
+    }
+}
+
+/// Accounts of other runs stay in the file.
+fn write_keys(file: &Path, accounts: &[Account]) -> Result<(), String> {
+    let mut lines = read_keys(file)?;
+    for account in accounts {
+        if let Some(line) = account.keys.to_line() {
+            lines.insert(account.name.clone(), line);
+        }
+    }
+    let text: String = lines
+        .iter()
+        .map(|(name, line)| format!("{name}\t{line}\n"))
+        .collect();
+    fs::write(file, text).map_err(|error| format!("--keys {}: {error}", file.display()))
 }
 
 fn progress_bar(length: u64, title: &str) -> ProgressBar {
@@ -356,5 +392,28 @@ fn raise_file_limit(clients: u64) -> Result<(), String> {
             clients + FILES_RESERVED
         )),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::scram::KeyCache;
+
+    #[test]
+    fn keys_of_other_accounts_stay_in_the_file() {
+        let file = std::env::temp_dir().join(format!("loadtest-keys-{}", std::process::id()));
+        let _ = fs::remove_file(&file);
+        assert_eq!(read_keys(&file), Ok(HashMap::new()));
+        let line = format!("sha-1 4 c2FsdA== {}=", "A".repeat(27));
+        let account = |name: &str| Account {
+            name: name.into(),
+            keys: KeyCache::from_line(&line).unwrap(),
+        };
+        write_keys(&file, &[account("a"), account("b c")]).unwrap();
+        write_keys(&file, &[account("d")]).unwrap();
+        let keys = read_keys(&file).unwrap();
+        assert_eq!((keys.len(), &keys["b c"]), (3, &line));
+        fs::remove_file(&file).unwrap();
     }
 }

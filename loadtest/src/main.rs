@@ -13,6 +13,7 @@ mod connection;
 mod element;
 mod fleet;
 mod memory;
+mod metrics;
 mod options;
 mod proc;
 mod register;

@@ -30,12 +30,15 @@ pub enum Command {
     Register(RegisterOptions),
     /// Users log in as fast as they can.
     #[command(
-        after_help = "Example:\n  loadtest storm --users 5000 --tls starttls --server-pid $(pidof nitro) --rounds 5"
+        after_help = "Example:\n  loadtest storm --users 5000 --tls starttls --server-pid $(pidof nitro) --rounds 5\n  \
+                      loadtest storm --users 10000 --metrics http://127.0.0.1:5280/metrics --metric nitro_sql_statements"
     )]
     Storm(StormOptions),
     /// Pairs of online users chat: latency, losses, server CPU per message.
     #[command(
-        after_help = "Example:\n  loadtest chat --users 200 --window 8 --duration 10 --server-pid $(pidof nitro)"
+        after_help = "Example:\n  loadtest chat --users 200 --window 8 --duration 10 --server-pid $(pidof nitro)\n  \
+                      loadtest chat --users 1000 --rate 2000 --ack --offline-share 0.25 --server-pid $(pidof nitro) \
+                      --server-pid $(pidof mariadbd)"
     )]
     Chat(ChatOptions),
     /// Resident memory of the server per idle user.
@@ -83,6 +86,10 @@ pub struct Global {
     /// SASL mechanism.
     #[arg(long, global = true, value_enum, default_value_t = MechanismOption::ScramSha1)]
     pub mechanism: MechanismOption,
+    /// Keep the users' SCRAM keys in this file from run to run (for the same --password): no key is derived while the first
+    /// logins after a restart of the server are measured.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub keys: Option<PathBuf>,
     /// Resource to bind; empty: the server makes one.
     #[arg(long, global = true, default_value = "loadtest")]
     pub resource: String,
@@ -101,7 +108,8 @@ pub struct Global {
     /// Connect from 127.0.0.1 … 127.0.0.N [default: as many as the connections need].
     #[arg(long, global = true, value_name = "N")]
     pub source_addresses: Option<u8>,
-    /// Processes of the server: their CPU time and memory are reported.
+    /// Processes of the server: their CPU time and memory are reported. Several (server, database, ...), also by giving
+    /// it several times: together, and apart by name.
     #[arg(long, global = true, value_delimiter = ',', value_name = "PID")]
     pub server_pid: Vec<u32>,
     /// Count the children of --server-pid too.
@@ -145,11 +153,14 @@ pub struct StormOptions {
     /// Report the server's resident memory at the end of --hold.
     #[arg(long)]
     pub rss: bool,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
 }
 
 #[derive(Args, Debug, Clone)]
 pub struct ChatOptions {
-    /// Messages of each sender under way: a receipt lets the next one go.
+    /// Messages of each sender under way: a receipt lets the next one go (an acknowledgement, when the recipient is off
+    /// line).
     #[arg(long, default_value_t = 8, conflicts_with = "rate")]
     pub window: u32,
     /// Messages per second of all together, open loop: latency counts from the time a message was due.
@@ -161,7 +172,7 @@ pub struct ChatOptions {
     /// Send this many messages instead of for a duration.
     #[arg(long, conflicts_with = "duration")]
     pub messages: Option<u64>,
-    /// Seconds of chat before the measurement [default: 1, with --messages 0].
+    /// Seconds of chat before the measurement [default: 1, with --messages or --settle 0].
     #[arg(long)]
     pub warmup: Option<f64>,
     /// Seconds without any receipt after which what is missing at the end is lost.
@@ -176,6 +187,39 @@ pub struct ChatOptions {
     /// XEP-0198: enable stream management and answer the server's requests.
     #[arg(long)]
     pub sm: bool,
+    /// The same, and ask for an acknowledgement behind every N-th message of a sender: measures the time from when a
+    /// message was due to the <a/> that covers it, and counts what was acknowledged and lost.
+    #[arg(long, value_name = "N", num_args = 0..=1, default_missing_value = "1", require_equals = true)]
+    pub ack: Option<u32>,
+    /// Share of the recipients who are off line: they log in when all is sent, and what waits for them must be there,
+    /// in order.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0, conflicts_with_all = ["messages", "no_store"])]
+    pub offline_share: f64,
+    /// Messages as a server with an archive must store them, with a body and without a hint. This is the default; with
+    /// --no-store beside it both are measured, one after the other.
+    #[arg(long)]
+    pub stored: bool,
+    /// Messages that must not be stored: with a body and the hint <no-store/> (XEP-0334).
+    #[arg(long)]
+    pub no_store: bool,
+    /// What the server does behind the messages belongs to their price (a journal that is drained into a database, say):
+    /// its CPU time is counted until it has been at rest for so long, and divided by all messages.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", require_equals = true)]
+    pub settle: Option<f64>,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+/// Counters of the server that a run is asked to look at.
+#[derive(Args, Debug, Clone, Default)]
+pub struct MetricsOptions {
+    /// Where the server shows its counters (Prometheus text), such as http://127.0.0.1:5280/metrics.
+    #[arg(long, value_name = "URL", requires = "metric")]
+    pub metrics: Option<String>,
+    /// Report by how much this counter grew for each login or message; the sum of all its labels. Its `_total` may be
+    /// left out. Several times: several counters.
+    #[arg(long, value_name = "NAME", requires = "metrics")]
+    pub metric: Vec<String>,
 }
 
 #[derive(Args, Debug)]
@@ -250,6 +294,8 @@ pub struct Target {
     pub mechanism: Mechanism,
     pub until: Until,
     pub stream_management: bool,
+    /// A login to a server without stream management fails.
+    pub acknowledgements: bool,
     /// Accept every subscription and note whose presence may be seen (to build rosters).
     pub track_contacts: bool,
     pub login_timeout: Duration,
@@ -295,6 +341,7 @@ impl Global {
             },
             until: self.until,
             stream_management: false,
+            acknowledgements: false,
             track_contacts: false,
             login_timeout: Duration::from_secs_f64(self.timeout),
         })

@@ -1,5 +1,9 @@
 //! What the processes cost: CPU time of the server, of the generator and of the machine, and resident memory, read from
 //! `/proc`; and a verdict on who was the bottleneck.
+//!
+//! A server may be several processes (with its database, say), told apart by name, and its threads are told apart by the
+//! first word of theirs: `shard-3` is one of `shard`, `sqlx-worker` of `sqlx`. What the kernel's io_uring workers do
+//! counts for the thread that gave them the work, what ended threads did counts as [`ENDED`].
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs;
@@ -9,6 +13,13 @@ use std::time::{Duration, Instant};
 const SATURATED: f64 = 0.90;
 /// With less idle time than this the machine counts as saturated.
 const MACHINE_IDLE_MIN: f64 = 0.07;
+
+/// The group of threads that hold a slice of the users each.
+const SHARD: &str = "shard";
+/// The group of threads that were there in between only.
+const ENDED: &str = "ended";
+/// `/proc/PID/stat` counts ticks of 10 ms: less than two of them are no thread that ended.
+const ENDED_MIN_NS: u64 = 20_000_000;
 
 /// By (process, thread).
 type ThreadTimes = BTreeMap<(u32, u32), ThreadTime>;
@@ -38,18 +49,37 @@ pub struct Processes {
 pub struct Snapshot {
     at: Instant,
     server: ThreadTimes,
+    server_processes: BTreeMap<u32, Process>,
     generator: ThreadTimes,
     /// Ticks of all cores: all, idle.
     machine: (u64, u64),
     cores: f64,
 }
 
+#[derive(Clone, Debug)]
+struct Process {
+    name: String,
+    /// Nanoseconds of all its threads, those that have ended too.
+    running: u64,
+    /// The group of each thread.
+    groups: BTreeMap<u32, String>,
+}
+
+/// CPU time of the processes of one name, and of their groups of threads.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ProcessUsage {
+    pub cpu: Duration,
+    pub threads: BTreeMap<String, Duration>,
+}
+
 /// What was used between two snapshots.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Usage {
     pub wall: Duration,
-    /// `None` without a server process to watch.
+    /// All processes of the server together; `None` without one to watch.
     pub server: Option<Duration>,
+    /// By name of the process.
+    pub processes: BTreeMap<String, ProcessUsage>,
     pub server_busiest: Busiest,
     pub generator: Duration,
     pub generator_busiest: Busiest,
@@ -87,9 +117,14 @@ impl Processes {
 
     pub fn snapshot(&self) -> Snapshot {
         let stat = fs::read_to_string("/proc/stat").unwrap_or_default();
+        let pids = self.pids();
         Snapshot {
             at: Instant::now(),
-            server: self.pids().into_iter().flat_map(thread_times).collect(),
+            server: pids.iter().flat_map(|pid| thread_times(*pid)).collect(),
+            server_processes: pids
+                .iter()
+                .filter_map(|pid| Some((*pid, Process::read(*pid)?)))
+                .collect(),
             generator: thread_times(std::process::id()),
             machine: parse_machine_ticks(stat.lines().next().unwrap_or_default()),
             // A line for all cores and one for each.
@@ -127,13 +162,16 @@ impl Processes {
 impl Snapshot {
     pub fn until(&self, later: &Snapshot) -> Usage {
         let wall = later.at - self.at;
-        let (server, server_busiest) = difference(&self.server, &later.server, wall);
+        let (_, server_busiest) = difference(&self.server, &later.server, wall);
+        let processes = self.processes_until(later);
+        let server = processes.values().map(|process| process.cpu).sum();
         let (generator, generator_busiest) = difference(&self.generator, &later.generator, wall);
         let all = later.machine.0.saturating_sub(self.machine.0);
         let idle = later.machine.1.saturating_sub(self.machine.1);
         Usage {
             wall,
-            server: (!later.server.is_empty()).then(|| Duration::from_nanos(server)),
+            server: (!later.server.is_empty()).then_some(server),
+            processes,
             server_busiest,
             generator: Duration::from_nanos(generator),
             generator_busiest,
@@ -145,9 +183,71 @@ impl Snapshot {
             cores: later.cores,
         }
     }
+
+    fn processes_until(&self, later: &Snapshot) -> BTreeMap<String, ProcessUsage> {
+        let mut usages = BTreeMap::<String, ProcessUsage>::new();
+        for (pid, process) in &later.server_processes {
+            let usage = usages.entry(process.name.clone()).or_default();
+            let mut add = |group: &str, nanoseconds| {
+                let time = Duration::from_nanos(nanoseconds);
+                *usage.threads.entry(group.to_owned()).or_default() += time;
+                usage.cpu += time;
+            };
+            let mut known = 0;
+            for (thread, time) in later.server.range((*pid, 0)..=(*pid, u32::MAX)) {
+                let earlier = self.server.get(thread).copied().unwrap_or_default();
+                let running = time.running.saturating_sub(earlier.running);
+                let group = process.groups.get(&thread.1).unwrap_or(&process.name);
+                add(group, running);
+                known += running;
+            }
+            let earlier = self.server_processes.get(pid).map_or(0, |p| p.running);
+            let ended = (process.running.saturating_sub(earlier)).saturating_sub(known);
+            if ended > ENDED_MIN_NS {
+                add(ENDED, ended);
+            }
+        }
+        usages
+    }
+}
+
+impl Process {
+    fn read(pid: u32) -> Option<Process> {
+        let folder = format!("/proc/{pid}");
+        let comm = |of: std::path::PathBuf| {
+            let text = fs::read_to_string(of.join("comm")).ok()?;
+            Some(text.trim_end().to_owned())
+        };
+        let names: BTreeMap<u32, String> = fs::read_dir(format!("{folder}/task"))
+            .ok()?
+            .flatten()
+            .filter_map(|task| {
+                let thread = task.file_name().to_str()?.parse().ok()?;
+                Some((thread, comm(task.path())?))
+            })
+            .collect();
+        Some(Process {
+            name: comm(folder.clone().into())?,
+            running: stat_nanoseconds(format!("{folder}/stat").as_ref())?,
+            groups: groups(&names),
+        })
+    }
 }
 
 impl Usage {
+    /// CPU time of the shards, and of all other threads of their processes; `None` if the server has no shards.
+    pub fn shards_and_others(&self) -> Option<(Duration, Duration)> {
+        let sharded = || {
+            self.processes
+                .values()
+                .filter_map(|process| Some((process, process.threads.get(SHARD)?)))
+        };
+        sharded().next()?;
+        let shards: Duration = sharded().map(|(_, shards)| *shards).sum();
+        let all: Duration = sharded().map(|(process, _)| process.cpu).sum();
+        Some((shards, all - shards))
+    }
+
     /// Who kept the work from going faster: a thread that always ran, else one that always wanted to run and had to
     /// wait for a core that others used.
     pub fn bottleneck(&self) -> Bottleneck {
@@ -235,6 +335,25 @@ fn difference(before: &ThreadTimes, after: &ThreadTimes, wall: Duration) -> (u64
         }
     }
     (sum, busiest)
+}
+
+/// The group of each thread, from the names of all.
+fn groups(names: &BTreeMap<u32, String>) -> BTreeMap<u32, String> {
+    let group = |name: &str| {
+        let end = name.find(|byte: char| byte == '-' || byte.is_ascii_digit());
+        let word = name[..end.unwrap_or(name.len())].trim_end_matches('_');
+        if word.is_empty() { name } else { word }.to_owned()
+    };
+    names
+        .iter()
+        .map(|(thread, name)| {
+            // `iou-wrk-N`: a kernel thread that does what thread N submitted
+            let submitter = name
+                .strip_prefix("iou-wrk-")
+                .and_then(|number| names.get(&number.parse().ok()?));
+            (*thread, group(submitter.unwrap_or(name)))
+        })
+        .collect()
 }
 
 /// `schedstat` counts nanoseconds, where `stat` counts ticks of 10 ms.
@@ -334,6 +453,7 @@ mod tests {
         Usage {
             wall: Duration::from_secs(1),
             server: Some(Duration::from_secs_f64(server.0)),
+            processes: BTreeMap::new(),
             server_busiest: busiest(server),
             generator: Duration::from_secs_f64(generator.0),
             generator_busiest: busiest(generator),
@@ -402,6 +522,112 @@ mod tests {
     }
 
     #[test]
+    fn threads_are_grouped_by_the_first_word_of_their_name() {
+        let names = [
+            (10, "nitro"),
+            (11, "shard-0"),
+            (12, "shard-17"),
+            (13, "journal-0"),
+            (14, "sqlx-sqlite-wor"),
+            (15, "sql"),
+            (16, "iou-wrk-12"),
+            (17, "iou-wrk-99"),
+            (18, "ib_io_rd-1"),
+            (19, "-"),
+        ];
+        let names = names.map(|(thread, name)| (thread, name.to_owned()));
+        let groups: Vec<_> = groups(&names.into()).into_values().collect();
+        let expected = [
+            "nitro", "shard", "shard", "journal", "sqlx", "sql", "shard", "iou", "ib_io_rd", "-",
+        ];
+        assert_eq!(groups, expected);
+    }
+
+    /// Number, group and milliseconds of each thread.
+    type Threads<'a> = &'a [(u32, &'a str, u64)];
+
+    /// Of processes: number, name, milliseconds and threads.
+    fn snapshot(processes: &[(u32, &str, u64, Threads)]) -> Snapshot {
+        let mut snapshot = Snapshot {
+            at: Instant::now(),
+            server: ThreadTimes::new(),
+            server_processes: BTreeMap::new(),
+            generator: ThreadTimes::new(),
+            machine: (0, 0),
+            cores: 2.0,
+        };
+        for (pid, name, running, threads) in processes {
+            let groups = threads
+                .iter()
+                .map(|(thread, group, _)| (*thread, (*group).to_owned()));
+            let process = Process {
+                name: (*name).to_owned(),
+                running: running * 1_000_000,
+                groups: groups.collect(),
+            };
+            snapshot.server_processes.insert(*pid, process);
+            for (thread, _, milliseconds) in *threads {
+                let time = ThreadTime {
+                    running: milliseconds * 1_000_000,
+                    waiting: 0,
+                };
+                snapshot.server.insert((*pid, *thread), time);
+            }
+        }
+        snapshot
+    }
+
+    #[test]
+    fn processes_and_groups_of_threads_add_up_to_the_server() {
+        let before = snapshot(&[
+            (1, "nitro", 150, &[(1, "nitro", 50), (2, "shard", 100)]),
+            (7, "mariadbd", 0, &[(7, "mariadbd", 0)]),
+        ]);
+        let after = snapshot(&[
+            (
+                1,
+                "nitro",
+                1150,
+                &[
+                    (1, "nitro", 60),
+                    (2, "shard", 400),
+                    (3, "shard", 300),
+                    (4, "sql", 90),
+                ],
+            ),
+            (7, "mariadbd", 1000, &[(7, "mariadbd", 990)]),
+        ]);
+        let usage = before.until(&after);
+        let ms = Duration::from_millis;
+        assert_eq!(usage.server, Some(ms(1990)));
+        let nitro = &usage.processes["nitro"];
+        assert_eq!(nitro.cpu, ms(1000));
+        assert_eq!(nitro.threads["shard"], ms(600));
+        assert_eq!(nitro.threads["sql"], ms(90));
+        assert_eq!(nitro.threads[ENDED], ms(300));
+        // less than two ticks are the grain of the clock
+        let mariadbd = &usage.processes["mariadbd"];
+        assert_eq!((mariadbd.cpu, mariadbd.threads.len()), (ms(990), 1));
+        assert_eq!(usage.shards_and_others(), Some((ms(600), ms(400))));
+        assert_eq!(before.until(&before).processes["mariadbd"].cpu, ms(0));
+    }
+
+    #[test]
+    fn two_processes_of_one_name_are_one_row() {
+        let before = snapshot(&[]);
+        let after = snapshot(&[
+            (1, "redis-server", 30, &[(1, "redis", 30)]),
+            (2, "redis-server", 40, &[(2, "redis", 40)]),
+        ]);
+        let usage = before.until(&after);
+        assert_eq!(
+            usage.processes["redis-server"].cpu,
+            Duration::from_millis(70)
+        );
+        assert_eq!(usage.shards_and_others(), None);
+    }
+
+    #[test]
     fn own_process_is_seen_working() {
         let processes = Processes::new(&[std::process::id()], false).unwrap();
         let before = processes.snapshot();
@@ -414,6 +640,9 @@ mod tests {
             usage.server.unwrap() > Duration::from_millis(5),
             "{usage:?}"
         );
+        let own = usage.processes.values().next().unwrap();
+        assert_eq!(Some(own.cpu), usage.server);
+        assert!(!own.threads.is_empty(), "{own:?}");
         assert!(processes.server_rss_kib().unwrap() > 100);
         assert!(Processes::new(&[u32::MAX], false).is_err());
     }

@@ -1,9 +1,10 @@
 //! What a run found: a table for people and one JSON line for programs, from the same rows.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::path::Path;
+use std::time::Duration;
 
 use serde_json::{Map, Value, json};
 
@@ -27,6 +28,8 @@ pub type Failures = BTreeMap<String, u64>;
 pub struct Report {
     json: Map<String, Value>,
     rows: Vec<(String, String)>,
+    /// Before the keys and labels that follow.
+    section: (String, String),
     sentences: Vec<String>,
     failed: Vec<String>,
 }
@@ -38,9 +41,24 @@ impl Report {
         Report {
             json,
             rows: Vec::new(),
+            section: Default::default(),
             sentences: Vec::new(),
             failed: Vec::new(),
         }
+    }
+
+    /// What follows is of a second part of the run: its keys begin with `key_`, its labels with `label: `.
+    pub fn begin_section(&mut self, key: &str, label: &str) {
+        self.section = (format!("{key}_"), format!("{label}: "));
+    }
+
+    fn put(&mut self, key: &str, value: Value) {
+        self.json.insert(format!("{}{key}", self.section.0), value);
+    }
+
+    fn row(&mut self, label: &str, value: String) {
+        self.rows
+            .push((format!("{}{label}", self.section.1), value));
     }
 
     /// A figure; `unit` is for people, the key names it for programs.
@@ -50,21 +68,18 @@ impl Report {
             Some(number) if value.is_f64() => human(number),
             _ => value.to_string(),
         };
-        self.rows.push((
-            label.to_owned(),
-            format!("{shown} {unit}").trim_end().to_owned(),
-        ));
-        self.json.insert(key.to_owned(), value);
+        self.row(label, format!("{shown} {unit}").trim_end().to_owned());
+        self.put(key, value);
     }
 
     pub fn text(&mut self, key: &str, label: &str, value: String) {
-        self.rows.push((label.to_owned(), value.clone()));
-        self.json.insert(key.to_owned(), json!(value));
+        self.row(label, value.clone());
+        self.put(key, json!(value));
     }
 
     /// A list for programs only.
     pub fn list(&mut self, key: &str, values: &[f64]) {
-        self.json.insert(key.to_owned(), json!(values));
+        self.put(key, json!(values));
     }
 
     /// Percentiles of a histogram of nanoseconds, in milliseconds.
@@ -81,27 +96,18 @@ impl Report {
             .iter()
             .map(|(name, value)| format!("{name} {}", human(*value)))
             .collect();
-        self.rows
-            .push((label.to_owned(), format!("{} ms", shown.join("  "))));
+        self.row(label, format!("{} ms", shown.join("  ")));
         let figures: Map<String, Value> = figures
             .iter()
             .map(|(name, value)| ((*name).into(), json!(value)))
             .collect();
-        self.json.insert(format!("{key}_ms"), figures.into());
+        self.put(&format!("{key}_ms"), figures.into());
     }
 
     /// CPU time per unit of work, and who was the bottleneck. `per_second` scales seconds to `unit`.
     pub fn usage(&mut self, usage: &Usage, work: u64, of: &str, unit: &str, per_second: f64) {
-        let each = |time: std::time::Duration| time.as_secs_f64() * per_second / work.max(1) as f64;
-        if let Some(server) = usage.server {
-            self.number(
-                &format!("server_cpu_{unit}_per_{of}"),
-                &format!("server CPU per {of}"),
-                each(server),
-                unit,
-            );
-        }
-        let generator = each(usage.generator);
+        self.server_cpu(&[(usage, work)], of, unit, per_second);
+        let generator = usage.generator.as_secs_f64() * per_second / work.max(1) as f64;
         self.number(
             &format!("generator_cpu_{unit}_per_{of}"),
             &format!("generator CPU per {of}"),
@@ -111,20 +117,78 @@ impl Report {
         self.bottleneck(usage);
     }
 
+    /// The server's CPU time per unit of work, as a median of rounds (with the work done in each): of all its processes,
+    /// of each, of the shards and of the other threads of theirs.
+    pub fn server_cpu(&mut self, rounds: &[(&Usage, u64)], of: &str, unit: &str, per_second: f64) {
+        let each = |time: &dyn Fn(&Usage) -> Option<Duration>| {
+            let figures: Vec<f64> = rounds
+                .iter()
+                .filter_map(|(usage, work)| {
+                    Some(time(usage)?.as_secs_f64() * per_second / (*work).max(1) as f64)
+                })
+                .collect();
+            (!figures.is_empty()).then(|| median(&figures))
+        };
+        let Some(all) = each(&|usage| usage.server) else {
+            return;
+        };
+        let key = format!("server_cpu_{unit}_per_{of}");
+        self.number(&key, &format!("server CPU per {of}"), all, unit);
+
+        let names: BTreeSet<&String> = rounds
+            .iter()
+            .flat_map(|(usage, _)| usage.processes.keys())
+            .collect();
+        let (mut processes, mut threads) = (Map::new(), Map::new());
+        for name in &names {
+            let of_process = |usage: &Usage| Some(usage.processes.get(*name)?.cpu);
+            let cpu = each(&of_process).unwrap_or(0.0);
+            processes.insert((*name).clone(), json!(cpu));
+            if names.len() > 1 {
+                self.row(&format!("  {name}"), format!("{} {unit}", human(cpu)));
+            }
+            let groups: BTreeSet<&String> = rounds
+                .iter()
+                .filter_map(|(usage, _)| usage.processes.get(*name))
+                .flat_map(|process| process.threads.keys())
+                .collect();
+            let groups: Map<String, Value> = groups
+                .into_iter()
+                .map(|group| {
+                    // a group that was not there in a round used nothing
+                    let cpu = each(&|usage| {
+                        let threads = &usage.processes.get(*name)?.threads;
+                        Some(threads.get(group).copied().unwrap_or_default())
+                    });
+                    (group.clone(), json!(cpu.unwrap_or(0.0)))
+                })
+                .collect();
+            threads.insert((*name).clone(), groups.into());
+        }
+        if let Some(shards) = each(&|usage| Some(usage.shards_and_others()?.0)) {
+            let others = each(&|usage| Some(usage.shards_and_others()?.1)).unwrap_or(0.0);
+            self.number(&format!("{key}_shards"), "  shards", shards, unit);
+            self.number(
+                &format!("{key}_others"),
+                "  their other threads",
+                others,
+                unit,
+            );
+        }
+        self.put(&format!("{key}_of_processes"), processes.into());
+        self.put(&format!("{key}_of_threads"), threads.into());
+    }
+
     pub fn bottleneck(&mut self, usage: &Usage) {
-        self.json
-            .insert("bottleneck".into(), json!(usage.bottleneck().name()));
-        self.json.insert(
-            "server_busiest_thread".into(),
-            json!(usage.server_busiest.running),
-        );
-        self.json.insert(
-            "generator_busiest_thread".into(),
+        self.put("bottleneck", json!(usage.bottleneck().name()));
+        self.put("server_busiest_thread", json!(usage.server_busiest.running));
+        self.put(
+            "generator_busiest_thread",
             json!(usage.generator_busiest.running),
         );
-        self.json
-            .insert("machine_idle".into(), json!(usage.machine_idle));
-        self.sentences.push(usage.sentence());
+        self.put("machine_idle", json!(usage.machine_idle));
+        let sentence = format!("{}{}", self.section.1, usage.sentence());
+        self.sentences.push(sentence);
     }
 
     /// A sentence under the table.
@@ -227,6 +291,7 @@ pub fn median(values: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proc::ProcessUsage;
 
     #[test]
     fn table_and_json_tell_the_same() {
@@ -253,6 +318,69 @@ mod tests {
         assert_eq!(json["ok"], false);
         assert_eq!(json["failures"][0], "3 lost");
         assert!((json["latency_ms"]["p50"].as_f64().unwrap() - 50.0).abs() < 0.1);
+    }
+
+    #[test]
+    fn cpu_time_is_told_by_process_and_by_shards() {
+        let usage = |shards: u64, database: u64| {
+            let process = |threads: &[(&str, u64)]| ProcessUsage {
+                cpu: Duration::from_micros(threads.iter().map(|(_, us)| us).sum()),
+                threads: threads
+                    .iter()
+                    .map(|(name, us)| ((*name).into(), Duration::from_micros(*us)))
+                    .collect(),
+            };
+            let processes = [
+                (
+                    "nitro".to_owned(),
+                    process(&[("shard", shards), ("sql", 100)]),
+                ),
+                ("mariadbd".to_owned(), process(&[("mariadbd", database)])),
+            ];
+            Usage {
+                wall: Duration::from_secs(1),
+                server: Some(Duration::from_micros(shards + 100 + database)),
+                processes: processes.into(),
+                server_busiest: Default::default(),
+                generator: Duration::ZERO,
+                generator_busiest: Default::default(),
+                machine_idle: 1.0,
+                cores: 2.0,
+            }
+        };
+        let mut report = Report::new("storm");
+        let rounds = [usage(400, 500), usage(600, 300), usage(9000, 100)];
+        let rounds: Vec<_> = rounds.iter().map(|usage| (usage, 100)).collect();
+        report.server_cpu(&rounds, "login", "us", 1e6);
+        assert_eq!(
+            report.table(),
+            "server CPU per login   10.0 us\n  mariadbd             3.00 us\n  nitro                7.00 us\n  \
+             shards               6.00 us\n  their other threads  1.00 us\n"
+        );
+        let json: Value = serde_json::from_str(&report.json_line()).unwrap();
+        assert_eq!(
+            json["server_cpu_us_per_login_of_processes"]["mariadbd"],
+            3.0
+        );
+        assert_eq!(
+            json["server_cpu_us_per_login_of_threads"]["nitro"]["sql"],
+            1.0
+        );
+        assert_eq!(json["server_cpu_us_per_login_shards"], 6.0);
+    }
+
+    #[test]
+    fn a_second_part_has_its_own_keys() {
+        let mut report = Report::new("chat");
+        report.number("lost", "lost", 1, "");
+        report.begin_section("no_store", "no-store");
+        report.number("lost", "lost", 2, "");
+        let json: Value = serde_json::from_str(&report.json_line()).unwrap();
+        assert_eq!(
+            (&json["lost"], &json["no_store_lost"]),
+            (&json!(1), &json!(2))
+        );
+        assert_eq!(report.table(), "lost            1\nno-store: lost  2\n");
     }
 
     #[test]

@@ -31,6 +31,13 @@ pub enum Error {
 }
 
 impl Hash {
+    fn name(self) -> &'static str {
+        match self {
+            Hash::Sha1 => "sha-1",
+            Hash::Sha256 => "sha-256",
+        }
+    }
+
     fn hmac(self) -> hmac::Algorithm {
         match self {
             Hash::Sha1 => hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY,
@@ -58,6 +65,7 @@ struct Keys {
     hash: Hash,
     salt: Vec<u8>,
     iterations: u32,
+    salted: Vec<u8>,
     client: hmac::Tag,
     stored: hmac::Key,
     server: hmac::Key,
@@ -74,14 +82,19 @@ impl Keys {
             password.as_bytes(),
             &mut salted,
         );
-        let salted = hmac::Key::new(hash.hmac(), &salted);
-        let client = hmac::sign(&salted, b"Client Key");
+        Keys::from_salted(hash, salted, salt, iterations.get())
+    }
+
+    fn from_salted(hash: Hash, salted: Vec<u8>, salt: &[u8], iterations: u32) -> Keys {
+        let key = hmac::Key::new(hash.hmac(), &salted);
+        let client = hmac::sign(&key, b"Client Key");
         let stored = digest::digest(hash.digest(), client.as_ref());
-        let server = hmac::sign(&salted, b"Server Key");
+        let server = hmac::sign(&key, b"Server Key");
         Keys {
             hash,
             salt: salt.to_vec(),
-            iterations: iterations.get(),
+            iterations,
+            salted,
             client,
             stored: hmac::Key::new(hash.hmac(), stored.as_ref()),
             server: hmac::Key::new(hash.hmac(), server.as_ref()),
@@ -101,6 +114,34 @@ pub struct KeyCache {
 }
 
 impl KeyCache {
+    /// A line for [`KeyCache::from_line`]: hash, iterations, salt and salted password.
+    pub fn to_line(&self) -> Option<String> {
+        let keys = self.keys.as_ref()?;
+        let (salt, salted) = (
+            BASE64_STANDARD.encode(&keys.salt),
+            BASE64_STANDARD.encode(&keys.salted),
+        );
+        let hash = keys.hash.name();
+        Some(format!("{hash} {} {salt} {salted}", keys.iterations))
+    }
+
+    /// `None`: not a line of [`KeyCache::to_line`].
+    pub fn from_line(line: &str) -> Option<KeyCache> {
+        let mut fields = line.split(' ');
+        let hash = fields.next()?;
+        let hash = [Hash::Sha1, Hash::Sha256]
+            .into_iter()
+            .find(|known| known.name() == hash)?;
+        let iterations = fields.next()?.parse().ok()?;
+        let salt = BASE64_STANDARD.decode(fields.next()?).ok()?;
+        let salted = BASE64_STANDARD.decode(fields.next()?).ok()?;
+        let length_is_right = salted.len() == hash.digest().output_len();
+        (length_is_right && fields.next().is_none()).then(|| KeyCache {
+            keys: Some(Keys::from_salted(hash, salted, &salt, iterations)),
+            derivations: 0,
+        })
+    }
+
     fn get(&mut self, hash: Hash, password: &str, salt: &[u8], iterations: NonZeroU32) -> &Keys {
         if !self
             .keys
@@ -302,5 +343,26 @@ mod tests {
             Exchange::with_nonce(Hash::Sha1, "a,b=c", "n".into()).client_first(),
             "n,,n=a=2Cb=3Dc,r=n"
         );
+    }
+
+    #[test]
+    fn keys_outlive_a_run() {
+        let mut cache = KeyCache::default();
+        assert_eq!(cache.to_line(), None);
+        let four = NonZeroU32::new(4).unwrap();
+        cache.get(Hash::Sha256, "pencil", b"salt", four);
+        let line = cache.to_line().unwrap();
+        let mut read = KeyCache::from_line(&line).unwrap();
+        let (own, other) = (
+            cache.get(Hash::Sha256, "pencil", b"salt", four).client,
+            read.get(Hash::Sha256, "pencil", b"salt", four).client,
+        );
+        assert_eq!(own.as_ref(), other.as_ref());
+        assert_eq!((cache.derivations, read.derivations), (1, 0));
+        read.get(Hash::Sha256, "pencil", b"other salt", four);
+        assert_eq!(read.derivations, 1);
+        for bad in ["", "sha-1 4 c2FsdA== c2hvcnQ=", "md5 4 a b", &line[1..]] {
+            assert!(KeyCache::from_line(bad).is_none(), "{bad}");
+        }
     }
 }

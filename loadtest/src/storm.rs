@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use crate::fleet::Fleet;
+use crate::metrics::{Counters, Reading};
 use crate::options::{Global, StormOptions, Target};
 use crate::proc::{Bottleneck, Usage};
 use crate::register::check_ring;
@@ -17,6 +18,7 @@ struct Round {
     outcome: Outcome,
     /// Presence stanzas of others that all clients together received.
     presences: u64,
+    counted: (Reading, Reading),
 }
 
 pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
@@ -24,6 +26,7 @@ pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
     if options.rounds == 0 || options.rate.is_some_and(|rate| rate <= 0.0) {
         return Err("--rounds and --rate must be greater than 0".into());
     }
+    let counters = Counters::new(&options.metrics)?;
     let fleet = Fleet::start(global, global.target()?)?;
     let mut report = Report::new("storm");
     let mut online = false;
@@ -31,10 +34,14 @@ pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
         let warm = fleet.login_all("warm up")?;
         report.note_failures(&warm.failures);
         if report.is_failure() {
-            fleet.stop();
+            fleet.stop()?;
             return Ok(report);
         }
         online = true;
+    }
+    if !online {
+        // What an earlier run left to the server is not part of the first round.
+        fleet.wait_until_quiet();
     }
     let mut rounds = Vec::new();
     for number in 0..options.rounds {
@@ -42,10 +49,15 @@ pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
         if online {
             log_out(&fleet, &users, &mut report)?;
         }
-        rounds.push(round(&fleet, options, &users)?);
+        rounds.push(round(&fleet, options, &counters, &users)?);
         online = true;
     }
     rows(&mut report, global, options, &rounds);
+    let counted: Vec<_> = rounds
+        .iter()
+        .map(|round| (&round.counted.0, &round.counted.1, round.outcome.done))
+        .collect();
+    counters.report(&mut report, &counted, "login")?;
     if options.hold > 0.0 || options.rss {
         fleet.rest("hold", Duration::from_secs_f64(options.hold));
     }
@@ -56,7 +68,7 @@ pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
         }
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop();
+    fleet.stop()?;
     Ok(report)
 }
 
@@ -79,17 +91,30 @@ fn log_out(fleet: &Fleet, users: &[u32], report: &mut Report) -> Result<(), Stri
     Ok(())
 }
 
-fn round(fleet: &Fleet, options: &StormOptions, users: &[u32]) -> Result<Round, String> {
+fn round(
+    fleet: &Fleet,
+    options: &StormOptions,
+    counters: &Counters,
+    users: &[u32],
+) -> Result<Round, String> {
     let presences = fleet.presences();
+    let counted_before = counters.read()?;
     let before = fleet.snapshot();
     let outcome = fleet.run(Job::Login, users, options.rate, "storm")?;
     let mut usage = before.until(&fleet.snapshot());
     if options.contacts_online > 0 {
         // Presence to and from contacts belongs to a login and may be under way when the last one is complete.
         fleet.wait_until_quiet();
-        usage.server = before.until(&fleet.snapshot()).server;
+        let until_quiet = before.until(&fleet.snapshot());
+        usage.server = until_quiet.server;
+        usage.processes = until_quiet.processes;
+    }
+    if !counters.is_empty() {
+        // What a login leaves to be done later belongs to it.
+        fleet.wait_until_quiet();
     }
     Ok(Round {
+        counted: (counted_before, counters.read()?),
         usage,
         outcome,
         presences: fleet.presences() - presences,
@@ -162,12 +187,11 @@ fn rows(report: &mut Report, global: &Global, options: &StormOptions, rounds: &[
         }
     }
     if !server.is_empty() {
-        report.number(
-            "server_cpu_ms_per_login",
-            "server CPU per login",
-            median(&server),
-            "ms",
-        );
+        let usages: Vec<_> = rounds
+            .iter()
+            .map(|round| (&round.usage, round.outcome.done))
+            .collect();
+        report.server_cpu(&usages, "login", "ms", 1e3);
         report.list("server_cpu_ms_per_login_of_rounds", &server);
     }
     report.number(

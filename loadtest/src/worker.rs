@@ -4,7 +4,7 @@
 //! one turn of the loop has for one socket leaves with one write. A client's place in the poll and in all tables is
 //! its slot; a user always belongs to the same worker, and the two users of a pair to the same one.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io::{self, ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
-use crate::chat::{self, Engine, Outputs};
+use crate::chat::{self, Engine, Output, Outputs};
 use crate::connection::{Account, Connection, Effect, Purpose};
 use crate::element::escape;
 use crate::options::{Target, TlsMode};
@@ -44,7 +44,10 @@ pub enum Command {
     Chat(chat::Plan),
     /// The measured part of the chat begins.
     Measure,
+    /// No more is sent.
     StopChat,
+    /// Everyone is on line: the chat may end when all is there.
+    Collect,
 }
 
 /// Do one thing with each of some users.
@@ -89,7 +92,7 @@ impl Pace {
 
 pub enum Answer {
     Run(Outcome),
-    Chat(chat::Tally, Histogram),
+    Chat(chat::Outcome),
 }
 
 /// What came of a [`Run`].
@@ -110,7 +113,8 @@ pub struct Counters {
     pub failed: AtomicU64,
     pub bytes_in: AtomicU64,
     pub presences: AtomicU64,
-    pub received: AtomicU64,
+    /// Chat messages that have reached whom they can reach, of all chats.
+    pub settled: AtomicU64,
     pub disconnected: AtomicU64,
 }
 
@@ -189,6 +193,8 @@ pub struct Worker {
     clients: Clients,
     running: Option<Running>,
     chat: Option<Engine>,
+    /// Of the chats before.
+    settled: u64,
     bytes_in: u64,
     presences: u64,
     disconnections: Arc<std::sync::Mutex<Failures>>,
@@ -201,6 +207,8 @@ pub struct Parts {
     pub number: usize,
     pub layout: Layout,
     pub prefix: String,
+    /// Lines of known keys, by name of the account.
+    pub keys: Arc<HashMap<String, String>>,
     pub target: Arc<Target>,
     pub tls: Tls,
     pub poll: Poll,
@@ -211,7 +219,7 @@ pub struct Parts {
 }
 
 impl Outputs for Clients {
-    fn output(&mut self, slot: usize) -> Option<&mut Vec<u8>> {
+    fn output(&mut self, slot: usize) -> Option<Output<'_>> {
         let client = self.slots[slot]
             .as_mut()
             .filter(|client| client.connection.is_online())?;
@@ -219,7 +227,10 @@ impl Outputs for Clients {
             client.dirty = true;
             self.dirty.push(slot);
         }
-        Some(&mut client.connection.out)
+        Some(Output {
+            bytes: &mut client.connection.out,
+            stanzas: &mut client.connection.sent,
+        })
     }
 }
 
@@ -237,12 +248,19 @@ impl Outcome {
 
 impl Worker {
     pub fn new(parts: Parts) -> io::Result<Worker> {
+        let keys = |name: &String| {
+            parts
+                .keys
+                .get(name)
+                .and_then(|line| KeyCache::from_line(line))
+        };
         let accounts: Vec<_> = parts
             .layout
             .users_of(parts.number)
-            .map(|user| Account {
-                name: format!("{}{user}", parts.prefix),
-                keys: KeyCache::default(),
+            .map(|user| format!("{}{user}", parts.prefix))
+            .map(|name| Account {
+                keys: keys(&name).unwrap_or_default(),
+                name,
             })
             .collect();
         let timer = timerfd_create(
@@ -271,6 +289,7 @@ impl Worker {
             accounts,
             running: None,
             chat: None,
+            settled: 0,
             bytes_in: 0,
             presences: 0,
             disconnections: parts.disconnections,
@@ -279,8 +298,8 @@ impl Worker {
         })
     }
 
-    /// Until the fleet lets go of it.
-    pub fn run(mut self) -> io::Result<()> {
+    /// Until the fleet lets go of it; then it gives the accounts back.
+    pub fn run(mut self) -> io::Result<Vec<Account>> {
         let mut events = Events::with_capacity(EVENTS_PER_TURN);
         loop {
             self.arm_timer()?;
@@ -299,7 +318,7 @@ impl Worker {
                 }
             }
             if !self.take_commands() {
-                return Ok(());
+                return Ok(self.accounts);
             }
             self.begin_jobs();
             if let Some(chat) = &mut self.chat {
@@ -367,6 +386,10 @@ impl Worker {
                     .chat
                     .iter_mut()
                     .for_each(|chat| chat.stop_sending(Instant::now())),
+                Ok(Command::Collect) => self
+                    .chat
+                    .iter_mut()
+                    .for_each(|chat| chat.collect(Instant::now())),
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
@@ -637,6 +660,18 @@ impl Worker {
                     }
                 }
             }
+            Effect::Acknowledged(count) => {
+                if let Some(chat) = &mut self.chat {
+                    let now = Instant::now();
+                    for _ in 0..chat.on_acknowledged(slot, count, now) {
+                        let out = Output {
+                            bytes: &mut client.connection.out,
+                            stanzas: &mut client.connection.sent,
+                        };
+                        chat.send_next(slot, now, out);
+                    }
+                }
+            }
             Effect::Ended => return Err(End::Finished),
             Effect::Failed(error) => return Err(End::Failed(error.to_string())),
         }
@@ -739,11 +774,10 @@ impl Worker {
         self.counters
             .presences
             .store(self.presences, Ordering::Relaxed);
-        if let Some(chat) = &self.chat {
-            self.counters
-                .received
-                .store(chat.tally.received, Ordering::Relaxed);
-        }
+        let settled = self.chat.as_ref().map_or(0, Engine::settled);
+        self.counters
+            .settled
+            .store(self.settled + settled, Ordering::Relaxed);
     }
 
     /// Hands in what is finished. A fleet that is gone ends the loop by the next command anyway.
@@ -762,8 +796,9 @@ impl Worker {
             .as_ref()
             .is_some_and(|chat| chat.is_finished(Instant::now()))
         {
-            let (tally, latencies) = self.chat.take().expect("just seen").finish();
-            let _ = self.answers.send(Answer::Chat(tally, latencies));
+            let chat = self.chat.take().expect("just seen");
+            self.settled += chat.settled();
+            let _ = self.answers.send(Answer::Chat(chat.finish()));
         }
     }
 }

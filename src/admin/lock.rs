@@ -8,6 +8,9 @@ use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
+/// A folder inside the data folder that is there while a restore is not finished.
+pub const RESTORING: &str = "restoring";
+
 /// Holds `nitro.lock` of the data folder by `flock`, so the kernel lets it go however the process ends.
 #[derive(Debug)]
 pub struct DataLock {
@@ -20,6 +23,21 @@ impl DataLock {
     /// # Errors
     /// A sentence; if another process has it, with its number.
     pub fn acquire(dir: &Path) -> Result<DataLock, String> {
+        let lock = DataLock::acquire_to_restore(dir)?;
+        match dir.join(RESTORING).exists() {
+            false => Ok(lock),
+            true => Err(format!(
+                "{}: a restore was interrupted here; repeat it: nitro restore FOLDER",
+                dir.display()
+            )),
+        }
+    }
+
+    /// The same for a folder in which a restore may have been interrupted.
+    ///
+    /// # Errors
+    /// As for [`DataLock::acquire`].
+    pub fn acquire_to_restore(dir: &Path) -> Result<DataLock, String> {
         let shown = dir.display();
         DirBuilder::new()
             .recursive(true)

@@ -12,9 +12,17 @@ pub mod direct;
 pub mod lock;
 pub mod server;
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
+use crate::config::Config;
+use crate::store::journal::{Options, floors};
 use crate::store::record::{RosterItem, ScramKeys, Subscription, UserRecord};
+use crate::store::redis::{Address, Generations};
+use crate::store::settle;
+use crate::store::sql::Database;
+use crate::store::sql::admin::Store;
 
 /// Bytes of one request or reply with its newline; what is longer ends the connection.
 pub const LINE_BYTES_MAX: usize = 8 << 20;
@@ -67,6 +75,8 @@ pub enum AdminRequest {
     },
     /// -> `Imported`, in the same order. See [`import_roster`]; contacts on line get a roster push.
     ImportRosters { rosters: Vec<ImportRoster> },
+    /// How far the database has what was accepted. -> `Journals`.
+    Journals,
 }
 
 /// The answer to a request.
@@ -95,6 +105,11 @@ pub enum AdminReply {
     },
     Imported {
         outcomes: Vec<Outcome>,
+    },
+    Journals {
+        /// Of the nitro that answers.
+        release: String,
+        journals: Vec<JournalLine>,
     },
     /// A sentence for the operator that says why not.
     Refused {
@@ -149,6 +164,18 @@ impl UserDetail {
             sessions: None,
         }
     }
+}
+
+/// How far a journal is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JournalLine {
+    pub shard: u16,
+    /// Tells it from one of the same shard that began anew.
+    pub identity: u64,
+    /// The last record that is durable.
+    pub committed: u64,
+    /// The last record that is in the database.
+    pub drained: u64,
 }
 
 /// One session in a list.
@@ -354,6 +381,48 @@ pub fn import_roster(record: &mut UserRecord, items: &[ImportItem], items_max: u
     match new {
         0 => Outcome::Replaced,
         _ => Outcome::Added,
+    }
+}
+
+/// The database of a blade that does not run, with everything that its journals hold. An error is a sentence.
+pub fn open_store(config: &Config) -> Result<Store, String> {
+    let database = database(config)?;
+    forget_copies(config)?;
+    settle::open(&database, &config.journal_dir(), &journal_options(config))
+}
+
+/// What Redis holds will not be what the database has: it is not used again.
+pub fn forget_copies(config: &Config) -> Result<(), String> {
+    let path = generations(config);
+    Generations::forget(&path).map_err(|error| {
+        format!(
+            "{}: {error}; it must be removed before the database is changed by hand",
+            path.display()
+        )
+    })
+}
+
+/// The instances of the ring; none: there is no ring. An error is a sentence.
+pub fn redis_instances(config: &Config) -> Result<Vec<Address>, String> {
+    let texts = config.redis.instances.iter().map(String::as_str);
+    Address::parse_all(texts).map_err(|error| error.to_string())
+}
+
+/// The file with the generations of the instances.
+pub fn generations(config: &Config) -> PathBuf {
+    config.data_dir.join("redis.json")
+}
+
+/// The database that the configuration names.
+pub fn database(config: &Config) -> Result<Database, String> {
+    Database::parse(&config.database()).map_err(|error| format!("database: {error}"))
+}
+
+pub fn journal_options(config: &Config) -> Options {
+    Options {
+        segment_bytes: config.journal.segment_bytes as u64,
+        backlog_bytes_max: config.journal.backlog_bytes_max as u64,
+        floors: floors(),
     }
 }
 

@@ -70,6 +70,47 @@ snapshot! {
     counter cache_evictions = "nitro_cache_evictions";
     /// Bytes of the cache.
     gauge cache_bytes = "nitro_cache_bytes";
+    /// Groups of changes that the journal has synced.
+    counter journal_commits = "nitro_journal_commits";
+    /// Changes in them.
+    counter journal_records = "nitro_journal_records";
+    /// Their bytes, before whole blocks are filled up.
+    counter journal_bytes = "nitro_journal_bytes";
+    /// Microseconds from handing groups over to their being durable, all together: divide by nitro_journal_commits.
+    counter journal_commit_us = "nitro_journal_commit_microseconds";
+    /// The slowest of them. When it grows, the disk is at its limit: clients wait as long for their acknowledgements.
+    gauge journal_commit_us_max = "nitro_journal_commit_microseconds_max";
+    /// Bytes that the database does not have yet. When it grows, the database is away or too slow; at
+    /// journal.backlog_bytes_max new messages are refused.
+    gauge journal_backlog = "nitro_journal_backlog_bytes";
+    /// Files of the journal that hold changes.
+    gauge journal_segments = "nitro_journal_segments";
+    /// 0: open; 1: full, the backlog's bound is reached; 2: full, the disk is. New messages and changes are refused.
+    gauge journal_status = "nitro_journal_status";
+    /// Messages and changes refused because the journal was full.
+    counter journal_refused = "nitro_journal_refused";
+    /// Changes that the database does not have yet and the shard remembers.
+    gauge overlay_items = "nitro_overlay_items";
+    /// Users whose copies in Redis wait to be written or answered; the database gets their changes after that.
+    gauge ring_waiting = "nitro_redis_waiting";
+}
+
+/// A metric with labels of its own.
+pub struct Table {
+    pub name: &'static str,
+    /// `counter` or `gauge`.
+    pub kind: &'static str,
+    pub help: &'static str,
+    /// Labels as in `shard="0",instance="a"` (values escaped by [`label`]), and the value.
+    pub rows: Vec<(String, u64)>,
+}
+
+/// A label's value as OpenMetrics wants it.
+pub fn label(value: &str) -> String {
+    value
+        .replace('\\', r"\\")
+        .replace('"', "\\\"")
+        .replace('\n', r"\n")
 }
 
 /// Figures of the whole blade.
@@ -107,8 +148,8 @@ impl Gauges {
         }
     }
 
-    /// OpenMetrics text, with `more` (name, help, value) counters of the blade.
-    pub fn render(&self, more: &[(&str, &str, u64)]) -> String {
+    /// OpenMetrics text, with `more` (name, help, value) counters of the blade, and `tables`.
+    pub fn render(&self, more: &[(&str, &str, u64)], tables: &[Table]) -> String {
         let shards: Vec<Snapshot> = self
             .shards
             .iter()
@@ -145,6 +186,14 @@ impl Gauges {
                 "# TYPE {name} counter\n# HELP {name} {help}\n{name}_total {value}"
             );
         }
+        for table in tables {
+            let (name, kind) = (table.name, table.kind);
+            let total = if kind == "counter" { "_total" } else { "" };
+            let _ = writeln!(out, "# TYPE {name} {kind}\n# HELP {name} {}", table.help);
+            for (labels, value) in &table.rows {
+                let _ = writeln!(out, "{name}{total}{{{labels}}} {value}");
+            }
+        }
         out.push_str("# EOF\n");
         out
     }
@@ -153,6 +202,21 @@ impl Gauges {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn labels_are_escaped_and_tables_stand_before_the_end() {
+        let table = Table {
+            name: "nitro_x",
+            kind: "counter",
+            help: "X.",
+            rows: vec![(format!("a=\"{}\"", label("b\"\\\n")), 3)],
+        };
+        let text = Gauges::new(1).render(&[], &[table]);
+        assert!(
+            text.ends_with("nitro_x_total{a=\"b\\\"\\\\\\n\"} 3\n# EOF\n"),
+            "{text}"
+        );
+    }
 
     #[test]
     fn every_metric_is_there_once_for_each_shard_with_type_and_help() {
@@ -164,7 +228,7 @@ mod tests {
                 ..Snapshot::default()
             },
         );
-        let text = gauges.render(&[("nitro_sql_statements", "Statements.", 3)]);
+        let text = gauges.render(&[("nitro_sql_statements", "Statements.", 3)], &[]);
         assert!(
             text.contains("nitro_sessions{shard=\"1\"} 7\n")
                 && text.contains("nitro_sql_statements_total 3\n")

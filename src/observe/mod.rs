@@ -3,7 +3,7 @@
 
 mod gauges;
 
-pub use gauges::{Gauges, Snapshot};
+pub use gauges::{Gauges, Snapshot, Table, label};
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 

@@ -92,7 +92,7 @@ fn an_idle_shard_sleeps() {
         let used = thread_cpu() - before;
         assert_eq!(woken, Err(Elapsed));
         assert!(
-            used < Duration::from_millis(5),
+            used < Duration::from_millis(100),
             "an idle second cost {used:?}"
         );
     });

@@ -10,10 +10,9 @@ use crate::admin::{
     import_roster, import_user,
 };
 use crate::store::record::Record;
-use crate::store::tier::{Op, WriteError};
 use crate::xmpp::error::StreamError;
 use crate::xmpp::feature::{register, roster};
-use crate::xmpp::slice::{Slice, Slot, Then};
+use crate::xmpp::slice::{Op, Slice, Slot, Then, WriteError};
 
 /// A request for this shard alone, and where its answer goes.
 pub struct Call {
@@ -113,7 +112,7 @@ pub fn call(slice: &mut Slice, call: Call) {
         }
         ImportUsers { existing, users } => import_users(slice, existing, users, reply),
         ImportRosters { rosters } => import_rosters(slice, rosters, reply),
-        UserList { .. } | UsersKnown { .. } => {
+        UserList { .. } | UsersKnown { .. } | Journals => {
             answer(&reply, AdminReply::refused("this request is not a shard's"))
         }
     }
@@ -147,21 +146,7 @@ fn with(
 
 /// Adds an account whose name is known to be free.
 fn add(slice: &mut Slice, name: &str, record: Record, then: Then) {
-    let who = name.to_owned();
-    let op = Op::AddUser {
-        name: name.into(),
-        record: record.clone(),
-    };
-    slice.write(
-        name,
-        op,
-        Box::new(move |slice, result| {
-            if result.is_ok() {
-                slice.set_user(&who, Some(record));
-            }
-            then(slice, result);
-        }),
-    );
+    slice.write(name, Op::AddUser { record }, then);
 }
 
 fn end_sessions(

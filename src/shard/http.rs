@@ -55,35 +55,58 @@ impl Shard {
         let get = |counter: &std::sync::atomic::AtomicU64| {
             counter.load(std::sync::atomic::Ordering::Relaxed)
         };
-        self.gauges.render(&[
-            (
-                "nitro_sql_statements",
-                "SQL statements, BEGIN and COMMIT included.",
-                get(&sql.statements),
-            ),
-            ("nitro_sql_loads", "Users asked for.", get(&sql.loads)),
-            ("nitro_sql_writes", "Changes asked for.", get(&sql.writes)),
-            (
-                "nitro_sql_transactions",
-                "Transactions committed.",
-                get(&sql.transactions),
-            ),
-            (
-                "nitro_sql_retries",
-                "Attempts repeated because the database was locked or gone.",
-                get(&sql.retries),
-            ),
-            (
-                "nitro_sql_failures",
-                "Requests answered by a failure.",
-                get(&sql.failures),
-            ),
-            (
-                "nitro_sql_refused",
-                "Batches refused because the lane's queue was full.",
-                get(&sql.refused),
-            ),
-        ])
+        let redis = self.redis.as_ref().map(|redis| redis.figures().tables());
+        self.gauges.render(
+            &[
+                (
+                    "nitro_sql_statements",
+                    "SQL statements, BEGIN and COMMIT included.",
+                    get(&sql.statements),
+                ),
+                ("nitro_sql_loads", "Users asked for.", get(&sql.loads)),
+                (
+                    "nitro_sql_pages",
+                    "Archive pages asked for.",
+                    get(&sql.pages),
+                ),
+                (
+                    "nitro_sql_drained",
+                    "Records of journals that are in the database, or need not be.",
+                    get(&sql.drained),
+                ),
+                (
+                    "nitro_sql_rows",
+                    "Rows that the drain wrote or deleted.",
+                    get(&sql.rows),
+                ),
+                (
+                    "nitro_sql_quarantined",
+                    "Records that the database refused: look at its table `quarantine`.",
+                    get(&sql.quarantined),
+                ),
+                (
+                    "nitro_sql_transactions",
+                    "Transactions committed.",
+                    get(&sql.transactions),
+                ),
+                (
+                    "nitro_sql_retries",
+                    "Attempts repeated because the database was locked or gone.",
+                    get(&sql.retries),
+                ),
+                (
+                    "nitro_sql_failures",
+                    "Requests answered by a failure.",
+                    get(&sql.failures),
+                ),
+                (
+                    "nitro_sql_refused",
+                    "Batches refused because the lane's queue was full.",
+                    get(&sql.refused),
+                ),
+            ],
+            &redis.unwrap_or_default(),
+        )
     }
 }
 

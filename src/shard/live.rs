@@ -31,9 +31,13 @@ impl Shard {
         loop {
             events.clear();
             let busy = !self.unread.borrow().is_empty() || rt::others_runnable();
+            let commit = self.journal.wait(&self.slice.borrow());
             let harvested = match busy {
                 true => self.readiness.harvest(&mut events),
-                false => self.readiness.nap(&mut events, NAP),
+                false => {
+                    let most = commit.map_or(NAP, |wait| wait.min(NAP));
+                    self.readiness.nap(&mut events, most)
+                }
             };
             if let Err(error) = harvested {
                 tracing::error!(%error, "epoll_wait failed");
@@ -64,13 +68,13 @@ impl Shard {
                 self.breathe().await;
             }
             self.flush();
-            if self.stopping.get() && self.all_closed() {
+            if self.stopping.get() && self.all_closed() && self.all_durable() {
                 return;
             }
             if self.ways.borrow().congested() {
                 rt::sleep(CONGESTED_PAUSE).await;
                 self.ways.borrow_mut().retry();
-            } else if events.is_empty() && !busy {
+            } else if events.is_empty() && !busy && self.may_sleep() {
                 // nothing for a whole nap: sleep in the ring
                 self.readiness.wait().await;
                 looked = Instant::now();
@@ -82,6 +86,21 @@ impl Shard {
                 looked = Instant::now();
             }
         }
+    }
+
+    /// Nothing waits for a commit that nobody else would tell of (marks wait for the next tick), or for a deadline of Redis.
+    fn may_sleep(&self) -> bool {
+        let slice = self.slice.borrow();
+        let durable = slice.ledger.waiting() == 0 || slice.ledger.is_flying();
+        durable && self.redis.as_ref().is_none_or(|redis| !redis.is_restless())
+    }
+
+    /// The shard stops: what it has decided is in its journal, marks too.
+    fn all_durable(&self) -> bool {
+        let mut slice = self.slice.borrow_mut();
+        slice.ledger.hurry();
+        let ms = slice.now.ms;
+        slice.ledger.due_ms(ms).is_none() && !slice.ledger.is_flying()
     }
 
     /// Lets others run if this turn has become long; what was decided so far goes out before.
@@ -108,6 +127,12 @@ impl Shard {
                 Some(Kind::Closing { .. }) => {
                     drop(links);
                     self.go_on_closing(link);
+                    false
+                }
+                Some(Kind::Redis(instance)) => {
+                    let instance = *instance;
+                    drop(links);
+                    self.redis_ready(instance, event);
                     false
                 }
                 Some(Kind::Inbox | Kind::Mesh) | None => false,
@@ -179,10 +204,20 @@ impl Shard {
                 let gone = links.remove(link);
                 if let Some(Kind::Live(live)) = gone {
                     self.readiness.remove(live.transport.socket());
+                    if has_all(&live.transport) {
+                        slice.confirmed(sid);
+                    }
                     slice.link_lost(sid);
                 }
             }
-            End::Stream(error) => slice.end(sid, error),
+            End::Stream(error) => {
+                if let Some(Kind::Live(live)) = links.get_mut(link)
+                    && has_all(&live.transport)
+                {
+                    slice.confirmed(sid);
+                }
+                slice.end(sid, error);
+            }
         }
     }
 
@@ -219,7 +254,13 @@ impl Shard {
     fn inbound(&self, message: Inbound) {
         match message {
             Inbound::Answers(answers) => self.slice.borrow_mut().answers(answers),
+            Inbound::Committed(committed) => {
+                self.journal
+                    .landed(&mut self.slice.borrow_mut(), *committed);
+            }
+            Inbound::Drained(at) => self.slice.borrow_mut().drained(at),
             Inbound::Computed(ticket, outcome) => self.slice.borrow_mut().computed(ticket, outcome),
+            Inbound::Redis(reply) => self.redis_reply(reply),
             Inbound::Admin(call) => super::admin::call(&mut self.slice.borrow_mut(), call),
             Inbound::Decoy(decoy) => *self.decoy.borrow_mut() = decoy,
             Inbound::Reload(config, tls) => {
@@ -253,6 +294,8 @@ impl Shard {
     /// Carries out what the slice has decided: output, farewells, requests, batches, jobs.
     pub(super) fn flush(&self) {
         let mut slice = self.slice.borrow_mut();
+        self.redis_hear(&mut slice);
+        self.journal.hand_over(&mut slice);
         slice.cut_slow_readers();
         while let Some(sid) = slice.fx.dirty.pop() {
             let Some((link, bytes)) = slice.take_out(sid) else {
@@ -291,12 +334,16 @@ impl Shard {
                 slice.computed(ticket, Computed::Busy);
             }
         }
-        let requests = std::mem::take(&mut slice.fx.requests);
+        self.redis_tell(&mut slice);
+        let mut requests = std::mem::take(&mut slice.fx.behind);
+        if self.redis.is_none() {
+            requests.append(&mut slice.fx.requests);
+        }
         if !requests.is_empty()
             && let Err(back) = self.lane.try_send(self.number, requests)
         {
             // the lane is full: they wait here, in order, and logins with them
-            slice.fx.requests = back;
+            slice.fx.behind = back;
         }
         let mut ways = self.ways.borrow_mut();
         ways.retry();
@@ -320,6 +367,26 @@ impl Shard {
         drop(waiting);
         for end in closing {
             self.begin_closing(end.link, &end.bytes);
+        }
+    }
+
+    /// Sessions without stream management: what their peers have is delivered.
+    pub(super) fn confirm_deliveries(&self) {
+        let mut slice = self.slice.borrow_mut();
+        let mut links = self.links.borrow_mut();
+        for sid in std::mem::take(&mut slice.fx.unconfirmed) {
+            let Some(session) = slice.sessions.get(sid) else {
+                continue;
+            };
+            let link = session.link.filter(|_| session.out.is_empty());
+            let confirmed = match link.and_then(|link| links.get_mut(link)) {
+                Some(Kind::Live(live)) => has_all(&live.transport),
+                _ => false,
+            };
+            match confirmed {
+                true => slice.confirmed(sid),
+                false => slice.fx.unconfirmed.push(sid),
+            }
         }
     }
 
@@ -409,6 +476,11 @@ impl Shard {
             .any(|(_, l)| matches!(l.kind, Kind::Live(_) | Kind::Closing { .. }));
         !open && self.negotiating.get() == 0
     }
+}
+
+/// Has the peer's kernel all that was sent?
+fn has_all(transport: &Transport) -> bool {
+    transport.pending() == 0 && transport.socket().unsent().is_ok_and(|unsent| unsent == 0)
 }
 
 /// Why reading ends.

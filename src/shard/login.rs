@@ -12,14 +12,13 @@ use crate::config::Registration;
 use crate::net::{Listener, Proxied, Read, Socket, Transport, parse_proxy_header};
 use crate::rt::{self, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
-use crate::store::tier::{Op, WriteError};
 use crate::xml::{Framer, StreamNs};
 use crate::xmpp::bind::{self, Arrival};
 use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
 use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
-use crate::xmpp::slice::{Computed, Job, Slot};
+use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
 /// A connection that has no session yet. It may move to another shard.
 pub struct Connecting {
@@ -60,6 +59,14 @@ enum Outcome {
     Close,
     /// The connection broke.
     Gone,
+}
+
+enum Resumed {
+    Yes,
+    /// There is no such session; so many of its stanzas were durable, if that is known.
+    No {
+        count: Option<u32>,
+    },
 }
 
 /// How long to wait for descriptors when there are none left (EMFILE).
@@ -230,12 +237,11 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
             transport,
             framer,
             rest,
-            mut pass,
+            pass,
             negotiation,
             ..
         } = c;
         drop(negotiation);
-        pass.authenticated();
         let Some(sid) = shard.take_bound(link) else {
             return;
         };
@@ -323,6 +329,8 @@ async fn run(
         match step {
             Step::Continue => {}
             Step::Authenticated => {
+                // before the client hears of it: its next connection counts on it
+                c.pass.authenticated();
                 c.framer.restart();
                 if let Some(name) = c.negotiation.user() {
                     shard.doors.succeeded(name);
@@ -399,9 +407,9 @@ async fn run(
                     };
                 }
             }
-            Step::Resume { previd, h } => match shard.resume(c, &previd, h, link) {
-                Ok(true) => return Outcome::Bound,
-                Ok(false) => c.negotiation.not_resumed(&mut out),
+            Step::Resume { previd, h } => match shard.resume(c, &previd, h, link).await {
+                Ok(Resumed::Yes) => return Outcome::Bound,
+                Ok(Resumed::No { count }) => c.negotiation.not_resumed(count, &mut out),
                 Err(error) => return Outcome::Refuse(error),
             },
             Step::End => {
@@ -634,17 +642,13 @@ impl Shard {
             ..UserRecord::default()
         });
         let (setter, done) = slot();
-        let op = Op::AddUser {
-            name: name.into(),
-            record: record.clone(),
-        };
+        let op = Op::AddUser { record };
         self.slice
             .borrow_mut()
             .write(name, op, Box::new(move |_, result| setter.set(result)));
         self.flush();
         match done.take().await {
             Some(Ok(())) => {
-                self.slice.borrow_mut().set_user(name, Some(record));
                 tracing::info!(user = name, peer = %c.peer.ip(), "account registered in-band");
                 Ok(())
             }
@@ -680,18 +684,34 @@ impl Shard {
         Ok(jid)
     }
 
-    /// `Ok(false)`: there is no such session.
-    fn resume(
+    /// The old connection is closed first, and the answer waits until all that was read from it is decided: its count is
+    /// exact.
+    async fn resume(
         &self,
         c: &mut Connecting,
         previd: &str,
         h: u32,
         link: u64,
-    ) -> Result<bool, StreamError> {
+    ) -> Result<Resumed, StreamError> {
+        let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
+        let sid = sm::find(&self.slice.borrow(), &name, previd);
+        if let Some(sid) = sid {
+            sm::detach(&mut self.slice.borrow_mut(), sid);
+            while sm::is_settling(&mut self.slice.borrow_mut(), sid) {
+                let (setter, settled) = slot();
+                self.waiting
+                    .borrow_mut()
+                    .entry(name.clone())
+                    .or_default()
+                    .push(setter);
+                self.flush();
+                settled.take().await;
+            }
+        }
         let mut slice = self.slice.borrow_mut();
-        let name = c.negotiation.user().unwrap_or_default();
-        let Some(sid) = sm::find(&slice, name, previd) else {
-            return Ok(false);
+        let Some(sid) = sm::find(&slice, &name, previd) else {
+            let count = slice.count_of(previd);
+            return Ok(Resumed::No { count });
         };
         let stream_ns = self.stream_ns(c.negotiation.stream_ns());
         sm::resume(&mut slice, sid, link, h)?;
@@ -702,7 +722,7 @@ impl Shard {
             tracing::info!(jid = &*session.jid, peer = %c.peer.ip(), "resumed");
         }
         self.bound.borrow_mut().push((link, sid));
-        Ok(true)
+        Ok(Resumed::Yes)
     }
 
     /// The namespaces of a stream header, shared by all streams that declare the same.

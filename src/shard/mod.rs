@@ -6,6 +6,8 @@
 //! |---|---|
 //! | `live` | the readiness task: ready sockets, answers, output; connections of sessions |
 //! | `login` | a connection from accept to its session, a task in the login queue; hand-over to the owner |
+//! | `journal` | groups of changes on their way to the disk |
+//! | `redis` | its end of the Redis ring |
 //! | `doors` | who may connect, how often, and how fast after failures |
 //! | `moves` | what travels between shards, and what happens when a way is full |
 //! | `http` | `/healthz` |
@@ -14,9 +16,11 @@
 pub mod admin;
 pub mod doors;
 mod http;
+pub mod journal;
 mod live;
 mod login;
 pub mod moves;
+pub mod redis;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -32,21 +36,33 @@ use crate::config::Config;
 use crate::net::{Scratch, TlsConfig, Transport};
 use crate::observe::Snapshot;
 use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
-use crate::store::lane::LaneSender;
+use crate::store::change::Id;
+use crate::store::journal::{Committed, Files, Floors, Status, Writer};
+use crate::store::overlay::Position;
+use crate::store::recovery::Found;
 use crate::store::ring::Ring;
+use crate::store::sql::lane::LaneSender;
 use crate::store::tier::{Answer, Ticket};
 use crate::xml::{Framer, StreamNs};
 use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
-use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice};
+use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
 
 use doors::Doors;
+use journal::{Foreign, Journal};
 use moves::{Parcel, Ways};
+use redis::{Redis, RedisParts};
 
 /// From other threads into a shard.
 pub enum Inbound {
     Answers(Vec<Answer>),
+    /// A group of this shard's journal is durable.
+    Committed(Box<Committed>),
+    /// SQL has everything of a journal up to a position.
+    Drained(Position),
     Computed(Ticket, Computed),
+    /// What the Redis ring needs from outside.
+    Redis(crate::store::redis::keeper::Reply),
     Admin(admin::Call),
     /// Configuration and certificate were loaded again.
     Reload(Arc<Config>, TlsConfig),
@@ -79,6 +95,15 @@ pub struct Parts {
     pub mesh: MeshEnd<Parcel>,
     pub inbox: Inbox<Inbound>,
     pub lane: LaneSender,
+    pub journal: Writer,
+    pub floors: Floors,
+    pub foreign: Arc<Foreign>,
+    pub files: Files,
+    /// What the last start left.
+    pub found: Found,
+    pub last_id: Id,
+    /// Where instances are configured.
+    pub redis: Option<RedisParts>,
     pub helpers: crate::blade::Helpers,
     pub own_inbox: InboxSender<Inbound>,
     pub doors: Arc<Doors>,
@@ -96,6 +121,8 @@ pub struct Shard {
     inbox: Inbox<Inbound>,
     own_inbox: InboxSender<Inbound>,
     lane: LaneSender,
+    journal: Journal,
+    redis: Option<Redis>,
     helpers: crate::blade::Helpers,
     config: RefCell<Arc<Config>>,
     tls: RefCell<TlsConfig>,
@@ -137,6 +164,8 @@ enum Kind {
     },
     Inbox,
     Mesh,
+    /// The socket of the instance with this index.
+    Redis(usize),
 }
 
 /// What a task waits for that is not a session yet.
@@ -198,9 +227,25 @@ impl Shard {
             features: Default::default(),
         };
         let mesh = parts.mesh.connect();
+        let files = parts.files;
+        let read_back = move |place, into: &mut Vec<u8>| {
+            files.read(place, into).map_err(|error| error.to_string())
+        };
+        let start = Start {
+            next_seq: parts.journal.next_seq(),
+            last_id: parts.last_id,
+            found: parts.found,
+            read_back: Rc::new(read_back),
+        };
+        let mut slice = Slice::new(env, shards, config.cache.bytes_max / shards, start);
+        let redis = parts.redis.map(|redis| Redis::new(number, redis));
+        if redis.is_some() {
+            slice.ring_on();
+        }
         let shard = Rc::new(Shard {
             number,
-            slice: RefCell::new(Slice::new(env, shards, config.cache.bytes_max / shards)),
+            slice: RefCell::new(slice),
+            redis,
             links: RefCell::default(),
             readiness: Readiness::new().map_err(|e| format!("epoll_create: {e}"))?,
             scratch: RefCell::new(Scratch::new()),
@@ -208,6 +253,7 @@ impl Shard {
             inbox: parts.inbox,
             own_inbox: parts.own_inbox,
             lane: parts.lane,
+            journal: Journal::new(number, parts.journal, parts.floors, parts.foreign),
             helpers: parts.helpers,
             config: RefCell::new(config.clone()),
             tls: RefCell::new(parts.tls),
@@ -249,6 +295,7 @@ impl Shard {
     fn publish(&self) {
         let slice = self.slice.borrow();
         let (ways, cache, c) = (self.ways.borrow(), slice.users.stats(), &slice.counters);
+        let journal = self.journal.state();
         let snapshot = Snapshot {
             sessions: slice.sessions.len() as u64,
             parked: slice.parked as u64,
@@ -271,6 +318,21 @@ impl Shard {
             cache_misses: cache.misses,
             cache_evictions: cache.evictions,
             cache_bytes: cache.bytes as u64,
+            journal_commits: journal.commits(),
+            journal_records: journal.records(),
+            journal_bytes: journal.bytes(),
+            journal_commit_us: journal.commit_us_sum(),
+            journal_commit_us_max: journal.commit_us_max(),
+            journal_backlog: journal.backlog_bytes(),
+            journal_segments: journal.segments() as u64,
+            journal_status: match journal.status() {
+                Status::Open => 0,
+                Status::BacklogFull => 1,
+                Status::DiskFull => 2,
+            },
+            journal_refused: c.journal_refused,
+            overlay_items: slice.overlay.items() as u64,
+            ring_waiting: slice.warmth.waiting() as u64,
         };
         self.gauges.publish(self.number, snapshot);
     }
@@ -285,11 +347,11 @@ impl Shard {
     fn clock(&self) {
         let unix = SystemTime::now()
             .duration_since(UNIX_EPOCH)
-            .map(|d| d.as_secs())
             .unwrap_or_default();
         self.slice.borrow_mut().now = Now {
             ms: self.started.elapsed().as_millis() as u64,
-            unix,
+            unix: unix.as_secs(),
+            unix_ms: unix.as_millis() as u64,
         };
     }
 
@@ -301,8 +363,13 @@ impl Shard {
             let now_ms = {
                 let mut slice = self.slice.borrow_mut();
                 slice.tick();
+                slice.ring_tick();
+                if let Some(redis) = &self.redis {
+                    redis.renew_sessions(&mut slice);
+                }
                 slice.now.ms
             };
+            self.confirm_deliveries();
             self.publish();
             self.end_closing(now_ms);
             self.flush();
@@ -331,6 +398,8 @@ pub fn limits(config: &Config) -> Limits {
         blocked_max: l.blocked_max,
         subscription_requests_max: l.subscription_requests_max,
         directed_presence_max: l.directed_presence_max,
+        record_bytes_max: (config.journal.segment_bytes - (128 << 10))
+            .min(crate::store::journal::PAYLOAD_BYTES_MAX as usize),
         send_queue_bytes_max: l.send_queue_bytes_max,
         deferred_stanzas_max: l.deferred_stanzas_max,
         offline_messages_max: l.offline_messages_max,
@@ -347,6 +416,7 @@ pub fn limits(config: &Config) -> Limits {
         ping_timeout_ms: config.ping.timeout_seconds * 1000,
         registration: config.registration != crate::config::Registration::Off,
         iterations: config.sasl.iterations,
+        archive_page_max: crate::xmpp::feature::archive::PAGE_MAX,
     }
 }
 

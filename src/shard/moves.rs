@@ -20,7 +20,7 @@ pub enum Parcel {
 impl Parcel {
     fn bytes(&self) -> usize {
         match self {
-            Parcel::Batch(batch) => batch.bytes.len() + batch.items.len() * size_of::<Item>(),
+            Parcel::Batch(batch) => batch.len() + batch.items.len() * size_of::<Item>(),
             Parcel::Moved(_) => size_of::<Moved>(),
         }
     }

@@ -11,7 +11,7 @@ use rkyv::with::InlineAsBox;
 use rkyv::{Archive, Deserialize, Serialize, rancor};
 
 /// Milliseconds since 1970 (42 bits), shard (8 bits), counter (13 bits): positive as an `i64` until 2109.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Id(pub u64);
 
 impl Id {
@@ -32,9 +32,19 @@ impl Id {
         Id((ms << Self::LOW_BITS) | (u64::from(shard) << Self::COUNTER_BITS) | counter)
     }
 
+    /// No shard has given a higher one in the same millisecond: where all go on after the highest id of any.
+    pub fn last_of_ms(self) -> Id {
+        Id(self.0 | ((1 << Self::LOW_BITS) - 1))
+    }
+
     /// The first id that any shard may give at `unix_ms`: the bound of a search by time.
     pub fn at(unix_ms: u64) -> Id {
         Id(unix_ms << Self::LOW_BITS)
+    }
+
+    /// Who gave it.
+    pub fn shard(self) -> u16 {
+        ((self.0 >> Self::COUNTER_BITS) & ((1 << Self::SHARD_BITS) - 1)) as u16
     }
 
     /// When the change was accepted.
@@ -152,7 +162,7 @@ pub struct Marks<'a> {
 #[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamCount {
     /// `previd`, zero-padded.
-    pub stream: [u8; 24],
+    pub stream: [u8; 32],
     pub count: u32,
 }
 
@@ -167,6 +177,16 @@ impl Change<'_> {
 }
 
 impl ArchivedChange<'_> {
+    /// Reads in place what [`Change::encode`] has just written, unchecked.
+    ///
+    /// # Safety
+    /// The bytes must be exactly those of one call of [`Change::encode`].
+    #[allow(unsafe_code)]
+    pub unsafe fn access_unchecked(bytes: &[u8]) -> &ArchivedChange<'static> {
+        // SAFETY: as the caller promises.
+        unsafe { rkyv::access_unchecked::<ArchivedChange<'static>>(bytes) }
+    }
+
     /// Checks bytes of [`Change::encode`] and reads them in place.
     pub fn access(bytes: &[u8]) -> Result<&ArchivedChange<'static>, String> {
         rkyv::access::<ArchivedChange<'static>, rancor::Error>(bytes).map_err(|e| e.to_string())
@@ -227,12 +247,24 @@ mod tests {
     }
 
     #[test]
+    fn no_shard_gives_an_id_again_after_a_start_that_knows_the_highest_of_all() {
+        let of_others = Id::next(Id(0), 5, 2);
+        let mut given = Id(0);
+        for _ in 0..10 {
+            given = Id::next(given, 5, 0);
+        }
+        assert!(given < of_others);
+        assert!(Id::next(of_others.last_of_ms(), 0, 0) > of_others);
+        assert_eq!(Id::next(of_others.last_of_ms(), 0, 0).unix_ms(), 6);
+    }
+
+    #[test]
     fn ids_grow_whatever_the_clock_does_and_keep_their_shard() {
         let mut last = Id(0);
         for ms in [5, 5, 5, 4, 9, 1] {
             for _ in 0..5_000 {
                 let next = Id::next(last, ms, 7);
-                assert!(next > last && (next.0 >> Id::COUNTER_BITS) & 0xff == 7);
+                assert!(next > last && next.shard() == 7);
                 last = next;
             }
         }

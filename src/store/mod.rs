@@ -3,15 +3,16 @@
 //! In: requests of the shards ([`tier`]). Out: answers, and records that are read in place ([`record`]). Promise: a
 //! write that was answered is durable, and a cold login costs at most one round trip. Nothing here builds a stanza.
 
-pub mod admin;
 pub mod cache;
 pub mod change;
-pub mod lane;
+pub mod drain;
+pub mod journal;
+pub mod overlay;
 pub mod record;
+pub mod recovery;
+pub mod redis;
 pub mod ring;
-mod sqlite;
+pub mod settle;
+pub mod sql;
 pub mod tier;
-pub mod tier2;
-
-#[cfg(test)]
-mod tests;
+pub mod warm;

@@ -99,7 +99,7 @@ pub enum RecordError {
     #[error("the user record is empty")]
     Empty,
     #[error(
-        "the user record has version {found}, this nitro reads version {RECORD_VERSION}: it was written by another release"
+        "the user record has version {found}, this nitro reads version {RECORD_VERSION}: it was written by another release, start that one"
     )]
     UnknownVersion { found: u8 },
     #[error("the user record is damaged: {0}")]

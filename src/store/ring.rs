@@ -15,8 +15,12 @@ use std::hash::Hasher;
 pub const SLOTS: usize = 1 << SLOT_BITS;
 const SLOT_BITS: u32 = 17;
 
-/// Points on the ring of the heaviest member; the others have as many as their weight says.
-const POINTS_MAX: u64 = 16_384;
+/// Points on the ring for each unit of weight. They do not depend on the other members: if a heavier one took points
+/// from the others, their keys would move as well.
+const POINTS: u64 = 16_384;
+
+/// Beyond this weight all have fewer points for each unit, to keep their number in bounds.
+pub const WEIGHT_PLAIN_MAX: u32 = 16;
 
 /// How much of its fair share a member may hold at most, in 1/1000.
 const LOAD_MAX_PERMILLE: u64 = 1_002;
@@ -79,7 +83,19 @@ impl Ring {
     /// Index of the member that owns `key`.
     #[inline]
     pub fn owner(&self, key: &str) -> usize {
-        usize::from(self.slots[(hash(key) >> (64 - SLOT_BITS)) as usize])
+        self.slot_owner(Ring::slot(key))
+    }
+
+    /// In which of [`SLOTS`] a key lies, whoever the members are.
+    #[inline]
+    pub fn slot(key: &str) -> usize {
+        (hash(key) >> (64 - SLOT_BITS)) as usize
+    }
+
+    /// Index of the member that owns a slot.
+    #[inline]
+    pub fn slot_owner(&self, slot: usize) -> usize {
+        usize::from(self.slots[slot])
     }
 
     /// How many members the ring was made of.
@@ -113,10 +129,13 @@ fn points(members: &[(String, u32)]) -> Vec<(u64, u16)> {
         .map(|(_, weight)| u64::from(*weight))
         .max()
         .unwrap_or(1);
+    let scale = heaviest
+        .div_ceil(u64::from(WEIGHT_PLAIN_MAX))
+        .next_power_of_two();
     let mut points = Vec::new();
     for (index, (name, weight)) in members.iter().enumerate() {
         let seed = hash(name);
-        let count = (POINTS_MAX * u64::from(*weight)).div_ceil(heaviest);
+        let count = (POINTS * u64::from(*weight)).div_ceil(scale);
         // Point n of a member does not depend on how many it has or who else is there: that makes it consistent.
         points.extend((1..=count).map(|n| {
             (
@@ -132,6 +151,7 @@ fn points(members: &[(String, u32)]) -> Vec<(u64, u16)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn members(prefix: &str, count: usize) -> Vec<(String, u32)> {
         (0..count).map(|n| (format!("{prefix}{n}"), 1)).collect()
@@ -194,6 +214,32 @@ mod tests {
         names().for_each(|name| held[ring.owner(&name)] += 1);
         for (got, want) in held.into_iter().zip([12_500.0, 37_500.0, 0.0, 50_000.0]) {
             assert!((f64::from(got) - want).abs() <= want * 0.04, "{held:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(6))]
+
+        #[test]
+        fn whatever_the_weights_shares_are_kept_and_little_moves(
+            weights in proptest::collection::vec(1u32..=4, 1..9), newcomer in 1u32..=4, seed in any::<u32>(),
+        ) {
+            let mut members: Vec<_> = weights.iter().enumerate()
+                .map(|(n, weight)| (format!("redis://{seed:x}.{n}"), *weight))
+                .collect();
+            let before = Ring::new(&members);
+            let total: u32 = weights.iter().sum();
+            let mut held = vec![0u32; members.len()];
+            names().for_each(|name| held[before.owner(&name)] += 1);
+            for (held, weight) in held.iter().zip(&weights) {
+                let share = f64::from(*held) / 100_000.0 * f64::from(total) / f64::from(*weight);
+                prop_assert!(share <= 1.05, "{:?} have {:?}", weights, held);
+            }
+            members.push(("redis://new".into(), newcomer));
+            let after = Ring::new(&members);
+            let moved = names().filter(|name| before.owner(name) != after.owner(name)).count();
+            let bound = f64::from(newcomer) / f64::from(total + newcomer) + 0.02;
+            prop_assert!(moved as f64 / 100_000.0 <= bound, "{} of 100,000 moved", moved);
         }
     }
 

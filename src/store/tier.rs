@@ -1,12 +1,11 @@
-//! The seam between a shard and what lies behind its cache: today SQL, later the Redis ring and then SQL.
+//! The seam between a shard and what lies behind its cache and its journal: the Redis ring and SQL.
 //!
 //! In: batches of [`Request`] from a shard. Out: batches of [`Answer`] to the same shard, in any order, matched by name
-//! or ticket. Everything here is a plain value that may go to another thread. Promises:
+//! or ticket. Everything here is a plain value that may go to another thread. Changes do not pass here: they go into the
+//! journal, and from there into SQL ([`super::drain`]). Promises:
 //!
 //! - every request is answered exactly once (loads of one name that wait together share a query, not an answer);
-//! - writes of one shard are applied in the order they were sent;
-//! - a `Load` or `Read` sees every earlier `Write` of the same name by the same shard;
-//! - `Written` with `Ok` means durable.
+//! - an answer is one consistent view of SQL: all changes up to some position of each journal, and none behind it.
 //!
 //! Names are prepared bare local parts (RFC 7622): compared byte by byte.
 
@@ -20,60 +19,38 @@ pub type Ticket = u64;
 pub enum Request {
     /// All that a login needs, in one round trip. Answered by [`Answer::Loaded`] or [`Answer::LoadFailed`].
     Load { name: Box<str> },
-    /// Answered by [`Answer::Written`].
-    Write { ticket: Ticket, op: Op },
-    /// Answered by [`Answer::Read`] or [`Answer::ReadLast`].
+    /// Answered by the variant of [`Answer`] with the same name.
     Read { ticket: Ticket, query: Query },
-}
-
-/// A change. All but `AddUser` fail with [`WriteError::Missing`] if there is no such user.
-#[derive(Debug, Clone)]
-pub enum Op {
-    /// Fails with [`WriteError::Conflict`] if the user exists.
-    AddUser {
-        name: Box<str>,
-        record: Record,
-    },
-    PutUser {
-        name: Box<str>,
-        record: Record,
-    },
-    /// The account with its offline messages, documents and last activity.
-    RemoveUser {
-        name: Box<str>,
-    },
-    /// `id` ascends for each user and is at most `i64::MAX`; the same id twice is kept once (the first).
-    PutOffline {
-        name: Box<str>,
-        id: u64,
-        stanza: Box<[u8]>,
-    },
-    /// Drops the user's offline messages with `id <= up_to`.
-    DropOffline {
-        name: Box<str>,
-        up_to: u64,
-    },
-    /// `key` is "vcard", "private:NAMESPACE NAME", ...; `None` removes.
-    PutDocument {
-        name: Box<str>,
-        key: Box<str>,
-        value: Option<Box<[u8]>>,
-    },
-    /// XEP-0012: unix seconds of the last log-out, and the status it came with.
-    PutLast {
-        name: Box<str>,
-        at: u64,
-        status: Box<str>,
-    },
 }
 
 /// What is seldom needed and so not part of [`Loaded`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Query {
-    /// Answered by [`Answer::Read`].
     Document { name: Box<str>, key: Box<str> },
-    /// Answered by [`Answer::ReadLast`], for users who are not in the cache.
-    Last { name: Box<str> },
+    Archive(ArchiveQuery),
+}
+
+/// A page of a user's archive (XEP-0313, XEP-0059). All bounds hold together.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ArchiveQuery {
+    pub name: Box<str>,
+    /// Only messages with this JID; a bare one matches all its resources.
+    pub with: Option<Box<str>>,
+    /// Accepted at or after, at or before, unix milliseconds.
+    pub start_ms: Option<u64>,
+    pub end_ms: Option<u64>,
+    /// Exclusive bounds of the filter (`after-id`, `before-id` of XEP-0313 4.1.3).
+    pub after_id: Option<u64>,
+    pub before_id: Option<u64>,
+    /// Exactly these (`ids`); empty: any.
+    pub ids: Vec<u64>,
+    /// The page: up to `most` messages behind `after` (exclusive), or, if `backwards`, the last `most` before `before`.
+    pub after: Option<u64>,
+    pub before: Option<u64>,
+    pub backwards: bool,
+    pub most: u32,
+    /// Is [`Page::count`] wanted?
+    pub count: bool,
 }
 
 /// What a shard gets back.
@@ -86,19 +63,14 @@ pub enum Answer {
     },
     /// Nobody knows whether there is such a user: the tier cannot be reached, or the record cannot be read.
     LoadFailed { name: Box<str>, error: String },
-    Written {
-        ticket: Ticket,
-        result: Result<(), WriteError>,
-    },
     /// `None`: no such document or no such user.
-    Read {
+    Document {
         ticket: Ticket,
         result: Result<Option<Box<[u8]>>, ReadError>,
     },
-    /// `None`: never logged out, or no such user.
-    ReadLast {
+    Archive {
         ticket: Ticket,
-        result: Result<Option<Last>, ReadError>,
+        result: Result<Page, ReadError>,
     },
 }
 
@@ -106,9 +78,22 @@ pub enum Answer {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Loaded {
     pub record: Record,
-    /// Offline messages (id, stanza), ids ascending.
-    pub offline: Vec<(u64, Box<[u8]>)>,
+    /// Of the record.
+    pub revision: u64,
+    /// Pending deliveries, ids ascending.
+    pub pending: Vec<Pending>,
     pub last: Option<Last>,
+}
+
+/// A message that waits for one of the user's clients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pending {
+    pub id: u64,
+    /// As in [`super::change::Message`].
+    pub what: u8,
+    pub kind: u8,
+    pub flags: u16,
+    pub stanza: Box<[u8]>,
 }
 
 /// XEP-0012.
@@ -120,16 +105,32 @@ pub struct Last {
     pub status: Box<str>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum WriteError {
-    #[error("the user exists already")]
-    Conflict,
-    #[error("there is no such user")]
-    Missing,
-    #[error("the database has no space left")]
-    Full,
-    #[error("the database is not available: {0}")]
-    Unavailable(String),
+/// A page of an archive.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Page {
+    /// Ids ascending, whichever way the page was sought.
+    pub entries: Vec<Entry>,
+    /// Nothing that matches lies beyond the page in the direction of the search.
+    pub complete: bool,
+    /// Messages that match, the page's bounds left aside.
+    pub count: Option<u64>,
+    /// How many of them lie before the first entry.
+    pub index: Option<u64>,
+    /// An `after`, `before`, `after_id`, `before_id` or one of `ids` is in no archive of this user: XEP-0059's
+    /// item-not-found. The shard knows better where the journal still has it.
+    pub missing: Vec<u64>,
+    /// The highest id of this owner that SQL has, whatever matches; 0: none. What the journal has beyond it is not here.
+    pub last_id: u64,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    pub id: u64,
+    pub what: u8,
+    pub kind: u8,
+    pub flags: u16,
+    pub peer: Box<str>,
+    pub stanza: Box<[u8]>,
 }
 
 /// The tier cannot be reached: nothing is known about what was asked.
@@ -137,26 +138,12 @@ pub enum WriteError {
 #[error("the database is not available: {0}")]
 pub struct ReadError(pub String);
 
-impl Op {
-    /// The user whom the change concerns.
-    pub fn name(&self) -> &str {
-        match self {
-            Op::AddUser { name, .. }
-            | Op::PutUser { name, .. }
-            | Op::RemoveUser { name }
-            | Op::PutOffline { name, .. }
-            | Op::DropOffline { name, .. }
-            | Op::PutDocument { name, .. }
-            | Op::PutLast { name, .. } => name,
-        }
-    }
-}
-
 impl Query {
     /// The user who is asked about.
     pub fn name(&self) -> &str {
         match self {
-            Query::Document { name, .. } | Query::Last { name } => name,
+            Query::Document { name, .. } => name,
+            Query::Archive(query) => &query.name,
         }
     }
 }

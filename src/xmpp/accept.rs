@@ -79,18 +79,19 @@ impl Acceptance {
         true
     }
 
-    /// The next answer that is due: all that was read before its `<r/>` is decided.
-    pub fn answer(&mut self) -> Option<u32> {
+    /// The next answer that is due, what it covers at least and at most: all that was read before its `<r/>` is decided.
+    pub fn due(&self) -> Option<(u32, u32)> {
         let asked = *self.asked.front()?;
         let h = self.h();
-        if (h.wrapping_sub(asked) as i32) < 0 {
-            return None;
-        }
+        (!is_behind(h, asked)).then_some((asked, h))
+    }
+
+    /// It was given.
+    pub fn answered(&mut self) {
         self.asked.pop_front();
         if self.asked.is_empty() {
             self.asked.shrink_to_fit();
         }
-        Some(h)
     }
 
     pub fn forget_asked(&mut self) {
@@ -100,6 +101,11 @@ impl Acceptance {
     pub fn waiting(&self) -> usize {
         self.open.len()
     }
+}
+
+/// Is count `a` smaller than `b`? Counts wrap (XEP-0198 section 4).
+pub fn is_behind(a: u32, b: u32) -> bool {
+    (a.wrapping_sub(b) as i32) < 0
 }
 
 #[cfg(test)]
@@ -132,12 +138,13 @@ mod tests {
         let seq = a.receive();
         a.defer(seq);
         assert!(a.ask(8));
-        assert_eq!(a.answer(), None);
+        assert_eq!(a.due(), None);
         let later = a.receive();
         a.defer(later);
         a.settle(seq);
-        assert_eq!(a.answer(), Some(1));
-        assert_eq!(a.answer(), None);
+        assert_eq!(a.due(), Some((1, 1)));
+        a.answered();
+        assert_eq!(a.due(), None);
     }
 
     #[test]

@@ -19,6 +19,8 @@ pub struct Receipt {
     pub session: SessionId,
     /// XEP-0198 count of the stanza, modulo 2^32.
     pub seq: u32,
+    /// The sender's record of it in his owner's journal; 0: none.
+    pub twin: u64,
 }
 
 #[derive(Debug)]
@@ -44,16 +46,51 @@ pub enum Item {
     Settled(Receipt),
 }
 
+/// Strings in one buffer, named by [`Span`].
+#[derive(Debug, Default)]
+pub struct Spans {
+    bytes: Vec<u8>,
+}
+
 /// One mesh message.
 #[derive(Debug, Default)]
 pub struct Batch {
-    pub bytes: Vec<u8>,
+    strings: Spans,
     pub items: Vec<Item>,
 }
 
 impl Batch {
     pub fn is_empty(&self) -> bool {
         self.items.is_empty()
+    }
+}
+
+impl std::ops::Deref for Batch {
+    type Target = Spans;
+
+    fn deref(&self) -> &Spans {
+        &self.strings
+    }
+}
+
+impl std::ops::DerefMut for Batch {
+    fn deref_mut(&mut self) -> &mut Spans {
+        &mut self.strings
+    }
+}
+
+impl Spans {
+    /// Bytes.
+    pub fn len(&self) -> usize {
+        self.bytes.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    pub fn clear(&mut self) {
+        self.bytes.clear();
     }
 
     pub fn put(&mut self, bytes: &[u8]) -> Span {

@@ -59,6 +59,8 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         unsent: 0,
         burst: (0, 0),
         link: Some(arrival.link),
+        settling: false,
+        unconfirmed: None,
         dirty: false,
         interested: false,
         carbons: false,

@@ -1,7 +1,11 @@
 //! Messages: from a session's stream to the routing rules of RFC 6121 section 8.5.
 //!
-//! A plain chat message is forwarded as the bytes it came in: only the start tag is written anew (`from` is stamped, `to`
+//! A message that must survive ([`Meta::storable`]) is journalled twice: by its sender's owner ([`outbound`]: his archive) and
+//! by its recipient's ([`accept`]: archive and pending delivery). What follows from it (copies, delivery) happens when the
+//! journal has it ([`sent`], [`accepted`]). A plain chat message is forwarded as the bytes it came in: only the start tag is written anew (`from` is stamped, `to`
 //! normalised), no tree is built.
+
+use std::rc::Rc;
 
 use smallvec::SmallVec;
 
@@ -10,9 +14,12 @@ use super::batch::Receipt;
 use super::error::StanzaError;
 use super::feature::{Incoming, Outgoing, blocking, hints, offline, stable_id};
 use super::jid::Jid;
+use super::ledger::Act;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
-use super::slice::{Fate, Slice};
+use super::slice::{Fate, Slice, Slot};
+use crate::store::change::{ArchivedMessage, Change, Message};
+use crate::store::tier::Pending;
 use crate::xml::dom::Element;
 use crate::xml::escape::escape_attr;
 use crate::xml::view::View;
@@ -65,9 +72,109 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
             return bounce_out(slice, sid, view, &error);
         }
     }
-    let receipt = slice.current;
-    slice.route(&to, &jid, &stanza, meta, receipt);
+    let Some(user) = slice.sessions.get(sid).map(|s| s.user.clone()) else {
+        return;
+    };
+    if !meta.storable() {
+        let receipt = slice.current;
+        if slice.ledger.holds(&user) {
+            let act = Act::Sent {
+                session: sid,
+                to: slice.ledger.keep(to.as_str().as_bytes()),
+                from: slice.ledger.keep(jid.as_bytes()),
+                stanza: Some(slice.ledger.keep(&stanza)),
+                meta,
+                receipt: None,
+            };
+            slice.ledger.queue(&user, act);
+        } else {
+            self::sent(slice, &user, sid, to.as_str(), &jid, &stanza, meta);
+        }
+        slice.route(&to, &jid, &stanza, meta, receipt);
+    } else if slice.ledger.full {
+        slice.give_scratch(stanza);
+        slice.counters.journal_refused += 1;
+        return bounce_out(slice, sid, view, &JOURNAL_FULL);
+    } else {
+        let receipt = Receipt {
+            shard: slice.env.shard,
+            session: sid,
+            seq: slice.seq,
+            twin: 0,
+        };
+        // what a user sends to himself stands in his archive once
+        let twin = match to.local() == Some(&user) {
+            true => 0,
+            false => record_sent(slice, &user, receipt, &to, &jid, &stanza, meta),
+        };
+        slice.route(&to, &jid, &stanza, meta, Some(Receipt { twin, ..receipt }));
+    }
     slice.give_scratch(stanza);
+}
+
+const JOURNAL_FULL: StanzaError = StanzaError::RESOURCE_CONSTRAINT;
+
+/// The sender's record of a message; its id.
+fn record_sent(
+    slice: &mut Slice,
+    user: &Rc<str>,
+    receipt: Receipt,
+    to: &Jid<'_>,
+    from: &str,
+    stanza: &[u8],
+    meta: Meta,
+) -> u64 {
+    let id = slice.next_id();
+    let (kind, flags) = meta.numbers();
+    let stream = slice
+        .sessions
+        .get(receipt.session)
+        .and_then(|s| s.sm.as_ref());
+    let change = Change::Message(Message {
+        id,
+        owner: user,
+        what: Message::SENT | if meta.archived() { Message::ARCHIVE } else { 0 },
+        kind,
+        flags,
+        peer: to.as_str(),
+        twin: 0,
+        stream: stream.map(|sm| &*sm.id).unwrap_or_default(),
+        count: receipt.seq,
+        stanza,
+    });
+    let act = Act::Sent {
+        session: receipt.session,
+        to: slice.ledger.keep(to.as_str().as_bytes()),
+        from: slice.ledger.keep(from.as_bytes()),
+        stanza: None,
+        meta,
+        receipt: Some(receipt),
+    };
+    slice.ledger.journal(user, &change, act);
+    slice.defer(receipt);
+    id
+}
+
+/// A message of the user's has left, for good: his other sessions may see it.
+pub fn sent(
+    slice: &mut Slice,
+    user: &str,
+    session: SessionId,
+    to: &str,
+    from: &str,
+    stanza: &[u8],
+    meta: Meta,
+) {
+    let Ok(to) = Jid::parse(to) else { return };
+    let outgoing = Outgoing {
+        to: &to,
+        from,
+        stanza,
+        meta,
+    };
+    for hook in slice.hooks.message_sent.clone().iter() {
+        hook(slice, user, session, &outgoing);
+    }
 }
 
 /// XEP-0191 3: a user may not write to those whom the user blocks.
@@ -199,8 +306,8 @@ enum Rule {
     Refuse,
 }
 
-/// A message for a user of this slice who is present.
-pub fn deliver(
+/// A message that must survive, for a user of this slice who is present or being loaded: refused now, or journalled.
+pub fn accept(
     slice: &mut Slice,
     to: &Jid<'_>,
     from: &str,
@@ -208,6 +315,194 @@ pub fn deliver(
     meta: Meta,
     receipt: Option<Receipt>,
 ) -> Fate {
+    let name = to.local().expect("only users are routed to");
+    let Ok(from_jid) = Jid::parse(from) else {
+        return Fate::Decided;
+    };
+    let present = slice.user(name).map(|user| user.name.clone());
+    if present.is_some() {
+        if !slice.admits(to, &from_jid, stanza, meta) {
+            return Fate::Decided;
+        }
+        let rule = choose(slice, to, meta, &mut SmallVec::new());
+        // XEP-0160 section 3: a full queue is said, not silent
+        if rule == Rule::Refuse || (rule == Rule::Offline && offline::is_full(slice, name, stanza))
+        {
+            slice.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE);
+            return Fate::Decided;
+        }
+    }
+    if slice.ledger.full {
+        slice.counters.journal_refused += 1;
+        slice.bounce(to, from, stanza, meta, &JOURNAL_FULL);
+        return Fate::Decided;
+    }
+    let mut what = Message::RECEIVED | Message::PENDING;
+    if meta.archived() {
+        what |= Message::ARCHIVE;
+    }
+    if present.is_none() {
+        what |= Message::UNDECIDED;
+    }
+    let mut stream = None;
+    if from_jid.bare() == to.bare() {
+        what |= Message::SENT;
+        stream = receipt
+            .filter(|r| r.shard == slice.env.shard)
+            .and_then(|r| slice.sessions.get(r.session)?.sm.as_ref());
+    }
+    let stream: Box<str> = stream.map(|sm| sm.id.clone()).unwrap_or_default();
+    let id = slice.next_id();
+    let (kind, flags) = meta.numbers();
+    let change = Change::Message(Message {
+        id,
+        owner: name,
+        what,
+        kind,
+        flags,
+        peer: from,
+        twin: receipt.map_or(0, |r| r.twin),
+        stream: &stream,
+        count: receipt.map_or(0, |r| r.seq),
+        stanza,
+    });
+    let act = Act::Received {
+        to: slice.ledger.keep(to.as_str().as_bytes()),
+        meta,
+        receipt,
+    };
+    let user = present.unwrap_or_else(|| name.into());
+    slice.ledger.journal(&user, &change, act);
+    Fate::Open
+}
+
+/// The journal has it: it is delivered, or waits for its recipient.
+pub fn accepted(slice: &mut Slice, to: &str, message: &ArchivedMessage<'_>, meta: Meta) {
+    let name = &*message.owner;
+    let undecided = message.what & Message::UNDECIDED != 0;
+    let Ok(to) = Jid::parse(to) else { return };
+    let user = match slice.users.get(name) {
+        Some(Slot::Present(user)) => user.name.clone(),
+        Some(Slot::Missing) => {
+            if undecided {
+                slice.refuse_missing(&to, &message.peer, &message.stanza, meta);
+            }
+            let ms = slice.now.ms;
+            return slice.ledger.dropped(&name.into(), message.id.into(), ms);
+        }
+        // he gets it with what else waits for him when he is loaded
+        Some(Slot::Loading { .. }) => return,
+        None => {
+            if undecided {
+                slice.want(name);
+            }
+            return;
+        }
+    };
+    let id = message.id.into();
+    if undecided && !admitted(slice, &user, &to, &message.peer, &message.stanza, meta, id) {
+        return;
+    }
+    let by = to.bare();
+    let stamped = (message.what & Message::ARCHIVE != 0)
+        .then(|| stable_id::stamp(slice, by, &message.stanza, id))
+        .flatten();
+    let stanza = stamped.as_deref().unwrap_or(&message.stanza);
+    let mut taken: SmallVec<[SessionId; 4]> = SmallVec::new();
+    match choose(slice, &to, meta, &mut taken) {
+        Rule::Sessions => {
+            slice.counters.messages_delivered += 1;
+            offline::hold(slice, &user, id, taken.len());
+            for sid in &taken {
+                slice.hand(*sid, &[stanza], meta, id);
+            }
+        }
+        // whatever has become of the recipient's sessions meanwhile, it was accepted
+        Rule::Offline | Rule::Refuse | Rule::Drop => {
+            slice.counters.messages_offline += 1;
+            offline::keep(slice, &user, id, stanza, meta);
+        }
+    }
+    let incoming = Incoming {
+        to: &to,
+        from: &message.peer,
+        stanza,
+        meta,
+    };
+    for hook in slice.hooks.message_in.clone().iter() {
+        hook(slice, &user, &incoming, &taken);
+    }
+    if let Some(stamped) = stamped {
+        slice.reuse(stamped);
+    }
+}
+
+/// May a message come in that was accepted before its recipient was known? If not, it is in no archive and no queue.
+fn admitted(
+    slice: &mut Slice,
+    user: &Rc<str>,
+    to: &Jid<'_>,
+    from: &str,
+    stanza: &[u8],
+    meta: Meta,
+    id: u64,
+) -> bool {
+    let admitted = Jid::parse(from).is_ok_and(|from| slice.admits(to, &from, stanza, meta));
+    if !admitted {
+        let ms = slice.now.ms;
+        slice.ledger.dropped(user, id, ms);
+    }
+    admitted
+}
+
+/// The recipient was loaded: what was accepted for him before is decided.
+pub fn decide(slice: &mut Slice, name: &str, undecided: Vec<Pending>) {
+    for pending in undecided {
+        let Some(user) = slice.user(name).map(|u| u.name.clone()) else {
+            return;
+        };
+        let meta = Meta::from_numbers(pending.kind, pending.flags);
+        let element = super::parse_stanza(&pending.stanza);
+        let ends = element
+            .as_ref()
+            .and_then(|e| e.get("to").zip(e.get("from")));
+        let Some((Ok(to), from)) = ends.map(|(to, from)| (Jid::parse(to), from)) else {
+            continue;
+        };
+        if !admitted(slice, &user, &to, from, &pending.stanza, meta, pending.id)
+            && let Some(user) = slice.user_mut(name)
+        {
+            user.offline.take(pending.id);
+            slice.resize(name);
+        }
+    }
+}
+
+/// There is no such recipient: what was accepted for him comes back.
+pub fn decide_missing(slice: &mut Slice, name: &str) {
+    let user: Rc<str> = name.into();
+    let mut bytes = Vec::new();
+    for (id, place) in slice.overlay.undecided(name) {
+        let ms = slice.now.ms;
+        if slice.ledger.is_done(id) {
+            continue;
+        }
+        slice.ledger.dropped(&user, id, ms);
+        let Ok((entry, _)) = slice.overlay.entry(place, &mut bytes) else {
+            continue;
+        };
+        let element = super::parse_stanza(&entry.stanza);
+        if let Some(to) = element.as_ref().and_then(|e| e.get("to"))
+            && let Ok(to) = Jid::parse(to)
+        {
+            let meta = Meta::from_numbers(entry.kind, entry.flags);
+            slice.refuse_missing(&to, &entry.peer, &entry.stanza, meta);
+        }
+    }
+}
+
+/// A message that need not survive, for a user of this slice who is present.
+pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) -> Fate {
     let name = to.local().expect("only users are routed to");
     // own stanzas meet no block list; the parse borrows
     let Ok(from_jid) = Jid::parse(from) else {
@@ -217,60 +512,29 @@ pub fn deliver(
         return Fate::Decided;
     }
     let mut taken: SmallVec<[SessionId; 4]> = SmallVec::new();
-    let rule = choose(slice, to, meta, &mut taken);
-    match rule {
-        Rule::Drop => Fate::Decided,
+    match choose(slice, to, meta, &mut taken) {
+        // nobody is there, and it is not worth keeping
+        Rule::Drop | Rule::Offline => {}
         Rule::Refuse => {
             slice.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE);
-            Fate::Decided
         }
         Rule::Sessions => {
             slice.counters.messages_delivered += 1;
-            let stamped = stable_id::stamp(slice, to.bare(), stanza, meta);
-            let bytes = stamped.as_deref().unwrap_or(stanza);
             for sid in &taken {
-                slice.send(*sid, &[bytes], meta);
+                slice.send(*sid, &[stanza], meta);
             }
             let incoming = Incoming {
                 to,
                 from,
-                stanza: bytes,
+                stanza,
                 meta,
             };
             for hook in slice.hooks.message_in.clone().iter() {
                 hook(slice, name, &incoming, &taken);
             }
-            if let Some(stamped) = stamped {
-                slice.reuse(stamped);
-            }
-            Fate::Decided
-        }
-        Rule::Offline => {
-            slice.counters.messages_offline += 1;
-            let stamped = stable_id::stamp(slice, to.bare(), stanza, meta);
-            let fate = {
-                let bytes = stamped.as_deref().unwrap_or(stanza);
-                let fate = offline::store(slice, to, from, bytes, meta, receipt);
-                let incoming = Incoming {
-                    to,
-                    from,
-                    stanza: bytes,
-                    meta,
-                };
-                // a message that was refused has not come in
-                if fate == Fate::Open {
-                    for hook in slice.hooks.message_in.clone().iter() {
-                        hook(slice, name, &incoming, &[]);
-                    }
-                }
-                fate
-            };
-            if let Some(stamped) = stamped {
-                slice.reuse(stamped);
-            }
-            fate
         }
     }
+    Fate::Decided
 }
 
 /// The decision, without any effect.
@@ -308,23 +572,15 @@ fn choose(slice: &Slice, to: &Jid<'_>, meta: Meta, taken: &mut SmallVec<[Session
     }
 }
 
-/// Delivers a message that a session left unacknowledged, as if to the bare JID, and to the offline queue beyond its limits.
-/// What was addressed to the bare JID went to all sessions at once: those that are left have it.
+/// A message that was not worth keeping and that a session left unacknowledged: another session may have it, if it was for
+/// that one alone.
 pub fn redeliver(slice: &mut Slice, to: &Jid<'_>, stanza: &[u8], meta: Meta) {
-    let name = to.local().expect("a session's messages are for its user");
     let mut taken: SmallVec<[SessionId; 4]> = SmallVec::new();
-    match choose(slice, &to.to_bare(), meta, &mut taken) {
-        Rule::Sessions if to.is_bare() => {}
-        Rule::Sessions => {
-            let stanza = offline::delayed(stanza, to.domain(), slice.now.unix);
-            for sid in &taken {
-                slice.send(*sid, &[&stanza], meta);
-            }
+    if !to.is_bare() && choose(slice, &to.to_bare(), meta, &mut taken) == Rule::Sessions {
+        let stanza = offline::delayed(stanza, to.domain(), slice.now.unix);
+        for sid in &taken {
+            slice.send(*sid, &[&stanza], meta);
         }
-        Rule::Offline if meta.has(Meta::BODY) => {
-            offline::keep(slice, name, to.domain(), stanza, None)
-        }
-        _ => {}
     }
 }
 
@@ -356,32 +612,5 @@ mod tests {
         w.send(a, &message);
         assert!(w.take(a).is_empty());
         assert_eq!(w.take(b).len(), 1);
-    }
-
-    #[test]
-    fn a_message_that_cannot_be_stored_comes_back_and_is_in_no_queue() {
-        for shards in [1, 2] {
-            let mut w = World::new(shards);
-            let (alice, bob) = (w.on(0, "alice"), w.on(shards - 1, "bob"));
-            w.add(&alice);
-            w.add(&bob);
-            let a = w.online(&alice, "a");
-            let b = w.online(&bob, "b");
-            w.logout(b);
-            w.tier.broken = true;
-            w.send(
-                a,
-                &format!(
-                    "<message type='chat' id='m' to='{bob}@localhost'><body>hi</body></message>"
-                ),
-            );
-            let back = w.take(a);
-            assert!(
-                back.len() == 1 && back[0].contains("resource-constraint"),
-                "{back:?}"
-            );
-            assert!(w.user(&bob).offline.is_empty());
-            assert_eq!(w.user(&bob).offline_bytes, 0);
-        }
     }
 }

@@ -131,6 +131,9 @@ impl Meta {
     /// Came through a chat room or goes there (`<x/>` of XEP-0045 `muc#user`), and is no invitation.
     pub const ROOM: u16 = 256;
 
+    /// XEP-0334 `<no-permanent-store/>`: for the offline queue, not for archives.
+    pub const NO_ARCHIVE: u16 = 512;
+
     pub fn new(kind: Kind) -> Meta {
         Meta { kind, flags: 0 }
     }
@@ -138,6 +141,58 @@ impl Meta {
     pub fn with(mut self, flags: u16) -> Meta {
         self.flags |= flags;
         self
+    }
+
+    /// From what [`Meta::numbers`] gave.
+    pub fn from_numbers(kind: u8, flags: u16) -> Meta {
+        const KINDS: [Kind; 17] = [
+            Kind::Chat,
+            Kind::Normal,
+            Kind::Headline,
+            Kind::GroupChat,
+            Kind::MessageError,
+            Kind::Available,
+            Kind::Unavailable,
+            Kind::Subscribe,
+            Kind::Subscribed,
+            Kind::Unsubscribe,
+            Kind::Unsubscribed,
+            Kind::Probe,
+            Kind::PresenceError,
+            Kind::IqGet,
+            Kind::IqSet,
+            Kind::IqResult,
+            Kind::IqError,
+        ];
+        let kind = KINDS.get(usize::from(kind)).copied();
+        Meta {
+            kind: kind.unwrap_or(Kind::Normal),
+            flags,
+        }
+    }
+
+    /// As a journal keeps it.
+    pub fn numbers(self) -> (u8, u16) {
+        (self.kind as u8, self.flags)
+    }
+
+    /// Must it survive until a client has it? RFC 6121 8.5, XEP-0160 section 3 and XEP-0334: chat and normal messages with a
+    /// body or the hint; a normal one may carry anything (invitations, forms), a chat message without a body is chat states
+    /// and markers.
+    pub fn storable(self) -> bool {
+        matches!(self.kind, Kind::Chat | Kind::Normal)
+            && !self.has(Meta::COPY)
+            && !self.has(Meta::NO_STORE)
+            && (self.has(Meta::BODY)
+                || self.has(Meta::STORE)
+                || (self.kind == Kind::Normal && !self.has(Meta::LAZY)))
+    }
+
+    /// Does it belong into archives (XEP-0313 section 5, XEP-0334)?
+    pub fn archived(self) -> bool {
+        self.storable()
+            && (self.has(Meta::BODY) || self.has(Meta::STORE))
+            && !self.has(Meta::NO_ARCHIVE)
     }
 
     pub fn has(self, flag: u16) -> bool {

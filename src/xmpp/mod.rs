@@ -10,14 +10,20 @@ pub mod error;
 pub mod feature;
 pub mod iq;
 pub mod jid;
+pub mod ledger;
 pub mod message;
 pub mod meta;
 pub mod negotiation;
+#[cfg(test)]
+mod promise;
 pub mod sasl;
 pub mod session;
+#[cfg(test)]
+mod simulation;
 pub mod slice;
 #[cfg(test)]
 pub mod testing;
+pub mod warmth;
 
 pub const NS_CLIENT: &str = "jabber:client";
 pub const NS_STREAM: &str = "http://etherx.jabber.org/streams";

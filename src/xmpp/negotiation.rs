@@ -532,9 +532,9 @@ impl Negotiation {
         }
     }
 
-    /// There is no such session any more.
-    pub fn not_resumed(&mut self, out: &mut Vec<u8>) {
-        out.extend_from_slice(&sm::failed("item-not-found", None));
+    /// There is no such session any more; `count` of its stanzas were durable, if that is known (XEP-0198 section 5).
+    pub fn not_resumed(&mut self, count: Option<u32>, out: &mut Vec<u8>) {
+        out.extend_from_slice(&sm::failed("item-not-found", count));
     }
 
     fn iq_result(&self, payload: Option<Element>, out: &mut Vec<u8>) {

@@ -8,7 +8,7 @@ use smallvec::SmallVec;
 
 use super::accept::Acceptance;
 use super::feature::csi::Csi;
-use super::feature::sm::Sm;
+use super::feature::sm::{Kept, Sm};
 use super::meta::Meta;
 use crate::xml::StreamNs;
 
@@ -17,6 +17,14 @@ use crate::xml::StreamNs;
 pub struct SessionId {
     pub slot: u32,
     pub generation: u32,
+}
+
+impl SessionId {
+    /// Of no session.
+    pub const NONE: SessionId = SessionId {
+        slot: u32::MAX,
+        generation: 0,
+    };
 }
 
 /// The last available presence of a session.
@@ -61,6 +69,10 @@ pub struct Session {
     pub csi: Csi,
     pub sm: Option<Box<Sm>>,
     pub accept: Acceptance,
+    /// A client that wants to resume waits until all that was read is decided.
+    pub settling: bool,
+    /// Without stream management: messages that its peer may not have yet.
+    pub unconfirmed: Option<Box<Kept>>,
     /// When the last bytes of the client came, ms of the monotonic clock.
     pub heard_ms: u64,
     /// A ping is on its way since then.
@@ -91,9 +103,15 @@ impl Session {
     }
 
     /// Appends one stanza (in parts) to what the client gets. Counted and kept by stream management.
-    pub(super) fn push(&mut self, parts: &[&[u8]], meta: Meta) {
-        if let Some(sm) = &mut self.sm {
-            sm.sent(parts, meta);
+    /// `id`: of a pending delivery, or 0.
+    pub(super) fn push(&mut self, parts: &[&[u8]], meta: Meta, id: u64) {
+        match &mut self.sm {
+            Some(sm) => sm.sent(parts, meta, id),
+            None if id != 0 => self
+                .unconfirmed
+                .get_or_insert_default()
+                .push(parts, meta, id),
+            None => {}
         }
         if self.link.is_some() {
             for part in parts {

@@ -7,7 +7,7 @@
 
 use std::cell::OnceCell;
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, VecDeque};
+use std::collections::BinaryHeap;
 use std::rc::Rc;
 
 use fnv::FnvHashMap;
@@ -15,16 +15,25 @@ use smallvec::SmallVec;
 
 use super::batch::{Batch, Item, Receipt};
 use super::error::{StanzaError, StreamError};
-use super::feature::{self, Hooks, Refusal, presence};
+use super::feature::offline::Offline;
+use super::feature::{self, Hooks, Refusal, presence, stable_id};
 use super::jid::Jid;
+use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
+use super::warmth::{Behind, Waits, Warmth};
 use super::{NS_CLIENT, iq, message};
 use crate::store::cache::Cache;
+use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
+use crate::store::journal::{Group, Place, Slot as GroupSlot};
+use crate::store::overlay::{Item as Undrained, Overlay, Position, ReadBack};
 use crate::store::record::{Record, UserRecord};
+use crate::store::recovery::{Found, stream_key};
 use crate::store::ring::Ring;
-use crate::store::tier::{Answer, Last, Loaded, Op, Query, ReadError, Request, Ticket, WriteError};
+use crate::store::tier::{
+    Answer, ArchiveQuery, Last, Loaded, Page, Query, ReadError, Request, Ticket,
+};
 use crate::xml;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
@@ -74,6 +83,8 @@ pub struct Limits {
     pub blocked_max: usize,
     pub subscription_requests_max: usize,
     pub directed_presence_max: usize,
+    /// Of one user's record: it must fit into a journal's segment.
+    pub record_bytes_max: usize,
     pub send_queue_bytes_max: usize,
     pub deferred_stanzas_max: usize,
     pub offline_messages_max: usize,
@@ -92,6 +103,8 @@ pub struct Limits {
     pub ping_timeout_ms: u64,
     pub registration: bool,
     pub iterations: u32,
+    /// Entries in one answer of an archive.
+    pub archive_page_max: u32,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -101,39 +114,42 @@ pub struct Now {
     pub ms: u64,
     /// Unix time in seconds.
     pub unix: u64,
+    /// Unix time in milliseconds.
+    pub unix_ms: u64,
 }
 
 /// A user of this slice, loaded.
 pub struct User {
     pub name: Rc<str>,
     pub record: Record,
-    /// Grows with each change of `record`.
+    /// Of the record; see [`Id`].
     pub revision: u64,
-    /// The last record that the tiers have, while changes are on their way there.
-    pub durable: Option<Record>,
-    /// How many are.
-    pub edits: usize,
+    /// Of the newest record that is durable.
+    pub durable: u64,
     /// Bound resources, those that wait for resumption included.
     pub sessions: SmallVec<[SessionId; 2]>,
-    /// Messages for the next resource that becomes available, oldest first (XEP-0160); the tier holds the same.
-    pub offline: VecDeque<(u64, Box<[u8]>)>,
-    pub offline_bytes: usize,
+    /// Deliveries that nobody holds: for the next resource that becomes available (XEP-0160) and for those that are.
+    pub offline: Offline,
+    /// Deliveries that sessions hold, and how many do; ids ascend.
+    pub held: Vec<(u64, u16)>,
     /// The last log-out (XEP-0012).
     pub last: Option<Last>,
+    /// What Redis says of messages that wait for him.
+    pub waits: Waits,
 }
 
 impl User {
-    fn new(name: &str, loaded: Loaded) -> User {
+    fn new(name: &str, loaded: Loaded, offline: Offline) -> User {
         User {
             name: name.into(),
             record: loaded.record,
-            revision: 0,
-            durable: None,
-            edits: 0,
+            revision: loaded.revision,
+            durable: loaded.revision,
             sessions: SmallVec::new(),
-            offline_bytes: loaded.offline.iter().map(|(_, s)| s.len()).sum(),
-            offline: loaded.offline.into(),
+            offline,
+            held: Vec::new(),
             last: loaded.last,
+            waits: Waits::default(),
         }
     }
 }
@@ -156,12 +172,34 @@ pub enum Queued {
     Call(Call),
 }
 
+impl Queued {
+    /// Part of a change that is made at the other side already (see [`Slice::forward`]): it must not be refused.
+    fn is_journalled(&self) -> bool {
+        match self {
+            Queued::Stanza(waiting) => is_forwarded(waiting.meta, waiting.receipt),
+            Queued::Call(_) => false,
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Queued::Stanza(waiting) => waiting.stanza.len(),
+            Queued::Call(_) => 0,
+        }
+    }
+}
+
+/// Is it a stanza of [`Slice::forward`], which waits in its sender's journal until it is settled?
+fn is_forwarded(meta: Meta, receipt: Option<Receipt>) -> bool {
+    !meta.storable() && receipt.is_some_and(|receipt| receipt.twin != 0)
+}
+
 /// Runs when a user is known: present or missing (or, when the tier cannot say, neither).
 pub type Call = Box<dyn FnOnce(&mut Slice)>;
 
 /// A stanza that waits for its recipient to be loaded.
 pub struct Waiting {
-    pub to: Jid<'static>,
+    pub to: Box<str>,
     pub from: Box<str>,
     pub stanza: Box<[u8]>,
     pub meta: Meta,
@@ -189,6 +227,8 @@ pub struct Effects {
     pub dirty: Vec<SessionId>,
     pub closing: Vec<Closing>,
     pub requests: Vec<Request>,
+    /// The same, of users of whom the Redis ring does not know enough.
+    pub behind: Vec<Request>,
     /// One batch per shard.
     pub mesh: Vec<Batch>,
     /// Shards for which too much waits: stanzas for them are refused.
@@ -197,8 +237,57 @@ pub struct Effects {
     pub jobs: Vec<(Ticket, Job)>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
+    /// Sessions without stream management that were given messages: [`Slice::confirmed`] when their peer has all.
+    pub unconfirmed: Vec<SessionId>,
+    /// Sent messages below this are settled for good.
+    pub floor: u64,
     /// Sessions that have more to get than a slow reader may have.
     overflown: Vec<SessionId>,
+}
+
+/// A change of a user's data.
+#[derive(Debug, Clone)]
+pub enum Op {
+    /// Fails with [`WriteError::Conflict`] if there is such a user.
+    AddUser {
+        record: Record,
+    },
+    /// The account with all that belongs to it.
+    RemoveUser,
+    /// `key` is "vcard", "private:NAMESPACE NAME", ...; `None` removes.
+    PutDocument {
+        key: Box<str>,
+        value: Option<Box<[u8]>>,
+    },
+    PutLast {
+        last: Last,
+    },
+}
+
+impl From<WriteError> for StanzaError {
+    fn from(error: WriteError) -> StanzaError {
+        match error {
+            WriteError::Full | WriteError::Unavailable => StanzaError::RESOURCE_CONSTRAINT,
+            WriteError::TooLarge => StanzaError::POLICY_VIOLATION,
+            WriteError::Conflict => StanzaError::CONFLICT,
+            WriteError::Missing => StanzaError::ITEM_NOT_FOUND,
+        }
+    }
+}
+
+/// Why a change is not made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    #[error("the user exists already")]
+    Conflict,
+    #[error("there is no such user")]
+    Missing,
+    #[error("the journal is full: the database takes nothing, or the disk has no space left")]
+    Full,
+    #[error("the account with its roster is too large: journal.segment_bytes is its bound")]
+    TooLarge,
+    #[error("the database is not available")]
+    Unavailable,
 }
 
 /// What goes on when a write is durable, or has failed.
@@ -238,9 +327,13 @@ impl Job {
 
 pub type ThenComputed = Box<dyn FnOnce(&mut Slice, Computed)>;
 
+/// What goes on when a page of an archive was read.
+pub type ThenPage = Box<dyn FnOnce(&mut Slice, Result<Page, ReadError>)>;
+
 enum Wait {
-    Write(Then),
     Read(ThenRead),
+    /// With how often it may be asked again.
+    Page(Box<ArchiveQuery>, u8, ThenPage),
     Compute(ThenComputed),
 }
 
@@ -258,6 +351,7 @@ pub struct Counters {
     pub overflows: u64,
     pub load_queue_full: u64,
     pub mesh_refused: u64,
+    pub journal_refused: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -276,18 +370,57 @@ pub struct Slice {
     pub hooks: Hooks,
     /// The inbound stanza at work, when its session has stream management.
     pub current: Option<Receipt>,
+    /// Its number.
+    pub seq: u32,
     pub parked: usize,
+    pub ledger: Ledger,
+    pub overlay: Overlay,
+    pub warmth: Warmth,
+    /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
+    counts: FnvHashMap<Box<str>, (u32, u64)>,
+    /// Users whom the tier could not load and for whom messages wait: when to ask again.
+    reload: Vec<(u64, Rc<str>)>,
     /// Changes of private storage at work.
     pub(super) private: feature::private::Changes,
+    pub(super) passwords: feature::register::Changes,
+    /// Queries of archives at work.
+    pub(super) archive: feature::archive::Queries,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
+    /// How often users were asked for again; see [`AGAIN_MAX`].
+    again: FnvHashMap<Box<str>, u8>,
     ticket: Ticket,
     timers: BinaryHeap<Reverse<(u64, u32, u32, Timer)>>,
     /// Output buffers at rest; a session owns one only while it has output.
     buffers: Vec<Vec<u8>>,
     scratch: Vec<u8>,
-    stable_ids: u64,
 }
 
+/// Where a slice goes on after the last start.
+pub struct Start {
+    /// The first free number of its journal.
+    pub next_seq: u64,
+    /// The highest id that any journal or SQL holds.
+    pub last_id: Id,
+    pub found: Found,
+    pub read_back: ReadBack,
+}
+
+impl Start {
+    /// Nothing was before.
+    pub fn new(read_back: ReadBack) -> Start {
+        Start {
+            next_seq: 1,
+            last_id: Id(0),
+            found: Found::default(),
+            read_back,
+        }
+    }
+}
+
+/// How long after a failure a user for whom messages wait is asked for again.
+const RELOAD_MS: u64 = 1000;
+/// How often SQL is asked again because the journal does not have any more what was to be added to its answer.
+const AGAIN_MAX: u8 = 3;
 const BUFFERS_MAX: usize = 64;
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
 
@@ -295,11 +428,13 @@ const BUFFER_BYTES_MAX: usize = 64 * 1024;
 const USER_BYTES: usize = 256;
 
 impl Slice {
-    pub fn new(env: Env, shards: usize, cache_bytes_max: usize) -> Slice {
+    pub fn new(env: Env, shards: usize, cache_bytes_max: usize, start: Start) -> Slice {
+        let ledger = Ledger::new(env.shard, start.next_seq, start.last_id);
+        let overlay = Overlay::new(start.read_back.clone());
         let mut fx = Effects::default();
         fx.mesh.resize_with(shards, Batch::default);
         fx.closed.resize(shards, false);
-        Slice {
+        let mut slice = Slice {
             env,
             now: Now::default(),
             users: Cache::new(cache_bytes_max),
@@ -308,15 +443,25 @@ impl Slice {
             counters: Counters::default(),
             hooks: Hooks::collect(),
             current: None,
+            seq: 0,
             parked: 0,
+            ledger,
+            overlay,
+            warmth: Warmth::default(),
+            counts: FnvHashMap::default(),
+            reload: Vec::new(),
             private: Default::default(),
+            passwords: Default::default(),
+            archive: Default::default(),
             waits: FnvHashMap::default(),
+            again: FnvHashMap::default(),
             ticket: 0,
             timers: BinaryHeap::new(),
             buffers: Vec::new(),
             scratch: Vec::new(),
-            stable_ids: 0,
-        }
+        };
+        slice.recover(start.found);
+        slice
     }
 
     // ---- input -------------------------------------------------------------------------------------------------
@@ -346,7 +491,9 @@ impl Slice {
             shard: self.env.shard,
             session: sid,
             seq,
+            twin: 0,
         });
+        self.seq = seq;
         match view.name() {
             "message" => message::outbound(self, sid, &view),
             "presence" => presence::outbound(self, sid, &view),
@@ -410,33 +557,67 @@ impl Slice {
 
     /// Answers of the tiers.
     pub fn answers(&mut self, answers: Vec<Answer>) {
+        // before, not after: whoever waits for a user who is loaded now must find him, however full the cache is
+        self.evict();
         for answer in answers {
             match answer {
                 Answer::Loaded { name, user } => {
-                    let slot = match user {
-                        Some(loaded) => Slot::Present(Box::new(User::new(&name, loaded))),
-                        None => Slot::Missing,
-                    };
-                    self.loaded(&name, slot);
-                }
-                Answer::LoadFailed { name, .. } => self.load_failed(&name),
-                Answer::Written { ticket, result } => {
-                    if let Some((name, Wait::Write(then))) = self.waits.remove(&ticket) {
-                        then(self, result);
-                        self.users.unpin(&name);
+                    let user = self.overlay.apply(&name, user);
+                    self.overlay.release(&name);
+                    match user {
+                        Ok(user) => {
+                            if !self.again.is_empty() {
+                                self.again.remove(&name);
+                            }
+                            self.known(&name, user);
+                        }
+                        Err(error) => self.load_again(&name, &error),
                     }
                 }
-                Answer::Read { ticket, result } => {
+                Answer::LoadFailed { name, .. } => {
+                    // what the journal knows may be enough
+                    let user = self.overlay.apply(&name, None);
+                    self.overlay.release(&name);
+                    match user {
+                        Ok(user) if self.overlay.is_whole(&name) => self.known(&name, user),
+                        _ => self.load_failed(&name),
+                    }
+                }
+                Answer::Document { ticket, result } => {
                     if let Some((name, Wait::Read(then))) = self.waits.remove(&ticket) {
                         then(self, result);
                         self.users.unpin(&name);
                     }
                 }
-                // asked for nowhere: a user is loaded together with it
-                Answer::ReadLast { .. } => {}
+                Answer::Archive { ticket, result } => {
+                    if let Some((name, Wait::Page(query, again, then))) = self.waits.remove(&ticket)
+                    {
+                        let page = match result.map(|page| self.overlay.page(&query, page)) {
+                            Ok(Ok(page)) => Ok(page),
+                            // what was carried over meanwhile stands in the journal no more, but in SQL
+                            Ok(Err(_)) if again > 0 => {
+                                let asked = Query::Archive((*query).clone());
+                                let wait = Wait::Page(query, again - 1, then);
+                                self.waits.insert(ticket, (name, wait));
+                                let query = asked;
+                                self.fx.requests.push(Request::Read { ticket, query });
+                                continue;
+                            }
+                            Ok(Err(error)) => Err(ReadError(error)),
+                            Err(error) => Err(error),
+                        };
+                        self.overlay.release(&name);
+                        then(self, page);
+                        self.users.unpin(&name);
+                    }
+                }
             }
         }
-        self.evict();
+    }
+
+    /// SQL has everything of a journal up to a position.
+    pub fn drained(&mut self, at: Position) {
+        self.overlay.drained(at);
     }
 
     /// The outcome of a job in [`Effects::jobs`].
@@ -459,6 +640,14 @@ impl Slice {
                 Timer::Resume => feature::sm::expire(self, sid),
             }
         }
+        let now = self.now.ms;
+        for at in (0..self.reload.len()).rev() {
+            if self.reload[at].0 <= now {
+                let (_, name) = self.reload.swap_remove(at);
+                self.load(&name);
+            }
+        }
+        self.counts.retain(|_, (_, until)| *until > now);
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -481,6 +670,13 @@ impl Slice {
         };
         let sid = self.sessions.insert(make);
         user.sessions.push(sid);
+        let owner = user.name.clone();
+        if self.warmth.is_on()
+            && let Some(session) = self.sessions.get(sid)
+        {
+            let resource = session.resource().into();
+            self.warmth.sessions.push((owner, resource, true));
+        }
         self.users.pin(name);
         self.counters.binds += 1;
         self.timer(self.env.limits.ping_idle_ms, sid, Timer::Idle);
@@ -506,16 +702,43 @@ impl Slice {
         // nobody finds it any more, but its own farewell still names it
         let mut session = self.sessions.remove(sid).expect("was there a moment ago");
         let name = session.user.clone();
+        if self.warmth.is_on() {
+            let resource = session.resource().into();
+            self.warmth.sessions.push((name.clone(), resource, false));
+        }
         if let Some(user) = self.user_mut(&name) {
             user.sessions.retain(|s| *s != sid);
         }
         for hook in self.hooks.ended.clone().iter() {
             hook(self, &mut session);
         }
-        if let Some(mut sm) = session.sm.take() {
-            feature::sm::redirect(self, sm.unacknowledged());
+        if session.settling {
+            self.fx.loaded.push(name.clone());
         }
+        let mut left = Vec::new();
+        if let Some(mut kept) = session.unconfirmed.take() {
+            left = kept.take_all();
+        }
+        if let Some(mut sm) = session.sm.take() {
+            if sm.resume_ms > 0 {
+                self.remember_count(&sm.id, session.accept.h());
+            }
+            left.extend(sm.unacknowledged());
+        }
+        feature::sm::redirect(self, &name, left);
         self.users.unpin(&name);
+    }
+
+    fn remember_count(&mut self, stream: &str, count: u32) {
+        if self.counts.len() < self.env.limits.parked_max.max(1) * 2 {
+            let until = self.now.ms + 2 * self.env.limits.resume_ms_max;
+            self.counts.insert(stream.into(), (count, until));
+        }
+    }
+
+    /// How many stanzas of a stream that is no more were durable.
+    pub fn count_of(&self, stream: &str) -> Option<u32> {
+        self.counts.get(stream).map(|(count, _)| *count)
     }
 
     /// The connection is gone without a farewell: the session waits for its client, or ends.
@@ -584,6 +807,11 @@ impl Slice {
 
     /// Gives a stanza (in parts, self-contained, to be read in a stream of `jabber:client`) to a session.
     pub fn send(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta) {
+        self.hand(sid, parts, meta, 0);
+    }
+
+    /// The same for a message that is a pending delivery of the user's, by its id.
+    pub fn hand(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta, id: u64) {
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
@@ -597,7 +825,10 @@ impl Slice {
         {
             session.out = buffer;
         }
-        session.push(parts, meta);
+        if id != 0 && session.sm.is_none() && session.unconfirmed.is_none() {
+            self.fx.unconfirmed.push(sid);
+        }
+        session.push(parts, meta, id);
         self.touched(sid);
     }
 
@@ -712,15 +943,19 @@ impl Slice {
         let Some(name) = to.local() else { return };
         let owner = self.env.owner(name);
         if owner == self.env.shard {
-            if self.deliver(to, from, stanza, meta, receipt) == Fate::Open
-                && let Some(receipt) = receipt
-            {
-                self.defer(receipt);
+            match (self.deliver(to, from, stanza, meta, receipt), receipt) {
+                (Fate::Open, Some(receipt)) => self.defer(receipt),
+                (Fate::Decided, Some(receipt)) => self.refused(receipt),
+                _ => {}
             }
             return;
         }
-        if self.fx.closed[owner as usize] && meta.kind.may_bounce() {
+        let refuses = meta.kind.may_bounce() && !is_forwarded(meta, receipt);
+        if self.fx.closed[owner as usize] && refuses {
             self.counters.mesh_refused += 1;
+            if let Some(receipt) = receipt {
+                self.refused(receipt);
+            }
             return self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
         }
         let batch = &mut self.fx.mesh[owner as usize];
@@ -734,6 +969,19 @@ impl Slice {
         batch.items.push(item);
         if let Some(receipt) = receipt {
             self.defer(receipt);
+            if receipt.twin != 0 && receipt.shard == self.env.shard {
+                self.ledger.opened(receipt.twin);
+            }
+        }
+    }
+
+    /// Nobody will journal the recipient's side of a message.
+    fn refused(&mut self, receipt: Receipt) {
+        if receipt.shard != self.env.shard {
+            self.settle(receipt);
+        } else if receipt.twin != 0 {
+            self.ledger.opened(receipt.twin);
+            self.ledger.settled(receipt.twin, self.now.ms);
         }
     }
 
@@ -761,14 +1009,15 @@ impl Slice {
     ) -> Fate {
         let name = to.local().expect("only users are routed to");
         let full = match self.users.get_mut(name) {
-            Some(Slot::Present(_)) => {
-                return if meta.kind.is_message() {
-                    message::deliver(self, to, from, stanza, meta, receipt)
-                } else if meta.kind.is_presence() {
-                    presence::deliver(self, to, from, stanza, meta, receipt)
-                } else {
-                    iq::deliver(self, to, from, stanza, meta)
-                };
+            Some(Slot::Present(user)) => {
+                if meta.storable() {
+                    return message::accept(self, to, from, stanza, meta, receipt);
+                }
+                if self.ledger.holds(name) {
+                    let user = user.name.clone();
+                    return self.deliver_behind(&user, to, from, stanza, meta, receipt);
+                }
+                return self.deliver_now(to, from, stanza, meta, receipt);
             }
             Some(Slot::Missing) => {
                 self.refuse_missing(to, from, stanza, meta);
@@ -790,27 +1039,430 @@ impl Slice {
         ) {
             return Fate::Decided;
         }
-        if full {
+        if full && !is_forwarded(meta, receipt) {
             self.counters.load_queue_full += 1;
             self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
             return Fate::Decided;
         }
         self.want(name);
-        if let Some(Slot::Loading { queue, bytes }) = self.users.get_mut(name) {
+        if let Some(Slot::Loading { bytes, .. }) = self.users.get_mut(name) {
             *bytes += stanza.len();
+        }
+        if meta.storable() {
+            // accepted now, decided when the user is known
+            return message::accept(self, to, from, stanza, meta, receipt);
+        }
+        if self.ledger.holds(name) {
+            return self.deliver_behind(&name.into(), to, from, stanza, meta, receipt);
+        }
+        self.wait_for_load(to, from, stanza, meta, receipt);
+        Fate::Open
+    }
+
+    /// To a user who is present; nothing that is older waits.
+    fn deliver_now(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) -> Fate {
+        if meta.kind.is_message() {
+            message::deliver(self, to, from, stanza, meta)
+        } else if meta.kind.is_presence() {
+            presence::deliver(self, to, from, stanza, meta, receipt)
+        } else {
+            iq::deliver(self, to, from, stanza, meta)
+        }
+    }
+
+    /// Older messages for (or of) the user wait for the journal: this stanza must not overtake them.
+    pub(super) fn deliver_behind(
+        &mut self,
+        user: &Rc<str>,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) -> Fate {
+        if self.ledger.bytes() > self.env.limits.mesh_backlog_bytes_max {
+            self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
+            return Fate::Decided;
+        }
+        let act = Act::Behind {
+            to: self.ledger.keep(to.as_str().as_bytes()),
+            from: self.ledger.keep(from.as_bytes()),
+            stanza: self.ledger.keep(stanza),
+            meta,
+            receipt,
+        };
+        self.ledger.queue(user, act);
+        Fate::Open
+    }
+
+    /// Sends a stanza that changes something of another user as soon as the journal has it, and again after a crash, until
+    /// it is settled at that user's owner. Called together with the change that it goes with: one group holds both.
+    pub fn forward(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) {
+        let Some(user) = Jid::parse(from)
+            .ok()
+            .and_then(|from| Some(Rc::from(from.local()?)))
+        else {
+            return;
+        };
+        let id = self.next_id();
+        let (kind, flags) = meta.numbers();
+        let change = Change::Message(Message {
+            id,
+            owner: &user,
+            what: Message::SENT,
+            kind,
+            flags,
+            peer: to.as_str(),
+            twin: 0,
+            stream: "",
+            count: 0,
+            stanza,
+        });
+        let receipt = Receipt {
+            twin: id,
+            ..receipt.unwrap_or(Receipt {
+                shard: self.env.shard,
+                session: SessionId::NONE,
+                seq: 0,
+                twin: 0,
+            })
+        };
+        let act = Act::Forward {
+            to: self.ledger.keep(to.as_str().as_bytes()),
+            from: self.ledger.keep(from.as_bytes()),
+            meta,
+            receipt,
+        };
+        self.ledger.journal(&user, &change, act);
+        // it has no twin, wherever it goes: its end is told by a mark
+        self.ledger.opened(id);
+        self.defer(receipt);
+    }
+
+    fn wait_for_load(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) {
+        let name = to.local().expect("only users are routed to");
+        if let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) {
             queue.push(Queued::Stanza(Waiting {
-                to: to.clone().into_owned(),
+                to: to.as_str().into(),
                 from: from.into(),
                 stanza: stanza.into(),
                 meta,
                 receipt,
             }));
         }
-        Fate::Open
+    }
+
+    // ---- the journal -------------------------------------------------------------------------------------------
+
+    /// The next group for the journal, when `due`; none while one is being committed. A group without changes is acted
+    /// on at once.
+    /// A new segment begins: what the journal must say anew is said (see [`StreamCount`]).
+    pub fn new_segment(&mut self) {
+        let live = self.sessions.iter().filter_map(|session| {
+            let sm = session.sm.as_ref().filter(|sm| sm.resume_ms > 0)?;
+            (sm.durable > 0).then(|| StreamCount {
+                stream: stream_key(&sm.id),
+                count: sm.durable,
+            })
+        });
+        let past = self.counts.iter().map(|(stream, (count, _))| StreamCount {
+            stream: stream_key(stream),
+            count: *count,
+        });
+        self.ledger.count(live.chain(past), self.now.ms);
+    }
+
+    pub fn seal(&mut self) -> Option<Group> {
+        if self.ledger.is_flying() || self.ledger.due_ms(self.now.ms)? > self.now.ms {
+            return None;
+        }
+        let group = self.ledger.seal();
+        if group.is_none() {
+            self.committed(None, &|_| unreachable!("nothing was journalled"));
+        }
+        group
+    }
+
+    /// A group is durable; `place` tells where each change is now. Give the buffer back by [`Ledger::give_back`].
+    pub fn committed(&mut self, group: Option<&Group>, place: &dyn Fn(GroupSlot) -> Place) {
+        let (mut acts, floor) = self.ledger.landed();
+        let Acts { entries, strings } = &mut acts;
+        for entry in entries.drain(..) {
+            self.act(entry, strings, group, place);
+        }
+        self.warmth.landed(self.ledger.sealed_seq());
+        self.fx.floor = floor;
+        self.ledger.give_back_acts(acts);
+    }
+
+    fn act(
+        &mut self,
+        entry: Entry,
+        strings: &super::batch::Spans,
+        group: Option<&Group>,
+        place: &dyn Fn(GroupSlot) -> Place,
+    ) {
+        let Entry {
+            seq,
+            slot,
+            user,
+            act,
+        } = entry;
+        let at = Position {
+            journal: self.env.shard,
+            seq,
+        };
+        match act {
+            Act::Received { to, meta, receipt } => {
+                let message = message_of(group, slot);
+                let place = place(slot.expect("it was journalled"));
+                let (id, what) = (message.id.to_native(), message.what);
+                self.overlay
+                    .add(at, &user, Undrained::Message { id, what, place });
+                if what & Message::PENDING != 0 {
+                    self.warmth.accepted(seq, &user, id, self.now.ms);
+                }
+                self.ledger.release(&user);
+                message::accepted(self, strings.text(to), message, meta);
+                if let Some(receipt) = receipt {
+                    if what & Message::SENT != 0 {
+                        self.count(receipt);
+                    }
+                    self.settle(receipt);
+                }
+            }
+            Act::Sent {
+                session,
+                to,
+                from,
+                stanza,
+                meta,
+                receipt,
+            } => {
+                let bytes = match stanza {
+                    Some(stanza) => strings.get(stanza),
+                    None => {
+                        let message = message_of(group, slot);
+                        let place = place(slot.expect("it was journalled"));
+                        let (id, what) = (message.id.to_native(), message.what);
+                        self.overlay
+                            .add(at, &user, Undrained::Message { id, what, place });
+                        &message.stanza
+                    }
+                };
+                self.ledger.release(&user);
+                message::sent(
+                    self,
+                    &user,
+                    session,
+                    strings.text(to),
+                    strings.text(from),
+                    bytes,
+                    meta,
+                );
+                if let Some(receipt) = receipt {
+                    self.count(receipt);
+                    self.settle(receipt);
+                }
+            }
+            Act::Behind {
+                to,
+                from,
+                stanza,
+                meta,
+                receipt,
+            } => {
+                self.ledger.release(&user);
+                let (from, stanza) = (strings.text(from), strings.get(stanza));
+                let Ok(to) = Jid::parse(strings.text(to)) else {
+                    return;
+                };
+                let fate = match self.users.get(&user) {
+                    Some(Slot::Present(_)) => self.deliver_now(&to, from, stanza, meta, receipt),
+                    Some(Slot::Loading { .. }) => {
+                        self.wait_for_load(&to, from, stanza, meta, receipt);
+                        Fate::Open
+                    }
+                    _ => self.deliver(&to, from, stanza, meta, receipt),
+                };
+                if let (Fate::Decided, Some(receipt)) = (fate, receipt) {
+                    self.settle(receipt);
+                }
+            }
+            Act::Forward {
+                to,
+                from,
+                meta,
+                receipt,
+            } => {
+                if let Ok(to) = Jid::parse(strings.text(to)) {
+                    let message = message_of(group, slot);
+                    self.route(
+                        &to,
+                        strings.text(from),
+                        &message.stanza,
+                        meta,
+                        Some(receipt),
+                    );
+                }
+                let whole = Receipt { twin: 0, ..receipt };
+                self.settle(whole);
+            }
+            Act::Written { item, then } => {
+                match &item {
+                    Undrained::Record {
+                        revision, record, ..
+                    } => self.ring_changed(&user, seq, Some((*revision, record))),
+                    Undrained::Removed { .. } | Undrained::Last { .. } => {
+                        self.ring_changed(&user, seq, None);
+                    }
+                    _ => {}
+                }
+                self.overlay.add(at, &user, item);
+                then(self, Ok(()));
+                self.users.unpin(&user);
+            }
+            Act::Counted { session, count } => feature::sm::counted(self, session, count),
+            Act::Done(ids) => {
+                for id in ids {
+                    self.overlay.add(at, &user, Undrained::Done(id));
+                }
+            }
+            Act::Dropped(ids) => {
+                for id in ids {
+                    self.overlay.add(at, &user, Undrained::Dropped(id));
+                }
+            }
+        }
+    }
+
+    /// A stanza of a session is in its owner's journal.
+    fn count(&mut self, receipt: Receipt) {
+        if receipt.shard == self.env.shard {
+            feature::sm::counted(self, receipt.session, receipt.seq);
+        }
+    }
+
+    /// Takes up what the last start left.
+    fn recover(&mut self, found: Found) {
+        for id in found.settled {
+            self.ledger.opened(id);
+            self.ledger.settled(id, 0);
+        }
+        for count in found.counts {
+            let end = count.stream.iter().position(|b| *b == 0);
+            let stream = &count.stream[..end.unwrap_or(count.stream.len())];
+            if let Ok(stream) = std::str::from_utf8(stream) {
+                self.remember_count(stream, count.count);
+            }
+        }
+        // the journal that has told them may belong to a shard that is no more
+        if !self.counts.is_empty() {
+            self.new_segment();
+        }
+        for (at, name, item) in found.undrained {
+            let name: Rc<str> = (*name).into();
+            self.overlay.add(at, &name, item);
+        }
+        for (at, id) in found.gone {
+            self.overlay.add_gone(at, id);
+        }
+        let undecided: Vec<Box<str>> = self
+            .overlay
+            .names()
+            .filter(|name| !self.overlay.undecided(name).is_empty())
+            .map(Box::from)
+            .collect();
+        for name in undecided {
+            self.want(&name);
+        }
+        for id in found.open {
+            self.ledger.opened(id);
+        }
+        let mut bytes = Vec::new();
+        for (id, home, place) in found.forward {
+            let receipt = Receipt {
+                shard: home,
+                session: SessionId::NONE,
+                seq: 0,
+                twin: id,
+            };
+            let entry = match self.overlay.entry(place, &mut bytes) {
+                Ok((entry, _)) => entry,
+                Err(error) => {
+                    tracing::error!(
+                        id,
+                        error,
+                        "a message that was to be forwarded cannot be read"
+                    );
+                    continue;
+                }
+            };
+            let meta = Meta::from_numbers(entry.kind, entry.flags);
+            let from = super::parse_stanza(&entry.stanza)
+                .and_then(|stanza| stanza.get("from").map(str::to_owned));
+            match (Jid::parse(&entry.peer), from) {
+                (Ok(to), Some(from)) => self.route(&to, &from, &entry.stanza, meta, Some(receipt)),
+                _ => self.refused(receipt),
+            }
+        }
+    }
+
+    /// A client has taken a pending delivery: no other gets it when this one's session ends.
+    pub fn taken(&mut self, name: &str, id: u64) {
+        let ms = self.now.ms;
+        let Some(user) = self.user_mut(name) else {
+            return;
+        };
+        if let Ok(at) = user.held.binary_search_by_key(&id, |(held, _)| *held) {
+            user.held.remove(at);
+            let (user, calm) = (user.name.clone(), user.is_calm());
+            self.ledger.done(&user, id, ms);
+            if calm {
+                self.ring_calm(&user);
+            }
+        }
+    }
+
+    /// The peer of a session without stream management has all that it was sent.
+    pub fn confirmed(&mut self, sid: SessionId) {
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
+        let name = session.user.clone();
+        for (_, _, id) in session
+            .unconfirmed
+            .take()
+            .map(|mut k| k.take_all())
+            .unwrap_or_default()
+        {
+            self.taken(&name, id);
+        }
     }
 
     /// RFC 6121 8.5.1: the user does not exist.
-    fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
+    pub(super) fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
         if meta.kind.is_message() || meta.kind.is_iq() {
             let forbidden = to
                 .local()
@@ -818,7 +1470,8 @@ impl Slice {
                 .is_some_and(|(name, from)| {
                     // what a stranger hears of an account that exists
                     feature::last::forbids(self, name, &from, stanza, meta)
-                });
+                })
+                || feature::archive::forbids(to, stanza, meta);
             let error = if forbidden {
                 StanzaError::FORBIDDEN
             } else {
@@ -898,8 +1551,15 @@ impl Slice {
                 .push(Item::Settled(receipt));
             return;
         }
+        if receipt.twin != 0 {
+            self.ledger.settled(receipt.twin, self.now.ms);
+        }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
             session.accept.settle(receipt.seq);
+            if session.settling && session.accept.waiting() == 0 {
+                let name = session.user.clone();
+                self.fx.loaded.push(name);
+            }
             feature::sm::answer_asked(self, receipt.session);
         }
     }
@@ -951,10 +1611,58 @@ impl Slice {
                     USER_BYTES,
                 );
                 self.users.pin(name);
-                self.fx.requests.push(Request::Load { name: name.into() });
+                self.load(name);
                 false
             }
         }
+    }
+
+    fn load(&mut self, name: &str) {
+        self.overlay.hold(name);
+        self.fx.requests.push(Request::Load { name: name.into() });
+    }
+
+    /// What the journal has of a user cannot be read: most likely it was carried over meanwhile, so that SQL has it.
+    fn load_again(&mut self, name: &str, error: &str) {
+        let asked = self.again.entry(name.into()).or_insert(0);
+        *asked += 1;
+        if *asked > AGAIN_MAX {
+            self.again.remove(name);
+            tracing::error!(user = name, error, "the journal cannot be read");
+            return self.load_failed(name);
+        }
+        self.overlay.hold(name);
+        match self.warmth.is_on() {
+            true => self.ring_behind(name, Behind::Unavailable),
+            false => self.fx.requests.push(Request::Load { name: name.into() }),
+        }
+    }
+
+    /// The tiers and the journal have told of a user.
+    fn known(&mut self, name: &str, user: Option<Loaded>) {
+        let Some(mut loaded) = user else {
+            self.loaded(name, Slot::Missing);
+            self.ring_known(name);
+            return message::decide_missing(self, name);
+        };
+        let by = format!("{name}@{}", self.env.domain);
+        let mut offline = Offline::default();
+        let mut undecided = Vec::new();
+        for pending in std::mem::take(&mut loaded.pending) {
+            if self.ledger.is_done(pending.id) {
+                continue;
+            }
+            if pending.what & Message::UNDECIDED != 0 {
+                undecided.push(pending.clone());
+            }
+            let meta = Meta::from_numbers(pending.kind, pending.flags);
+            let stanza = stable_id::stamped(&self.env, &by, pending);
+            offline.put(stanza.0, stanza.1, meta);
+        }
+        let user = Box::new(User::new(name, loaded, offline));
+        self.loaded(name, Slot::Present(user));
+        self.ring_known(name);
+        message::decide(self, name, undecided);
     }
 
     fn loaded(&mut self, name: &str, slot: Slot) {
@@ -977,23 +1685,40 @@ impl Slice {
         self.users.unpin(name);
     }
 
-    /// The tier cannot say: what waits is refused for now, and the next one asks again.
+    /// The tier cannot say: what waits is refused for now; messages that are in the journal wait on, and the tier is asked
+    /// again.
     fn load_failed(&mut self, name: &str) {
-        self.users.unpin(name);
-        let Some(Slot::Loading { queue, .. }) = self.users.remove(name) else {
+        self.ring_unknown(name);
+        let Some(Slot::Loading { queue, bytes }) = self.users.get_mut(name) else {
             return;
         };
-        for waiting in queue {
+        let (journalled, refused): (Vec<_>, Vec<_>) = std::mem::take(queue)
+            .into_iter()
+            .partition(Queued::is_journalled);
+        *bytes = journalled.iter().map(Queued::bytes).sum();
+        *queue = journalled;
+        let accepted = !queue.is_empty()
+            || self.ledger.holds(name)
+            || !self.overlay.undecided(name).is_empty();
+        if accepted {
+            self.reload.push((self.now.ms + RELOAD_MS, name.into()));
+        } else {
+            self.users.unpin(name);
+            self.users.remove(name);
+        }
+        for waiting in refused {
             match waiting {
                 Queued::Call(call) => call(self),
                 Queued::Stanza(w) => {
-                    self.bounce(
-                        &w.to,
-                        &w.from,
-                        &w.stanza,
-                        w.meta,
-                        &StanzaError::RESOURCE_CONSTRAINT,
-                    );
+                    if let Ok(to) = Jid::parse(&w.to) {
+                        self.bounce(
+                            &to,
+                            &w.from,
+                            &w.stanza,
+                            w.meta,
+                            &StanzaError::RESOURCE_CONSTRAINT,
+                        );
+                    }
                     if let Some(receipt) = w.receipt {
                         self.settle(receipt);
                     }
@@ -1017,7 +1742,10 @@ impl Slice {
             match waiting {
                 Queued::Call(call) => call(self),
                 Queued::Stanza(w) => {
-                    let fate = self.deliver(&w.to, &w.from, &w.stanza, w.meta, w.receipt);
+                    let fate = match Jid::parse(&w.to) {
+                        Ok(to) => self.deliver(&to, &w.from, &w.stanza, w.meta, w.receipt),
+                        Err(_) => Fate::Decided,
+                    };
                     if let (Fate::Decided, Some(receipt)) = (fate, w.receipt) {
                         self.settle(receipt);
                     }
@@ -1026,59 +1754,156 @@ impl Slice {
         }
     }
 
-    /// Changes a user's record, here at once and in the tiers; `then` runs when it is durable, or has failed and the
-    /// record is as it was.
+    /// Changes a user's record, here at once and in the journal; `then` runs when it is durable, or at once if it is not made.
     pub fn edit(&mut self, name: &str, change: impl FnOnce(&mut UserRecord), then: Then) {
-        let Some(user) = self.user_mut(name) else {
+        if self.ledger.full {
+            self.counters.journal_refused += 1;
+            return then(self, Err(WriteError::Full));
+        }
+        let Some(user) = self.user(name) else {
             return then(self, Err(WriteError::Missing));
         };
         let mut record = user.record.to_owned();
         change(&mut record);
         let record = Record::new(&record);
-        let before = std::mem::replace(&mut user.record, record.clone());
-        user.durable.get_or_insert(before);
-        user.edits += 1;
-        user.revision += 1;
-        let revision = user.revision;
-        let bytes = user_bytes(user);
-        let op = Op::PutUser {
-            name: name.into(),
-            record: record.clone(),
+        if record.bytes().len() > self.env.limits.record_bytes_max {
+            return then(self, Err(WriteError::TooLarge));
+        }
+        let revision = self.next_id();
+        let Some(user) = self.user_mut(name) else {
+            return then(self, Err(WriteError::Missing));
         };
+        user.record = record.clone();
+        user.revision = revision;
+        let (who, bytes) = (user.name.clone(), user_bytes(user));
         self.users.set_bytes(name, bytes);
-        let who: Rc<str> = name.into();
-        self.write(
+        let change = Change::PutUser {
             name,
-            op,
-            Box::new(move |slice, result| {
-                if let Some(user) = slice.user_mut(&who) {
-                    user.edits = user.edits.saturating_sub(1);
-                    if result.is_ok() {
-                        user.durable = Some(record);
-                    } else if user.revision == revision
-                        && let Some(durable) = &user.durable
-                    {
-                        user.record = durable.clone();
-                    }
-                    if user.edits == 0 {
-                        user.durable = None;
-                    }
-                }
-                then(slice, result);
-            }),
-        );
-    }
-
-    /// Writes something of a user; the user stays in the cache until it is durable.
-    pub fn write(&mut self, name: &str, op: Op, then: Then) {
-        let ticket = self.wait(name, Wait::Write(then));
+            revision,
+            record: record.bytes(),
+        };
+        let item = Undrained::Record {
+            revision,
+            record: record.clone(),
+            fresh: false,
+        };
         self.users.pin(name);
-        self.fx.requests.push(Request::Write { ticket, op });
+        self.ledger
+            .journal(&who, &change, Act::Written { item, then });
     }
 
-    pub fn read(&mut self, name: &str, query: Query, then: ThenRead) {
+    /// Changes something of a user; `then` runs when it is durable, or at once if it is not made. The user stays in the
+    /// cache until then.
+    pub fn write(&mut self, name: &str, op: Op, then: Then) {
+        if self.ledger.full {
+            self.counters.journal_refused += 1;
+            return then(self, Err(WriteError::Full));
+        }
+        let who: Rc<str> = match self.users.get(name) {
+            Some(Slot::Present(user)) => user.name.clone(),
+            Some(Slot::Missing) => name.into(),
+            Some(Slot::Loading { .. }) | None => {
+                let name: Box<str> = name.into();
+                return self.when_known(
+                    &name.clone(),
+                    Box::new(move |slice| match slice.users.peek(&name) {
+                        Some(Slot::Present(_) | Slot::Missing) => slice.write(&name, op, then),
+                        _ => then(slice, Err(WriteError::Unavailable)),
+                    }),
+                );
+            }
+        };
+        let present = self.user(name).is_some();
+        match op {
+            Op::AddUser { .. } if present => return then(self, Err(WriteError::Conflict)),
+            Op::AddUser { ref record }
+                if record.bytes().len() > self.env.limits.record_bytes_max =>
+            {
+                return then(self, Err(WriteError::TooLarge));
+            }
+            Op::AddUser { .. } => {}
+            _ if !present => return then(self, Err(WriteError::Missing)),
+            _ => {}
+        }
+        let revision = self.next_id();
+        self.users.pin(name);
+        match op {
+            Op::AddUser { record } => {
+                // known from now on, so that nobody adds it again; told when it is durable
+                self.set_user(name, Some((record.clone(), revision)));
+                let change = Change::AddUser {
+                    name,
+                    revision,
+                    record: record.bytes(),
+                };
+                let item = Undrained::Record {
+                    revision,
+                    record: record.clone(),
+                    fresh: true,
+                };
+                self.ledger
+                    .journal(&who, &change, Act::Written { item, then });
+            }
+            Op::RemoveUser => {
+                let change = Change::RemoveUser { name, revision };
+                let item = Undrained::Removed { revision };
+                self.ledger
+                    .journal(&who, &change, Act::Written { item, then });
+            }
+            Op::PutDocument { key, value } => {
+                let value = value.unwrap_or_default();
+                let change = Change::PutDocument {
+                    name,
+                    revision,
+                    key: &key,
+                    value: &value,
+                };
+                let item = Undrained::Document {
+                    revision,
+                    key: key.clone(),
+                    value: value.clone(),
+                };
+                self.ledger
+                    .journal(&who, &change, Act::Written { item, then });
+            }
+            Op::PutLast { last } => {
+                let change = Change::PutLast {
+                    name,
+                    revision,
+                    at: last.at,
+                    status: &last.status,
+                };
+                let item = Undrained::Last {
+                    revision,
+                    last: last.clone(),
+                };
+                self.ledger
+                    .journal(&who, &change, Act::Written { item, then });
+            }
+        }
+    }
+
+    /// Reads a document of a user.
+    pub fn read(&mut self, name: &str, key: &str, then: ThenRead) {
+        if let Some(found) = self.overlay.document(name, key) {
+            return then(self, Ok(found));
+        }
+        let query = Query::Document {
+            name: name.into(),
+            key: key.into(),
+        };
         let ticket = self.wait(name, Wait::Read(then));
         self.users.pin(name);
+        self.fx.requests.push(Request::Read { ticket, query });
+    }
+
+    /// Reads a page of a user's archive, what SQL does not have yet included.
+    pub fn read_archive(&mut self, query: ArchiveQuery, then: ThenPage) {
+        let name = query.name.clone();
+        let ticket = self.wait(&name, Wait::Page(Box::new(query.clone()), AGAIN_MAX, then));
+        self.users.pin(&name);
+        self.overlay.hold(&name);
+        let query = Query::Archive(query);
         self.fx.requests.push(Request::Read { ticket, query });
     }
 
@@ -1093,17 +1918,21 @@ impl Slice {
         self.ticket
     }
 
-    /// A new account is durable, or a removed one is gone: the table follows.
-    pub fn set_user(&mut self, name: &str, record: Option<Record>) {
+    /// There is a new account, with a revision, or none any more: the table follows.
+    pub fn set_user(&mut self, name: &str, record: Option<(Record, u64)>) {
         let slot = match record {
-            Some(record) => Slot::Present(Box::new(User::new(
-                name,
-                Loaded {
+            Some((record, revision)) => {
+                let loaded = Loaded {
                     record,
-                    offline: Vec::new(),
+                    revision,
+                    pending: Vec::new(),
                     last: None,
-                },
-            ))),
+                };
+                let mut user = Box::new(User::new(name, loaded, Offline::default()));
+                // not yet
+                user.durable = 0;
+                Slot::Present(user)
+            }
             None => Slot::Missing,
         };
         match self.users.get_mut(name) {
@@ -1124,12 +1953,9 @@ impl Slice {
         self.users.evict(|_, _| {});
     }
 
-    /// A number for a new stable id or queue position: grows, also over restarts.
+    /// A new id or revision; see [`Id`].
     pub fn next_id(&mut self) -> u64 {
-        // 2^22 ids a second and shard; for 256 shards
-        let floor = (self.now.unix << 30) | ((self.env.shard as u64) << 22);
-        self.stable_ids = (self.stable_ids + 1).max(floor);
-        self.stable_ids
+        self.ledger.next_id(self.now.unix_ms)
     }
 
     /// A scratch buffer of the slice's; give it back by [`Slice::give_scratch`].
@@ -1147,7 +1973,21 @@ impl Slice {
 }
 
 fn user_bytes(user: &User) -> usize {
-    USER_BYTES + user.record.bytes().len() + user.offline_bytes + 32 * user.offline.len()
+    USER_BYTES + user.record.bytes().len() + user.offline.bytes() + 32 * user.offline.len()
+}
+
+/// The message that a group holds at `slot`, which was appended by [`Ledger::journal`].
+#[allow(unsafe_code)]
+fn message_of(group: Option<&Group>, slot: Option<GroupSlot>) -> &ArchivedMessage<'static> {
+    let payload = group
+        .zip(slot)
+        .map(|(group, slot)| group.payload(slot))
+        .expect("a message stands in its group");
+    // SAFETY: the slot is what the group gave for exactly one encoded change, and its buffer is not written after.
+    match unsafe { ArchivedChange::access_unchecked(payload) } {
+        ArchivedChange::Message(message) => message,
+        _ => unreachable!("the act was put together with a message"),
+    }
 }
 
 /// What there is too much of.

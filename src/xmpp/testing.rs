@@ -1,20 +1,41 @@
-//! A small world for tests: slices that exchange batches, a tier in memory, clients whose output is collected. No socket,
+//! A small world for tests: slices that exchange batches, journals and a tier in memory, clients whose output is collected. No socket,
 //! no thread, no clock: [`World::run`] carries everything out until nothing moves any more.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Mutex;
+
+use fnv::{FnvHashMap, FnvHashSet};
 
 use super::bind::{Arrival, bind};
 use super::error::StreamError;
+use super::feature;
 use super::parse_stanza;
 use super::session::{Session, SessionId};
-use super::slice::{Env, Limits, Now, Slice, User};
+use super::slice::{Env, Limits, Now, Slice, Start, User};
+use crate::store::change::{ArchivedChange, ArchivedMarks, Message};
+use crate::store::journal::{Group, Place, Slot};
+use crate::store::overlay::Position;
 use crate::store::record::{Record, RosterItem, Subscription, UserRecord};
+use crate::store::recovery::{Found, Recovery};
 use crate::store::ring::Ring;
-use crate::store::tier::{Answer, Last, Loaded, Op, Query, ReadError, Request, WriteError};
+use crate::store::tier::{
+    Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request,
+};
 use crate::xml::{Element, FrameKind, Framer, Node, StreamNs};
 
 pub const DOMAIN: &str = "localhost";
+
+/// The ring of so many shards; made once, because that takes a while.
+pub fn ring(shards: usize) -> Rc<Ring> {
+    static RINGS: Mutex<BTreeMap<usize, Ring>> = Mutex::new(BTreeMap::new());
+    let mut rings = RINGS.lock().unwrap();
+    let ring = rings
+        .entry(shards)
+        .or_insert_with(|| Ring::of_shards(shards));
+    Rc::new(ring.clone())
+}
 
 /// The limits of tests: roomy, so that a test that is about one sets it.
 pub fn limits() -> Limits {
@@ -26,6 +47,7 @@ pub fn limits() -> Limits {
         blocked_max: 100,
         subscription_requests_max: 100,
         directed_presence_max: 100,
+        record_bytes_max: 1 << 20,
         send_queue_bytes_max: 1 << 20,
         deferred_stanzas_max: 1000,
         offline_messages_max: 100,
@@ -42,13 +64,22 @@ pub fn limits() -> Limits {
         ping_timeout_ms: 30_000,
         registration: true,
         iterations: 4096,
+        archive_page_max: feature::archive::PAGE_MAX,
     }
 }
 
 pub struct World {
     pub slices: Vec<Slice>,
     pub tier: Tier,
+    /// What is durable, by shard; a [`Place`] is an offset in it.
+    journals: Vec<Rc<RefCell<Vec<u8>>>>,
+    /// Where each record is.
+    records: Vec<(Position, Place)>,
+    /// Groups that are being committed.
+    flying: Vec<Option<Group>>,
     pub now: Now,
+    /// Peers without stream management have at once what they are sent.
+    pub confirms: bool,
     clients: Vec<Connection>,
 }
 
@@ -70,21 +101,41 @@ struct Connection {
 #[derive(Default)]
 pub struct Tier {
     pub users: BTreeMap<String, Stored>,
-    /// Requests wait for [`World::release`].
+    /// Requests and commits wait for [`World::release`].
     pub held: bool,
     /// Nothing can be written or read.
     pub broken: bool,
-    /// All changes that were made.
-    pub ops: Vec<Op>,
+    /// Nobody can be loaded; the journals go on.
+    pub gone: bool,
+    /// Nothing is carried over from the journals.
+    pub dry: bool,
+    /// How many changes were carried over, messages and marks not counted.
+    pub changes: usize,
     pub loads: usize,
+    /// What was carried over, by journal.
+    drained: FnvHashMap<u16, u64>,
+    /// Accounts that are no more: since which revision.
+    removed: BTreeMap<String, u64>,
+    /// The highest id or revision that was carried over.
+    pub last_id: u64,
+    /// Marks that are read and not carried over yet, as [`crate::store::sql::Ahead`] has them: done, dropped.
+    pub ahead: (FnvHashSet<u64>, FnvHashSet<u64>),
+    /// Of the journals, not carried over yet.
+    undrained: VecDeque<(Position, Vec<u8>)>,
     queue: VecDeque<(usize, Request)>,
 }
 
 #[derive(Default)]
 pub struct Stored {
     pub record: UserRecord,
-    pub offline: Vec<(u64, Box<[u8]>)>,
+    pub revision: u64,
+    /// Revision with which the account began: what is older belonged to another one.
+    added: u64,
+    pub archive: BTreeMap<u64, Entry>,
+    pub pending: BTreeMap<u64, Pending>,
     pub documents: BTreeMap<String, Box<[u8]>>,
+    /// Revisions of documents and, under the empty key, of the last log-out.
+    revisions: BTreeMap<String, u64>,
     pub last: Option<Last>,
 }
 
@@ -95,14 +146,76 @@ impl World {
 
     /// A world with other limits.
     pub fn with(shards: usize, change: impl Fn(&mut Limits)) -> World {
-        let ring = Rc::new(Ring::of_shards(shards));
         let mut limits = limits();
         change(&mut limits);
         let now = Now {
             ms: 1_000_000,
             unix: 1_790_000_000,
+            unix_ms: 1_790_000_000_000,
         };
-        let slice = |shard| {
+        let mut world = World {
+            slices: Vec::new(),
+            tier: Tier::default(),
+            journals: Vec::new(),
+            records: Vec::new(),
+            flying: Vec::new(),
+            now,
+            confirms: true,
+            clients: Vec::new(),
+        };
+        world.start(shards, &limits);
+        world
+    }
+
+    /// The process is killed and starts again: nothing is left but the tier and what the journals hold.
+    pub fn crash(&mut self, shards: usize) {
+        let limits = self.slices[0].env.limits.clone();
+        self.clients.clear();
+        self.tier.queue.clear();
+        self.tier.held = false;
+        self.start(shards, &limits);
+        self.run();
+    }
+
+    fn start(&mut self, shards: usize, limits: &Limits) {
+        let ring = ring(shards);
+        let most = self.journals.len().max(shards);
+        self.journals.resize_with(most, Rc::default);
+        let journals = self.journals.clone();
+        let mut recovery = Recovery::new(&ring, self.tier.drained.clone());
+        for (at, place) in &self.records {
+            let journal = journals[place.file as usize].borrow();
+            let payload = &journal[place.offset as usize..][..place.len as usize];
+            let change = ArchivedChange::access(payload).unwrap();
+            recovery.record(at.journal, at.seq, *place, change).unwrap();
+        }
+        let (found, last_id) = recovery.finish();
+        let start = |(shard, found): (usize, Found)| {
+            let journals = journals.clone();
+            let read_back = move |place: Place, into: &mut Vec<u8>| {
+                let journal = journals[place.file as usize].borrow();
+                into.extend_from_slice(&journal[place.offset as usize..][..place.len as usize]);
+                Ok(())
+            };
+            let own = |(at, _): &&(Position, Place)| usize::from(at.journal) == shard;
+            let last = self.records.iter().filter(own).map(|(at, _)| at.seq).max();
+            Start {
+                next_seq: last.unwrap_or_default() + 1,
+                last_id,
+                found,
+                read_back: Rc::new(read_back),
+            }
+        };
+        let starts = found.into_iter().enumerate().map(start).collect();
+        self.begin(limits, 64 << 20, starts);
+        self.flying = (0..shards).map(|_| None).collect();
+    }
+
+    /// New slices take the place of all.
+    pub fn begin(&mut self, limits: &Limits, cache_bytes_max: usize, starts: Vec<Start>) {
+        let shards = starts.len();
+        let ring = ring(shards);
+        let slice = |(shard, start): (usize, Start)| {
             let env = Env {
                 domain: DOMAIN.into(),
                 shard: shard as u16,
@@ -111,16 +224,11 @@ impl World {
                 id_key: [1, 2],
                 features: Default::default(),
             };
-            let mut slice = Slice::new(env, shards, 64 << 20);
-            slice.now = now;
+            let mut slice = Slice::new(env, shards, cache_bytes_max, start);
+            slice.now = self.now;
             slice
         };
-        World {
-            slices: (0..shards).map(slice).collect(),
-            tier: Tier::default(),
-            now,
-            clients: Vec::new(),
-        }
+        self.slices = starts.into_iter().enumerate().map(slice).collect();
     }
 
     /// `name`, or `name` with a number, such that the shard owns it.
@@ -184,8 +292,23 @@ impl World {
         client
     }
 
+    /// A session that has sent initial presence; what it got is not taken.
+    pub fn online_now(&mut self, name: &str, resource: &str) -> Client {
+        let client = self.login(name, resource);
+        self.send(client, "<presence/>");
+        client
+    }
+
+    /// Commits what one slice has collected, and carries out nothing else.
+    pub fn commit_only(&mut self, shard: usize) {
+        self.commit(shard);
+    }
+
     /// The client sends one element; nothing is carried out yet.
     pub fn element(&mut self, client: Client, xml: &str) -> Result<(), StreamError> {
+        for slice in &mut self.slices {
+            slice.ledger.full = self.tier.broken;
+        }
         self.slices[client.shard].element(client.sid, xml.as_bytes())
     }
 
@@ -260,7 +383,8 @@ impl World {
 
     pub fn advance(&mut self, ms: u64) {
         self.now.ms += ms;
-        self.now.unix += ms / 1000;
+        self.now.unix_ms += ms;
+        self.now.unix = self.now.unix_ms / 1000;
         for slice in &mut self.slices {
             slice.now = self.now;
             slice.tick();
@@ -296,7 +420,15 @@ impl World {
                     let answer = self.tier.answer(request);
                     self.slices[shard].answers(vec![answer]);
                 }
+                moved |= self.commit(from);
                 let slice = &mut self.slices[from];
+                let confirmed = match self.confirms {
+                    true => std::mem::take(&mut slice.fx.unconfirmed),
+                    false => Vec::new(),
+                };
+                for sid in confirmed {
+                    slice.confirmed(sid);
+                }
                 slice.cut_slow_readers();
                 for sid in std::mem::take(&mut slice.fx.dirty) {
                     moved = true;
@@ -317,11 +449,79 @@ impl World {
     }
 }
 
+impl World {
+    /// Commits what a slice has collected, marks too.
+    fn commit(&mut self, shard: usize) -> bool {
+        let slice = &mut self.slices[shard];
+        if self.flying[shard].is_none() {
+            if slice.ledger.due_ms(slice.now.ms).is_none() {
+                return false;
+            }
+            // marks need not wait here
+            let ms = std::mem::replace(&mut slice.now.ms, u64::MAX);
+            let group = slice.seal();
+            slice.now.ms = ms;
+            match group {
+                Some(group) => self.flying[shard] = Some(group),
+                None => return true,
+            }
+        }
+        if self.tier.held {
+            return false;
+        }
+        let group = self.flying[shard].take().expect("it was put there");
+        let base = {
+            let mut journal = self.journals[shard].borrow_mut();
+            let base = journal.len();
+            journal.resize(base + group.bytes(), 0);
+            for (seq, slot) in group.iter() {
+                let at = base + slot.offset as usize;
+                let payload = group.payload(slot);
+                journal[at..at + payload.len()].copy_from_slice(payload);
+                let at = Position {
+                    journal: shard as u16,
+                    seq,
+                };
+                self.tier.undrained.push_back((at, payload.to_vec()));
+                let place = Place {
+                    file: shard as u32,
+                    offset: base as u32 + slot.offset,
+                    len: slot.len,
+                };
+                self.records.push((at, place));
+            }
+            base
+        };
+        let place = |slot: Slot| Place {
+            file: shard as u32,
+            offset: base as u32 + slot.offset,
+            len: slot.len,
+        };
+        self.slices[shard].committed(Some(&group), &place);
+        self.slices[shard].ledger.give_back(group);
+        if !self.tier.dry {
+            self.drain();
+        }
+        true
+    }
+
+    /// Carries over what the journals hold.
+    pub fn drain(&mut self) {
+        while let Some((at, payload)) = self.tier.undrained.pop_front() {
+            self.tier.apply(ArchivedChange::access(&payload).unwrap());
+            self.tier.drained.insert(at.journal, at.seq);
+            for slice in &mut self.slices {
+                slice.drained(at);
+            }
+        }
+    }
+}
+
 impl Tier {
-    fn answer(&mut self, request: Request) -> Answer {
+    pub fn answer(&mut self, request: Request) -> Answer {
         let gone = || "broken by the test".to_owned();
         match request {
-            Request::Load { name } if self.broken => Answer::LoadFailed {
+            Request::Load { name } if self.broken || self.gone => Answer::LoadFailed {
                 name,
                 error: gone(),
             },
@@ -329,55 +529,93 @@ impl Tier {
                 self.loads += 1;
                 let user = self.users.get(&*name).map(|u| Loaded {
                     record: Record::new(&u.record),
-                    offline: u.offline.clone(),
+                    revision: u.revision,
+                    pending: u.pending.values().cloned().collect(),
                     last: u.last.clone(),
                 });
                 Answer::Loaded { name, user }
             }
-            Request::Write { ticket, .. } if self.broken => Answer::Written {
-                ticket,
-                result: Err(WriteError::Unavailable(gone())),
-            },
-            Request::Write { ticket, op } => Answer::Written {
-                ticket,
-                result: self.write(op),
-            },
             Request::Read { ticket, query } => self.read(ticket, query),
         }
     }
 
-    fn write(&mut self, op: Op) -> Result<(), WriteError> {
-        self.ops.push(op.clone());
-        if let Op::AddUser { name, record } = op {
-            if self.users.contains_key(&*name) {
-                return Err(WriteError::Conflict);
-            }
-            let record = record.to_owned();
-            let stored = Stored {
-                record,
-                ..Stored::default()
-            };
-            self.users.insert(name.into(), stored);
-            return Ok(());
+    /// As SQL does: by revision, twice changes nothing.
+    pub fn apply(&mut self, change: &ArchivedChange<'_>) {
+        if !matches!(
+            change,
+            ArchivedChange::Message(_) | ArchivedChange::Marks(_)
+        ) {
+            self.changes += 1;
         }
-        let user = self.users.get_mut(op.name()).ok_or(WriteError::Missing)?;
-        match op {
-            Op::AddUser { .. } => unreachable!(),
-            Op::PutUser { record, .. } => user.record = record.to_owned(),
-            Op::RemoveUser { name } => {
-                self.users.remove(&*name);
+        let record = |bytes: &[u8]| Record::from_bytes(bytes).unwrap().to_owned();
+        let id = match change {
+            ArchivedChange::Message(message) => message.id.to_native(),
+            ArchivedChange::AddUser { revision, .. }
+            | ArchivedChange::PutUser { revision, .. }
+            | ArchivedChange::RemoveUser { revision, .. }
+            | ArchivedChange::PutDocument { revision, .. }
+            | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
+            ArchivedChange::Marks(marks) => return self.apply_marks(marks),
+        };
+        self.last_id = self.last_id.max(id);
+        let name = change.owner().unwrap_or_default();
+        let stored = self.users.get_mut(name);
+        let newest = stored.as_ref().map(|stored| stored.revision);
+        let newest = newest.max(self.removed.get(name).copied());
+        let newer = newest.is_none_or(|newest| newest < id);
+        match (change, stored) {
+            (ArchivedChange::AddUser { record: bytes, .. }, _) if newer => {
+                let stored = Stored {
+                    record: record(bytes),
+                    revision: id,
+                    added: id,
+                    ..Stored::default()
+                };
+                self.users.insert(name.to_owned(), stored);
+                self.removed.remove(name);
             }
-            Op::PutOffline { id, stanza, .. } => user.offline.push((id, stanza)),
-            Op::DropOffline { up_to, .. } => user.offline.retain(|(id, _)| *id > up_to),
-            Op::PutDocument { key, value, .. } => {
-                match value {
-                    Some(value) => user.documents.insert(key.into(), value),
-                    None => user.documents.remove(&*key),
+            (ArchivedChange::RemoveUser { .. }, _) if newer => {
+                self.users.remove(name);
+                self.removed.insert(name.to_owned(), id);
+            }
+            (ArchivedChange::PutUser { record: bytes, .. }, Some(user)) if newer => {
+                user.record = record(bytes);
+                user.revision = id;
+            }
+            (ArchivedChange::PutDocument { key, value, .. }, Some(user))
+                if user.follows(key, id) =>
+            {
+                user.revisions.insert(key.to_string(), id);
+                match value.is_empty() {
+                    false => user.documents.insert(key.to_string(), (**value).into()),
+                    true => user.documents.remove(&**key),
                 };
             }
-            Op::PutLast { at, status, .. } => user.last = Some(Last { at, status }),
+            (ArchivedChange::PutLast { at, status, .. }, Some(user)) if user.follows("", id) => {
+                user.revisions.insert(String::new(), id);
+                user.last = Some(Last {
+                    at: (*at).into(),
+                    status: (**status).into(),
+                });
+            }
+            (ArchivedChange::Message(m), Some(user))
+                if id > user.added && !self.ahead.1.contains(&id) =>
+            {
+                user.put(m, self.ahead.0.contains(&id));
+            }
+            _ => {}
         }
-        Ok(())
+    }
+
+    fn apply_marks(&mut self, marks: &ArchivedMarks<'_>) {
+        for user in self.users.values_mut() {
+            for id in marks.done.iter().chain(marks.dropped.iter()) {
+                user.pending.remove(&id.to_native());
+            }
+            for id in marks.dropped.iter() {
+                user.archive.remove(&id.to_native());
+            }
+        }
     }
 
     fn read(&mut self, ticket: u64, query: Query) -> Answer {
@@ -386,20 +624,87 @@ impl Tier {
             .broken
             .then(|| ReadError("broken by the test".to_owned()));
         match query {
-            Query::Document { key, .. } => Answer::Read {
+            Query::Document { key, .. } => Answer::Document {
                 ticket,
                 result: match broken {
                     Some(error) => Err(error),
                     None => Ok(user.and_then(|u| u.documents.get(&*key).cloned())),
                 },
             },
-            Query::Last { .. } => Answer::ReadLast {
+            Query::Archive(query) => Answer::Archive {
                 ticket,
                 result: match broken {
                     Some(error) => Err(error),
-                    None => Ok(user.and_then(|u| u.last.clone())),
+                    None => Ok(user.map(|u| u.page(&query)).unwrap_or_default()),
                 },
             },
+        }
+    }
+}
+
+impl Stored {
+    /// Is a change with this revision newer than what was under the key, and of this account?
+    fn follows(&self, key: &str, revision: u64) -> bool {
+        self.revisions.get(key).copied().unwrap_or(self.added) < revision
+    }
+
+    fn put(&mut self, m: &crate::store::change::ArchivedMessage<'_>, done: bool) {
+        let id = m.id.to_native();
+        if m.what & Message::PENDING != 0 && !done {
+            let pending = Pending {
+                id,
+                what: m.what,
+                kind: m.kind,
+                flags: m.flags.into(),
+                stanza: (*m.stanza).into(),
+            };
+            self.pending.insert(id, pending);
+        }
+        if m.what & Message::ARCHIVE != 0 {
+            let entry = Entry {
+                id,
+                what: m.what,
+                kind: m.kind,
+                flags: m.flags.into(),
+                peer: (*m.peer).into(),
+                stanza: (*m.stanza).into(),
+            };
+            self.archive.insert(id, entry);
+        }
+    }
+
+    fn page(&self, query: &ArchiveQuery) -> Page {
+        let all: Vec<&Entry> = self.archive.values().filter(|e| query.matches(e)).collect();
+        let mut entries: Vec<Entry> = all
+            .iter()
+            .filter(|e| query.after.is_none_or(|after| e.id > after))
+            .filter(|e| query.before.is_none_or(|before| e.id < before))
+            .map(|e| (*e).clone())
+            .collect();
+        let most = query.most as usize;
+        let complete = entries.len() <= most;
+        if query.backwards && !complete {
+            entries.drain(..entries.len() - most);
+        }
+        entries.truncate(most);
+        let index = entries
+            .first()
+            .map(|first| all.iter().filter(|e| e.id < first.id).count() as u64);
+        let known = |id: &&u64| !self.archive.contains_key(id);
+        let named = [query.after, query.before, query.after_id, query.before_id];
+        Page {
+            count: query.count.then_some(all.len() as u64),
+            index: index.filter(|_| query.count),
+            complete,
+            missing: named
+                .iter()
+                .flatten()
+                .chain(&query.ids)
+                .filter(known)
+                .copied()
+                .collect(),
+            last_id: self.archive.keys().next_back().copied().unwrap_or_default(),
+            entries,
         }
     }
 }

@@ -37,6 +37,9 @@ pub const DOMAIN: &str = "localhost";
 pub struct Blade {
     folder: TempDir,
     settings: Vec<String>,
+    /// A command that runs another one, with its arguments; empty: none.
+    wrapper: Vec<String>,
+    environment: Vec<(String, String)>,
     child: Option<Child>,
     /// Client port, STARTTLS.
     pub c2s: SocketAddr,
@@ -63,40 +66,77 @@ impl Blade {
             .expect("a temporary folder");
         let [c2s, c2s_tls, http] = free_addresses();
         let data_dir = folder.path().join("data");
-        let mut all = vec![
+        let all = vec![
             format!("domain=\"{DOMAIN}\""),
             format!("data_dir=\"{}\"", data_dir.display()),
             "cores=\"all\"".to_owned(),
             "registration=\"loopback\"".to_owned(),
+            // many blades start here: small files
+            "journal.segment_bytes=4194304".to_owned(),
             format!("c2s.listen=[\"{c2s}\"]"),
             format!("c2s.listen_tls=[\"{c2s_tls}\"]"),
             format!("http.listen=[\"{http}\"]"),
         ];
-        for (key, value) in settings {
-            all.retain(|one| !one.starts_with(&format!("{key}=")));
-            all.push(format!("{key}={value}"));
-        }
-        Blade {
+        let mut blade = Blade {
             folder,
             settings: all,
+            wrapper: Vec::new(),
+            environment: Vec::new(),
             child: None,
             c2s,
             c2s_tls,
             http,
+        };
+        for (key, value) in settings {
+            blade.set(key, value);
         }
+        blade
     }
 
     /// Starts the process (again) on the same folder and ports, and waits until it is ready.
     pub fn restart(&mut self) {
+        self.launch();
+        self.wait_until_ready();
+    }
+
+    /// Another value of a setting, from the next start on.
+    pub fn set(&mut self, key: &str, value: &str) {
+        self.settings
+            .retain(|one| !one.starts_with(&format!("{key}=")));
+        self.settings.push(format!("{key}={value}"));
+    }
+
+    /// From the next start on, the server is started by this command (that must `exec` it).
+    pub fn wrap(&mut self, command: Vec<String>) {
+        self.wrapper = command;
+    }
+
+    /// A variable of the server's environment, from the next start on.
+    pub fn set_env(&mut self, key: &str, value: &str) {
+        self.environment.push((key.to_owned(), value.to_owned()));
+    }
+
+    /// Starts the process (again) on the same folder and ports, and does not wait for it.
+    pub fn launch(&mut self) {
         assert!(self.child.is_none(), "the blade runs already");
         let log = File::options()
             .create(true)
             .append(true)
             .open(self.log_path())
             .expect("the log file");
-        let child = Command::new(env!("CARGO_BIN_EXE_nitro"))
+        let nitro = env!("CARGO_BIN_EXE_nitro");
+        let mut command = match self.wrapper.split_first() {
+            Some((program, arguments)) => {
+                let mut command = Command::new(program);
+                command.args(arguments).arg(nitro);
+                command
+            }
+            None => Command::new(nitro),
+        };
+        let child = command
             .arg("serve")
             .args(self.set_options())
+            .envs(self.environment.iter().map(|(key, value)| (key, value)))
             .current_dir(self.folder.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("the log file"))
@@ -104,6 +144,9 @@ impl Blade {
             .spawn()
             .expect("nitro starts");
         self.child = Some(child);
+    }
+
+    fn wait_until_ready(&mut self) {
         let deadline = Instant::now() + READY_WITHIN;
         while !self.is_ready() {
             let ended = self
@@ -136,6 +179,11 @@ impl Blade {
     /// The temporary folder around `data_dir`: free for the test's own files, and the blade's working directory.
     pub fn folder(&self) -> &Path {
         self.folder.path()
+    }
+
+    /// Whether the folder stays when the blade is dropped: for somebody who wants to look into it.
+    pub fn keep(&mut self, keep: bool) {
+        self.folder.disable_cleanup(keep);
     }
 
     pub fn pid(&self) -> u32 {

@@ -14,6 +14,16 @@ use super::xml::{Element, Framer, Item};
 /// How long a server may take to answer.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
 
+/// What [`Connection::hear`] got.
+#[allow(dead_code)] // only tests that kill the server listen like that
+pub enum Heard {
+    Item(Item),
+    /// Nothing came in time.
+    Nothing,
+    /// The other side has gone, in order or not.
+    Closed,
+}
+
 pub struct Connection {
     pub socket: TcpStream,
     framer: Framer,
@@ -63,6 +73,50 @@ impl Connection {
         match self.inbox.pop_front() {
             Some(item) => Ok(Some(item)),
             None => self.read(Instant::now() + ANSWER_WITHIN),
+        }
+    }
+
+    /// The next item if it comes within `wait`. A connection that breaks, even inside an element, is closed: for clients
+    /// whose server is killed. `Err`: the server sent what is no XML stream.
+    #[allow(dead_code)] // as above
+    pub fn hear(&mut self, wait: Duration) -> Result<Heard, String> {
+        if let Some(item) = self.inbox.pop_front() {
+            return Ok(Heard::Item(item));
+        }
+        let deadline = Instant::now() + wait;
+        let mut chunk = [0; 16 * 1024];
+        loop {
+            if let Some(item) = self.framer.next()? {
+                return Ok(Heard::Item(item));
+            }
+            if self.at_end {
+                return Ok(Heard::Closed);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            let set = match left.is_zero() {
+                true => self.socket.set_nonblocking(true),
+                false => self.socket.set_read_timeout(Some(left)),
+            };
+            let read = set.and_then(|()| self.socket.read(&mut chunk));
+            if left.is_zero() {
+                let _ = self.socket.set_nonblocking(false);
+            }
+            match read {
+                Ok(0) => self.at_end = true,
+                Ok(length) => self.framer.feed(&chunk[..length]),
+                Err(why) if why.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(why)
+                    if matches!(
+                        why.kind(),
+                        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut
+                    ) =>
+                {
+                    if left.is_zero() || Instant::now() >= deadline {
+                        return Ok(Heard::Nothing);
+                    }
+                }
+                Err(_) => self.at_end = true,
+            }
         }
     }
 

@@ -227,7 +227,7 @@ fn change(slice: &mut Slice, iq: Iq, change: Change) {
         Box::new(move |slice, result| {
             if let Err(error) = result {
                 tracing::warn!(user = name, %error, "a block list could not be stored");
-                return slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR);
+                return slice.iq_error(&iq, &error.into());
             }
             slice.iq_result(&iq, None);
             push(slice, &name, &change.element());
@@ -746,8 +746,9 @@ mod tests {
         let (mut w, a, b, alice, bob) = friends();
         w.tier.broken = true;
         w.send(a, &block(&one(&bob)));
-        error(&mut w, a, "internal-server-error");
+        error(&mut w, a, "resource-constraint");
         w.expect(b, &[]);
+        w.tier.broken = false;
         w.send(
             b,
             &format!("<message type='chat' to='{alice}/a'><body>x</body></message>"),

@@ -36,7 +36,7 @@ pub static FEATURE: Feature = Feature {
             handle: disable,
         },
     ],
-    message_out: Some(sent),
+    message_sent: Some(sent),
     message_in: Some(received),
     ..NONE
 };
@@ -87,25 +87,18 @@ fn eligible(meta: Meta, way: Way) -> bool {
     }
 }
 
-/// A session of this slice sends a message: copies for the user's other sessions.
-fn sent(slice: &mut Slice, sid: SessionId, message: &Outgoing<'_>) -> Result<(), StanzaError> {
-    if !eligible(message.meta, Way::Sent) {
-        return Ok(());
-    }
-    let Some(session) = slice.sessions.get(sid) else {
-        return Ok(());
-    };
+/// A session of this slice has sent a message: copies for the user's other sessions.
+fn sent(slice: &mut Slice, name: &str, sid: SessionId, message: &Outgoing<'_>) {
     // what a user sends to himself is copied once, where it arrives
-    if message.to.bare() == session.bare() {
-        return Ok(());
+    if !eligible(message.meta, Way::Sent) || message.to.local() == Some(name) {
+        return;
     }
-    let Some(user) = slice.user(&session.user) else {
-        return Ok(());
+    let Some(user) = slice.user(name) else {
+        return;
     };
     let others = user.sessions.iter().copied().filter(|other| *other != sid);
     let copies = enabled(slice, others);
     copy(slice, &copies, Way::Sent, message.stanza, message.meta);
-    Ok(())
 }
 
 /// A message reached a user of this slice: copies for those of his sessions that it did not go to.
@@ -408,7 +401,7 @@ mod tests {
         w.cut(phone);
         let got = w.take(desk);
         assert!(got.iter().all(|e| e.starts_with("<presence")), "{got:?}");
-        assert!(w.tier.users[&alice].offline.is_empty());
+        assert!(w.tier.users[&alice].pending.is_empty());
         assert!(w.take(bob).is_empty());
     }
 
@@ -423,6 +416,6 @@ mod tests {
             &format!("<message to='{alice}@localhost' type='chat'><body>x</body></message>"),
         );
         assert!(w.take(phone).concat().contains("<received "));
-        assert_eq!(w.tier.users[&alice].offline.len(), 1);
+        assert_eq!(w.tier.users[&alice].pending.len(), 1);
     }
 }

@@ -70,7 +70,7 @@ pub fn activate(session: &mut Session) {
 
 fn release(session: &mut Session) {
     for (stanza, meta) in std::mem::take(&mut session.csi.held) {
-        session.push(&[&stanza], meta);
+        session.push(&[&stanza], meta, 0);
     }
 }
 

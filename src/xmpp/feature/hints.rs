@@ -37,7 +37,8 @@ pub fn meta(view: &View<'_>) -> Meta {
         match (child.name, &*child.ns) {
             ("body", crate::xmpp::NS_CLIENT) if !child.inner().is_empty() => flags |= Meta::BODY,
             ("body" | "thread" | "subject", crate::xmpp::NS_CLIENT) => {}
-            // <no-permanent-store/> is for archives: a message may wait for its recipient (XEP-0334 section 4.1)
+            // section 4.1: for archives; a message may still wait for its recipient
+            ("no-permanent-store", NS) => flags |= Meta::NO_ARCHIVE,
             ("no-store", NS) => flags |= Meta::NO_STORE,
             ("store", NS) => flags |= Meta::STORE,
             ("no-copy", NS) | ("private", super::carbons::NS) => flags |= Meta::NO_COPY,
@@ -147,7 +148,7 @@ mod tests {
         );
         assert_eq!(
             flags("<message><no-permanent-store xmlns='urn:xmpp:hints'/></message>"),
-            0
+            Meta::NO_ARCHIVE
         );
         assert_eq!(
             flags("<message><store xmlns='urn:xmpp:hints'/></message>"),

@@ -1,6 +1,7 @@
 //! The table of features: one file, one row. Disco, dispatch, stream features and the README's table of specifications all
 //! come from [`FEATURES`], so that they cannot disagree.
 
+pub mod archive;
 pub mod blocking;
 pub mod caps;
 pub mod carbons;
@@ -15,6 +16,7 @@ pub mod presence;
 pub mod private;
 pub mod register;
 pub mod roster;
+pub mod rsm;
 pub mod sm;
 pub mod stable_id;
 pub mod subscription;
@@ -50,8 +52,10 @@ pub struct Feature {
     pub on: fn(&Env) -> bool,
     pub iq: &'static [IqRoute],
     pub nonza: &'static [NonzaRoute],
-    /// A client's message leaves, before it is routed; may refuse it.
+    /// A client's message leaves, before it is journalled and routed; may refuse it.
     pub message_out: Option<MessageOut>,
+    /// A user's message has left for good: it is in his archive, if it is to be in one.
+    pub message_sent: Option<MessageSent>,
     /// May a stanza of any kind come in to a user? Runs at the recipient's owner.
     pub admit: Option<Admit>,
     /// A message was delivered to (or stored for) a user of this slice; the sessions that have got it.
@@ -63,6 +67,7 @@ pub struct Feature {
 }
 
 pub type MessageOut = fn(&mut Slice, SessionId, &Outgoing<'_>) -> Result<(), StanzaError>;
+pub type MessageSent = fn(&mut Slice, user: &str, SessionId, &Outgoing<'_>);
 pub type Admit = fn(&Slice, user: &str, from: &Jid<'_>, meta: Meta) -> Result<(), Refusal>;
 pub type MessageIn = fn(&mut Slice, user: &str, message: &Incoming<'_>, taken: &[SessionId]);
 pub type Available = fn(&mut Slice, SessionId);
@@ -81,6 +86,7 @@ pub const NONE: Feature = Feature {
     iq: &[],
     nonza: &[],
     message_out: None,
+    message_sent: None,
     admit: None,
     message_in: None,
     available: None,
@@ -146,8 +152,8 @@ macro_rules! features {
 }
 
 features! {
-    disco roster subscription presence blocking carbons offline stable_id hints sm csi ping caps vcard private register last
-    time version legacy_session
+    disco roster subscription presence blocking carbons offline archive rsm stable_id hints sm csi ping caps vcard private
+    register last time version legacy_session
 }
 
 /// The rows' hooks, collected once, so that a message only meets those that exist.
@@ -156,6 +162,7 @@ pub struct Hooks {
     pub iq: Rc<[&'static IqRoute]>,
     nonzas: Rc<[&'static NonzaRoute]>,
     pub message_out: Rc<[MessageOut]>,
+    pub message_sent: Rc<[MessageSent]>,
     pub admit: Rc<[Admit]>,
     pub message_in: Rc<[MessageIn]>,
     pub available: Rc<[Available]>,
@@ -168,6 +175,7 @@ impl Hooks {
             iq: FEATURES.iter().flat_map(|f| f.iq).collect(),
             nonzas: FEATURES.iter().flat_map(|f| f.nonza).collect(),
             message_out: FEATURES.iter().filter_map(|f| f.message_out).collect(),
+            message_sent: FEATURES.iter().filter_map(|f| f.message_sent).collect(),
             admit: FEATURES.iter().filter_map(|f| f.admit).collect(),
             message_in: FEATURES.iter().filter_map(|f| f.message_in).collect(),
             available: FEATURES.iter().filter_map(|f| f.available).collect(),

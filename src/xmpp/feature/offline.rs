@@ -1,15 +1,18 @@
-//! Offline messages (XEP-0160): a message for a user with no resource to take it waits in his queue, in memory and in the
-//! tiers, and is delivered, stamped with its delay (XEP-0203), to the next resource that becomes available with a
-//! non-negative priority. A stored message is acknowledged when it is durable.
+//! Offline messages (XEP-0160): a message for a user with no resource to take it waits in his queue, and is delivered, stamped
+//! with its delay (XEP-0203), to the next resource that becomes available with a non-negative priority.
+//!
+//! One state per user and message: it waits here and nobody holds it, or sessions hold it ([`hold`]), or a client has taken
+//! it ([`Slice::taken`]). When the last session that holds it ends without having taken it, it waits here again
+//! ([`come_back`]). The journal and SQL know it as pending until it is taken.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use super::{Feature, NONE};
-use crate::store::tier::Op;
-use crate::xmpp::batch::Receipt;
-use crate::xmpp::error::StanzaError;
-use crate::xmpp::jid::Jid;
-use crate::xmpp::meta::{Kind, Meta};
+use crate::store::change::Id;
+use crate::xmpp::meta::Meta;
 use crate::xmpp::session::SessionId;
-use crate::xmpp::slice::{Fate, Slice};
+use crate::xmpp::slice::Slice;
 
 pub static FEATURE: Feature = Feature {
     name: "Offline messages, with delayed delivery",
@@ -20,112 +23,83 @@ pub static FEATURE: Feature = Feature {
     ..NONE
 };
 
-/// Queues a message for a user of this slice who is present, or refuses it.
-pub fn store(
-    slice: &mut Slice,
-    to: &Jid<'_>,
-    from: &str,
-    stanza: &[u8],
-    meta: Meta,
-    receipt: Option<Receipt>,
-) -> Fate {
-    let name = to.local().expect("only users are routed to");
-    let (most, most_bytes) = (
-        slice.env.limits.offline_messages_max,
-        slice.env.limits.offline_bytes_max,
-    );
-    let Some(user) = slice.user(name) else {
-        return Fate::Decided;
-    };
-    match wanted(meta) {
-        Wanted::Yes => {}
-        Wanted::No => return Fate::Decided,
-        Wanted::Refuse => {
-            slice.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE);
-            return Fate::Decided;
+/// Messages that nobody holds, by id: in the order in which they were accepted. With stable ids.
+#[derive(Default)]
+pub struct Offline {
+    messages: BTreeMap<u64, (Box<[u8]>, Meta)>,
+    bytes: usize,
+}
+
+impl Offline {
+    pub fn len(&self) -> usize {
+        self.messages.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+    }
+
+    pub fn has(&self, id: u64) -> bool {
+        self.messages.contains_key(&id)
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    pub fn put(&mut self, id: u64, stanza: Box<[u8]>, meta: Meta) {
+        self.bytes += stanza.len();
+        if let Some((old, _)) = self.messages.insert(id, (stanza, meta)) {
+            self.bytes -= old.len();
         }
     }
-    if user.offline.len() >= most || user.offline_bytes + stanza.len() > most_bytes {
-        // XEP-0160 section 3: a full queue is said, not silent
-        slice.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE);
-        return Fate::Decided;
-    }
-    keep(slice, name, to.domain(), stanza, receipt);
-    Fate::Open
-}
 
-/// Queues a message that was accepted before: no limit applies any more.
-pub fn keep(slice: &mut Slice, name: &str, domain: &str, stanza: &[u8], receipt: Option<Receipt>) {
-    let id = slice.next_id();
-    let stanza: Box<[u8]> = delayed(stanza, domain, slice.now.unix).into();
-    let Some(user) = slice.user_mut(name) else {
-        return;
-    };
-    user.offline_bytes += stanza.len();
-    user.offline.push_back((id, stanza.clone()));
-    slice.resize(name);
-    let who: Box<str> = name.into();
-    slice.write(
-        name,
-        Op::PutOffline {
-            name: name.into(),
-            id,
-            stanza,
-        },
-        Box::new(move |slice, result| {
-            if let Err(error) = result {
-                tracing::error!(user = &*who, %error, "an offline message could not be stored");
-                take_back(slice, &who, id);
-            }
-            if let Some(receipt) = receipt {
-                slice.settle(receipt);
-            }
-        }),
-    );
-}
-
-/// A message that is not durable must not look as if it were: it leaves the queue, and its sender hears of it.
-fn take_back(slice: &mut Slice, name: &str, id: u64) {
-    let Some(user) = slice.user_mut(name) else {
-        return;
-    };
-    // not there: somebody has got it meanwhile
-    let Some(at) = user.offline.iter().position(|(i, _)| *i == id) else {
-        return;
-    };
-    let Some((_, stanza)) = user.offline.remove(at) else {
-        return;
-    };
-    user.offline_bytes -= stanza.len();
-    slice.resize(name);
-    let Some(element) = crate::xmpp::parse_stanza(&stanza) else {
-        return;
-    };
-    if let (Some(to), Some(from)) = (element.get("to"), element.get("from"))
-        && let Ok(to) = Jid::parse(to)
-    {
-        let meta = Meta::new(Kind::message(element.get("type")));
-        slice.bounce(&to, from, &stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
+    pub fn take(&mut self, id: u64) -> Option<(Box<[u8]>, Meta)> {
+        let taken = self.messages.remove(&id)?;
+        self.bytes -= taken.0.len();
+        Some(taken)
     }
 }
 
-enum Wanted {
-    Yes,
-    No,
-    Refuse,
+/// Has the user no room for one more (XEP-0160 section 3)? Asked before a message is accepted, never after.
+pub fn is_full(slice: &Slice, name: &str, stanza: &[u8]) -> bool {
+    let limits = &slice.env.limits;
+    slice.user(name).is_some_and(|user| {
+        user.offline.len() >= limits.offline_messages_max
+            || user.offline.bytes() + stanza.len() > limits.offline_bytes_max
+    })
 }
 
-/// XEP-0160 section 3 and XEP-0334: what is worth keeping.
-fn wanted(meta: Meta) -> Wanted {
-    match meta.kind {
-        _ if meta.has(Meta::COPY) => Wanted::No,
-        Kind::Chat | Kind::Normal if meta.has(Meta::NO_STORE) => Wanted::No,
-        Kind::Chat | Kind::Normal if meta.has(Meta::BODY) || meta.has(Meta::STORE) => Wanted::Yes,
-        // a normal message may carry anything (invitations, forms); chat without a body is chat states and markers
-        Kind::Normal if !meta.has(Meta::LAZY) => Wanted::Yes,
-        Kind::Chat | Kind::Normal => Wanted::No,
-        Kind::GroupChat => Wanted::Refuse,
-        _ => Wanted::No,
+/// A message waits for a resource.
+pub fn keep(slice: &mut Slice, name: &str, id: u64, stanza: &[u8], meta: Meta) {
+    if let Some(user) = slice.user_mut(name) {
+        user.offline.put(id, stanza.into(), meta);
+        slice.resize(name);
+    }
+}
+
+/// So many sessions hold the message.
+pub fn hold(slice: &mut Slice, name: &str, id: u64, sessions: usize) {
+    if let Some(user) = slice.user_mut(name) {
+        let at = user.held.partition_point(|(held, _)| *held < id);
+        user.held.insert(at, (id, sessions as u16));
+    }
+}
+
+/// A session that held the message has ended without having taken it.
+pub fn come_back(slice: &mut Slice, name: &str, id: u64, stanza: Box<[u8]>, meta: Meta) {
+    let Some(user) = slice.user_mut(name) else {
+        return;
+    };
+    // not held: another session has taken it
+    let Ok(at) = user.held.binary_search_by_key(&id, |(held, _)| *held) else {
+        return;
+    };
+    user.held[at].1 -= 1;
+    if user.held[at].1 == 0 {
+        user.held.remove(at);
+        user.offline.put(id, stanza, meta);
+        slice.resize(name);
     }
 }
 
@@ -156,33 +130,35 @@ fn deliver_all(slice: &mut Slice, sid: SessionId) {
     if !session.takes_bare() {
         return;
     }
-    let name = session.user.clone();
+    let name: Rc<str> = session.user.clone();
     let Some(user) = slice.user_mut(&name) else {
         return;
     };
     if user.offline.is_empty() {
         return;
     }
-    let queue = std::mem::take(&mut user.offline);
-    user.offline_bytes = 0;
+    let waiting = std::mem::take(&mut user.offline);
     slice.resize(&name);
-    let up_to = queue.back().map(|(id, _)| *id).unwrap_or_default();
-    let burst = (
-        queue.iter().map(|(_, stanza)| stanza.len()).sum(),
-        queue.len(),
-    );
-    for (_, stanza) in queue {
-        let meta = Meta::new(Kind::Chat).with(Meta::BODY);
-        slice.send(sid, &[&stanza], meta);
+    let burst = (waiting.bytes, waiting.len());
+    let domain = slice.env.domain.clone();
+    for (id, (stanza, meta)) in waiting.messages {
+        hold(slice, &name, id, 1);
+        let stanza = delayed(&stanza, &domain, Id(id).unix_ms() / 1000);
+        slice.hand(sid, &[&stanza], meta, id);
     }
     slice.allow(sid, burst);
-    slice.write(
-        &name,
-        Op::DropOffline { name: (&*name).into(), up_to },
-        Box::new(|_, result| {
-            if let Err(error) = result {
-                tracing::warn!(%error, "delivered offline messages could not be removed: they will come again");
-            }
-        }),
-    );
+}
+
+/// Messages have come back: a session that is there gets them.
+pub fn deliver_again(slice: &mut Slice, name: &str) {
+    if slice.user(name).is_none_or(|user| user.offline.is_empty()) {
+        return;
+    }
+    let session = slice
+        .sessions_of(name)
+        .into_iter()
+        .find(|sid| slice.sessions.get(*sid).is_some_and(|s| s.takes_bare()));
+    if let Some(sid) = session {
+        deliver_all(slice, sid);
+    }
 }

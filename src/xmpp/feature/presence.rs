@@ -11,7 +11,7 @@
 use smallvec::SmallVec;
 
 use super::{Feature, NONE, blocking, subscription};
-use crate::store::tier::{Last, Op};
+use crate::store::tier::Last;
 use crate::xml::view::View;
 use crate::xmpp::NS_CLIENT;
 use crate::xmpp::batch::{Item, Receipt};
@@ -20,6 +20,7 @@ use crate::xmpp::jid::Jid;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::{Presence, Session, SessionId};
+use crate::xmpp::slice::Op;
 use crate::xmpp::slice::{Fate, Slice, Slot, User};
 
 pub static FEATURE: Feature = Feature {
@@ -185,17 +186,9 @@ fn note_last(slice: &mut Slice, name: &str, status: &str) {
     let Some(user) = slice.user_mut(name) else {
         return;
     };
-    user.last = Some(Last {
-        at,
-        status: status.clone(),
-    });
-    let name: Box<str> = name.into();
-    let op = Op::PutLast {
-        name: name.clone(),
-        at,
-        status,
-    };
-    slice.write(&name, op, Box::new(|_, _| {}));
+    let last = Last { at, status };
+    user.last = Some(last.clone());
+    slice.write(name, Op::PutLast { last }, Box::new(|_, _| {}));
 }
 
 /// 4.6.3: those who were shown the resource by directed presence see it go.
@@ -1026,7 +1019,7 @@ mod tests {
         assert!(world.tier.users[&name].last.is_none());
         world.logout(garden);
         assert!(world.tier.users[&name].last.is_some());
-        assert_eq!(world.tier.ops.len(), 1);
+        assert_eq!(world.tier.changes, 1);
     }
 
     #[test]

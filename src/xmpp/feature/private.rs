@@ -9,9 +9,10 @@ use std::collections::VecDeque;
 use fnv::FnvHashMap;
 
 use super::{Feature, Iq, IqRoute, NONE, Target};
-use crate::store::tier::{Op, Query, ReadError};
+use crate::store::tier::ReadError;
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
+use crate::xmpp::slice::Op;
 use crate::xmpp::slice::Slice;
 
 pub const NS: &str = "jabber:iq:private";
@@ -99,7 +100,6 @@ fn work(slice: &mut Slice, iq: Iq) {
             return next(slice, &name);
         }
         let op = Op::PutDocument {
-            name: name.as_str().into(),
             key: KEY.into(),
             value: Some(bytes.into()),
         };
@@ -111,7 +111,7 @@ fn work(slice: &mut Slice, iq: Iq) {
                     Ok(()) => slice.iq_result(&iq, None),
                     Err(error) => {
                         tracing::warn!(%error, "private data could not be stored");
-                        slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR);
+                        slice.iq_error(&iq, &error.into());
                     }
                 }
                 next(slice, &name);
@@ -136,18 +136,14 @@ fn next(slice: &mut Slice, name: &str) {
 /// Reads the user's document; `then` gets `<query/>` with all elements. A failure is answered here.
 fn read(slice: &mut Slice, iq: Iq, then: impl FnOnce(&mut Slice, Iq, Element) + 'static) {
     let name = iq.account().to_owned();
-    let query = Query::Document {
-        name: name.as_str().into(),
-        key: KEY.into(),
-    };
     slice.read(
         &name.clone(),
-        query,
+        KEY,
         Box::new(move |slice, result| match document(result) {
             Ok(stored) => then(slice, iq, stored),
             Err(error) => {
                 tracing::warn!(user = name, error, "private data could not be read");
-                slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR);
+                slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
                 if iq.set {
                     next(slice, &name);
                 }
@@ -296,7 +292,7 @@ mod tests {
         w.tier.broken = true;
         for typ in ["get", "set", "set"] {
             w.send(a, &iq(typ, "<s xmlns='urn:a'>1</s>"));
-            assert!(w.take(a).concat().contains("<internal-server-error"));
+            assert!(w.take(a).concat().contains("<resource-constraint"));
         }
         w.tier.broken = false;
         w.send(a, &iq("set", "<s xmlns='urn:a'>1</s>"));

@@ -1,15 +1,17 @@
 //! In-band registration (XEP-0077) for those who have an account: they change its password or remove it. Making an account is
 //! part of the negotiation, before there is a session.
 
+use fnv::FnvHashMap;
+
 use super::{Feature, Iq, IqRoute, NONE, Target};
 use crate::store::record;
-use crate::store::tier::Op;
 use crate::xml::dom::Element;
 use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::jid::{self, Jid};
 use crate::xmpp::message::attribute;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::sasl::ScramKeys;
+use crate::xmpp::slice::Op;
 use crate::xmpp::slice::{Computed, Job, Slice, Then};
 
 pub const NS: &str = "jabber:iq:register";
@@ -89,9 +91,14 @@ fn change_password(slice: &mut Slice, mut iq: Iq) {
         password,
         iterations: slice.env.limits.iterations,
     };
+    let turn = slice.passwords.begin(&name);
     slice.compute(
         job,
         Box::new(move |slice, computed| {
+            // helper threads overtake each other: the last one asked for is the one that holds
+            let holds = slice
+                .passwords
+                .end(&name, turn, matches!(computed, Computed::Keys(Ok(_))));
             let (sha1, sha256) = match computed {
                 Computed::Keys(Ok(keys)) => keys,
                 // a password that SASLprep forbids, or an endless one
@@ -101,19 +108,58 @@ fn change_password(slice: &mut Slice, mut iq: Iq) {
             slice.edit(
                 &name,
                 |record| {
-                    record.sha1 = Some(stored(sha1));
-                    record.sha256 = Some(stored(sha256));
+                    if holds {
+                        record.sha1 = Some(stored(sha1));
+                        record.sha256 = Some(stored(sha256));
+                    }
                 },
                 Box::new(move |slice, result| match result {
                     Ok(()) => slice.iq_result(&iq, None),
                     Err(error) => {
                         tracing::warn!(%error, "a password could not be stored");
-                        refuse(slice, iq, &StanzaError::INTERNAL_SERVER_ERROR);
+                        refuse(slice, iq, &error.into());
                     }
                 }),
             );
         }),
     );
+}
+
+/// Password changes whose keys are being computed, by user.
+#[derive(Default)]
+pub struct Changes(FnvHashMap<Box<str>, Turns>);
+
+#[derive(Default)]
+struct Turns {
+    begun: u64,
+    /// The youngest one that was made.
+    made: u64,
+    open: u32,
+}
+
+impl Changes {
+    fn begin(&mut self, name: &str) -> u64 {
+        let turns = self.0.entry(name.into()).or_default();
+        turns.begun += 1;
+        turns.open += 1;
+        turns.begun
+    }
+
+    /// Is it to be made: `good`, and no younger one was made before?
+    fn end(&mut self, name: &str, turn: u64, good: bool) -> bool {
+        let Some(turns) = self.0.get_mut(name) else {
+            return good;
+        };
+        let holds = good && turn > turns.made;
+        if holds {
+            turns.made = turn;
+        }
+        turns.open -= 1;
+        if turns.open == 0 {
+            self.0.remove(name);
+        }
+        holds
+    }
 }
 
 fn stored(keys: ScramKeys) -> record::ScramKeys {
@@ -134,7 +180,7 @@ fn remove(slice: &mut Slice, iq: Iq) {
         Ok(()) => slice.iq_result(&iq, None),
         Err(error) => {
             tracing::warn!(%error, "an account could not be removed");
-            slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR);
+            slice.iq_error(&iq, &error.into());
         }
     });
     remove_account(slice, &name, then);
@@ -146,7 +192,7 @@ pub fn remove_account(slice: &mut Slice, name: &str, then: Then) {
     let who: Box<str> = name.into();
     slice.write(
         name,
-        Op::RemoveUser { name: name.into() },
+        Op::RemoveUser,
         Box::new(move |slice, result| {
             let gone = result.is_ok();
             then(slice, result);
@@ -155,15 +201,13 @@ pub fn remove_account(slice: &mut Slice, name: &str, then: Then) {
             }
         }),
     );
+    if !slice.ledger.full {
+        cancel_subscriptions(slice, name);
+    }
 }
 
-/// The account is gone from the tiers: its sessions end, its contacts are told that all subscriptions are cancelled (section
-/// 3.2), and from now on there is no such user.
+/// The account is gone for good: its sessions end, and from now on there is no such user.
 fn removed(slice: &mut Slice, name: &str) {
-    let Some(user) = slice.user(name) else {
-        return slice.set_user(name, None);
-    };
-    let record = user.record.to_owned();
     for sid in slice.sessions_of(name) {
         // what it was sent has no recipient any more
         if let Some(sm) = slice
@@ -172,6 +216,9 @@ fn removed(slice: &mut Slice, name: &str) {
             .and_then(|session| session.sm.as_mut())
         {
             sm.unacknowledged();
+        }
+        if let Some(session) = slice.sessions.get_mut(sid) {
+            session.unconfirmed = None;
         }
         slice.end(
             sid,
@@ -182,6 +229,13 @@ fn removed(slice: &mut Slice, name: &str) {
         );
     }
     slice.set_user(name, None);
+}
+
+/// Section 3.2: the contacts are told that all subscriptions are cancelled.
+fn cancel_subscriptions(slice: &mut Slice, name: &str) {
+    let Some(record) = slice.user(name).map(|user| user.record.to_owned()) else {
+        return;
+    };
     let from = format!("{name}@{}", slice.env.domain);
     for contact in &record.roster {
         if contact.subscription.to() || contact.ask {
@@ -215,7 +269,7 @@ fn cancel(slice: &mut Slice, from: &str, to: &str, kind: Kind, typ: &str) {
     attribute("from", from, &mut stanza);
     attribute("to", to.as_str(), &mut stanza);
     stanza.extend_from_slice(b"/>");
-    slice.route(&to, from, &stanza, Meta::new(kind), None);
+    slice.forward(&to, from, &stanza, Meta::new(kind), None);
 }
 
 #[cfg(test)]
@@ -232,6 +286,18 @@ mod tests {
             "set",
             &format!("<username>{username}</username><password>{password}</password>"),
         )
+    }
+
+    #[test]
+    fn of_two_new_passwords_the_last_one_asked_for_holds_whichever_is_computed_first() {
+        let mut changes = super::Changes::default();
+        let (first, second) = (changes.begin("alice"), changes.begin("alice"));
+        assert!(changes.end("alice", second, true));
+        assert!(!changes.end("alice", first, true));
+        let (first, second) = (changes.begin("alice"), changes.begin("alice"));
+        assert!(!changes.end("alice", second, false));
+        assert!(changes.end("alice", first, true));
+        assert!(changes.0.is_empty());
     }
 
     fn alice() -> (World, Client) {
@@ -294,7 +360,7 @@ mod tests {
         w.send(a, &change("alice", "secret"));
         let got = w.take(a).concat();
         assert!(
-            got.contains("<internal-server-error") && !got.contains("secret"),
+            got.contains("<resource-constraint") && !got.contains("secret"),
             "{got}"
         );
         w.tier.broken = false;
@@ -394,7 +460,7 @@ mod tests {
         let (mut w, a) = alice();
         w.tier.broken = true;
         w.send(a, &iq("set", "<remove/>"));
-        assert!(w.take(a).concat().contains("<internal-server-error"));
+        assert!(w.take(a).concat().contains("<resource-constraint"));
         assert!(!w.closed(a));
         w.tier.broken = false;
         w.send(a, &iq("set", "<remove/>"));

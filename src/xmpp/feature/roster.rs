@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 
-use super::{Feature, Iq, IqRoute, NONE, Target, subscription};
+use super::{Feature, Iq, IqRoute, NONE, Target, presence, subscription};
 use crate::store::record::{ArchivedRosterItem, RosterItem, Subscription};
 use crate::xml::dom::Element;
 use crate::xml::escape::escape_text;
@@ -182,7 +182,7 @@ fn put(slice: &mut Slice, iq: Iq, jid: Jid<'static>, name: String, groups: Vec<S
                 slice.iq_result(&iq, None);
                 push(slice, iq.account(), &query);
             }
-            Err(_) => slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR),
+            Err(error) => slice.iq_error(&iq, &error.into()),
         }),
     );
 }
@@ -194,6 +194,7 @@ fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) {
         return slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
     };
     let version = next_version(slice, &user);
+    let old = item.clone();
     let query = removal_query(slice, &user, jid.as_str(), version);
     slice.edit(
         &user,
@@ -205,11 +206,16 @@ fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) {
             Ok(()) => {
                 slice.iq_result(&iq, None);
                 push(slice, iq.account(), &query);
-                subscription::dissolve(slice, iq.account(), &item);
+                if let (true, Ok(contact)) = (item.subscription.from(), Jid::parse(&item.jid)) {
+                    presence::hide(slice, iq.account(), &contact);
+                }
             }
-            Err(_) => slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR),
+            Err(error) => slice.iq_error(&iq, &error.into()),
         }),
     );
+    if !slice.ledger.full {
+        subscription::dissolve(slice, &user, &old);
+    }
 }
 
 /// A new item would be one too many.
@@ -480,7 +486,7 @@ mod tests {
         );
         let got = world.take(romeo);
         assert!(
-            got.len() == 1 && got[0].contains("internal-server-error"),
+            got.len() == 1 && got[0].contains("resource-constraint"),
             "{got:?}"
         );
         world.send(romeo, GET);
@@ -529,7 +535,7 @@ mod tests {
                 "{item}: {got:?}"
             );
         }
-        assert!(world.tier.ops.is_empty());
+        assert_eq!(world.tier.changes, 0);
         world.send(
             romeo,
             &put("<item jid='a@b' subscription='both' ask='subscribe' approved='true'/>"),

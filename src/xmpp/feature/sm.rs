@@ -3,10 +3,16 @@
 
 use std::collections::VecDeque;
 
-use super::{Feature, NONE, NonzaRoute};
+use smallvec::SmallVec;
+
+use super::{Feature, NONE, NonzaRoute, offline};
+use crate::store::change::StreamCount;
+use crate::store::recovery::stream_key;
 use crate::xml::view::View;
+use crate::xmpp::accept::is_behind;
 use crate::xmpp::error::StreamError;
 use crate::xmpp::jid::Jid;
+use crate::xmpp::ledger::Act;
 use crate::xmpp::message;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::SessionId;
@@ -61,6 +67,10 @@ pub struct Sm {
     kept: Kept,
     /// An `<r/>` is on its way.
     requested: bool,
+    /// The count of the client's stanzas that the journal knows: it outlives a crash. The client is told no more.
+    pub durable: u32,
+    /// The count that is on its way there.
+    counting: u32,
 }
 
 impl Sm {
@@ -72,13 +82,15 @@ impl Sm {
             acked: 0,
             kept: Kept::default(),
             requested: false,
+            durable: 0,
+            counting: 0,
         }
     }
 
     /// A stanza goes out: counted and kept.
-    pub fn sent(&mut self, parts: &[&[u8]], meta: Meta) {
+    pub fn sent(&mut self, parts: &[&[u8]], meta: Meta, id: u64) {
         self.sent = self.sent.wrapping_add(1);
-        self.kept.push(parts, meta);
+        self.kept.push(parts, meta, id);
     }
 
     /// Is more kept than a client may leave unacknowledged?
@@ -99,57 +111,61 @@ impl Sm {
         }
     }
 
-    /// The client has `h` stanzas. `Err`: it was never sent so many.
-    fn acknowledge(&mut self, h: u32) -> Result<(), u32> {
+    /// The client has `h` stanzas; gives the pending deliveries among them. `Err`: it was never sent so many.
+    fn acknowledge(&mut self, h: u32) -> Result<SmallVec<[u64; 16]>, u32> {
         let new = h.wrapping_sub(self.acked);
         if new as usize > self.kept.entries.len() {
             return Err(self.sent);
         }
+        let mut taken = SmallVec::new();
         for _ in 0..new {
-            self.kept.pop();
+            taken.extend(self.kept.pop().filter(|id| *id != 0));
         }
         self.acked = h;
-        Ok(())
+        Ok(taken)
     }
 
     /// Takes out everything that was not acknowledged.
-    pub fn unacknowledged(&mut self) -> Vec<(Box<[u8]>, Meta)> {
-        let mut all = Vec::with_capacity(self.kept.entries.len());
-        while let Some(front) = self.kept.front() {
-            all.push((front.0.into(), front.1));
-            self.kept.pop();
-        }
-        all
+    pub fn unacknowledged(&mut self) -> Vec<(Box<[u8]>, Meta, u64)> {
+        self.kept.take_all()
     }
 }
 
 /// Sent stanzas in one buffer, oldest first; owns nothing when empty.
 #[derive(Debug, Default)]
-struct Kept {
+pub struct Kept {
     bytes: Vec<u8>,
     head: usize,
-    entries: VecDeque<(u32, Meta)>,
+    /// Length, kind, and the id of the pending delivery or 0.
+    entries: VecDeque<(u32, Meta, u64)>,
 }
 
 impl Kept {
-    fn push(&mut self, parts: &[&[u8]], meta: Meta) {
+    pub fn push(&mut self, parts: &[&[u8]], meta: Meta, id: u64) {
         let before = self.bytes.len();
         for part in parts {
             self.bytes.extend_from_slice(part);
         }
         self.entries
-            .push_back(((self.bytes.len() - before) as u32, meta));
+            .push_back(((self.bytes.len() - before) as u32, meta, id));
     }
 
-    fn front(&self) -> Option<(&[u8], Meta)> {
-        let (len, meta) = *self.entries.front()?;
-        Some((&self.bytes[self.head..self.head + len as usize], meta))
+    /// Takes out everything.
+    pub fn take_all(&mut self) -> Vec<(Box<[u8]>, Meta, u64)> {
+        let kept = std::mem::take(self);
+        let mut rest = &kept.bytes[kept.head..];
+        let mut all = Vec::with_capacity(kept.entries.len());
+        for (len, meta, id) in &kept.entries {
+            let (stanza, next) = rest.split_at(*len as usize);
+            all.push((stanza.into(), *meta, *id));
+            rest = next;
+        }
+        all
     }
 
-    fn pop(&mut self) {
-        let Some((len, _)) = self.entries.pop_front() else {
-            return;
-        };
+    /// The id of what is taken out.
+    fn pop(&mut self) -> Option<u64> {
+        let (len, _, id) = self.entries.pop_front()?;
         self.head += len as usize;
         if self.entries.is_empty() {
             *self = Kept::default();
@@ -157,6 +173,7 @@ impl Kept {
             self.bytes.drain(..self.head);
             self.head = 0;
         }
+        Some(id)
     }
 
     fn bytes(&self) -> usize {
@@ -232,12 +249,65 @@ pub fn answer_asked(slice: &mut Slice, sid: SessionId) {
     let Some(session) = slice.sessions.get_mut(sid) else {
         return;
     };
-    while let Some(h) = session.accept.answer() {
+    while let Some((asked, h)) = session.accept.due() {
+        let Some(sm) = &mut session.sm else { return };
+        // who cannot resume has no use for a count after a crash
+        let h = match sm.resume_ms {
+            0 => h,
+            _ if is_behind(sm.durable, asked) => return count(slice, sid),
+            _ if is_behind(sm.durable, h) => sm.durable,
+            _ => h,
+        };
+        session.accept.answered();
         if session.link.is_some() {
             push_ack(h, &mut session.out);
         }
     }
     slice.touched(sid);
+}
+
+/// Has the count of decided stanzas journalled, when those themselves are not (presence, requests).
+fn count(slice: &mut Slice, sid: SessionId) {
+    let ms = slice.now.ms;
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
+    let h = session.accept.h();
+    let Some(sm) = session.sm.as_mut().filter(|sm| is_behind(sm.counting, h)) else {
+        return;
+    };
+    sm.counting = h;
+    let count = StreamCount {
+        stream: stream_key(&sm.id),
+        count: h,
+    };
+    let user = session.user.clone();
+    slice.ledger.count([count].into_iter(), ms);
+    let act = Act::Counted {
+        session: sid,
+        count: h,
+    };
+    slice.ledger.queue(&user, act);
+}
+
+/// The journal knows so many stanzas of the session.
+pub fn counted(slice: &mut Slice, sid: SessionId, count: u32) {
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
+    if let Some(sm) = &mut session.sm {
+        if is_behind(sm.durable, count) {
+            sm.durable = count;
+        }
+        if is_behind(sm.counting, count) {
+            sm.counting = count;
+        }
+    }
+    if session.settling {
+        let name = session.user.clone();
+        slice.fx.loaded.push(name);
+    }
+    answer_asked(slice, sid);
 }
 
 fn push_ack(h: u32, out: &mut Vec<u8>) {
@@ -260,12 +330,16 @@ fn acknowledged(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<()
     };
     sm.requested = false;
     match sm.acknowledge(h) {
-        Ok(()) => {
+        Ok(taken) => {
+            let user = session.user.clone();
             // what came out meanwhile is asked for at the end of the turn
             if !sm.kept.entries.is_empty() {
                 session.out.extend_from_slice(b"<r xmlns='urn:xmpp:sm:3'/>");
                 sm.requested = true;
                 slice.touched(sid);
+            }
+            for id in taken {
+                slice.taken(&user, id);
             }
             Ok(())
         }
@@ -299,6 +373,42 @@ pub fn find(slice: &Slice, name: &str, previd: &str) -> Option<SessionId> {
     })
 }
 
+/// The client wants to resume: its old connection, if it still stands, is closed before anything else.
+pub fn detach(slice: &mut Slice, sid: SessionId) {
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
+    if let Some(link) = session.link {
+        let mut bytes = Vec::new();
+        StreamError::text("conflict", "resumed by another connection").write(&mut bytes);
+        slice
+            .fx
+            .closing
+            .push(crate::xmpp::slice::Closing { link, bytes });
+        slice.link_lost(sid);
+    }
+}
+
+/// Is something that was read from the session not decided yet? Then its user is in [`Effects::loaded`] when all is.
+///
+/// [`Effects::loaded`]: crate::xmpp::slice::Effects::loaded
+pub fn is_settling(slice: &mut Slice, sid: SessionId) -> bool {
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return false;
+    };
+    let h = session.accept.h();
+    let durable = session
+        .sm
+        .as_ref()
+        .is_none_or(|sm| !is_behind(sm.durable, h));
+    session.settling = session.accept.waiting() > 0 || !durable;
+    if session.accept.waiting() == 0 && !durable {
+        count(slice, sid);
+        return true;
+    }
+    session.settling
+}
+
 /// The client is back on a new connection with `h` stanzas: `<resumed/>`, then what it has not got.
 /// The old connection must be closed before. `Err`: the client claims more than it was sent; the session ended.
 pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<(), StreamError> {
@@ -310,10 +420,13 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     let Some(sm) = &mut session.sm else {
         return Ok(());
     };
-    if let Err(sent) = sm.acknowledge(h) {
-        slice.end(sid, None);
-        return Err(too_high(h, sent));
-    }
+    let taken = match sm.acknowledge(h) {
+        Ok(taken) => taken,
+        Err(sent) => {
+            slice.end(sid, None);
+            return Err(too_high(h, sent));
+        }
+    };
     match session.link.replace(link) {
         None => slice.parked = slice.parked.saturating_sub(1),
         Some(old) => {
@@ -339,8 +452,13 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     session.out.extend_from_slice(sm.kept.all());
     sm.requested = false;
     let repeated = (sm.kept.bytes(), sm.kept.entries.len());
+    session.settling = false;
+    let user = session.user.clone();
     slice.counters.resumptions += 1;
     slice.touched(sid);
+    for id in taken {
+        slice.taken(&user, id);
+    }
     slice.allow(sid, repeated);
     Ok(())
 }
@@ -352,14 +470,19 @@ pub fn expire(slice: &mut Slice, sid: SessionId) {
     }
 }
 
-/// What a session that ends for good leaves unacknowledged (XEP-0198 section 5, RFC 6121 8.5.2): messages find another
-/// session or the offline queue, requests are answered by an error, everything else is dropped.
-pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
-    for (stanza, meta) in left {
-        let wanted = matches!(
-            meta.kind,
-            Kind::Chat | Kind::Normal | Kind::IqGet | Kind::IqSet
-        );
+/// What a session that ends for good leaves unacknowledged (XEP-0198 section 5, RFC 6121 8.5.2): pending deliveries wait for
+/// another client, requests are answered by an error, everything else is dropped.
+pub fn redirect(slice: &mut Slice, user: &str, left: Vec<(Box<[u8]>, Meta, u64)>) {
+    for (stanza, meta, id) in left {
+        if id != 0 {
+            offline::come_back(slice, user, id, stanza, meta);
+            continue;
+        }
+        let wanted = match meta.kind {
+            Kind::Chat | Kind::Normal => meta.has(Meta::BODY),
+            Kind::IqGet | Kind::IqSet => true,
+            _ => false,
+        };
         if !wanted || meta.has(Meta::COPY) || meta.has(Meta::SERVER) {
             continue;
         }
@@ -382,4 +505,5 @@ pub fn redirect(slice: &mut Slice, left: Vec<(Box<[u8]>, Meta)>) {
         }
         message::redeliver(slice, &to, &stanza, meta);
     }
+    offline::deliver_again(slice, user);
 }

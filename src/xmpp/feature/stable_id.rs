@@ -5,12 +5,13 @@
 use std::io::Write;
 
 use super::{Feature, NONE};
+use crate::store::change::Message;
+use crate::store::tier::Pending;
 use crate::xml::dom::Element;
 use crate::xml::escape::escape_attr;
 use crate::xml::view::View;
 use crate::xmpp::jid::Jid;
-use crate::xmpp::meta::{Kind, Meta};
-use crate::xmpp::slice::Slice;
+use crate::xmpp::slice::{Env, Slice};
 
 pub const NS: &str = "urn:xmpp:sid:0";
 
@@ -37,36 +38,63 @@ pub fn strip(element: &mut Element, by: &str) {
     element.remove_children(|c| c.is("stanza-id", NS) && c.get("by").is_some_and(same));
 }
 
-/// The stanza with the id of the recipient's account, if it is one that he may keep.
-/// Give the buffer back by [`Slice::reuse`].
-pub fn stamp(slice: &mut Slice, by: &str, stanza: &[u8], meta: Meta) -> Option<Vec<u8>> {
-    let kept = matches!(meta.kind, Kind::Chat | Kind::Normal)
-        && (meta.has(Meta::BODY) || meta.has(Meta::STORE));
-    if !kept || meta.has(Meta::COPY) || !stanza.ends_with(b"</message>") {
-        return None;
-    }
-    let id = slice.next_id();
-    let id = permute(id, slice.env.id_key);
+/// The stanza with the id that the recipient's account gives it. Give the buffer back by [`Slice::reuse`].
+pub fn stamp(slice: &mut Slice, by: &str, stanza: &[u8], id: u64) -> Option<Vec<u8>> {
     let mut out = slice.buffer();
-    let inner = stanza.len() - b"</message>".len();
+    write(by, stanza, permute(id, slice.env.id_key), &mut out).then_some(out)
+}
+
+/// A message as it waits for its recipient: with its stable id, if it stands in his archive.
+pub fn stamped(env: &Env, by: &str, pending: Pending) -> (u64, Box<[u8]>) {
+    let mut out = Vec::new();
+    let stamped = pending.what & Message::ARCHIVE != 0
+        && write(
+            by,
+            &pending.stanza,
+            permute(pending.id, env.id_key),
+            &mut out,
+        );
+    (
+        pending.id,
+        if stamped { out.into() } else { pending.stanza },
+    )
+}
+
+fn write(by: &str, stanza: &[u8], id: u64, out: &mut Vec<u8>) -> bool {
+    let Some(inner) = stanza.strip_suffix(b"</message>") else {
+        return false;
+    };
     out.reserve(stanza.len() + 96);
-    out.extend_from_slice(&stanza[..inner]);
+    out.extend_from_slice(inner);
     out.extend_from_slice(b"<stanza-id xmlns='urn:xmpp:sid:0' by='");
-    escape_attr(by, &mut out);
+    escape_attr(by, out);
     write!(out, "' id='{id:016x}'/></message>").expect("writing to memory succeeds");
-    Some(out)
+    true
+}
+
+/// The inverse of [`permute`].
+pub fn unpermute(value: u64, key: [u64; 2]) -> u64 {
+    let (mut left, mut right) = ((value >> 32) as u32, value as u32);
+    for round in (0..8u64).rev() {
+        let before = left;
+        left = right ^ round_of(before, round, key);
+        right = before;
+    }
+    (u64::from(left) << 32) | u64::from(right)
 }
 
 /// A keyed bijection of 64 bits: a balanced Feistel network of eight rounds over two halves.
 pub fn permute(value: u64, key: [u64; 2]) -> u64 {
     let (mut left, mut right) = ((value >> 32) as u32, value as u32);
     for round in 0..8u64 {
-        let mixed = mix(u64::from(right)
-            ^ key[(round & 1) as usize].rotate_left(7 * round as u32)
-            ^ (round << 40));
-        (left, right) = (right, left ^ (mixed >> 32) as u32);
+        (left, right) = (right, left ^ round_of(right, round, key));
     }
     (u64::from(left) << 32) | u64::from(right)
+}
+
+fn round_of(half: u32, round: u64, key: [u64; 2]) -> u32 {
+    let key = key[(round & 1) as usize].rotate_left(7 * round as u32);
+    (mix(u64::from(half) ^ key ^ (round << 40)) >> 32) as u32
 }
 
 /// splitmix64's finalizer.
@@ -116,6 +144,7 @@ mod tests {
         let key = [0x0123_4567_89ab_cdef, 0xfedc_ba98_7654_3210];
         let ids: std::collections::HashSet<u64> = (0..100_000).map(|i| permute(i, key)).collect();
         assert_eq!(ids.len(), 100_000);
+        assert!((0..1000).all(|i| unpermute(permute(i, key), key) == i));
         let bits: u32 = (0..1000u64)
             .map(|i| (permute(i, key) ^ permute(i + 1, key)).count_ones())
             .sum();

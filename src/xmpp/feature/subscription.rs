@@ -21,7 +21,7 @@ use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::parse_stanza;
 use crate::xmpp::session::SessionId;
-use crate::xmpp::slice::{Fate, Slice};
+use crate::xmpp::slice::{Fate, Slice, WriteError};
 
 pub static FEATURE: Feature = Feature {
     name: "Presence subscriptions, with pre-approval",
@@ -221,6 +221,8 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
         slice.defer(receipt);
     }
     let then_user = user.clone();
+    let (forwarded, forwarded_to) = (stanza.clone(), to.clone());
+    let forwarded_from = own.clone();
     change.make(slice, &user, move |slice, result, push| {
         match result {
             Ok(()) => {
@@ -228,26 +230,25 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
                     // 3.2.2: while the contact is still subscribed
                     presence::hide(slice, &then_user, &to);
                 }
-                if let Some(stanza) = stanza {
-                    slice.route(&to, &own, &stanza, meta, receipt);
-                }
                 if let Some(push) = push {
                     roster::push(slice, &then_user, &push);
                 }
             }
-            Err(()) => {
-                let error = &StanzaError::INTERNAL_SERVER_ERROR;
+            Err(error) => {
                 let stanza = stanza.unwrap_or_else(|| plain(kind, &own, to.as_str(), None));
-                slice.bounce(&to, &jid, &stanza, meta, error);
+                slice.bounce(&to, &jid, &stanza, meta, &error);
             }
         }
         if let Some(receipt) = receipt {
             slice.settle(receipt);
         }
     });
+    if let Some(stanza) = forwarded.filter(|_| !slice.ledger.full) {
+        slice.forward(&forwarded_to, &forwarded_from, &stanza, meta, receipt);
+    }
 }
 
-/// 2.5.2: the contact was taken out of the roster.
+/// 2.5.2: the contact is taken out of the roster: he is told, together with that change.
 pub fn dissolve(slice: &mut Slice, user: &str, item: &RosterItem) {
     let Ok(contact) = Jid::parse(&item.jid) else {
         return;
@@ -257,7 +258,6 @@ pub fn dissolve(slice: &mut Slice, user: &str, item: &RosterItem) {
         say(slice, Kind::Unsubscribe, &own, &contact, None);
     }
     if item.subscription.from() {
-        presence::hide(slice, user, &contact);
         say(slice, Kind::Unsubscribed, &own, &contact, None);
     }
 }
@@ -326,9 +326,8 @@ pub fn inbound(
     change.make(slice, &user, move |slice, result, push| {
         match result {
             Ok(()) => news.tell(slice, push),
-            Err(()) => {
-                let error = &StanzaError::INTERNAL_SERVER_ERROR;
-                slice.bounce(&news.to, news.from.as_str(), &news.stanza, meta, error);
+            Err(error) => {
+                slice.bounce(&news.to, news.from.as_str(), &news.stanza, meta, &error);
             }
         }
         if let Some(receipt) = receipt {
@@ -493,7 +492,7 @@ impl Change {
         self,
         slice: &mut Slice,
         user: &str,
-        then: impl FnOnce(&mut Slice, Result<(), ()>, Option<Vec<u8>>) + 'static,
+        then: impl FnOnce(&mut Slice, Result<(), StanzaError>, Option<Vec<u8>>) + 'static,
     ) {
         let Change {
             contact,
@@ -515,8 +514,8 @@ impl Change {
                 None => {}
             }
         };
-        let then = move |slice: &mut Slice, result: Result<(), _>| {
-            then(slice, result.map_err(|_| ()), push);
+        let then = move |slice: &mut Slice, result: Result<(), WriteError>| {
+            then(slice, result.map_err(WriteError::into), push);
         };
         slice.edit(user, change, Box::new(then));
     }
@@ -530,7 +529,7 @@ pub fn say(slice: &mut Slice, kind: Kind, own: &str, contact: &Jid<'_>, id: Opti
     let contact = contact.to_bare();
     let stanza = plain(kind, own, contact.as_str(), id);
     let meta = Meta::new(kind).with(Meta::SERVER);
-    slice.route(&contact, own, &stanza, meta, None);
+    slice.forward(&contact, own, &stanza, meta, None);
 }
 
 fn plain(kind: Kind, from: &str, to: &str, id: Option<&str>) -> Vec<u8> {
@@ -1213,7 +1212,7 @@ mod tests {
         v.asks();
         let got = v.world.take(v.orchard);
         assert!(
-            got.len() == 1 && got[0].contains("internal-server-error"),
+            got.len() == 1 && got[0].contains("resource-constraint"),
             "{got:?}"
         );
         let name = v.romeo.split('@').next().unwrap().to_owned();

@@ -1,9 +1,9 @@
 //! vcard-temp (XEP-0054): one document for each account, written by its user, readable by everybody.
 
 use super::{Feature, Iq, IqRoute, NONE, Target};
-use crate::store::tier::{Op, Query};
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
+use crate::xmpp::slice::Op;
 use crate::xmpp::slice::Slice;
 
 pub const NS: &str = "vcard-temp";
@@ -36,19 +36,15 @@ fn handle(slice: &mut Slice, iq: Iq) {
 
 fn get(slice: &mut Slice, iq: Iq) {
     let name = iq.account().to_owned();
-    let query = Query::Document {
-        name: name.as_str().into(),
-        key: KEY.into(),
-    };
     slice.read(
         &name,
-        query,
+        KEY,
         Box::new(move |slice, result| {
             let card = match result {
                 Ok(card) => card,
                 Err(error) => {
                     tracing::warn!(%error, "a vCard could not be read");
-                    return slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR);
+                    return slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
                 }
             };
             let card =
@@ -77,7 +73,6 @@ fn set(slice: &mut Slice, iq: Iq) {
     }
     let name = iq.account().to_owned();
     let op = Op::PutDocument {
-        name: name.as_str().into(),
         key: KEY.into(),
         value: Some(card.into()),
     };
@@ -88,7 +83,7 @@ fn set(slice: &mut Slice, iq: Iq) {
             Ok(()) => slice.iq_result(&iq, None),
             Err(error) => {
                 tracing::warn!(%error, "a vCard could not be stored");
-                slice.iq_error(&iq, &StanzaError::INTERNAL_SERVER_ERROR);
+                slice.iq_error(&iq, &error.into());
             }
         }),
     );
@@ -164,9 +159,9 @@ mod tests {
         assert!(w.take(a).concat().contains("<policy-violation"));
         w.tier.broken = true;
         w.send(a, &SET.replace("Alice &amp; Co", "A"));
-        assert!(w.take(a).concat().contains("<internal-server-error"));
+        assert!(w.take(a).concat().contains("<resource-constraint"));
         w.send(a, GET);
-        assert!(w.take(a).concat().contains("<internal-server-error"));
+        assert!(w.take(a).concat().contains("<resource-constraint"));
         assert!(w.tier.users["alice"].documents.is_empty());
     }
 }

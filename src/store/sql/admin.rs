@@ -1,22 +1,27 @@
 //! The database by hand: for commands while no server runs, and for what is read once at the start.
 //!
 //! In: calls of a program that may wait. Out: accounts, counts, outcomes. Promise: what a call reports as written is
-//! durable. Never beside a running server: its caches would not know.
+//! durable. Never beside a running server, and never before its journals were drained: its caches would not know, and
+//! what a journal still holds is older than what is written here.
 
-use std::path::Path;
+use std::time::Duration;
 
-use super::record::Record;
-pub use super::sqlite::{KeyShape, Listed};
-use super::sqlite::{ROWS_MAX, SqlError, Sqlite};
-use super::tier::{Loaded, Op, WriteError};
+use super::{Applied, Database, Position, SetUpError, Sql, SqlError, UserChange, UserOp};
+pub use super::{KeyShape, Listed};
+use crate::store::change::Id;
+use crate::store::record::Record;
+use crate::store::tier::Loaded;
 
 /// Accounts written between two commits of an import.
 const IMPORT_BATCH: usize = 5_000;
 
+/// A server that hangs must not hold the start up for long.
+const THERE_WITHIN: Duration = Duration::from_secs(5);
+
 /// The database, opened for calls that wait. Errors are sentences for the operator.
 pub struct Store {
     runtime: tokio::runtime::Runtime,
-    sql: Option<Sqlite>,
+    sql: Option<Sql>,
 }
 
 /// What became of an import.
@@ -28,18 +33,58 @@ pub struct Imported {
     pub left_out: Vec<u64>,
 }
 
+/// A change of an account; revisions are made from the clock, and above what is stored.
+#[derive(Debug, Clone)]
+pub enum Op {
+    AddUser { name: Box<str>, record: Record },
+    PutUser { name: Box<str>, record: Record },
+    RemoveUser { name: Box<str> },
+}
+
+/// Why a change was not applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    #[error("the user exists already")]
+    Conflict,
+    #[error("there is no such user")]
+    Missing,
+}
+
 impl Store {
-    /// Opens the SQLite file, made and migrated if need be.
-    pub fn open(path: impl AsRef<Path>) -> Result<Store, String> {
+    /// Opens the database; a SQLite file is made if need be, the schema brought up to date.
+    pub fn open(database: &Database) -> Result<Store, String> {
         let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_time()
+            .enable_all()
             .build()
             .map_err(|error| format!("cannot start a runtime: {error}"))?;
-        let sql = runtime.block_on(Sqlite::open(path.as_ref(), 64 << 20, Default::default()))?;
+        let sql = runtime.block_on(Sql::open(database, 64 << 20, Default::default()))?;
         Ok(Store {
             runtime,
             sql: Some(sql),
         })
+    }
+
+    /// The same; `Ok(None)`: the server cannot be reached, trying again may help.
+    pub fn open_if_there(database: &Database) -> Result<Option<Store>, String> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .map_err(|error| format!("cannot start a runtime: {error}"))?;
+        let mut sql = Sql::unconnected(database, 64 << 20, Default::default());
+        let usual = sql.set_deadline(THERE_WITHIN);
+        match runtime.block_on(sql.set_up()) {
+            Ok(()) => {
+                sql.set_deadline(usual);
+                Ok(Some(Store {
+                    runtime,
+                    sql: Some(sql),
+                }))
+            }
+            Err(SetUpError {
+                unreachable: true, ..
+            }) => Ok(None),
+            Err(SetUpError { sentence, .. }) => Err(sentence),
+        }
     }
 
     /// Adds accounts, thousands between two commits; `progress` hears how many were dealt with. Those who exist are
@@ -63,24 +108,26 @@ impl Store {
 
     /// Applies changes in one transaction.
     pub fn apply(&mut self, ops: &[Op]) -> Result<Vec<Result<(), WriteError>>, String> {
-        let ops: Vec<&Op> = ops.iter().collect();
-        self.wait(async |sql| sql.write(&ops).await)
+        let ops: Vec<UserOp<'_>> = ops.iter().map(Op::by_hand).collect();
+        let applied = self.wait(async |sql| sql.change_users(&ops).await)?;
+        let outcome = |one| match one {
+            Applied::Done(_) => Ok(()),
+            Applied::Stale => Err(WriteError::Conflict),
+            Applied::Missing => Err(WriteError::Missing),
+        };
+        Ok(applied.into_iter().map(outcome).collect())
     }
 
     /// Adds one account; false if it exists.
     pub fn add(&mut self, name: &str, record: Record) -> Result<bool, String> {
-        self.one(Op::AddUser {
-            name: name.into(),
-            record,
-        })
+        let name = name.into();
+        self.one(Op::AddUser { name, record })
     }
 
     /// Replaces one account's record; false if there is none.
     pub fn put(&mut self, name: &str, record: Record) -> Result<bool, String> {
-        self.one(Op::PutUser {
-            name: name.into(),
-            record,
-        })
+        let name = name.into();
+        self.one(Op::PutUser { name, record })
     }
 
     /// Removes an account with all that belongs to it; false if there is none.
@@ -96,11 +143,9 @@ impl Store {
     /// All about many accounts, in the order asked.
     pub fn load(&mut self, names: &[&str]) -> Result<Vec<Option<Loaded>>, String> {
         let mut all = Vec::with_capacity(names.len());
-        for names in names.chunks(ROWS_MAX) {
-            for (name, found) in names
-                .iter()
-                .zip(self.wait(async |sql| sql.load(names).await)?)
-            {
+        for names in names.chunks(Sql::LOADS_MAX) {
+            let found = self.wait(async |sql| sql.load(names).await)?;
+            for (name, found) in names.iter().zip(found) {
                 all.push(found.map_err(|error| format!("{name}: {error}"))?);
             }
         }
@@ -124,12 +169,18 @@ impl Store {
         self.wait(async |sql| sql.key_shapes().await)
     }
 
+    /// Up to where each journal is in the database: the drain goes on behind it.
+    pub fn positions(&mut self) -> Result<Vec<Position>, String> {
+        self.wait(async |sql| sql.positions().await)
+    }
+
+    /// What [`Sql::highest_id`] says: where the ids of this blade's shards begin.
+    pub fn highest_id(&mut self) -> Result<Id, String> {
+        self.wait(async |sql| sql.highest_id().await).map(Id)
+    }
+
     fn one(&mut self, op: Op) -> Result<bool, String> {
-        match self.apply(&[op])?.pop() {
-            Some(Err(WriteError::Conflict | WriteError::Missing)) => Ok(false),
-            Some(Err(error)) => Err(error.to_string()),
-            _ => Ok(true),
-        }
+        Ok(self.apply(&[op])?.iter().all(Result::is_ok))
     }
 
     fn import(
@@ -153,10 +204,7 @@ impl Store {
             for outcome in self.apply(&batch)? {
                 match outcome {
                     Ok(()) => imported.written += 1,
-                    Err(WriteError::Conflict | WriteError::Missing) => {
-                        imported.left_out.push(position)
-                    }
-                    Err(error) => return Err(error.to_string()),
+                    Err(_) => imported.left_out.push(position),
                 }
                 position += 1;
             }
@@ -166,7 +214,7 @@ impl Store {
 
     fn wait<T>(
         &mut self,
-        work: impl AsyncFnOnce(&mut Sqlite) -> Result<T, SqlError>,
+        work: impl AsyncFnOnce(&mut Sql) -> Result<T, SqlError>,
     ) -> Result<T, String> {
         let sql = self
             .sql
@@ -178,11 +226,26 @@ impl Store {
     }
 }
 
+impl Op {
+    fn by_hand(&self) -> UserOp<'_> {
+        let (name, change) = match self {
+            Op::AddUser { name, record } => (name, UserChange::Add(record.bytes())),
+            Op::PutUser { name, record } => (name, UserChange::Put(record.bytes())),
+            Op::RemoveUser { name } => (name, UserChange::Remove),
+        };
+        UserOp {
+            name,
+            revision: None,
+            change,
+        }
+    }
+}
+
 impl Drop for Store {
     fn drop(&mut self) {
         // A proper close empties the write-ahead log; without it the next open would.
         if let Some(sql) = self.sql.take() {
-            let _ = self.runtime.block_on(sql.close());
+            self.runtime.block_on(sql.close());
         }
     }
 }

@@ -1,0 +1,542 @@
+//! The shard's end of the Redis ring: its sockets, and what goes between slice and [`Tier`].
+//!
+//! In: loads and copies of the slice, what sockets bring, answers of the [`Keeper`]. Out: one write per instance and turn
+//! with all that the turn has to say; answers for the slice; requests for SQL where the ring does not know enough; how
+//! far the drain may go ([`Hold`]). Promise: nothing here waits. What an instance does or does not do is the tier's to
+//! judge; while it owes an answer the shard turns at least every millisecond, so that deadlines are kept.
+
+use std::cell::{Cell, RefCell};
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::{Arc, Mutex};
+
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
+
+use super::{Kind, Shard};
+use crate::observe::{Table, label};
+use crate::rt;
+use crate::store::redis::hold::Hold;
+use crate::store::redis::keeper::{Keeper, Reply};
+use crate::store::redis::{
+    Address, Config, Counters, Endpoint, Event, Generation, Placement, Tier, Wants,
+};
+use crate::store::tier::Request;
+use crate::xmpp::slice::Slice;
+use crate::xmpp::warmth::Behind;
+
+const READ_BYTES: usize = 64 << 10;
+/// Reads of one instance in one turn.
+const READS_MAX: usize = 8;
+/// Rounds in one turn of what loads bring forth more loads.
+const ROUNDS_MAX: usize = 4;
+/// Between two ticks of the shard.
+const TICK_MS: u64 = 250;
+
+/// Figures of all shards and instances, for `/metrics`.
+#[derive(Default)]
+pub struct Figures(Mutex<Vec<Figure>>);
+
+/// Of one instance as one shard sees it.
+#[derive(Clone)]
+pub struct Figure {
+    pub shard: usize,
+    pub instance: Box<str>,
+    pub counters: Arc<Counters>,
+}
+
+type Read = fn(&Counters) -> u64;
+
+/// Name, kind, meaning, figure.
+const ROWS: [(&str, &str, &str, Read); 15] = [
+    ("nitro_redis_reads", "counter", "Users asked for.", |c| {
+        c.reads.get()
+    }),
+    ("nitro_redis_hits", "counter", "Users found.", |c| {
+        c.hits.get()
+    }),
+    (
+        "nitro_redis_misses",
+        "counter",
+        "Users not found: the database was asked.",
+        |c| c.misses.get(),
+    ),
+    (
+        "nitro_redis_unavailable",
+        "counter",
+        "Users not asked for, or without answer, because of the instance's state: the database was asked.",
+        |c| c.unavailable.get(),
+    ),
+    (
+        "nitro_redis_stores",
+        "counter",
+        "Changes to be written.",
+        |c| c.stores.get(),
+    ),
+    ("nitro_redis_stored", "counter", "Changes written.", |c| {
+        c.stored.get()
+    }),
+    (
+        "nitro_redis_stores_missed",
+        "counter",
+        "Changes not written: what the instance held before is not used any more.",
+        |c| c.missed_stores.get(),
+    ),
+    (
+        "nitro_redis_offers",
+        "counter",
+        "Copies of what the database said.",
+        |c| c.offers.get(),
+    ),
+    (
+        "nitro_redis_errors",
+        "counter",
+        "Lost connections, deadlines, refusals, garbage.",
+        |c| c.errors.get(),
+    ),
+    (
+        "nitro_redis_renewals",
+        "counter",
+        "Generations asked for: the copies began anew.",
+        |c| c.renewals.get(),
+    ),
+    (
+        "nitro_redis_breaker_opened",
+        "counter",
+        "Times that the instance was given up for a while.",
+        |c| c.breaker_opened.get(),
+    ),
+    (
+        "nitro_redis_state",
+        "gauge",
+        "0: connecting, 1: in use, 2: given up for a while.",
+        |c| c.state() as u64,
+    ),
+    (
+        "nitro_redis_in_flight",
+        "gauge",
+        "Commands without answer.",
+        |c| c.in_flight.load(Relaxed) as u64,
+    ),
+    ("nitro_redis_round_trips", "counter", "Answers.", |c| {
+        c.round_trips.get()
+    }),
+    (
+        "nitro_redis_round_trip_microseconds",
+        "counter",
+        "Their time from sending to answer, together.",
+        |c| c.round_trip_us_sum.get(),
+    ),
+];
+
+impl Figures {
+    /// For `/metrics`.
+    pub fn tables(&self) -> Vec<Table> {
+        let all = self.0.lock().map(|all| all.clone()).unwrap_or_default();
+        let rows = |read: Read| {
+            let row = |figure: &Figure| {
+                let instance = label(&figure.instance);
+                let labels = format!("shard=\"{}\",instance=\"{instance}\"", figure.shard);
+                (labels, read(&figure.counters))
+            };
+            all.iter().map(row).collect()
+        };
+        ROWS.iter()
+            .map(|(name, kind, help, read)| Table {
+                name,
+                kind,
+                help,
+                rows: rows(*read),
+            })
+            .collect()
+    }
+}
+
+/// What a shard needs for its end of the ring.
+#[derive(Clone)]
+pub struct RedisParts {
+    /// With the shard's own number.
+    pub config: Config,
+    pub addresses: Arc<[Address]>,
+    pub placement: Placement,
+    /// Those that were durable at the start, by shard.
+    pub generations: Vec<Vec<Option<Generation>>>,
+    pub keeper: Keeper,
+    pub hold: Arc<Hold>,
+    pub figures: Arc<Figures>,
+}
+
+/// See the module's page.
+pub struct Redis {
+    shard: usize,
+    tier: RefCell<Tier>,
+    sockets: RefCell<Vec<Option<Socket>>>,
+    buffer: RefCell<Vec<u8>>,
+    keeper: Keeper,
+    hold: Arc<Hold>,
+    figures: Arc<Figures>,
+    has_started: Cell<bool>,
+    drainable: Cell<u64>,
+    /// There is more to do than readiness will tell of.
+    restless: Cell<bool>,
+    /// The session that is renewed next.
+    renewed: Cell<usize>,
+    sessions_ttl_ms: u64,
+}
+
+struct Socket {
+    fd: OwnedFd,
+    link: u64,
+    connected: bool,
+    readable: bool,
+    writable: bool,
+}
+
+impl Redis {
+    pub fn new(shard: usize, parts: RedisParts) -> Redis {
+        let sessions_ttl_ms = parts.config.sessions_ttl_ms;
+        let tier = Tier::new(
+            parts.config,
+            &parts.addresses,
+            parts.placement,
+            parts.generations[shard].clone(),
+        );
+        if let Ok(mut figures) = parts.figures.0.lock() {
+            figures.extend((0..tier.instances()).map(|instance| Figure {
+                shard,
+                instance: tier.address(instance).name.clone(),
+                counters: tier.counters(instance),
+            }));
+        }
+        Redis {
+            shard,
+            sockets: RefCell::new((0..tier.instances()).map(|_| None).collect()),
+            tier: RefCell::new(tier),
+            buffer: RefCell::new(vec![0; READ_BYTES]),
+            keeper: parts.keeper,
+            hold: parts.hold,
+            figures: parts.figures,
+            has_started: Cell::new(false),
+            drainable: Cell::new(0),
+            restless: Cell::new(true),
+            renewed: Cell::new(0),
+            sessions_ttl_ms,
+        }
+    }
+
+    pub fn figures(&self) -> &Figures {
+        &self.figures
+    }
+
+    /// Must the shard look again soon, whatever its sockets say?
+    pub fn is_restless(&self) -> bool {
+        self.restless.get()
+    }
+
+    fn read(&self, now_us: u64) {
+        let mut buffer = self.buffer.borrow_mut();
+        let mut tier = self.tier.borrow_mut();
+        for (instance, socket) in self.sockets.borrow_mut().iter_mut().enumerate() {
+            let Some(socket) = socket else { continue };
+            for _ in 0..READS_MAX {
+                if !(socket.readable && socket.connected) {
+                    break;
+                }
+                match rustix::net::recv(&socket.fd, &mut buffer[..], RecvFlags::DONTWAIT) {
+                    Ok((0, _)) => {
+                        socket.readable = false;
+                        tier.lost(instance, "it has closed the connection", now_us);
+                    }
+                    Ok((taken, _)) => tier.incoming(instance, &buffer[..taken], now_us),
+                    Err(Errno::WOULDBLOCK) => socket.readable = false,
+                    Err(Errno::INTR) => {}
+                    Err(error) => {
+                        socket.readable = false;
+                        tier.lost(instance, &error.to_string(), now_us);
+                    }
+                }
+            }
+        }
+    }
+
+    fn write(&self, now_us: u64) {
+        let mut tier = self.tier.borrow_mut();
+        for (instance, socket) in self.sockets.borrow_mut().iter_mut().enumerate() {
+            let Some(socket) = socket else { continue };
+            while socket.connected && socket.writable {
+                let bytes = tier.outgoing(instance);
+                if bytes.is_empty() {
+                    break;
+                }
+                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+                match rustix::net::send(&socket.fd, bytes, flags) {
+                    Ok(sent) => tier.written(instance, sent),
+                    Err(Errno::WOULDBLOCK) => socket.writable = false,
+                    Err(Errno::INTR) => {}
+                    Err(error) => {
+                        socket.writable = false;
+                        tier.lost(instance, &error.to_string(), now_us);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Loads, copies and sessions of the slice.
+    fn take(&self, slice: &mut Slice, now_us: u64) {
+        let mut tier = self.tier.borrow_mut();
+        for request in std::mem::take(&mut slice.fx.requests) {
+            match request {
+                Request::Load { name } => tier.load(&name, now_us),
+                read => slice.fx.behind.push(read),
+            }
+        }
+        slice.ring_stores(&mut |name, number, value, keep| {
+            tier.store(name, number, value, keep, now_us).is_ok()
+        });
+        slice.ring_offers(&mut |name, number, value, keep| {
+            tier.offer(name, number, value, keep, now_us);
+        });
+        let unix_ms = slice.now.unix_ms;
+        for (name, resource, came) in slice.warmth.sessions.drain(..) {
+            // what is not sent now is renewed, or ends by itself
+            match came {
+                true => tier.sessions_set(&name, [&*resource], unix_ms, now_us),
+                false => tier.sessions_remove(&name, &resource, now_us),
+            };
+        }
+    }
+
+    /// What has become of it.
+    fn hear(&self, slice: &mut Slice) {
+        let events: Vec<Event> = self.tier.borrow_mut().events().collect();
+        for event in events {
+            match event {
+                Event::Loaded { name, value, .. } => {
+                    slice.ring_loaded(&name, &value);
+                }
+                Event::Missed { name } => slice.ring_behind(&name, Behind::Missed),
+                Event::Unavailable { name } => slice.ring_behind(&name, Behind::Unavailable),
+                Event::Stored { revision, .. } | Event::StoreMissed { revision, .. } => {
+                    slice.ring_stored(revision);
+                }
+                Event::Renew { instance, run_id } => {
+                    self.keeper.renew(self.shard, instance, run_id);
+                }
+                // the next step, several blades, asks
+                Event::Sessions { .. } => {}
+            }
+        }
+    }
+
+    /// Tells the drain how far it may go.
+    fn publish(&self, slice: &Slice) {
+        if !self.has_started.get() && slice.warmth.has_started() {
+            self.has_started.set(true);
+            self.hold.has_started();
+        }
+        let drainable = slice.warmth.drainable();
+        if self.drainable.replace(drainable) < drainable {
+            self.hold.drainable(self.shard, drainable);
+        }
+    }
+
+    /// Some of the sessions say again that they are there: each three times before it would be forgotten.
+    pub fn renew_sessions(&self, slice: &mut Slice) {
+        let count = slice.sessions.len();
+        if count == 0 {
+            return;
+        }
+        let some = (count as u64 * TICK_MS * 3).div_ceil(self.sessions_ttl_ms) as usize;
+        let from = match self.renewed.get() {
+            from if from < count => from,
+            _ => 0,
+        };
+        for session in slice.sessions.iter().skip(from).take(some) {
+            let one = (session.user.clone(), session.resource().into(), true);
+            slice.warmth.sessions.push(one);
+        }
+        self.renewed.set(from + some);
+    }
+}
+
+impl Shard {
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
+    /// The begin of a turn's end: what the instances have said.
+    pub(super) fn redis_hear(&self, slice: &mut Slice) {
+        let Some(redis) = &self.redis else { return };
+        let now_us = self.now_us();
+        redis.read(now_us);
+        redis.tier.borrow_mut().tick(now_us);
+        self.redis_connect(redis, now_us);
+        redis.hear(slice);
+    }
+
+    /// The end: what the slice has to say to them.
+    pub(super) fn redis_tell(&self, slice: &mut Slice) {
+        let Some(redis) = &self.redis else { return };
+        let now_us = self.now_us();
+        for _ in 0..ROUNDS_MAX {
+            redis.take(slice, now_us);
+            redis.write(now_us);
+            redis.hear(slice);
+            if slice.fx.requests.is_empty() {
+                break;
+            }
+        }
+        redis.publish(slice);
+        let sockets = redis.sockets.borrow();
+        let unread = sockets.iter().flatten().any(|s| s.readable && s.connected);
+        redis.restless.set(
+            unread
+                || !slice.fx.requests.is_empty()
+                || slice.warmth.looks_again(slice.now.ms)
+                || redis.tier.borrow().is_waiting(),
+        );
+    }
+
+    /// Makes and closes connections as the tier wants them.
+    fn redis_connect(&self, redis: &Redis, now_us: u64) {
+        let count = redis.sockets.borrow().len();
+        for instance in 0..count {
+            let endpoint = match redis.tier.borrow().wants(instance, now_us) {
+                Wants::Keep => continue,
+                Wants::Nothing => None,
+                Wants::Connect(address) => Some(address.endpoint.clone()),
+            };
+            self.redis_close(redis, instance);
+            let Some(endpoint) = endpoint else { continue };
+            redis.tier.borrow_mut().connecting(instance, now_us);
+            match endpoint {
+                Endpoint::Unix(path) => {
+                    let opened = SocketAddrUnix::new(&path)
+                        .and_then(|address| open(AddressFamily::UNIX, &address));
+                    self.redis_opened(redis, instance, opened, now_us);
+                }
+                Endpoint::Tcp { host, port } => match host.parse::<IpAddr>() {
+                    Ok(ip) => {
+                        let opened = open_tcp((ip, port).into());
+                        self.redis_opened(redis, instance, opened, now_us);
+                    }
+                    Err(_) => redis.keeper.find(redis.shard, instance, host, port),
+                },
+            }
+        }
+    }
+
+    fn redis_opened(
+        &self,
+        redis: &Redis,
+        instance: usize,
+        opened: Result<(OwnedFd, bool), Errno>,
+        now_us: u64,
+    ) {
+        let (fd, connected) = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                let why = error.to_string();
+                return redis.tier.borrow_mut().lost(instance, &why, now_us);
+            }
+        };
+        let link = self.links.borrow_mut().insert(Kind::Redis(instance));
+        if let Err(error) = self.readiness.add(&fd, link) {
+            self.links.borrow_mut().remove(link);
+            let why = error.to_string();
+            return redis.tier.borrow_mut().lost(instance, &why, now_us);
+        }
+        if connected {
+            redis.tier.borrow_mut().connected(instance, now_us);
+        }
+        redis.sockets.borrow_mut()[instance] = Some(Socket {
+            fd,
+            link,
+            connected,
+            readable: connected,
+            writable: connected,
+        });
+    }
+
+    fn redis_close(&self, redis: &Redis, instance: usize) {
+        let socket = redis.sockets.borrow_mut()[instance].take();
+        if let Some(socket) = socket {
+            self.readiness.remove(&socket.fd);
+            self.links.borrow_mut().remove(socket.link);
+        }
+    }
+
+    /// Something happened at an instance's socket.
+    pub(super) fn redis_ready(&self, instance: usize, event: &rt::Ready) {
+        let Some(redis) = &self.redis else { return };
+        let mut sockets = redis.sockets.borrow_mut();
+        let Some(socket) = sockets[instance]
+            .as_mut()
+            .filter(|socket| socket.link == event.token)
+        else {
+            return;
+        };
+        socket.readable |= event.readable || event.closed;
+        socket.writable |= event.writable;
+        if !socket.connected && (event.writable || event.closed) {
+            let now_us = self.now_us();
+            let mut tier = redis.tier.borrow_mut();
+            match rustix::net::sockopt::socket_error(&socket.fd) {
+                Ok(Ok(())) => {
+                    socket.connected = true;
+                    tier.connected(instance, now_us);
+                }
+                Ok(Err(error)) | Err(error) => tier.lost(instance, &error.to_string(), now_us),
+            }
+        }
+    }
+
+    /// The keeper has answered.
+    pub(super) fn redis_reply(&self, reply: Reply) {
+        let Some(redis) = &self.redis else { return };
+        let now_us = self.now_us();
+        match reply {
+            Reply::Generation(instance, generation) => {
+                redis.tier.borrow_mut().generation(instance, generation);
+            }
+            Reply::Found(instance, found) => {
+                let waits = redis.tier.borrow().wants(instance, now_us) == Wants::Keep
+                    && redis.sockets.borrow()[instance].is_none();
+                match found {
+                    // a late answer to a question that was given up
+                    _ if !waits => {}
+                    Ok(address) => {
+                        self.redis_opened(redis, instance, open_tcp(address), now_us);
+                    }
+                    Err(why) => redis.tier.borrow_mut().lost(instance, &why, now_us),
+                }
+            }
+        }
+    }
+}
+
+fn open_tcp(address: SocketAddr) -> Result<(OwnedFd, bool), Errno> {
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
+    };
+    let (fd, connected) = open(family, &address)?;
+    rustix::net::sockopt::set_tcp_nodelay(&fd, true)?;
+    Ok((fd, connected))
+}
+
+/// A nonblocking socket that is connected, or is being connected.
+fn open(
+    family: AddressFamily,
+    address: &impl rustix::net::addr::SocketAddrArg,
+) -> Result<(OwnedFd, bool), Errno> {
+    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+    let fd = rustix::net::socket_with(family, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&fd, address) {
+        Ok(()) => Ok((fd, true)),
+        Err(Errno::INPROGRESS) => Ok((fd, false)),
+        Err(error) => Err(error),
+    }
+}

@@ -1,0 +1,642 @@
+//! The drain: what the journals hold goes into SQL, in large batches, in the background.
+//!
+//! In: records of each journal, in its order, from a [`Source`]. Out: rows, each batch in one transaction with the
+//! positions it reaches; then [`Source::drained`]. Promises:
+//!
+//! - a record is reported as drained only after its transaction is committed; after a crash, a lost connection or an
+//!   unknown end of a commit it goes on from the position that the database has;
+//! - journals are merged by the ids of their records, which grow with time: a user whose changes lie in two journals,
+//!   because the number of cores has changed, sees them in his order;
+//! - records rest for a moment ([`DrainConfig::linger`]), so that a delivery that is taken soon is never written as
+//!   pending; with a backlog they do not. (So a load may show a delivery as taken whose mark is durable in the journal,
+//!   but not reached yet.);
+//! - a record that the database refuses is found by halving its batch, put aside (`quarantine`) and counted, and the
+//!   drain goes on. Every statement has a deadline, every wait a bound.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::change::ArchivedChange;
+use super::sql::{Ahead, Counters, Entry, Position, Sql, SqlError, Trouble};
+
+const BACKOFF_MIN: Duration = Duration::from_millis(10);
+const BACKOFF_MAX: Duration = Duration::from_secs(1);
+
+/// Bytes read from a source at a time.
+const READ_BYTES: usize = 1 << 20;
+
+/// A transaction that was lost as often as this although the server could be reached is tried with half as many.
+const LOST_MAX: u32 = 3;
+
+/// One journal, as the drain sees it. It is read on the drain's thread.
+pub trait Source: Send {
+    fn journal(&self) -> u16;
+
+    /// Tells this journal from an earlier one of the same number that was deleted: positions of another one do not
+    /// count. It never changes.
+    fn identity(&self) -> u64 {
+        0
+    }
+
+    /// Appends payloads of the records behind `seq`, in order, about `bytes_max` bytes but at least one record if there
+    /// is one: `records` gets each one's number and its place in `bytes`.
+    fn read_after(
+        &mut self,
+        seq: u64,
+        bytes_max: usize,
+        bytes: &mut Vec<u8>,
+        records: &mut Vec<(u64, Range<usize>)>,
+    ) -> Result<(), String>;
+
+    /// Records up to this one may be drained now; it grows.
+    fn limit(&self) -> u64;
+
+    /// Everything up to `seq` is durable in the database.
+    fn drained(&self, seq: u64);
+
+    /// Whom to notify when there are new records or the limit has grown.
+    fn wake(&self, waker: Arc<Notify>);
+}
+
+/// Hears what is durable in the database: journal and number. Called on the drain's thread, so it must only pass it on.
+pub type DrainedSink = Box<dyn Fn(u16, u64) + Send>;
+
+#[derive(Debug, Clone)]
+pub struct DrainConfig {
+    /// How long a record rests at least before it is written; at most about twice as long.
+    pub linger: Duration,
+    /// Records and bytes of one transaction. Larger ones touch each page of an index less often.
+    pub records_max: usize,
+    pub bytes_max: usize,
+    /// Bytes read ahead, of all journals together.
+    pub ahead_bytes_max: usize,
+}
+
+impl Default for DrainConfig {
+    fn default() -> DrainConfig {
+        DrainConfig {
+            linger: Duration::from_millis(500),
+            records_max: 4_000,
+            bytes_max: 2 << 20,
+            ahead_bytes_max: 8 << 20,
+        }
+    }
+}
+
+/// How the drain is woken and stopped.
+#[derive(Default)]
+pub struct DrainHandle {
+    /// For the sources.
+    wake: Arc<Notify>,
+    stop: Notify,
+    stopping: std::cell::Cell<bool>,
+    /// What is not drained by then stays in the journals.
+    until: std::cell::Cell<Option<Instant>>,
+}
+
+impl DrainHandle {
+    /// What can be drained at once still is, then the drain ends.
+    pub fn stop(&self) {
+        self.stopping.set(true);
+        self.stop.notify_one();
+        self.wake.notify_one();
+    }
+
+    /// The same, but no transaction begins later than this: the journals keep what is left for the next start.
+    pub fn stop_within(&self, most: Duration) {
+        self.until.set(Some(Instant::now() + most));
+        self.stop();
+    }
+
+    fn is_over(&self) -> bool {
+        self.until
+            .get()
+            .is_some_and(|until| Instant::now() >= until)
+    }
+
+    /// A pause that ends early when the drain is to stop.
+    pub(super) async fn pause(&self, pause: Duration) {
+        if !self.stopping.get() {
+            let _ = tokio::time::timeout(pause, self.stop.notified()).await;
+        }
+    }
+
+    pub(super) fn is_stopping(&self) -> bool {
+        self.stopping.get()
+    }
+}
+
+/// The drain with all it holds.
+pub struct Drain {
+    config: DrainConfig,
+    feeds: Vec<Feed>,
+    ahead: Ahead,
+    sink: DrainedSink,
+    counters: Arc<Counters>,
+    /// Records of the next transaction at most; shrinks while a refused one is looked for.
+    batch_max: usize,
+    /// Transactions lost one after the other, while the server was there.
+    lost: u32,
+    /// Since when the database is away, for the log.
+    down_since: Option<Instant>,
+}
+
+impl Drain {
+    pub fn new(
+        config: DrainConfig,
+        sources: Vec<Box<dyn Source>>,
+        sink: DrainedSink,
+        counters: Arc<Counters>,
+    ) -> Drain {
+        Drain {
+            batch_max: config.records_max,
+            config,
+            feeds: sources.into_iter().map(Feed::new).collect(),
+            ahead: Ahead::default(),
+            sink,
+            counters,
+            lost: 0,
+            down_since: None,
+        }
+    }
+
+    /// Drains until it is told to stop. The connection need not be made yet, the schema must be there.
+    pub async fn run(mut self, mut sql: Sql, handle: &DrainHandle) {
+        for feed in &self.feeds {
+            feed.source.wake(handle.wake.clone());
+        }
+        let mut pause = BACKOFF_MIN;
+        let mut synced = false;
+        loop {
+            let tried = async {
+                if !synced || !sql.is_connected() {
+                    if !sql.is_connected() {
+                        sql.reconnect().await?;
+                    }
+                    self.go_on_from(&sql.positions().await?);
+                    synced = true;
+                }
+                self.turn(&mut sql, handle).await
+            };
+            match tried.await {
+                Ok(Turn::Worked) => {
+                    self.is_up();
+                    pause = BACKOFF_MIN;
+                }
+                Ok(Turn::Ended) => break,
+                Err(error) => {
+                    // Whether a lost transaction was committed only the database knows.
+                    synced = false;
+                    self.is_down(&error);
+                    if handle.is_stopping() {
+                        break;
+                    }
+                    handle.pause(pause).await;
+                    pause = (pause * 2).min(BACKOFF_MAX);
+                }
+            }
+        }
+        sql.close().await;
+    }
+
+    /// One transaction, or the wait for one.
+    async fn turn(&mut self, sql: &mut Sql, handle: &DrainHandle) -> Result<Turn, SqlError> {
+        self.read()?;
+        let all = handle.is_stopping();
+        if all && handle.is_over() {
+            return Ok(Turn::Ended);
+        }
+        let batch = self.batch(all);
+        if !batch.is_empty() {
+            self.write(sql, &batch).await?;
+            return Ok(Turn::Worked);
+        }
+        if self.feeds.iter().any(|feed| feed.head().is_some()) {
+            handle.pause(self.config.linger).await;
+            return Ok(Turn::Worked);
+        }
+        if all {
+            return Ok(Turn::Ended);
+        }
+        if !sql.purge().await? {
+            self.is_up();
+            handle.wake.notified().await;
+            // What comes together is read together: not once for each of the journals' groups.
+            handle.pause(self.config.linger).await;
+        }
+        Ok(Turn::Worked)
+    }
+
+    /// Applies a batch, or finds the record in it that is refused.
+    async fn write(&mut self, sql: &mut Sql, batch: &[Place]) -> Result<(), SqlError> {
+        let entries: Vec<Entry<'_>> = batch.iter().map_while(|at| self.entry(*at)).collect();
+        let done = match entries.len() {
+            // Not even the drain can read the first one.
+            0 => Err(SqlError::refused("the record cannot be read")),
+            _ => sql.apply(&entries, &self.ahead).await,
+        };
+        let count = entries.len();
+        drop(entries);
+        match done {
+            Ok(outcome) => {
+                self.lost = 0;
+                self.counters.rows.fetch_add(outcome.rows, Relaxed);
+                self.counters.skipped.fetch_add(outcome.skipped, Relaxed);
+                for id in &outcome.marked {
+                    self.ahead.done.remove(id);
+                    self.ahead.dropped.remove(id);
+                    self.ahead.never_written.remove(id);
+                }
+                // A mark of the same batch is handled there; these marks are still to come.
+                self.ahead.never_written.extend(outcome.never_written);
+                self.finish(&batch[..count]);
+                self.batch_max = (self.batch_max * 2).min(self.config.records_max);
+                Ok(())
+            }
+            Err(error) if error.trouble == Trouble::Refused && count > 1 => {
+                self.batch_max = count / 2;
+                Ok(())
+            }
+            Err(error) if error.trouble == Trouble::Refused => {
+                self.put_aside(sql, batch[0], &error).await
+            }
+            Err(error) => {
+                if error.trouble == Trouble::Lost {
+                    self.lost += 1;
+                    if self.lost >= LOST_MAX && count > 1 {
+                        self.lost = 0;
+                        self.batch_max = count / 2;
+                    }
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn put_aside(
+        &mut self,
+        sql: &mut Sql,
+        at: Place,
+        error: &SqlError,
+    ) -> Result<(), SqlError> {
+        let feed = &self.feeds[at.feed];
+        let record = &feed.chunks[at.chunk].records[at.record];
+        let payload = &feed.chunks[at.chunk].bytes[record.place.clone()];
+        let position = feed.position(record.seq);
+        sql.quarantine(position, payload, &error.text).await?;
+        tracing::error!(journal = position.journal, seq = record.seq, bytes = payload.len(), reason = %error,
+            "the database refuses a record of the journal; it is kept in its table `quarantine`");
+        self.counters.quarantined.fetch_add(1, Relaxed);
+        self.batch_max = (self.batch_max * 2).min(self.config.records_max);
+        self.finish(&[at]);
+        Ok(())
+    }
+
+    /// Takes out what is in the database, and tells.
+    fn finish(&mut self, batch: &[Place]) {
+        self.counters.drained.fetch_add(batch.len() as u64, Relaxed);
+        let mut reached: Vec<Option<u64>> = vec![None; self.feeds.len()];
+        for at in batch {
+            let feed = &mut self.feeds[at.feed];
+            reached[at.feed] = Some(feed.chunks[at.chunk].records[at.record].seq);
+        }
+        for (feed, seq) in self.feeds.iter_mut().zip(reached) {
+            if let Some(seq) = seq {
+                feed.drop_up_to(seq);
+                feed.source.drained(seq);
+                (self.sink)(feed.source.journal(), seq);
+            }
+        }
+        if self.feeds.iter().all(|feed| feed.head().is_none()) {
+            // No mark is left to come, also none of those that another connection has applied.
+            self.ahead = Ahead::default();
+        }
+        self.count_waiting();
+    }
+
+    /// Goes on from the positions that the database has.
+    fn go_on_from(&mut self, positions: &[Position]) {
+        for feed in &mut self.feeds {
+            let own = |one: &&Position| **one == feed.position(one.seq);
+            let seq = positions.iter().find(own).map_or(0, |one| one.seq);
+            if feed.drained.is_none_or(|drained| drained < seq) {
+                feed.drained = Some(seq);
+                feed.drop_up_to(seq);
+                feed.read = feed.read.max(seq);
+                feed.source.drained(seq);
+                (self.sink)(feed.source.journal(), seq);
+            }
+        }
+    }
+
+    /// Reads what may be drained, as far as there is room. Each journal has its own, so that the oldest record of all
+    /// is always among those that were read; for the same reason nothing is drained while one cannot be read.
+    fn read(&mut self) -> Result<(), SqlError> {
+        let bytes_max = self.config.ahead_bytes_max / self.feeds.len().max(1);
+        for feed in &mut self.feeds {
+            let mut bytes = feed.bytes();
+            while bytes < bytes_max {
+                match feed.read_more(&mut self.ahead)? {
+                    0 => break,
+                    read => bytes += read,
+                }
+            }
+        }
+        self.count_waiting();
+        Ok(())
+    }
+
+    /// The places of the next batch: those that rested long enough, oldest ids first, each journal in its order.
+    fn batch(&self, all: bool) -> Vec<Place> {
+        let buffered: usize = self.feeds.iter().map(Feed::bytes).sum();
+        let records: usize = self.feeds.iter().map(Feed::len).sum();
+        let ripe = match () {
+            // With a backlog nothing rests: what is to be merged lies in it.
+            _ if all || buffered >= self.config.bytes_max || records >= self.config.records_max => {
+                Instant::now()
+            }
+            _ => match Instant::now().checked_sub(self.config.linger) {
+                Some(ripe) => ripe,
+                None => return Vec::new(),
+            },
+        };
+        let mut heads: Vec<Option<(Place, u64)>> = (0..self.feeds.len())
+            .map(|feed| self.first(feed, ripe))
+            .collect();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        while batch.len() < self.batch_max {
+            let oldest = heads.iter().flatten().min_by_key(|(_, order)| *order);
+            let Some((at, _)) = oldest.copied() else {
+                break;
+            };
+            let record = &self.feeds[at.feed].chunks[at.chunk].records[at.record];
+            bytes += record.place.len();
+            if bytes > self.config.bytes_max && !batch.is_empty() {
+                break;
+            }
+            batch.push(at);
+            heads[at.feed] = self.behind(at, ripe);
+        }
+        batch
+    }
+
+    fn first(&self, feed: usize, ripe: Instant) -> Option<(Place, u64)> {
+        let chunk = self.feeds[feed].chunks.front()?;
+        let at = Place {
+            feed,
+            chunk: 0,
+            record: chunk.next,
+        };
+        self.ripe(at, ripe)
+    }
+
+    fn behind(&self, at: Place, ripe: Instant) -> Option<(Place, u64)> {
+        let chunk = &self.feeds[at.feed].chunks[at.chunk];
+        let next = match at.record + 1 < chunk.records.len() {
+            true => Place {
+                record: at.record + 1,
+                ..at
+            },
+            false => Place {
+                chunk: at.chunk + 1,
+                record: 0,
+                ..at
+            },
+        };
+        self.ripe(next, ripe)
+    }
+
+    fn ripe(&self, at: Place, ripe: Instant) -> Option<(Place, u64)> {
+        let chunk = self.feeds[at.feed].chunks.get(at.chunk)?;
+        let record = chunk.records.get(at.record)?;
+        (chunk.read_at <= ripe).then_some((at, record.order))
+    }
+
+    /// `None`: the payload is none that this release can read.
+    fn entry(&self, at: Place) -> Option<Entry<'_>> {
+        let feed = &self.feeds[at.feed];
+        let chunk = &feed.chunks[at.chunk];
+        let record = &chunk.records[at.record];
+        let payload = &chunk.bytes[record.place.clone()];
+        Some(Entry {
+            at: feed.position(record.seq),
+            change: ArchivedChange::access(payload).ok()?,
+        })
+    }
+
+    fn count_waiting(&self) {
+        let waiting = self.feeds.iter().map(Feed::len).sum();
+        self.counters.drain_waiting.store(waiting, Relaxed);
+    }
+
+    fn is_up(&mut self) {
+        self.counters.up.store(true, Relaxed);
+        if let Some(since) = self.down_since.take() {
+            tracing::info!(
+                seconds = since.elapsed().as_secs(),
+                "the journal is drained again"
+            );
+        }
+    }
+
+    fn is_down(&mut self, error: &SqlError) {
+        self.counters.up.store(false, Relaxed);
+        self.counters.retries.fetch_add(1, Relaxed);
+        if self.down_since.is_none() {
+            self.down_since = Some(Instant::now());
+            tracing::warn!(%error, "nothing is drained into the database; what is accepted stays in the journal");
+        }
+    }
+}
+
+enum Turn {
+    Worked,
+    Ended,
+}
+
+/// Where a record lies.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    feed: usize,
+    chunk: usize,
+    record: usize,
+}
+
+/// A source and what was read from it.
+struct Feed {
+    source: Box<dyn Source>,
+    /// `None`: the database was not asked yet.
+    drained: Option<u64>,
+    read: u64,
+    /// Of the last record read.
+    order: u64,
+    chunks: VecDeque<Chunk>,
+}
+
+struct Chunk {
+    read_at: Instant,
+    bytes: Vec<u8>,
+    records: Vec<Record>,
+    /// The first one that is not drained.
+    next: usize,
+}
+
+struct Record {
+    seq: u64,
+    /// By which journals are merged: its id or revision; that of the one before it if it has none.
+    order: u64,
+    place: Range<usize>,
+}
+
+impl Feed {
+    fn new(source: Box<dyn Source>) -> Feed {
+        Feed {
+            source,
+            drained: None,
+            read: 0,
+            order: 0,
+            chunks: VecDeque::new(),
+        }
+    }
+
+    fn position(&self, seq: u64) -> Position {
+        Position {
+            identity: self.source.identity(),
+            journal: self.source.journal(),
+            seq,
+        }
+    }
+
+    fn head(&self) -> Option<&Record> {
+        let chunk = self.chunks.front()?;
+        chunk.records.get(chunk.next)
+    }
+
+    fn bytes(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.bytes.len()).sum()
+    }
+
+    fn len(&self) -> usize {
+        let left = |chunk: &Chunk| chunk.records.len() - chunk.next;
+        self.chunks.iter().map(left).sum()
+    }
+
+    /// Reads some records, notes the marks among them; how many bytes.
+    fn read_more(&mut self, ahead: &mut Ahead) -> Result<usize, SqlError> {
+        let limit = self.source.limit();
+        if limit <= self.read {
+            return Ok(0);
+        }
+        let (mut bytes, mut found) = (Vec::new(), Vec::new());
+        self.source
+            .read_after(self.read, READ_BYTES, &mut bytes, &mut found)
+            .map_err(|error| {
+                let journal = self.source.journal();
+                SqlError::lost(format!("journal {journal} cannot be read: {error}"))
+            })?;
+        found.retain(|(seq, _)| *seq <= limit);
+        let Some((last, _)) = found.last() else {
+            return Ok(0);
+        };
+        self.read = *last;
+        let records = found.into_iter().map(|(seq, place)| {
+            let change = ArchivedChange::access(&bytes[place.clone()]);
+            if let Ok(ArchivedChange::Marks(marks)) = change {
+                ahead
+                    .done
+                    .extend(marks.done.iter().map(|id| id.to_native()));
+                let dropped = marks.dropped.iter().map(|id| id.to_native());
+                ahead.dropped.extend(dropped);
+            }
+            let order = change.ok().and_then(ArchivedChange::order);
+            self.order = order.unwrap_or(self.order);
+            Record {
+                seq,
+                order: self.order,
+                place,
+            }
+        });
+        let records = records.collect();
+        let len = bytes.len();
+        self.chunks.push_back(Chunk {
+            read_at: Instant::now(),
+            bytes,
+            records,
+            next: 0,
+        });
+        // Empty payloads count, too, or a source of them would be read without end.
+        Ok(len.max(1))
+    }
+
+    fn drop_up_to(&mut self, seq: u64) {
+        self.drained = Some(self.drained.unwrap_or(0).max(seq));
+        while let Some(chunk) = self.chunks.front_mut() {
+            while chunk
+                .records
+                .get(chunk.next)
+                .is_some_and(|one| one.seq <= seq)
+            {
+                chunk.next += 1;
+            }
+            if chunk.next < chunk.records.len() {
+                break;
+            }
+            self.chunks.pop_front();
+        }
+    }
+}
+
+impl ArchivedChange<'_> {
+    /// Its id or revision, which grow with time; marks have none.
+    fn order(&self) -> Option<u64> {
+        Some(match self {
+            ArchivedChange::Message(message) => message.id.to_native(),
+            ArchivedChange::AddUser { revision, .. }
+            | ArchivedChange::PutUser { revision, .. }
+            | ArchivedChange::RemoveUser { revision, .. }
+            | ArchivedChange::PutDocument { revision, .. }
+            | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
+            ArchivedChange::Marks(_) => return None,
+        })
+    }
+}
+
+/// A journal of this blade.
+impl Source for super::journal::Reader {
+    fn journal(&self) -> u16 {
+        self.shard()
+    }
+
+    fn identity(&self) -> u64 {
+        self.identity()
+    }
+
+    fn read_after(
+        &mut self,
+        seq: u64,
+        bytes_max: usize,
+        bytes: &mut Vec<u8>,
+        records: &mut Vec<(u64, Range<usize>)>,
+    ) -> Result<(), String> {
+        self.read_after(seq, bytes_max, bytes, records)
+            .map_err(|error| error.to_string())
+    }
+
+    fn limit(&self) -> u64 {
+        self.committed()
+    }
+
+    fn drained(&self, seq: u64) {
+        self.drained(seq);
+    }
+
+    fn wake(&self, waker: Arc<Notify>) {
+        self.on_progress(move || waker.notify_one());
+    }
+}

@@ -1,0 +1,567 @@
+//! What the journals hold and SQL does not have yet, user by user.
+//!
+//! In: changes as their groups become durable, and those that a replay finds. Out: what a user loaded from SQL (or Redis)
+//! really is, undrained documents, undrained archive entries. Promise: SQL's view with the overlay on it is the newest state,
+//! whichever part the drain has carried over meanwhile: applying a change twice changes nothing.
+//!
+//! A message costs about 48 bytes here, its text stays in the journal. While something of a user is being read from SQL
+//! ([`Overlay::hold`]) nothing of his is forgotten, so an answer never falls between SQL and overlay.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+
+use fnv::{FnvHashMap, FnvHashSet};
+use smallvec::SmallVec;
+
+use super::change::{ArchivedChange, Id, Message};
+use super::journal::Place;
+use super::record::Record;
+use super::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending};
+
+/// Where a change stands: the number of its journal and its place in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    pub journal: u16,
+    pub seq: u64,
+}
+
+/// One change of a user.
+#[derive(Debug, Clone)]
+pub enum Item {
+    Message {
+        id: u64,
+        what: u8,
+        place: Place,
+    },
+    /// A client has taken the message.
+    Done(u64),
+    /// The message was refused.
+    Dropped(u64),
+    Record {
+        revision: u64,
+        record: Record,
+        /// Nothing of an earlier account of this name is left.
+        fresh: bool,
+    },
+    Removed {
+        revision: u64,
+    },
+    Document {
+        revision: u64,
+        key: Box<str>,
+        /// Empty: there is none.
+        value: Box<[u8]>,
+    },
+    Last {
+        revision: u64,
+        last: Last,
+    },
+}
+
+/// Reads a message back from its journal: the payload is appended.
+pub type ReadBack = Rc<dyn Fn(Place, &mut Vec<u8>) -> Result<(), String>>;
+
+pub struct Overlay {
+    users: FnvHashMap<Rc<str>, Undrained>,
+    /// By journal: whose changes they are, in order.
+    order: FnvHashMap<u16, VecDeque<(u64, Rc<str>)>>,
+    /// Marks that an earlier start left, whose users are not known.
+    gone: FnvHashMap<u64, Position>,
+    read_back: ReadBack,
+    items: usize,
+}
+
+/// What one journal has of a user, by position.
+type Part = (u16, VecDeque<(u64, Item)>);
+
+#[derive(Default)]
+struct Undrained {
+    /// By journal; nearly always one.
+    parts: SmallVec<[Part; 1]>,
+    /// Reads under way.
+    held: u32,
+    /// Drained while they are.
+    drained: SmallVec<[Position; 0]>,
+}
+
+impl Overlay {
+    pub fn new(read_back: ReadBack) -> Overlay {
+        Overlay {
+            users: FnvHashMap::default(),
+            order: FnvHashMap::default(),
+            gone: FnvHashMap::default(),
+            read_back,
+            items: 0,
+        }
+    }
+
+    /// Changes that SQL does not have.
+    pub fn items(&self) -> usize {
+        self.items
+    }
+
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.users
+            .iter()
+            .filter(|(_, u)| !u.parts.is_empty())
+            .map(|(name, _)| &**name)
+    }
+
+    /// Must the Redis ring hear of what is here of the user? Of all but what is in archives and documents only.
+    pub fn concerns_ring(&self, name: &str) -> bool {
+        let Some(user) = self.users.get(name) else {
+            return false;
+        };
+        let done: FnvHashSet<u64> = user
+            .items()
+            .filter_map(|item| match item {
+                Item::Done(id) | Item::Dropped(id) => Some(*id),
+                _ => None,
+            })
+            .collect();
+        user.items().any(|item| match item {
+            Item::Record { .. } | Item::Removed { .. } | Item::Last { .. } => true,
+            Item::Message { id, what, .. } => {
+                what & Message::PENDING != 0 && !done.contains(id) && !self.gone.contains_key(id)
+            }
+            Item::Document { .. } | Item::Done(_) | Item::Dropped(_) => false,
+        })
+    }
+
+    /// A change is durable in its journal. Positions of one journal ascend.
+    pub fn add(&mut self, at: Position, name: &Rc<str>, item: Item) {
+        self.order
+            .entry(at.journal)
+            .or_default()
+            .push_back((at.seq, name.clone()));
+        let user = match self.users.get_mut(name) {
+            Some(user) => user,
+            None => self.users.entry(name.clone()).or_default(),
+        };
+        let part = match user.parts.iter().position(|(j, _)| *j == at.journal) {
+            Some(part) => part,
+            None => {
+                user.parts.push((at.journal, VecDeque::new()));
+                user.parts.len() - 1
+            }
+        };
+        user.parts[part].1.push_back((at.seq, item));
+        self.items += 1;
+    }
+
+    /// A message was done or dropped before the last start.
+    pub fn add_gone(&mut self, at: Position, id: u64) {
+        self.gone.insert(id, at);
+    }
+
+    /// SQL has everything of that journal up to `at`.
+    pub fn drained(&mut self, at: Position) {
+        if !self.gone.is_empty() && self.users.values().all(|user| user.held == 0) {
+            self.gone
+                .retain(|_, mark| mark.journal != at.journal || mark.seq > at.seq);
+        }
+        let Some(order) = self.order.get_mut(&at.journal) else {
+            return;
+        };
+        while order.front().is_some_and(|(seq, _)| *seq <= at.seq) {
+            let Some((_, name)) = order.pop_front() else {
+                break;
+            };
+            let Some(user) = self.users.get_mut(&name) else {
+                continue;
+            };
+            if user.held > 0 {
+                if user.drained.last() != Some(&at) {
+                    user.drained.push(at);
+                }
+                continue;
+            }
+            self.items -= user.forget(at);
+            if user.parts.is_empty() {
+                self.users.remove(&name);
+            }
+        }
+    }
+
+    /// Something of the user is asked from SQL; [`Overlay::release`] when the answer was used.
+    pub fn hold(&mut self, name: &str) {
+        match self.users.get_mut(name) {
+            Some(user) => user.held += 1,
+            None => {
+                self.users.insert(
+                    name.into(),
+                    Undrained {
+                        held: 1,
+                        ..Undrained::default()
+                    },
+                );
+            }
+        }
+    }
+
+    pub fn release(&mut self, name: &str) {
+        let Some(user) = self.users.get_mut(name) else {
+            return;
+        };
+        user.held = user.held.saturating_sub(1);
+        if user.held > 0 {
+            return;
+        }
+        for at in std::mem::take(&mut user.drained) {
+            self.items -= user.forget(at);
+        }
+        if user.parts.is_empty() {
+            self.users.remove(name);
+        }
+    }
+
+    /// The user as he is, from what SQL (or Redis) says of him. An error: the journal cannot be read.
+    pub fn apply(&self, name: &str, loaded: Option<Loaded>) -> Result<Option<Loaded>, String> {
+        let Some(user) = self.users.get(name).filter(|u| !u.parts.is_empty()) else {
+            return Ok(loaded.map(|mut loaded| {
+                loaded.pending.retain(|p| !self.gone.contains_key(&p.id));
+                loaded
+            }));
+        };
+        let mut gone: FnvHashSet<u64> = self.gone.keys().copied().collect();
+        // what is older belongs to an account that was removed
+        let mut floor = 0;
+        // a change that was made while the account was being removed does not bring it back
+        let (mut added, mut removed) = (0, 0);
+        for item in user.items() {
+            match item {
+                Item::Record {
+                    revision,
+                    fresh: true,
+                    ..
+                } => added = added.max(*revision),
+                Item::Removed { revision } => removed = removed.max(*revision),
+                _ => {}
+            }
+        }
+        let too_late = |revision: u64| removed > added && revision > removed;
+        let mut newest: Option<(u64, Option<&Record>)> = None;
+        let mut last: Option<(u64, &Last)> = None;
+        for item in user.items() {
+            match item {
+                Item::Done(id) | Item::Dropped(id) => {
+                    gone.insert(*id);
+                }
+                Item::Record {
+                    revision,
+                    record,
+                    fresh,
+                } => {
+                    if newest.is_none_or(|(r, _)| r < *revision) && !too_late(*revision) {
+                        newest = Some((*revision, Some(record)));
+                    }
+                    if *fresh {
+                        floor = floor.max(*revision);
+                    }
+                }
+                Item::Removed { revision } => {
+                    if newest.is_none_or(|(r, _)| r < *revision) {
+                        newest = Some((*revision, None));
+                    }
+                    floor = floor.max(*revision);
+                }
+                Item::Last { revision, last: l } => {
+                    if last.is_none_or(|(r, _)| r < *revision) {
+                        last = Some((*revision, l));
+                    }
+                }
+                Item::Message { .. } | Item::Document { .. } => {}
+            }
+        }
+        let mut loaded = match (loaded, newest) {
+            (Some(loaded), Some((revision, _))) if loaded.revision >= revision => loaded,
+            (_, Some((_, None))) => return Ok(None),
+            // SQL has the removal already
+            (None, Some(_)) if added == 0 => return Ok(None),
+            (old, Some((revision, Some(record)))) => {
+                let old = old.filter(|old| old.revision > floor || floor == 0);
+                let (pending, last) = old.map(|o| (o.pending, o.last)).unwrap_or_default();
+                Loaded {
+                    record: record.clone(),
+                    revision,
+                    pending,
+                    last,
+                }
+            }
+            (Some(loaded), None) => loaded,
+            (None, None) => return Ok(None),
+        };
+        if let Some((_, last)) = last.filter(|(revision, _)| *revision >= floor) {
+            loaded.last = Some(last.clone());
+        }
+        let mut pending: BTreeMap<u64, Pending> = std::mem::take(&mut loaded.pending)
+            .into_iter()
+            .filter(|p| p.id >= floor && !gone.contains(&p.id))
+            .map(|p| (p.id, p))
+            .collect();
+        let mut bytes = Vec::new();
+        for item in user.items() {
+            let Item::Message { id, what, place } = item else {
+                continue;
+            };
+            if what & Message::PENDING == 0
+                || *id < floor
+                || gone.contains(id)
+                || pending.contains_key(id)
+            {
+                continue;
+            }
+            let (entry, _) = self.entry(*place, &mut bytes)?;
+            pending.insert(
+                *id,
+                Pending {
+                    id: *id,
+                    what: entry.what,
+                    kind: entry.kind,
+                    flags: entry.flags,
+                    stanza: entry.stanza,
+                },
+            );
+        }
+        loaded.pending = pending.into_values().collect();
+        Ok(Some(loaded))
+    }
+
+    /// A document that SQL may not have; `Some(None)`: there is none any more.
+    pub fn document(&self, name: &str, key: &str) -> Option<Option<Box<[u8]>>> {
+        let user = self.users.get(name)?;
+        let mut newest: Option<(u64, Option<&[u8]>)> = None;
+        for item in user.items() {
+            let (revision, value) = match item {
+                Item::Document {
+                    revision,
+                    key: k,
+                    value,
+                } if **k == *key => (*revision, Some(&**value).filter(|v| !v.is_empty())),
+                Item::Removed { revision }
+                | Item::Record {
+                    revision,
+                    fresh: true,
+                    ..
+                } => (*revision, None),
+                _ => continue,
+            };
+            if newest.is_none_or(|(r, _)| r <= revision) {
+                newest = Some((revision, value));
+            }
+        }
+        newest.map(|(_, value)| value.map(Into::into))
+    }
+
+    /// Ids of archive entries behind `last_id` (what SQL has up to there it gives itself), ascending.
+    pub fn archived(&self, name: &str, last_id: u64) -> Vec<(u64, Place)> {
+        let Some(user) = self.users.get(name) else {
+            return Vec::new();
+        };
+        // a mark of an earlier start says done or dropped: one that was done stays in the archive, and dropped ones are few
+        let mut gone = FnvHashSet::default();
+        let mut floor = last_id + 1;
+        let mut found = Vec::new();
+        for item in user.items() {
+            match item {
+                Item::Message { id, what, place } if what & Message::ARCHIVE != 0 => {
+                    found.push((*id, *place));
+                }
+                Item::Dropped(id) => {
+                    gone.insert(*id);
+                }
+                Item::Removed { revision }
+                | Item::Record {
+                    revision,
+                    fresh: true,
+                    ..
+                } => floor = floor.max(*revision),
+                _ => {}
+            }
+        }
+        found.retain(|(id, _)| *id >= floor && !gone.contains(id));
+        found.sort_unstable_by_key(|(id, _)| *id);
+        found.dedup_by_key(|(id, _)| *id);
+        found
+    }
+
+    /// Undecided messages of a user (see [`Message::UNDECIDED`]).
+    pub fn undecided(&self, name: &str) -> Vec<(u64, Place)> {
+        let Some(user) = self.users.get(name) else {
+            return Vec::new();
+        };
+        let mut found = Vec::new();
+        for item in user.items() {
+            match item {
+                Item::Message { id, what, place } if what & Message::UNDECIDED != 0 => {
+                    found.push((*id, *place));
+                }
+                Item::Done(id) | Item::Dropped(id) => found.retain(|(f, _)| f != id),
+                _ => {}
+            }
+        }
+        found.retain(|(id, _)| !self.gone.contains_key(id));
+        found
+    }
+
+    /// Messages of the user's that were refused.
+    fn dropped(&self, name: &str) -> SmallVec<[u64; 4]> {
+        let items = self.users.get(name).into_iter().flat_map(Undrained::items);
+        let dropped = items.filter_map(|item| match item {
+            Item::Dropped(id) => Some(*id),
+            _ => None,
+        });
+        dropped.collect()
+    }
+
+    /// Does the overlay know all about the user, so that SQL has nothing to add?
+    pub fn is_whole(&self, name: &str) -> bool {
+        self.users.get(name).is_some_and(|user| {
+            user.items().any(|item| {
+                matches!(
+                    item,
+                    Item::Removed { .. } | Item::Record { fresh: true, .. }
+                )
+            })
+        })
+    }
+
+    /// A page of an archive as it is, from the page that SQL gave.
+    pub fn page(&self, query: &ArchiveQuery, mut page: Page) -> Result<Page, String> {
+        // what was refused after all, and SQL does not know yet; the count stays as it is (XEP-0059: it may be approximate)
+        let dropped = self.dropped(&query.name);
+        page.entries.retain(|entry| !dropped.contains(&entry.id));
+        let beyond = self.archived(&query.name, page.last_id);
+        page.missing
+            .retain(|id| beyond.binary_search_by_key(id, |(id, _)| *id).is_err());
+        let mut bytes = Vec::new();
+        let mut matching = Vec::new();
+        for (id, place) in beyond {
+            if !query.wants(id) {
+                continue;
+            }
+            let (entry, _) = self.entry(place, &mut bytes)?;
+            if query.matches(&entry) {
+                matching.push(entry);
+            }
+        }
+        let most = query.most as usize;
+        let in_sql = page.count;
+        if let Some(count) = &mut page.count {
+            *count += matching.len() as u64;
+        }
+        let sql_entries = page.entries.len();
+        let total = matching.len();
+        let mut extra: Vec<(usize, Entry)> = matching
+            .into_iter()
+            .enumerate()
+            .filter(|(_, e)| query.after.is_none_or(|after| e.id > after))
+            .filter(|(_, e)| query.before.is_none_or(|before| e.id < before))
+            .collect();
+        if query.backwards {
+            if extra.len() > most {
+                page.complete = false;
+                extra.drain(..extra.len() - most);
+                page.entries.clear();
+            } else {
+                let room = most - extra.len();
+                if page.entries.len() > room {
+                    page.complete = false;
+                    let cut = page.entries.len() - room;
+                    page.entries.drain(..cut);
+                    page.index = page.index.map(|index| index + cut as u64);
+                }
+            }
+        } else if page.complete {
+            let room = most - page.entries.len().min(most);
+            if extra.len() > room {
+                page.complete = false;
+                extra.truncate(room);
+            }
+        } else {
+            extra.clear();
+        }
+        if page.entries.is_empty() && (sql_entries > 0 || page.index.is_none() || total > 0) {
+            page.index = match (in_sql, extra.first()) {
+                (Some(count), Some((before, _))) => Some(count + *before as u64),
+                _ => page.index.filter(|_| sql_entries == 0),
+            };
+        }
+        page.entries
+            .extend(extra.into_iter().map(|(_, entry)| entry));
+        Ok(page)
+    }
+
+    /// An archive entry read back from its journal, and its twin.
+    pub fn entry(&self, place: Place, bytes: &mut Vec<u8>) -> Result<(Entry, u64), String> {
+        bytes.clear();
+        (self.read_back)(place, bytes)?;
+        match ArchivedChange::access(bytes)? {
+            ArchivedChange::Message(m) => Ok((
+                Entry {
+                    id: m.id.into(),
+                    what: m.what,
+                    kind: m.kind,
+                    flags: m.flags.into(),
+                    peer: (&*m.peer).into(),
+                    stanza: (&*m.stanza).into(),
+                },
+                m.twin.into(),
+            )),
+            _ => Err("the journal has something else where a message was".into()),
+        }
+    }
+}
+
+impl ArchiveQuery {
+    /// Does the entry match the filter, the page's bounds left aside?
+    pub fn matches(&self, entry: &Entry) -> bool {
+        self.wants(entry.id)
+            && self
+                .with
+                .as_deref()
+                .is_none_or(|with| is_with(&entry.peer, with))
+    }
+
+    /// Is the message with this id within the bounds of the filter?
+    fn wants(&self, id: u64) -> bool {
+        let ms = Id(id).unix_ms();
+        self.start_ms.is_none_or(|start| ms >= start)
+            && self.end_ms.is_none_or(|end| ms <= end)
+            && self.after_id.is_none_or(|after| id > after)
+            && self.before_id.is_none_or(|before| id < before)
+            && (self.ids.is_empty() || self.ids.contains(&id))
+    }
+}
+
+/// A bare JID matches all its resources.
+fn is_with(peer: &str, with: &str) -> bool {
+    match peer.strip_prefix(with) {
+        Some("") => true,
+        Some(rest) => rest.starts_with('/') && !with.contains('/'),
+        None => false,
+    }
+}
+
+impl Undrained {
+    fn items(&self) -> impl Iterator<Item = &Item> {
+        self.parts
+            .iter()
+            .flat_map(|(_, items)| items.iter().map(|(_, item)| item))
+    }
+
+    /// How many were forgotten.
+    fn forget(&mut self, at: Position) -> usize {
+        let mut forgotten = 0;
+        self.parts.retain(|(journal, items)| {
+            if *journal == at.journal {
+                while items.front().is_some_and(|(seq, _)| *seq <= at.seq) {
+                    items.pop_front();
+                    forgotten += 1;
+                }
+            }
+            !items.is_empty()
+        });
+        forgotten
+    }
+}

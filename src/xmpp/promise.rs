@@ -1,0 +1,333 @@
+//! The promise, held against the slices: what is accepted is durable, what is durable is delivered once, in order, over
+//! crashes too.
+
+use super::testing::{Client, World};
+
+const ENABLE: &str = "<enable xmlns='urn:xmpp:sm:3' resume='true'/>";
+const R: &str = "<r xmlns='urn:xmpp:sm:3'/>";
+
+fn chat(to: &str, text: &str) -> String {
+    format!("<message type='chat' id='{text}' to='{to}@localhost'><body>{text}</body></message>")
+}
+
+/// Bodies of the messages that came, and everything else by its name.
+fn got(w: &mut World, client: Client) -> Vec<String> {
+    let text = |xml: String| {
+        let element = super::parse_stanza(xml.as_bytes()).unwrap();
+        let body = element.find("body", super::NS_CLIENT);
+        match body {
+            Some(body) => body.text_content(),
+            None => format!(
+                "{}{}",
+                element.name,
+                element
+                    .get("h")
+                    .map(|h| format!(" {h}"))
+                    .unwrap_or_default()
+            ),
+        }
+    };
+    let all = w.take(client).into_iter().map(text);
+    all.filter(|name| name != "r" && !name.starts_with("enabled"))
+        .collect()
+}
+
+fn two(shards: usize) -> (World, String, String) {
+    let mut w = World::new(shards);
+    let (alice, bob) = (w.on(0, "alice"), w.on(shards - 1, "bob"));
+    w.add(&alice);
+    w.add(&bob);
+    (w, alice, bob)
+}
+
+fn managed(w: &mut World, name: &str, resource: &str) -> Client {
+    let client = w.login(name, resource);
+    w.send(client, ENABLE);
+    w.send(client, "<presence/>");
+    w.take(client);
+    client
+}
+
+#[test]
+fn nothing_is_delivered_or_acknowledged_before_it_is_durable_and_nothing_overtakes() {
+    for shards in [1, 2] {
+        let (mut w, alice, bob) = two(shards);
+        let a = managed(&mut w, &alice, "a");
+        let b = managed(&mut w, &bob, "b");
+        w.tier.held = true;
+        w.send(a, &chat(&bob, "1"));
+        w.send(a, R);
+        let state = format!(
+            "<message type='chat' to='{bob}@localhost'><active xmlns='http://jabber.org/protocol/chatstates'/></message>"
+        );
+        w.send(a, &state);
+        let directed = format!("<presence to='{bob}@localhost/b'/>");
+        w.send(a, &directed);
+        w.send(a, &chat(&bob, "2"));
+        assert_eq!(got(&mut w, a), [""; 0]);
+        assert_eq!(got(&mut w, b), [""; 0]);
+        w.release();
+        assert_eq!(
+            got(&mut w, b),
+            ["1", "message", "presence", "2"],
+            "{shards}"
+        );
+        assert_eq!(got(&mut w, a), ["a 2"]);
+        w.send(a, R);
+        assert_eq!(got(&mut w, a), ["a 5"]);
+    }
+}
+
+#[test]
+fn a_crash_brings_back_what_no_client_has_acknowledged_with_the_same_stable_id() {
+    for (shards, after) in [(1, 1), (2, 2), (2, 1), (1, 2)] {
+        for dry in [false, true] {
+            let (mut w, alice, bob) = two(shards);
+            w.tier.dry = dry;
+            let a = managed(&mut w, &alice, "a");
+            let b = managed(&mut w, &bob, "b");
+            w.send(a, &chat(&bob, "1"));
+            w.send(a, &chat(&bob, "2"));
+            let first = w.take(b);
+            assert_eq!(
+                first.iter().filter(|s| s.starts_with("<message")).count(),
+                2
+            );
+            w.send(b, "<a xmlns='urn:xmpp:sm:3' h='2'/>");
+            // presence counts too: b has its own presence and message 1
+            w.advance(100);
+            w.crash(after);
+            let b = w.login(&bob, "b");
+            w.send(b, "<presence/>");
+            let again: Vec<String> = w
+                .take(b)
+                .into_iter()
+                .filter(|s| s.starts_with("<message"))
+                .collect();
+            assert_eq!(again.len(), 1, "{shards} {after} {dry}: {again:?}");
+            let id = |s: &str| {
+                s[s.find("id='").unwrap()..]
+                    .split("<stanza-id")
+                    .nth(1)
+                    .map(|s| s[s.find(" id='").unwrap()..][..22].to_owned())
+            };
+            let old = first.iter().find(|s| s.contains(">2<")).unwrap();
+            assert!(again[0].contains(">2<") && again[0].contains("urn:xmpp:delay"));
+            assert_eq!(id(&again[0]), id(old));
+            // taken now: a further crash brings nothing
+            w.advance(100);
+            w.crash(after);
+            let b = w.login(&bob, "b");
+            w.send(b, "<presence/>");
+            assert!(w.take(b).iter().all(|s| !s.starts_with("<message")));
+        }
+    }
+}
+
+#[test]
+fn what_the_senders_journal_holds_alone_is_forwarded_again_once() {
+    let (mut w, alice, bob) = two(2);
+    let a = managed(&mut w, &alice, "a");
+    w.element(a, &chat(&bob, "1")).unwrap();
+    // the sender's owner commits, its batch to the other shard is lost in the crash
+    let shard = a.shard;
+    w.commit_only(shard);
+    w.crash(2);
+    let b = w.online_now(&bob, "b");
+    assert_eq!(got(&mut w, b).last().unwrap(), "1");
+    w.advance(100);
+    w.crash(2);
+    let b = w.online_now(&bob, "b");
+    assert!(!got(&mut w, b).contains(&"1".to_owned()));
+}
+
+#[test]
+fn a_delivery_is_one_for_all_resources() {
+    let (mut w, alice, bob) = two(1);
+    let a = managed(&mut w, &alice, "a");
+    let first = managed(&mut w, &bob, "first");
+    let second = managed(&mut w, &bob, "second");
+    w.take(first);
+    w.send(a, &chat(&bob, "1"));
+    w.send(a, &chat(&bob, "2"));
+    assert_eq!(
+        got(&mut w, first)
+            .iter()
+            .filter(|n| *n == "1" || *n == "2")
+            .count(),
+        2
+    );
+    // second takes message 1 only (its own and first's presence came before)
+    let sent = w.session(second).sm.as_ref().unwrap().waiting();
+    w.take(second);
+    let h = sent - 1;
+    w.send(second, &format!("<a xmlns='urn:xmpp:sm:3' h='{h}'/>"));
+    w.cut(first);
+    w.cut(second);
+    // a third resource takes only what nobody holds
+    let third = w.online_now(&bob, "third");
+    assert!(!got(&mut w, third).contains(&"2".to_owned()));
+    w.advance(400_000);
+    // both have expired: 2 comes back, once; 1 was taken
+    let got = got(&mut w, third);
+    assert_eq!(got.iter().filter(|n| *n == "2").count(), 1, "{got:?}");
+    assert!(!got.contains(&"1".to_owned()), "{got:?}");
+}
+
+#[test]
+fn without_stream_management_a_message_is_delivered_when_the_peer_has_it() {
+    let (mut w, alice, bob) = two(1);
+    let a = managed(&mut w, &alice, "a");
+    let b = w.online(&bob, "b");
+    w.confirms = false;
+    w.send(a, &chat(&bob, "1"));
+    assert_eq!(got(&mut w, b), ["1"]);
+    w.cut(b);
+    let b = w.online_now(&bob, "b");
+    assert!(got(&mut w, b).contains(&"1".to_owned()));
+    w.slice_of(&bob).confirmed(b.sid);
+    w.cut(b);
+    let b = w.online_now(&bob, "b");
+    assert!(!got(&mut w, b).contains(&"1".to_owned()));
+}
+
+#[test]
+fn a_message_for_somebody_who_cannot_be_loaded_is_accepted_and_decided_when_he_can() {
+    for exists in [true, false] {
+        let (mut w, alice, bob) = two(2);
+        let a = managed(&mut w, &alice, "a");
+        if !exists {
+            w.tier.users.remove(&bob);
+        }
+        w.tier.gone = true;
+        w.send(a, &chat(&bob, "1"));
+        w.send(a, R);
+        assert_eq!(got(&mut w, a), ["a 2"]);
+        // a crash does not change it
+        w.tier.dry = true;
+        w.crash(2);
+        let a = {
+            w.tier.gone = false;
+            let a = w.online_now(&alice, "a");
+            w.take(a);
+            a
+        };
+        w.advance(2_000);
+        let b = exists.then(|| w.online_now(&bob, "b"));
+        match b {
+            Some(b) => assert!(got(&mut w, b).contains(&"1".to_owned())),
+            None => assert!(w.take(a).is_empty() || !exists),
+        }
+    }
+}
+
+#[test]
+fn a_subscription_reaches_the_other_owner_whatever_happens_between() {
+    let (mut w, alice, bob) = two(2);
+    let a = managed(&mut w, &alice, "a");
+    w.element(
+        a,
+        &format!("<presence type='subscribe' to='{bob}@localhost'/>"),
+    )
+    .unwrap();
+    let shard = a.shard;
+    w.commit_only(shard);
+    assert!(w.stored(&alice).roster[0].ask);
+    w.crash(2);
+    assert_eq!(w.stored(&bob).requests.len(), 1);
+}
+
+#[test]
+fn what_a_subscription_has_changed_is_not_changed_again_after_a_crash() {
+    for shards in [1, 2] {
+        let (mut w, alice, bob) = two(shards);
+        let a = managed(&mut w, &alice, "a");
+        let b = managed(&mut w, &bob, "b");
+        w.send(
+            a,
+            &format!("<presence type='subscribe' to='{bob}@localhost'/>"),
+        );
+        assert_eq!(w.stored(&bob).requests.len(), 1);
+        w.send(
+            b,
+            &format!("<presence type='unsubscribed' to='{alice}@localhost'/>"),
+        );
+        w.advance(100);
+        w.crash(shards);
+        w.advance(100);
+        assert_eq!(w.stored(&bob).requests.len(), 0, "{shards}");
+        assert!(!w.stored(&alice).roster[0].ask);
+    }
+}
+
+#[test]
+fn a_subscription_keeps_its_place_in_the_journal_until_it_is_known_at_the_other_side() {
+    let (mut w, alice, bob) = two(1);
+    let a = managed(&mut w, &alice, "a");
+    w.tier.gone = true;
+    w.send(
+        a,
+        &format!("<presence type='subscribe' to='{bob}@localhost'/>"),
+    );
+    let before = w.slice_of(&alice).fx.floor;
+    w.send(a, &chat(&alice, "1"));
+    w.advance(2_000);
+    w.send(a, &chat(&alice, "2"));
+    assert_eq!(w.slice_of(&alice).fx.floor, before);
+    w.tier.gone = false;
+    w.advance(2_000);
+    assert_eq!(w.stored(&bob).requests.len(), 1);
+    assert!(w.slice_of(&alice).fx.floor > before);
+}
+
+#[test]
+fn a_change_made_while_an_account_is_removed_does_not_bring_it_back() {
+    let (mut w, alice, bob) = two(1);
+    w.tier.dry = true;
+    let (one, two) = (w.online(&alice, "1"), w.online(&alice, "2"));
+    w.element(
+        one,
+        "<iq type='set' id='r'><query xmlns='jabber:iq:register'><remove/></query></iq>",
+    )
+    .unwrap();
+    w.element(
+        two,
+        &format!("<iq type='set' id='r'><query xmlns='jabber:iq:roster'><item jid='{bob}@localhost'/></query></iq>"),
+    )
+    .unwrap();
+    w.run();
+    w.crash(1);
+    w.slice_of(&alice).want(&alice);
+    w.run();
+    assert!(w.slice_of(&alice).user(&alice).is_none());
+}
+
+#[test]
+fn undrained_changes_are_what_a_login_and_a_read_see() {
+    let (mut w, alice, bob) = two(1);
+    w.tier.dry = true;
+    let a = w.online(&alice, "a");
+    w.send(
+        a,
+        "<iq type='set' id='v'><vCard xmlns='vcard-temp'><FN>A</FN></vCard></iq>",
+    );
+    w.send(
+        a,
+        &format!("<iq type='set' id='r'><query xmlns='jabber:iq:roster'><item jid='{bob}@localhost'/></query></iq>"),
+    );
+    w.take(a);
+    w.crash(1);
+    assert!(w.tier.users[&alice].documents.is_empty());
+    let a = w.login(&alice, "a");
+    w.send(
+        a,
+        "<iq type='get' id='r'><query xmlns='jabber:iq:roster'/></iq>",
+    );
+    assert!(
+        w.take(a)
+            .concat()
+            .contains(&format!("jid='{bob}@localhost'"))
+    );
+    w.send(a, "<iq type='get' id='v'><vCard xmlns='vcard-temp'/></iq>");
+    assert!(w.take(a).concat().contains("<FN>A</FN>"));
+}

@@ -1,0 +1,3 @@
+//! Real servers for tests, each in a temporary folder.
+
+pub mod mariadb;
