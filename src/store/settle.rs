@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::drain::{Drain, DrainConfig, DrainHandle, Source};
 use super::journal::{self, Options, disk::Folder};
 use super::sql::admin::Store;
-use super::sql::{Database, Sql};
+use super::sql::{Database, Sql, runtime};
 
 /// Opens the database after the journals in `folder` (if there are any) were carried over. An error is a sentence.
 pub fn open(
@@ -34,11 +34,7 @@ pub fn open(
         .into_iter()
         .map(|reader| Box::new(reader) as Box<dyn Source>)
         .collect();
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| format!("cannot start a runtime: {error}"))?;
-    runtime.block_on(async {
+    runtime()?.block_on(async {
         let sql = Sql::open(database, 64 << 20, Default::default()).await?;
         let handle = DrainHandle::default();
         handle.stop();

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use super::{Applied, Database, Position, SetUpError, Sql, SqlError, UserChange, UserOp};
+use super::{Applied, Database, Position, SetUpError, Sql, SqlError, UserChange, UserOp, runtime};
 pub use super::{KeyShape, Listed};
 use crate::store::change::Id;
 use crate::store::record::Record;
@@ -53,10 +53,7 @@ pub enum WriteError {
 impl Store {
     /// Opens the database; a SQLite file is made if need be, the schema brought up to date.
     pub fn open(database: &Database) -> Result<Store, String> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| format!("cannot start a runtime: {error}"))?;
+        let runtime = runtime()?;
         let sql = runtime.block_on(Sql::open(database, 64 << 20, Default::default()))?;
         Ok(Store {
             runtime,
@@ -66,10 +63,7 @@ impl Store {
 
     /// The same; `Ok(None)`: the server cannot be reached, trying again may help.
     pub fn open_if_there(database: &Database) -> Result<Option<Store>, String> {
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .map_err(|error| format!("cannot start a runtime: {error}"))?;
+        let runtime = runtime()?;
         let mut sql = Sql::unconnected(database, 64 << 20, Default::default());
         let usual = sql.set_deadline(THERE_WITHIN);
         match runtime.block_on(sql.set_up()) {

@@ -27,7 +27,7 @@ use sqlx::AssertSqlSafe;
 
 use super::connection::{Dialect, Row, SqlError, Value};
 use super::statements::{Statement, rows};
-use super::{Database, Position, Sql, schema};
+use super::{Database, Position, Sql, runtime, schema};
 
 /// Rows of one batch.
 const BATCH_ROWS: i64 = 1000;
@@ -322,13 +322,6 @@ pub fn describe(path: &Path, tell: Tell<'_>) -> Result<Described, String> {
         sql.close().await;
         described.map_err(|error| failed(&name, &error))
     })
-}
-
-fn runtime() -> Result<tokio::runtime::Runtime, String> {
-    tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .map_err(|error| format!("cannot start a runtime: {error}"))
 }
 
 fn failed(database: &str, error: &SqlError) -> String {

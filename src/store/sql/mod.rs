@@ -273,6 +273,14 @@ impl Sql {
     }
 }
 
+/// For calls that wait: a runtime of the calling thread. The error is a sentence.
+pub(super) fn runtime() -> Result<tokio::runtime::Runtime, String> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| format!("cannot start a runtime: {error}"))
+}
+
 /// Why a database could not be opened.
 #[derive(Debug, thiserror::Error)]
 #[error("{sentence}")]
