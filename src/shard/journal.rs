@@ -11,8 +11,8 @@ use std::time::{Duration, Instant};
 use crate::store::journal::{Committed, Floors, State, Status, Writer};
 use crate::xmpp::slice::Slice;
 
-/// Between the begins of two commits.
-const PACE: Duration = Duration::from_millis(1);
+/// Between the begins of two commits. A message waits for two, one at each owner.
+const PACE: Duration = Duration::from_micros(750);
 /// The same while much waits for the database: each group fills up whole blocks, and the disk is to last.
 const PACE_WITH_BACKLOG: Duration = Duration::from_millis(4);
 /// So much waits for the database that the disk is spared.
