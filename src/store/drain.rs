@@ -251,6 +251,7 @@ impl Drain {
                 for id in &outcome.marked {
                     self.ahead.done.remove(id);
                     self.ahead.dropped.remove(id);
+                    self.ahead.decided.remove(id);
                     self.ahead.never_written.remove(id);
                 }
                 // A mark of the same batch is handled there; these marks are still to come.
@@ -547,12 +548,18 @@ impl Feed {
         self.read = *last;
         let records = found.into_iter().map(|(seq, place)| {
             let change = ArchivedChange::access(&bytes[place.clone()]);
-            if let Ok(ArchivedChange::Marks(marks)) = change {
-                ahead
-                    .done
-                    .extend(marks.done.iter().map(|id| id.to_native()));
-                let dropped = marks.dropped.iter().map(|id| id.to_native());
-                ahead.dropped.extend(dropped);
+            match change {
+                Ok(ArchivedChange::Marks(marks)) => {
+                    ahead
+                        .done
+                        .extend(marks.done.iter().map(|id| id.to_native()));
+                    let dropped = marks.dropped.iter().map(|id| id.to_native());
+                    ahead.dropped.extend(dropped);
+                }
+                Ok(ArchivedChange::Decided { ids }) => {
+                    ahead.decided.extend(ids.iter().map(|id| id.to_native()));
+                }
+                _ => {}
             }
             let order = change.ok().and_then(ArchivedChange::order);
             self.order = order.unwrap_or(self.order);
@@ -602,7 +609,7 @@ impl ArchivedChange<'_> {
             | ArchivedChange::RemoveUser { revision, .. }
             | ArchivedChange::PutDocument { revision, .. }
             | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
-            ArchivedChange::Marks(_) => return None,
+            ArchivedChange::Marks(_) | ArchivedChange::Decided { .. } => return None,
         })
     }
 }

@@ -67,6 +67,8 @@ pub struct Overlay {
     order: FnvHashMap<u16, VecDeque<(u64, Rc<str>)>>,
     /// Marks that an earlier start left, whose users are not known.
     gone: FnvHashMap<u64, Position>,
+    /// Undecided messages that were let in, whoever's they are; few, and none while the database is well.
+    decided: FnvHashMap<u64, Position>,
     read_back: ReadBack,
     items: usize,
 }
@@ -90,6 +92,7 @@ impl Overlay {
             users: FnvHashMap::default(),
             order: FnvHashMap::default(),
             gone: FnvHashMap::default(),
+            decided: FnvHashMap::default(),
             read_back,
             items: 0,
         }
@@ -154,11 +157,18 @@ impl Overlay {
         self.gone.insert(id, at);
     }
 
+    /// An undecided message was let in.
+    pub fn add_decided(&mut self, at: Position, id: u64) {
+        self.decided.insert(id, at);
+    }
+
     /// SQL has everything of that journal up to `at`.
     pub fn drained(&mut self, at: Position) {
-        if !self.gone.is_empty() && self.users.values().all(|user| user.held == 0) {
-            self.gone
-                .retain(|_, mark| mark.journal != at.journal || mark.seq > at.seq);
+        let marks = !self.gone.is_empty() || !self.decided.is_empty();
+        if marks && self.users.values().all(|user| user.held == 0) {
+            let stays = |mark: &Position| mark.journal != at.journal || mark.seq > at.seq;
+            self.gone.retain(|_, mark| stays(mark));
+            self.decided.retain(|_, mark| stays(mark));
         }
         let Some(order) = self.order.get_mut(&at.journal) else {
             return;
@@ -217,6 +227,16 @@ impl Overlay {
 
     /// The user as he is, from what SQL (or Redis) says of him. An error: the journal cannot be read.
     pub fn apply(&self, name: &str, loaded: Option<Loaded>) -> Result<Option<Loaded>, String> {
+        let mut user = self.with_changes(name, loaded)?;
+        for pending in user.iter_mut().flat_map(|user| &mut user.pending) {
+            if self.decided.contains_key(&pending.id) {
+                pending.what &= !Message::UNDECIDED;
+            }
+        }
+        Ok(user)
+    }
+
+    fn with_changes(&self, name: &str, loaded: Option<Loaded>) -> Result<Option<Loaded>, String> {
         let Some(user) = self.users.get(name).filter(|u| !u.parts.is_empty()) else {
             return Ok(loaded.map(|mut loaded| {
                 loaded.pending.retain(|p| !self.gone.contains_key(&p.id));
@@ -400,7 +420,7 @@ impl Overlay {
                 _ => {}
             }
         }
-        found.retain(|(id, _)| !self.gone.contains_key(id));
+        found.retain(|(id, _)| !self.gone.contains_key(id) && !self.decided.contains_key(id));
         found
     }
 

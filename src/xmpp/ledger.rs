@@ -76,6 +76,8 @@ pub enum Act {
     /// Deliveries of the user's that a client took.
     Done(Vec<u64>),
     Dropped(Vec<u64>),
+    /// Messages that were accepted before their recipient was known, and are let in.
+    Decided(Vec<u64>),
 }
 
 /// Acts and the strings that they name.
@@ -107,6 +109,7 @@ pub struct Ledger {
     foreign_open: bool,
     done: Vec<(Rc<str>, u64)>,
     dropped: Vec<(Rc<str>, u64)>,
+    decided: Vec<u64>,
     settled: Vec<u64>,
     counts: Vec<StreamCount>,
     marks_since_ms: Option<u64>,
@@ -217,15 +220,35 @@ impl Ledger {
         self.mark(now_ms);
     }
 
+    /// A message that nobody could decide when it was accepted is let in. A later change of its recipient's (a block) is never
+    /// durable before this is.
+    pub fn decided(&mut self, id: u64, now_ms: u64) {
+        self.decided.push(id);
+        self.mark(now_ms);
+    }
+
     /// Counts of streams, to be repeated in the journal.
     pub fn count(&mut self, counts: impl Iterator<Item = StreamCount>, now_ms: u64) {
         self.counts.extend(counts);
         self.mark(now_ms);
     }
 
-    /// Is the message done, though no journal says so yet?
-    pub fn is_done(&self, id: u64) -> bool {
-        self.done.iter().chain(&self.dropped).any(|(_, d)| *d == id)
+    /// What no journal says yet, or none that was heard of: messages that are done or dropped, and decided ones.
+    pub fn marked(&self) -> (FnvHashSet<u64>, FnvHashSet<u64>) {
+        let waiting = self.done.iter().chain(&self.dropped).map(|(_, id)| *id);
+        let (mut gone, mut decided) = (
+            waiting.collect::<FnvHashSet<_>>(),
+            self.decided.iter().copied().collect::<FnvHashSet<_>>(),
+        );
+        let flying = self.flying.iter().flat_map(|(acts, ..)| &acts.entries);
+        for entry in flying {
+            match &entry.act {
+                Act::Done(ids) | Act::Dropped(ids) => gone.extend(ids),
+                Act::Decided(ids) => decided.extend(ids),
+                _ => {}
+            }
+        }
+        (gone, decided)
     }
 
     /// Marks do not wait any more.
@@ -264,7 +287,11 @@ impl Ledger {
             return Some(now_ms);
         }
         let since = self.marks_since_ms?;
-        let marks = self.done.len() + self.dropped.len() + self.settled.len() + self.counts.len();
+        let marks = self.done.len()
+            + self.dropped.len()
+            + self.decided.len()
+            + self.settled.len()
+            + self.counts.len();
         Some(match marks < MARKS_MAX {
             true => since + MARKS_WAIT_MS,
             false => now_ms,
@@ -315,6 +342,11 @@ impl Ledger {
                 let act = act(same.iter().map(|(_, id)| *id).collect());
                 self.put(seq, Some(slot), &same[0].0, act);
             }
+        }
+        if !self.decided.is_empty() {
+            let ids = std::mem::take(&mut self.decided);
+            let act = Act::Decided(ids.clone());
+            self.journal(&Rc::from(""), &Change::Decided { ids: &ids }, act);
         }
     }
 

@@ -437,7 +437,8 @@ pub fn accepted(slice: &mut Slice, to: &str, message: &ArchivedMessage<'_>, meta
     }
 }
 
-/// May a message come in that was accepted before its recipient was known? If not, it is in no archive and no queue.
+/// May a message come in that was accepted before its recipient was known? If not, it is in no archive and no queue. Either
+/// way that is said once, for good: whatever he changes later, and over crashes.
 fn admitted(
     slice: &mut Slice,
     user: &Rc<str>,
@@ -448,9 +449,10 @@ fn admitted(
     id: u64,
 ) -> bool {
     let admitted = Jid::parse(from).is_ok_and(|from| slice.admits(to, &from, stanza, meta));
-    if !admitted {
-        let ms = slice.now.ms;
-        slice.ledger.dropped(user, id, ms);
+    let ms = slice.now.ms;
+    match admitted {
+        true => slice.ledger.decided(id, ms),
+        false => slice.ledger.dropped(user, id, ms),
     }
     admitted
 }
@@ -481,10 +483,15 @@ pub fn decide(slice: &mut Slice, name: &str, undecided: Vec<Pending>) {
 /// There is no such recipient: what was accepted for him comes back.
 pub fn decide_missing(slice: &mut Slice, name: &str) {
     let user: Rc<str> = name.into();
+    let undecided = slice.overlay.undecided(name);
+    if undecided.is_empty() {
+        return;
+    }
+    let (gone, _) = slice.ledger.marked();
     let mut bytes = Vec::new();
-    for (id, place) in slice.overlay.undecided(name) {
+    for (id, place) in undecided {
         let ms = slice.now.ms;
-        if slice.ledger.is_done(id) {
+        if gone.contains(&id) {
             continue;
         }
         slice.ledger.dropped(&user, id, ms);

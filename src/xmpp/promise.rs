@@ -222,6 +222,36 @@ fn a_message_for_somebody_who_cannot_be_loaded_is_accepted_and_decided_when_he_c
 }
 
 #[test]
+fn what_was_delivered_after_its_recipient_was_known_is_not_decided_again() {
+    // carried over into SQL before the crash, in between, or not at all
+    for (dry_before, dry_after) in [(false, false), (true, false), (true, true)] {
+        let (mut w, alice, bob) = two(2);
+        let a = managed(&mut w, &alice, "a");
+        (w.tier.gone, w.tier.dry) = (true, dry_before);
+        w.send(a, &chat(&bob, "1"));
+        w.tier.gone = false;
+        w.advance(2_000);
+        let b = managed(&mut w, &bob, "b");
+        assert!(w.session(b).sm.as_ref().unwrap().waiting() > 0);
+        w.tier.dry = dry_after;
+        let block = format!(
+            "<iq type='set' id='b'><block xmlns='urn:xmpp:blocking'><item jid='{alice}@localhost'/></block></iq>"
+        );
+        w.send(b, &block);
+        assert!(w.take(b).iter().any(|s| s.contains("type='result'")));
+        for (after, waits) in [(2, true), (1, false)] {
+            w.crash(after);
+            let b = w.online_now(&bob, "b");
+            assert_eq!(got(&mut w, b).contains(&"1".to_owned()), waits, "{after}");
+            let archive = "<iq type='set' id='m'><query xmlns='urn:xmpp:mam:2'/></iq>";
+            w.send(b, archive);
+            let found = w.take(b).concat();
+            assert!(found.contains("<body>1</body>"), "{after}: {found}");
+        }
+    }
+}
+
+#[test]
 fn a_subscription_reaches_the_other_owner_whatever_happens_between() {
     let (mut w, alice, bob) = two(2);
     let a = managed(&mut w, &alice, "a");

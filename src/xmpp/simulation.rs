@@ -749,13 +749,20 @@ impl Simulation {
             .flat_map(|(_, feed)| feed)
             .map(|(_, range)| range)
         {
-            if let Ok(ArchivedChange::Marks(marks)) = ArchivedChange::access(&bytes[range.clone()])
-            {
-                let ahead = &mut self.world.tier.ahead;
-                ahead.0.extend(marks.done.iter().map(|id| id.to_native()));
-                ahead
-                    .1
-                    .extend(marks.dropped.iter().map(|id| id.to_native()));
+            let ahead = &mut self.world.tier.ahead;
+            match ArchivedChange::access(&bytes[range.clone()]) {
+                Ok(ArchivedChange::Marks(marks)) => {
+                    ahead
+                        .done
+                        .extend(marks.done.iter().map(|id| id.to_native()));
+                    ahead
+                        .dropped
+                        .extend(marks.dropped.iter().map(|id| id.to_native()));
+                }
+                Ok(ArchivedChange::Decided { ids }) => {
+                    ahead.decided.extend(ids.iter().map(|id| id.to_native()));
+                }
+                _ => {}
             }
         }
         let most = match self.last {
@@ -903,6 +910,10 @@ fn told(change: &ArchivedChange<'_>) -> String {
                 marks.counts.len()
             )
         }
+        ArchivedChange::Decided { ids } => format!(
+            "decided {:?}",
+            ids.iter().map(|id| format!("{id:x}")).collect::<Vec<_>>()
+        ),
         other => format!("change of {:?}: {:x?}", other.owner(), id_of(other)),
     }
 }
@@ -916,7 +927,7 @@ fn id_of(change: &ArchivedChange<'_>) -> Option<u64> {
         | ArchivedChange::RemoveUser { revision, .. }
         | ArchivedChange::PutDocument { revision, .. }
         | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
-        ArchivedChange::Marks(_) => return None,
+        ArchivedChange::Marks(_) | ArchivedChange::Decided { .. } => return None,
     })
 }
 

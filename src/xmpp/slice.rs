@@ -1354,6 +1354,11 @@ impl Slice {
                     self.overlay.add(at, &user, Undrained::Dropped(id));
                 }
             }
+            Act::Decided(ids) => {
+                for id in ids {
+                    self.overlay.add_decided(at, id);
+                }
+            }
         }
     }
 
@@ -1387,6 +1392,9 @@ impl Slice {
         }
         for (at, id) in found.gone {
             self.overlay.add_gone(at, id);
+        }
+        for (at, id) in found.decided {
+            self.overlay.add_decided(at, id);
         }
         let undecided: Vec<Box<str>> = self
             .overlay
@@ -1648,11 +1656,15 @@ impl Slice {
         let by = format!("{name}@{}", self.env.domain);
         let mut offline = Offline::default();
         let mut undecided = Vec::new();
+        let (gone, decided) = match loaded.pending.is_empty() {
+            true => Default::default(),
+            false => self.ledger.marked(),
+        };
         for pending in std::mem::take(&mut loaded.pending) {
-            if self.ledger.is_done(pending.id) {
+            if gone.contains(&pending.id) {
                 continue;
             }
-            if pending.what & Message::UNDECIDED != 0 {
+            if pending.what & Message::UNDECIDED != 0 && !decided.contains(&pending.id) {
                 undecided.push(pending.clone());
             }
             let meta = Meta::from_numbers(pending.kind, pending.flags);
