@@ -769,13 +769,13 @@ impl Simulation {
             true => usize::MAX,
             false => 1 + self.random.below(40) as usize,
         };
-        let mut reached = BTreeMap::new();
+        let (mut reached, mut marked) = (BTreeMap::new(), Vec::new());
         for _ in 0..most {
             let order =
                 |key: &(u16, u64), range: &std::ops::Range<usize>, orders: &BTreeMap<u16, u64>| {
                     let before = orders.get(&key.0).copied().unwrap_or(0);
                     let change = ArchivedChange::access(&bytes[range.clone()]).unwrap();
-                    id_of(change).unwrap_or(before)
+                    change.order(before)
                 };
             let heads = feeds.iter().enumerate().filter_map(|(at, (key, feed))| {
                 let (_, range) = feed.front()?;
@@ -788,6 +788,16 @@ impl Simulation {
             let (seq, range) = feed.pop_front().unwrap();
             self.orders.insert(key.0, order);
             let change = ArchivedChange::access(&bytes[range]).unwrap();
+            match change {
+                ArchivedChange::Marks(marks) => {
+                    let ids = marks.done.iter().chain(marks.dropped.iter());
+                    marked.extend(ids.map(|id| id.to_native()));
+                }
+                ArchivedChange::Decided { ids } => {
+                    marked.extend(ids.iter().map(|id| id.to_native()));
+                }
+                _ => {}
+            }
             self.world.tier.apply(change);
             if std::env::var_os("NITRO_SIM_DRAIN").is_some() {
                 self.trace
@@ -799,8 +809,11 @@ impl Simulation {
         if reached.is_empty() {
             return false;
         }
-        if feeds.iter().all(|(_, feed)| feed.is_empty()) {
-            self.world.tier.ahead = Default::default();
+        let ahead = &mut self.world.tier.ahead;
+        for id in marked {
+            ahead.done.remove(&id);
+            ahead.dropped.remove(&id);
+            ahead.decided.remove(&id);
         }
         self.saw("drained");
         self.positions.extend(&reached);
