@@ -252,6 +252,43 @@ fn what_was_delivered_after_its_recipient_was_known_is_not_decided_again() {
 }
 
 #[test]
+fn no_count_covers_a_stanza_before_its_error_is_told() {
+    // one that can be resumed, and one that cannot
+    for enable in [ENABLE, "<enable xmlns='urn:xmpp:sm:3'/>"] {
+        let (mut w, alice, bob) = two(2);
+        let (carol, dave) = (w.on(0, "carol"), w.on(0, "dave"));
+        w.add(&carol);
+        w.add(&dave);
+        let a = w.login(&alice, "a");
+        w.send(a, enable);
+        w.send(a, "<presence/>");
+        w.take(a);
+        let block = format!(
+            "<iq type='set' id='b'><block xmlns='urn:xmpp:blocking'><item jid='{alice}@localhost'/></block></iq>"
+        );
+        for name in [&bob, &carol] {
+            let client = w.online(name, "x");
+            w.send(client, &block);
+        }
+        let d = w.online(&dave, "d");
+        // the other shard refuses the first one, while the second is on its way to the disk
+        w.tier.held = true;
+        w.element(a, &chat(&bob, "1")).unwrap();
+        w.send(a, &chat(&dave, "2"));
+        w.send(a, R);
+        w.release();
+        assert_eq!(got(&mut w, a), ["1", "a 3"], "{enable}");
+        // her own shard refuses one, while somebody else's to her is on its way to the disk
+        w.tier.held = true;
+        w.send(d, &chat(&alice, "3"));
+        w.send(a, &chat(&carol, "4"));
+        w.send(a, R);
+        w.release();
+        assert_eq!(got(&mut w, a), ["3", "4", "a 4"], "{enable}");
+    }
+}
+
+#[test]
 fn a_subscription_reaches_the_other_owner_whatever_happens_between() {
     let (mut w, alice, bob) = two(2);
     let a = managed(&mut w, &alice, "a");

@@ -1091,6 +1091,7 @@ impl Slice {
             self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
             return Fate::Decided;
         }
+        let receipt = receipt.or_else(|| self.hold_for_error(user, to, meta));
         let act = Act::Behind {
             to: self.ledger.keep(to.as_str().as_bytes()),
             from: self.ledger.keep(from.as_bytes()),
@@ -1100,6 +1101,26 @@ impl Slice {
         };
         self.ledger.queue(user, act);
         Fate::Open
+    }
+
+    /// The error with which this server answers a stanza of a session of this slice waits: no count may cover that stanza before.
+    fn hold_for_error(&mut self, user: &str, to: &Jid<'_>, meta: Meta) -> Option<Receipt> {
+        let error = matches!(
+            meta.kind,
+            Kind::MessageError | Kind::PresenceError | Kind::IqError
+        );
+        if !error || !meta.has(Meta::SERVER) {
+            return None;
+        }
+        let sid = self.find_session(user, to.resource()?)?;
+        let session = self.sessions.get_mut(sid)?;
+        session.sm.as_ref()?;
+        Some(Receipt {
+            shard: self.env.shard,
+            session: sid,
+            seq: session.accept.hold(),
+            twin: 0,
+        })
     }
 
     /// Sends a stanza that changes something of another user as soon as the journal has it, and again after a crash, until
