@@ -305,6 +305,56 @@ fn a_subscription_reaches_the_other_owner_whatever_happens_between() {
 }
 
 #[test]
+fn the_other_half_of_a_durable_subscription_waits_until_the_journal_has_room() {
+    let (mut w, alice, bob) = two(2);
+    let say = |kind: &str| format!("<presence type='{kind}' to='{bob}@localhost'/>");
+    let a = managed(&mut w, &alice, "a");
+    w.slice_of(&bob).journal_is_full(true);
+    w.send(a, &say("subscribe"));
+    assert!(w.stored(&alice).roster[0].ask && w.stored(&bob).requests.is_empty());
+    assert!(!w.take(a).concat().contains("type='error'"));
+    // what she says later does not overtake it
+    w.send(a, &chat(&alice, "1"));
+    let before = w.slice_of(&alice).fx.floor;
+    w.send(a, &say("unsubscribe"));
+    w.slice_of(&bob).journal_is_full(false);
+    w.run();
+    assert!(w.stored(&bob).requests.is_empty() && !w.stored(&alice).roster[0].ask);
+    w.send(a, &chat(&alice, "2"));
+    assert!(w.slice_of(&alice).fx.floor > before, "both are settled");
+    // and a crash does not lose it
+    w.slice_of(&bob).journal_is_full(true);
+    w.send(a, &say("subscribe"));
+    w.crash(2);
+    assert_eq!(w.stored(&bob).requests.len(), 1);
+}
+
+#[test]
+fn changes_that_wait_for_their_other_halves_are_bounded_where_they_begin() {
+    let mut w = World::with(2, |limits| limits.mesh_backlog_bytes_max = 1 << 10);
+    let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+    w.add(&alice);
+    w.add(&bob);
+    let a = managed(&mut w, &alice, "a");
+    w.slice_of(&bob).journal_is_full(true);
+    let text = "x".repeat(600);
+    let say = |kind: &str| {
+        format!("<presence type='{kind}' to='{bob}@localhost'><status>{text}</status></presence>")
+    };
+    w.send(a, &say("subscribe"));
+    w.send(a, &say("unsubscribe"));
+    assert!(!w.take(a).concat().contains("type='error'"));
+    w.send(a, &say("subscribe"));
+    let refused = w.take(a).concat();
+    assert!(refused.contains("resource-constraint"), "{refused}");
+    assert!(!w.stored(&alice).roster[0].ask, "the last one was not made");
+    w.slice_of(&bob).journal_is_full(false);
+    w.run();
+    w.send(a, &say("subscribe"));
+    assert_eq!(w.stored(&bob).requests.len(), 1);
+}
+
+#[test]
 fn what_a_subscription_has_changed_is_not_changed_again_after_a_crash() {
     for shards in [1, 2] {
         let (mut w, alice, bob) = two(shards);

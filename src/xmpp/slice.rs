@@ -352,6 +352,8 @@ pub struct Counters {
     pub load_queue_full: u64,
     pub mesh_refused: u64,
     pub journal_refused: u64,
+    /// Halves of changes that had to wait for room in the journal.
+    pub journal_waited: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -378,6 +380,11 @@ pub struct Slice {
     pub warmth: Warmth,
     /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
     counts: FnvHashMap<Box<str>, (u32, u64)>,
+    /// Halves of changes that are durable at the other side already: they wait until the journal has room.
+    halves: Vec<Waiting>,
+    /// Stanzas of [`Slice::forward`] that are not settled, and their bytes together.
+    forwards: FnvHashMap<u64, usize>,
+    forwarded_bytes: usize,
     /// Users whom the tier could not load and for whom messages wait: when to ask again.
     reload: Vec<(u64, Rc<str>)>,
     /// Changes of private storage at work.
@@ -449,6 +456,9 @@ impl Slice {
             overlay,
             warmth: Warmth::default(),
             counts: FnvHashMap::default(),
+            halves: Vec::new(),
+            forwards: FnvHashMap::default(),
+            forwarded_bytes: 0,
             reload: Vec::new(),
             private: Default::default(),
             passwords: Default::default(),
@@ -1087,7 +1097,8 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) -> Fate {
-        if self.ledger.bytes() > self.env.limits.mesh_backlog_bytes_max {
+        let full = self.ledger.bytes() > self.env.limits.mesh_backlog_bytes_max;
+        if full && !is_forwarded(meta, receipt) {
             self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
             return Fate::Decided;
         }
@@ -1171,7 +1182,40 @@ impl Slice {
         self.ledger.journal(&user, &change, act);
         // it has no twin, wherever it goes: its end is told by a mark
         self.ledger.opened(id);
+        self.forwards.insert(id, stanza.len());
+        self.forwarded_bytes += stanza.len();
         self.defer(receipt);
+    }
+
+    /// Do too many changes of this slice's users wait for their other halves? Then no new one is made: what is durable at one
+    /// side is never refused at the other, so it is here that they are bounded.
+    pub fn forwards_full(&self) -> bool {
+        self.forwarded_bytes > self.env.limits.mesh_backlog_bytes_max
+    }
+
+    /// The other half of a change (see [`Slice::forward`]) comes in: if the journal has no room for it, or others wait, it waits
+    /// and [`Slice::journal_is_full`] goes on with it. `true`: somebody will settle its receipt.
+    pub(super) fn waits_for_room(
+        &mut self,
+        to: &Jid<'_>,
+        from: &Jid<'_>,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) -> bool {
+        let full = self.ledger.full || !self.halves.is_empty();
+        if !full || !is_forwarded(meta, receipt) {
+            return false;
+        }
+        self.counters.journal_waited += 1;
+        self.halves.push(Waiting {
+            to: to.as_str().into(),
+            from: from.as_str().into(),
+            stanza: stanza.into(),
+            meta,
+            receipt,
+        });
+        true
     }
 
     fn wait_for_load(
@@ -1196,8 +1240,6 @@ impl Slice {
 
     // ---- the journal -------------------------------------------------------------------------------------------
 
-    /// The next group for the journal, when `due`; none while one is being committed. A group without changes is acted
-    /// on at once.
     /// A new segment begins: what the journal must say anew is said (see [`StreamCount`]).
     pub fn new_segment(&mut self) {
         let live = self.sessions.iter().filter_map(|session| {
@@ -1214,6 +1256,18 @@ impl Slice {
         self.ledger.count(live.chain(past), self.now.ms);
     }
 
+    /// Does the journal take new messages and changes? What waited for room goes on as soon as there is some, before anybody
+    /// else takes it.
+    pub fn journal_is_full(&mut self, full: bool) {
+        self.ledger.full = full;
+        if !full && !self.halves.is_empty() {
+            let halves = std::mem::take(&mut self.halves);
+            self.run_queue(halves.into_iter().map(Queued::Stanza).collect());
+        }
+    }
+
+    /// The next group for the journal, when it is due; none while one is being committed. A group without changes is acted on at
+    /// once.
     pub fn seal(&mut self) -> Option<Group> {
         if self.ledger.is_flying() || self.ledger.due_ms(self.now.ms)? > self.now.ms {
             return None;
@@ -1582,6 +1636,9 @@ impl Slice {
         }
         if receipt.twin != 0 {
             self.ledger.settled(receipt.twin, self.now.ms);
+            if let Some(bytes) = self.forwards.remove(&receipt.twin) {
+                self.forwarded_bytes -= bytes;
+            }
         }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
             session.accept.settle(receipt.seq);
@@ -1787,24 +1844,29 @@ impl Slice {
         }
     }
 
-    /// Changes a user's record, here at once and in the journal; `then` runs when it is durable, or at once if it is not made.
-    pub fn edit(&mut self, name: &str, change: impl FnOnce(&mut UserRecord), then: Then) {
+    /// Changes a user's record, here at once and in the journal; `then` runs when it is durable, or at once if it is not made:
+    /// `false`.
+    pub fn edit(&mut self, name: &str, change: impl FnOnce(&mut UserRecord), then: Then) -> bool {
+        let refused = |slice: &mut Slice, then: Then, why| {
+            then(slice, Err(why));
+            false
+        };
         if self.ledger.full {
             self.counters.journal_refused += 1;
-            return then(self, Err(WriteError::Full));
+            return refused(self, then, WriteError::Full);
         }
         let Some(user) = self.user(name) else {
-            return then(self, Err(WriteError::Missing));
+            return refused(self, then, WriteError::Missing);
         };
         let mut record = user.record.to_owned();
         change(&mut record);
         let record = Record::new(&record);
         if record.bytes().len() > self.env.limits.record_bytes_max {
-            return then(self, Err(WriteError::TooLarge));
+            return refused(self, then, WriteError::TooLarge);
         }
         let revision = self.next_id();
         let Some(user) = self.user_mut(name) else {
-            return then(self, Err(WriteError::Missing));
+            return refused(self, then, WriteError::Missing);
         };
         user.record = record.clone();
         user.revision = revision;
@@ -1823,6 +1885,7 @@ impl Slice {
         self.users.pin(name);
         self.ledger
             .journal(&who, &change, Act::Written { item, then });
+        true
     }
 
     /// Changes something of a user; `then` runs when it is durable, or at once if it is not made. The user stays in the

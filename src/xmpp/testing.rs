@@ -307,8 +307,10 @@ impl World {
 
     /// The client sends one element; nothing is carried out yet.
     pub fn element(&mut self, client: Client, xml: &str) -> Result<(), StreamError> {
-        for slice in &mut self.slices {
-            slice.ledger.full = self.tier.broken;
+        if self.tier.broken != self.slices[client.shard].ledger.full {
+            for slice in &mut self.slices {
+                slice.journal_is_full(self.tier.broken);
+            }
         }
         self.slices[client.shard].element(client.sid, xml.as_bytes())
     }
