@@ -61,6 +61,9 @@ enum Outcome {
     Gone,
 }
 
+/// How often a user is loaded for one binding, when others push him out of the cache in between.
+const LOADS_MAX: u32 = 3;
+
 enum Resumed {
     Yes,
     /// There is no such session; so many of its stanzas were durable, if that is known.
@@ -393,7 +396,7 @@ async fn run(
                 c.negotiation.registered(outcome, &mut out);
             }
             Step::Bind { resource } => {
-                let outcome = shard.bind(c, resource.as_deref(), link);
+                let outcome = shard.bind(c, resource.as_deref(), link).await;
                 let bound = outcome.is_ok();
                 c.negotiation
                     .bound(outcome.as_deref().map_err(Clone::clone), &mut out);
@@ -657,13 +660,30 @@ impl Shard {
         }
     }
 
-    fn bind(
+    /// The session begins. Its user may have left the cache since he authenticated: he is loaded again.
+    async fn bind(
         &self,
         c: &mut Connecting,
         resource: Option<&str>,
         link: u64,
     ) -> Result<String, StanzaError> {
+        let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
+        for _ in 0..LOADS_MAX {
+            self.load(&name).await;
+            if self
+                .slice
+                .borrow()
+                .users
+                .peek(&name)
+                .is_some_and(Slot::is_known)
+            {
+                break;
+            }
+        }
         let mut slice = self.slice.borrow_mut();
+        if !slice.users.peek(&name).is_some_and(Slot::is_known) {
+            return Err(StanzaError::RESOURCE_CONSTRAINT);
+        }
         let arrival = Arrival {
             user: c.negotiation.user().unwrap_or_default(),
             resource,

@@ -166,6 +166,13 @@ pub enum Slot {
     Present(Box<User>),
 }
 
+impl Slot {
+    /// Is it known who he is, or that he is not?
+    pub fn is_known(&self) -> bool {
+        !matches!(self, Slot::Loading { .. })
+    }
+}
+
 /// What waits for a user to be loaded.
 pub enum Queued {
     Stanza(Waiting),
