@@ -58,6 +58,75 @@ pub enum Item {
     },
 }
 
+impl Item {
+    /// What a change comes to; `place` is where it stands. `None`: marks, which name no user. An error: a record that this
+    /// release does not read.
+    pub fn of(change: &ArchivedChange<'_>, place: Place) -> Result<Option<Item>, String> {
+        let record = |revision: u64, bytes: &[u8], fresh| {
+            let record = Record::from_bytes(bytes).map_err(|error| error.to_string())?;
+            Ok::<_, String>(Item::Record {
+                revision,
+                record,
+                fresh,
+            })
+        };
+        Ok(Some(match change {
+            ArchivedChange::Message(message) => Item::Message {
+                id: message.id.to_native(),
+                what: message.what,
+                place,
+            },
+            ArchivedChange::AddUser {
+                revision,
+                record: bytes,
+                ..
+            } => record(revision.to_native(), bytes, true)?,
+            ArchivedChange::PutUser {
+                revision,
+                record: bytes,
+                ..
+            } => record(revision.to_native(), bytes, false)?,
+            ArchivedChange::RemoveUser { revision, .. } => Item::Removed {
+                revision: revision.to_native(),
+            },
+            ArchivedChange::PutDocument {
+                revision,
+                key,
+                value,
+                ..
+            } => Item::Document {
+                revision: revision.to_native(),
+                key: (**key).into(),
+                value: (**value).into(),
+            },
+            ArchivedChange::PutLast {
+                revision,
+                at,
+                status,
+                ..
+            } => Item::Last {
+                revision: revision.to_native(),
+                last: Last {
+                    at: at.to_native(),
+                    status: (**status).into(),
+                },
+            },
+            ArchivedChange::Marks(_) | ArchivedChange::Decided { .. } => return Ok(None),
+        }))
+    }
+
+    /// Its id or revision, or the id that a mark names.
+    pub fn id(&self) -> u64 {
+        match self {
+            Item::Message { id, .. } | Item::Done(id) | Item::Dropped(id) => *id,
+            Item::Record { revision, .. }
+            | Item::Removed { revision }
+            | Item::Document { revision, .. }
+            | Item::Last { revision, .. } => *revision,
+        }
+    }
+}
+
 /// Reads a message back from its journal: the payload is appended.
 pub type ReadBack = Rc<dyn Fn(Place, &mut Vec<u8>) -> Result<(), String>>;
 

@@ -16,7 +16,6 @@ use super::session::SessionId;
 use super::slice::Then;
 use crate::store::change::{Change, Id, Marks, StreamCount};
 use crate::store::journal::{Group, Slot};
-use crate::store::overlay::Item;
 
 /// Marks may wait so long for other changes to go with.
 const MARKS_WAIT_MS: u64 = 50;
@@ -65,7 +64,6 @@ pub enum Act {
     },
     /// A change of the user's data.
     Written {
-        item: Item,
         then: Then,
     },
     /// The journal knows so many stanzas of a session.

@@ -1318,10 +1318,8 @@ impl Slice {
         match act {
             Act::Received { to, meta, receipt } => {
                 let message = message_of(group, slot);
-                let place = place(slot.expect("it was journalled"));
                 let (id, what) = (message.id.to_native(), message.what);
-                self.overlay
-                    .add(at, &user, Undrained::Message { id, what, place });
+                self.overlay.add(at, &user, item_of(group, slot, place));
                 if what & Message::PENDING != 0 {
                     self.warmth.accepted(seq, &user, id, self.now.ms);
                 }
@@ -1345,12 +1343,8 @@ impl Slice {
                 let bytes = match stanza {
                     Some(stanza) => strings.get(stanza),
                     None => {
-                        let message = message_of(group, slot);
-                        let place = place(slot.expect("it was journalled"));
-                        let (id, what) = (message.id.to_native(), message.what);
-                        self.overlay
-                            .add(at, &user, Undrained::Message { id, what, place });
-                        &message.stanza
+                        self.overlay.add(at, &user, item_of(group, slot, place));
+                        &message_of(group, slot).stanza
                     }
                 };
                 self.ledger.release(&user);
@@ -1411,7 +1405,8 @@ impl Slice {
                 let whole = Receipt { twin: 0, ..receipt };
                 self.settle(whole);
             }
-            Act::Written { item, then } => {
+            Act::Written { then } => {
+                let item = item_of(group, slot, place);
                 match &item {
                     Undrained::Record {
                         revision, record, ..
@@ -1884,14 +1879,8 @@ impl Slice {
             revision,
             record: record.bytes(),
         };
-        let item = Undrained::Record {
-            revision,
-            record: record.clone(),
-            fresh: false,
-        };
         self.users.pin(name);
-        self.ledger
-            .journal(&who, &change, Act::Written { item, then });
+        self.ledger.journal(&who, &change, Act::Written { then });
         true
     }
 
@@ -1930,60 +1919,31 @@ impl Slice {
         }
         let revision = self.next_id();
         self.users.pin(name);
-        match op {
+        let change = match &op {
             Op::AddUser { record } => {
                 // known from now on, so that nobody adds it again; told when it is durable
                 self.set_user(name, Some((record.clone(), revision)));
-                let change = Change::AddUser {
+                Change::AddUser {
                     name,
                     revision,
                     record: record.bytes(),
-                };
-                let item = Undrained::Record {
-                    revision,
-                    record: record.clone(),
-                    fresh: true,
-                };
-                self.ledger
-                    .journal(&who, &change, Act::Written { item, then });
+                }
             }
-            Op::RemoveUser => {
-                let change = Change::RemoveUser { name, revision };
-                let item = Undrained::Removed { revision };
-                self.ledger
-                    .journal(&who, &change, Act::Written { item, then });
-            }
-            Op::PutDocument { key, value } => {
-                let value = value.unwrap_or_default();
-                let change = Change::PutDocument {
-                    name,
-                    revision,
-                    key: &key,
-                    value: &value,
-                };
-                let item = Undrained::Document {
-                    revision,
-                    key: key.clone(),
-                    value: value.clone(),
-                };
-                self.ledger
-                    .journal(&who, &change, Act::Written { item, then });
-            }
-            Op::PutLast { last } => {
-                let change = Change::PutLast {
-                    name,
-                    revision,
-                    at: last.at,
-                    status: &last.status,
-                };
-                let item = Undrained::Last {
-                    revision,
-                    last: last.clone(),
-                };
-                self.ledger
-                    .journal(&who, &change, Act::Written { item, then });
-            }
-        }
+            Op::RemoveUser => Change::RemoveUser { name, revision },
+            Op::PutDocument { key, value } => Change::PutDocument {
+                name,
+                revision,
+                key,
+                value: value.as_deref().unwrap_or_default(),
+            },
+            Op::PutLast { last } => Change::PutLast {
+                name,
+                revision,
+                at: last.at,
+                status: &last.status,
+            },
+        };
+        self.ledger.journal(&who, &change, Act::Written { then });
     }
 
     /// Reads a document of a user.
@@ -2079,15 +2039,31 @@ fn user_bytes(user: &User) -> usize {
     USER_BYTES + user.record.bytes().len() + user.offline.bytes() + 32 * user.offline.len()
 }
 
-/// The message that a group holds at `slot`, which was appended by [`Ledger::journal`].
+/// The change that a group holds at `slot`, which was appended by [`Ledger::journal`].
 #[allow(unsafe_code)]
-fn message_of(group: Option<&Group>, slot: Option<GroupSlot>) -> &ArchivedMessage<'static> {
+fn change_of(group: Option<&Group>, slot: Option<GroupSlot>) -> &ArchivedChange<'static> {
     let payload = group
         .zip(slot)
         .map(|(group, slot)| group.payload(slot))
-        .expect("a message stands in its group");
+        .expect("a change stands in its group");
     // SAFETY: the slot is what the group gave for exactly one encoded change, and its buffer is not written after.
-    match unsafe { ArchivedChange::access_unchecked(payload) } {
+    unsafe { ArchivedChange::access_unchecked(payload) }
+}
+
+/// What SQL does not have of it.
+fn item_of(
+    group: Option<&Group>,
+    slot: Option<GroupSlot>,
+    place: &dyn Fn(GroupSlot) -> Place,
+) -> Undrained {
+    let place = place(slot.expect("it was journalled"));
+    let item = Undrained::of(change_of(group, slot), place);
+    item.expect("this release has written it")
+        .expect("an act's change is a user's")
+}
+
+fn message_of(group: Option<&Group>, slot: Option<GroupSlot>) -> &ArchivedMessage<'static> {
+    match change_of(group, slot) {
         ArchivedChange::Message(message) => message,
         _ => unreachable!("the act was put together with a message"),
     }
