@@ -55,6 +55,12 @@ pub enum Act {
         meta: Meta,
         receipt: Option<Receipt>,
     },
+    /// Presence of one of the user's contacts, who may have sent him messages before.
+    Presence {
+        from: Span,
+        stanza: Span,
+        meta: Meta,
+    },
     /// A stanza of the user's that changes something of another one: it goes there until it is settled.
     Forward {
         to: Span,
@@ -154,7 +160,7 @@ impl Ledger {
     fn put(&mut self, seq: u64, slot: Option<Slot>, user: &Rc<str>, act: Act) {
         if matches!(
             act,
-            Act::Received { .. } | Act::Sent { .. } | Act::Behind { .. }
+            Act::Received { .. } | Act::Sent { .. } | Act::Behind { .. } | Act::Presence { .. }
         ) {
             *self.behind.entry(user.clone()).or_insert(0) += 1;
         }

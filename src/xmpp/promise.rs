@@ -79,6 +79,22 @@ fn nothing_is_delivered_or_acknowledged_before_it_is_durable_and_nothing_overtak
 }
 
 #[test]
+fn who_says_goodbye_is_heard_before_he_is_seen_going() {
+    for shards in [1, 2] {
+        let (mut w, alice, bob) = two(shards);
+        w.befriend(&alice, &bob);
+        let a = managed(&mut w, &alice, "a");
+        let b = managed(&mut w, &bob, "b");
+        w.take(a);
+        w.tier.held = true;
+        w.send(a, &chat(&bob, "goodbye"));
+        w.send(a, "<presence type='unavailable'/>");
+        w.release();
+        assert_eq!(got(&mut w, b), ["goodbye", "presence"], "{shards}");
+    }
+}
+
+#[test]
 fn a_crash_brings_back_what_no_client_has_acknowledged_with_the_same_stable_id() {
     for (shards, after) in [(1, 1), (2, 2), (2, 1), (1, 2)] {
         for dry in [false, true] {

@@ -1386,6 +1386,12 @@ impl Slice {
                     self.settle(receipt);
                 }
             }
+            Act::Presence { from, stanza, meta } => {
+                self.ledger.release(&user);
+                if let Ok(from) = Jid::parse(strings.text(from)) {
+                    presence::tell_now(self, &user, &from, strings.get(stanza), meta);
+                }
+            }
             Act::Forward {
                 to,
                 from,
