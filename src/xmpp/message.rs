@@ -96,16 +96,17 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         slice.counters.journal_refused += 1;
         return bounce_out(slice, sid, view, &JOURNAL_FULL);
     } else {
-        let receipt = Receipt {
+        // nobody asks for the fate of what came before <enable/>, and counting begins anew there
+        let receipt = slice.current.unwrap_or(Receipt {
             shard: slice.env.shard,
-            session: sid,
-            seq: slice.seq,
+            session: SessionId::NONE,
+            seq: 0,
             twin: 0,
-        };
+        });
         // what a user sends to himself stands in his archive once
         let twin = match to.local() == Some(&user) {
             true => 0,
-            false => record_sent(slice, &user, receipt, &to, &jid, &stanza, meta),
+            false => record_sent(slice, (&user, sid), receipt, &to, &jid, &stanza, meta),
         };
         slice.route(&to, &jid, &stanza, meta, Some(Receipt { twin, ..receipt }));
     }
@@ -117,7 +118,7 @@ const JOURNAL_FULL: StanzaError = StanzaError::RESOURCE_CONSTRAINT;
 /// The sender's record of a message; its id.
 fn record_sent(
     slice: &mut Slice,
-    user: &Rc<str>,
+    (user, session): (&Rc<str>, SessionId),
     receipt: Receipt,
     to: &Jid<'_>,
     from: &str,
@@ -143,7 +144,7 @@ fn record_sent(
         stanza,
     });
     let act = Act::Sent {
-        session: receipt.session,
+        session,
         to: slice.ledger.keep(to.as_str().as_bytes()),
         from: slice.ledger.keep(from.as_bytes()),
         stanza: None,

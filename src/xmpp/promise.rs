@@ -95,6 +95,24 @@ fn who_says_goodbye_is_heard_before_he_is_seen_going() {
 }
 
 #[test]
+fn what_was_sent_before_stream_management_is_not_taken_for_what_comes_after() {
+    let (mut w, alice, bob) = two(2);
+    let a = w.login(&alice, "a");
+    w.tier.held = true;
+    w.send(a, &chat(&bob, "1"));
+    w.send(a, ENABLE);
+    w.send(a, &chat(&bob, "2"));
+    w.send(a, R);
+    // the first one's group is durable, the second one's is not
+    w.tier.held = false;
+    w.commit_only(a.shard);
+    assert_eq!(w.session(a).accept.h(), 0);
+    assert_eq!(w.session(a).sm.as_ref().unwrap().durable, 0);
+    w.run();
+    assert_eq!(got(&mut w, a), ["a 1"]);
+}
+
+#[test]
 fn a_crash_brings_back_what_no_client_has_acknowledged_with_the_same_stable_id() {
     for (shards, after) in [(1, 1), (2, 2), (2, 1), (1, 2)] {
         for dry in [false, true] {

@@ -379,8 +379,6 @@ pub struct Slice {
     pub hooks: Hooks,
     /// The inbound stanza at work, when its session has stream management.
     pub current: Option<Receipt>,
-    /// Its number.
-    pub seq: u32,
     pub parked: usize,
     pub ledger: Ledger,
     pub overlay: Overlay,
@@ -457,7 +455,6 @@ impl Slice {
             counters: Counters::default(),
             hooks: Hooks::collect(),
             current: None,
-            seq: 0,
             parked: 0,
             ledger,
             overlay,
@@ -510,7 +507,6 @@ impl Slice {
             seq,
             twin: 0,
         });
-        self.seq = seq;
         match view.name() {
             "message" => message::outbound(self, sid, &view),
             "presence" => presence::outbound(self, sid, &view),
