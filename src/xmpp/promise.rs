@@ -209,6 +209,55 @@ fn a_delivery_is_one_for_all_resources() {
 }
 
 #[test]
+fn what_an_expired_session_leaves_goes_where_it_belongs() {
+    let mut w = World::with(2, |limits| limits.offline_messages_max = 1);
+    let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+    w.add(&alice);
+    w.add(&bob);
+    let a = managed(&mut w, &alice, "a");
+    let b = managed(&mut w, &bob, "b");
+    w.send(
+        b,
+        "<iq type='set' id='c'><enable xmlns='urn:xmpp:carbons:2'/></iq>",
+    );
+    let other = managed(&mut w, &bob, "other");
+    w.send(other, "<presence type='unavailable'/>");
+    w.cut(b);
+    for text in ["1", "2", "3"] {
+        w.send(a, &chat(&bob, text));
+    }
+    // of Bob's other client: a copy for this one
+    w.send(other, &chat(&alice, "copied"));
+    let to = format!("to='{bob}@localhost/b'");
+    for stanza in [
+        format!("<message type='headline' {to}><body>news</body></message>"),
+        format!("<message type='groupchat' {to}><body>room</body></message>"),
+        format!("<message type='error' {to}><body>error</body></message>"),
+        format!("<iq type='get' id='i' {to}><ping xmlns='urn:xmpp:ping'/></iq>"),
+    ] {
+        w.send(a, &stanza);
+    }
+    assert!(w.session(b).sm.as_ref().unwrap().waiting() >= 8);
+    w.take(a);
+    w.logout(other);
+    w.advance(400_000);
+    let mut bounced = w.take(a);
+    bounced.retain(|xml| !xml.starts_with("<r "));
+    assert!(
+        bounced.len() == 1 && bounced[0].starts_with("<iq") && bounced[0].contains("type='error'"),
+        "{bounced:?}"
+    );
+    let b = w.online_now(&bob, "b");
+    let mut heard = got(&mut w, b);
+    heard.retain(|one| one != "presence");
+    assert_eq!(
+        heard,
+        ["1", "2", "3"],
+        "beyond the limit, once, and nothing else"
+    );
+}
+
+#[test]
 fn without_stream_management_a_message_is_delivered_when_the_peer_has_it() {
     let (mut w, alice, bob) = two(1);
     let a = managed(&mut w, &alice, "a");
