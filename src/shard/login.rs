@@ -18,6 +18,7 @@ use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
 use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
+use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
 /// A connection that has no session yet. It may move to another shard.
@@ -717,16 +718,16 @@ impl Shard {
         let sid = sm::find(&self.slice.borrow(), &name, previd);
         if let Some(sid) = sid {
             sm::detach(&mut self.slice.borrow_mut(), sid);
-            while sm::is_settling(&mut self.slice.borrow_mut(), sid) {
-                let (setter, settled) = slot();
-                self.waiting
-                    .borrow_mut()
-                    .entry(name.clone())
-                    .or_default()
-                    .push(setter);
-                self.flush();
-                settled.take().await;
-            }
+        }
+        while self.is_settling(sid, previd) {
+            let (setter, settled) = slot();
+            self.waiting
+                .borrow_mut()
+                .entry(name.clone())
+                .or_default()
+                .push(setter);
+            self.flush();
+            settled.take().await;
         }
         let mut slice = self.slice.borrow_mut();
         let Some(sid) = sm::find(&slice, &name, previd) else {
@@ -743,6 +744,12 @@ impl Shard {
         }
         self.bound.borrow_mut().push((link, sid));
         Ok(Resumed::Yes)
+    }
+
+    /// Is something that was read from the session, or from one that has ended, not decided yet?
+    fn is_settling(&self, sid: Option<SessionId>, previd: &str) -> bool {
+        let mut slice = self.slice.borrow_mut();
+        sid.is_some_and(|sid| sm::is_settling(&mut slice, sid)) || slice.is_ending(previd)
     }
 
     /// The namespaces of a stream header, shared by all streams that declare the same.

@@ -113,6 +113,23 @@ fn what_was_sent_before_stream_management_is_not_taken_for_what_comes_after() {
 }
 
 #[test]
+fn what_an_ended_session_has_sent_is_counted_when_it_is_decided() {
+    let (mut w, alice, bob) = two(2);
+    let a = managed(&mut w, &alice, "a");
+    let previd = w.session(a).sm.as_ref().unwrap().id.clone();
+    w.tier.held = true;
+    w.send(a, &chat(&bob, "1"));
+    // the resource is taken by another connection
+    w.login(&alice, "a");
+    let slice = w.slice_of(&alice);
+    assert!(slice.is_ending(&previd));
+    w.release();
+    let slice = w.slice_of(&alice);
+    assert!(!slice.is_ending(&previd));
+    assert_eq!(slice.count_of(&previd), Some(2));
+}
+
+#[test]
 fn a_crash_brings_back_what_no_client_has_acknowledged_with_the_same_stable_id() {
     for (shards, after) in [(1, 1), (2, 2), (2, 1), (1, 2)] {
         for dry in [false, true] {

@@ -13,6 +13,7 @@ use std::rc::Rc;
 use fnv::FnvHashMap;
 use smallvec::SmallVec;
 
+use super::accept::Acceptance;
 use super::batch::{Batch, Item, Receipt};
 use super::error::{StanzaError, StreamError};
 use super::feature::offline::Offline;
@@ -383,6 +384,8 @@ pub struct Slice {
     pub ledger: Ledger,
     pub overlay: Overlay,
     pub warmth: Warmth,
+    /// Sessions that have ended while stanzas of theirs were not decided: `<failed/>` waits for that.
+    ended: FnvHashMap<SessionId, Ended>,
     /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
     counts: FnvHashMap<Box<str>, (u32, u64)>,
     /// Halves of changes that are durable at the other side already: they wait until the journal has room.
@@ -429,6 +432,13 @@ impl Start {
     }
 }
 
+/// What is left of a session that could have been resumed.
+struct Ended {
+    user: Rc<str>,
+    stream: Box<str>,
+    accept: Acceptance,
+}
+
 /// How long after a failure a user for whom messages wait is asked for again.
 const RELOAD_MS: u64 = 1000;
 /// How often SQL is asked again because the journal does not have any more what was to be added to its answer.
@@ -459,6 +469,7 @@ impl Slice {
             ledger,
             overlay,
             warmth: Warmth::default(),
+            ended: FnvHashMap::default(),
             counts: FnvHashMap::default(),
             halves: Vec::new(),
             forwards: FnvHashMap::default(),
@@ -735,6 +746,15 @@ impl Slice {
         if let Some(mut sm) = session.sm.take() {
             if sm.resume_ms > 0 {
                 self.remember_count(&sm.id, session.accept.h());
+                let room = self.ended.len() < self.env.limits.parked_max.max(1) * 2;
+                if session.accept.waiting() > 0 && room {
+                    let ended = Ended {
+                        user: name.clone(),
+                        stream: sm.id.clone(),
+                        accept: std::mem::take(&mut session.accept),
+                    };
+                    self.ended.insert(sid, ended);
+                }
             }
             left.extend(sm.unacknowledged());
         }
@@ -747,6 +767,12 @@ impl Slice {
             let until = self.now.ms + 2 * self.env.limits.resume_ms_max;
             self.counts.insert(stream.into(), (count, until));
         }
+    }
+
+    /// Is something that was read from a stream that is no more not decided yet? Then its user is in [`Effects::loaded`] when all
+    /// is.
+    pub fn is_ending(&self, stream: &str) -> bool {
+        self.ended.values().any(|ended| *ended.stream == *stream)
     }
 
     /// How many stanzas of a stream that is no more were durable.
@@ -1625,8 +1651,13 @@ impl Slice {
     }
 
     pub fn defer(&mut self, receipt: Receipt) {
+        if receipt.shard != self.env.shard {
+            return;
+        }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
             session.accept.defer(receipt.seq);
+        } else if let Some(ended) = self.ended.get_mut(&receipt.session) {
+            ended.accept.defer(receipt.seq);
         }
     }
 
@@ -1651,6 +1682,15 @@ impl Slice {
                 self.fx.loaded.push(name);
             }
             feature::sm::answer_asked(self, receipt.session);
+        } else if let Some(ended) = self.ended.get_mut(&receipt.session) {
+            ended.accept.settle(receipt.seq);
+            let (h, stream) = (ended.accept.h(), ended.stream.clone());
+            if ended.accept.waiting() == 0
+                && let Some(ended) = self.ended.remove(&receipt.session)
+            {
+                self.fx.loaded.push(ended.user);
+            }
+            self.remember_count(&stream, h);
         }
     }
 
