@@ -251,7 +251,6 @@ impl Drain {
                 for id in &outcome.marked {
                     self.ahead.done.remove(id);
                     self.ahead.dropped.remove(id);
-                    self.ahead.decided.remove(id);
                     self.ahead.never_written.remove(id);
                 }
                 // A mark of the same batch is handled there; these marks are still to come.
@@ -548,18 +547,12 @@ impl Feed {
         self.read = *last;
         let records = found.into_iter().map(|(seq, place)| {
             let change = ArchivedChange::access(&bytes[place.clone()]);
-            match change {
-                Ok(ArchivedChange::Marks(marks)) => {
-                    ahead
-                        .done
-                        .extend(marks.done.iter().map(|id| id.to_native()));
-                    let dropped = marks.dropped.iter().map(|id| id.to_native());
-                    ahead.dropped.extend(dropped);
-                }
-                Ok(ArchivedChange::Decided { ids }) => {
-                    ahead.decided.extend(ids.iter().map(|id| id.to_native()));
-                }
-                _ => {}
+            if let Ok(ArchivedChange::Marks(marks)) = change {
+                ahead
+                    .done
+                    .extend(marks.done.iter().map(|id| id.to_native()));
+                let dropped = marks.dropped.iter().map(|id| id.to_native());
+                ahead.dropped.extend(dropped);
             }
             self.order = change.map_or(self.order, |change| change.order(self.order));
             Record {

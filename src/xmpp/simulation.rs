@@ -760,19 +760,14 @@ impl Simulation {
             .map(|(_, range)| range)
         {
             let ahead = &mut self.world.tier.ahead;
-            match ArchivedChange::access(&bytes[range.clone()]) {
-                Ok(ArchivedChange::Marks(marks)) => {
-                    ahead
-                        .done
-                        .extend(marks.done.iter().map(|id| id.to_native()));
-                    ahead
-                        .dropped
-                        .extend(marks.dropped.iter().map(|id| id.to_native()));
-                }
-                Ok(ArchivedChange::Decided { ids }) => {
-                    ahead.decided.extend(ids.iter().map(|id| id.to_native()));
-                }
-                _ => {}
+            if let Ok(ArchivedChange::Marks(marks)) = ArchivedChange::access(&bytes[range.clone()])
+            {
+                ahead
+                    .done
+                    .extend(marks.done.iter().map(|id| id.to_native()));
+                ahead
+                    .dropped
+                    .extend(marks.dropped.iter().map(|id| id.to_native()));
             }
         }
         let most = match self.last {
@@ -798,15 +793,9 @@ impl Simulation {
             let (seq, range) = feed.pop_front().unwrap();
             self.orders.insert(key.0, order);
             let change = ArchivedChange::access(&bytes[range]).unwrap();
-            match change {
-                ArchivedChange::Marks(marks) => {
-                    let ids = marks.done.iter().chain(marks.dropped.iter());
-                    marked.extend(ids.map(|id| id.to_native()));
-                }
-                ArchivedChange::Decided { ids } => {
-                    marked.extend(ids.iter().map(|id| id.to_native()));
-                }
-                _ => {}
+            if let ArchivedChange::Marks(marks) = change {
+                let ids = marks.done.iter().chain(marks.dropped.iter());
+                marked.extend(ids.map(|id| id.to_native()));
             }
             self.world.tier.apply(change);
             if std::env::var_os("NITRO_SIM_DRAIN").is_some() {
@@ -823,7 +812,6 @@ impl Simulation {
         for id in marked {
             ahead.done.remove(&id);
             ahead.dropped.remove(&id);
-            ahead.decided.remove(&id);
         }
         self.saw("drained");
         self.positions.extend(&reached);

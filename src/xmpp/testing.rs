@@ -664,13 +664,9 @@ impl Stored {
     fn put(&mut self, m: &crate::store::change::ArchivedMessage<'_>, ahead: &Ahead) {
         let id = m.id.to_native();
         if m.what & Message::PENDING != 0 && !ahead.done.contains(&id) {
-            let undecided = match ahead.decided.contains(&id) {
-                true => Message::UNDECIDED,
-                false => 0,
-            };
             let pending = Pending {
                 id,
-                what: m.what & !undecided,
+                what: m.what,
                 kind: m.kind,
                 flags: m.flags.into(),
                 stanza: (*m.stanza).into(),

@@ -50,8 +50,6 @@ pub struct Ahead {
     pub done: FnvHashSet<u64>,
     /// Messages that were refused.
     pub dropped: FnvHashSet<u64>,
-    /// Undecided messages that were let in.
-    pub decided: FnvHashSet<u64>,
     /// Of these no row was ever written, so their marks need not look for one.
     pub never_written: FnvHashSet<u64>,
 }
@@ -250,7 +248,7 @@ impl Sql {
 
     async fn write(&mut self, plan: &Plan<'_>) -> Result<Outcome, SqlError> {
         let mut outcome = Outcome {
-            marked: plan.marked().collect(),
+            marked: plan.done.iter().chain(&plan.dropped).copied().collect(),
             never_written: plan.never_written.clone(),
             ..Outcome::default()
         };
@@ -279,7 +277,7 @@ impl Sql {
             let Some(owner) = owner(&message.owner, id) else {
                 continue;
             };
-            let meta = meta(planned.what, message.kind, message.flags.to_native());
+            let meta = meta(message.what, message.kind, message.flags.to_native());
             let archived = message.what & Message::ARCHIVE != 0;
             if archived {
                 archive.push((id, owner, meta, message));
@@ -526,6 +524,7 @@ struct Plan<'a> {
     /// All marks of the batch.
     done: Vec<u64>,
     dropped: Vec<u64>,
+    /// Undecided messages that were let in: their rows are there, or in this batch.
     decided: Vec<u64>,
     /// Rows to be deleted for them.
     dropped_rows: Vec<u64>,
@@ -536,8 +535,6 @@ struct Plan<'a> {
 
 struct Planned<'a> {
     message: &'a ArchivedMessage<'static>,
-    /// Its bits, as they are by now.
-    what: u8,
     /// Needs a row in `pending`.
     waits: bool,
 }
@@ -569,13 +566,8 @@ impl<'a> Plan<'a> {
         };
         match change {
             ArchivedChange::Message(message) => {
-                let what = message.what;
-                let waits = what & Message::PENDING != 0;
-                self.messages.push(Planned {
-                    message,
-                    what,
-                    waits,
-                });
+                let waits = message.what & Message::PENDING != 0;
+                self.messages.push(Planned { message, waits });
             }
             ArchivedChange::AddUser {
                 name,
@@ -630,17 +622,10 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// The messages that its marks name.
-    fn marked(&self) -> impl Iterator<Item = u64> {
-        let marks = self.done.iter().chain(&self.dropped).chain(&self.decided);
-        marks.copied()
-    }
-
     /// Takes out what need not be written, and finds which marks concern rows.
     fn merge(&mut self, ahead: &Ahead) {
         let done: FnvHashSet<u64> = self.done.iter().copied().collect();
         let dropped: FnvHashSet<u64> = self.dropped.iter().copied().collect();
-        let decided: FnvHashSet<u64> = self.decided.iter().copied().collect();
         // Of these nothing is in the database, or only the row in the archive.
         let mut here: FnvHashSet<u64> = FnvHashSet::default();
         self.messages.retain_mut(|planned| {
@@ -648,9 +633,6 @@ impl<'a> Plan<'a> {
             if dropped.contains(&id) || ahead.dropped.contains(&id) {
                 // An earlier life of this journal may have written it: then its mark deletes it.
                 return false;
-            }
-            if decided.contains(&id) || ahead.decided.contains(&id) {
-                planned.what &= !Message::UNDECIDED;
             }
             if planned.waits && (done.contains(&id) || ahead.done.contains(&id)) {
                 planned.waits = false;
