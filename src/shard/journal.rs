@@ -63,7 +63,7 @@ impl Journal {
 
     /// Hands over what waits, if it is time.
     pub fn hand_over(&self, slice: &mut Slice) {
-        slice.ledger.full = self.state.status() != Status::Open;
+        slice.journal_is_full(self.state.status() != Status::Open);
         self.tell_settled(slice);
         if slice.ledger.is_flying() || self.wait(slice).is_none_or(|wait| !wait.is_zero()) {
             return;

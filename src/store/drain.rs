@@ -6,7 +6,7 @@
 //! - a record is reported as drained only after its transaction is committed; after a crash, a lost connection or an
 //!   unknown end of a commit it goes on from the position that the database has;
 //! - journals are merged by the ids of their records, which grow with time: a user whose changes lie in two journals,
-//!   because the number of cores has changed, sees them in his order;
+//!   because the number of cores has changed, sees them in his order; a mark comes behind the message that it names;
 //! - records rest for a moment ([`DrainConfig::linger`]), so that a delivery that is taken soon is never written as
 //!   pending; with a backlog they do not. (So a load may show a delivery as taken whose mark is durable in the journal,
 //!   but not reached yet.);
@@ -489,7 +489,7 @@ struct Chunk {
 
 struct Record {
     seq: u64,
-    /// By which journals are merged: its id or revision; that of the one before it if it has none.
+    /// See [`ArchivedChange::order`].
     order: u64,
     place: Range<usize>,
 }
@@ -554,8 +554,7 @@ impl Feed {
                 let dropped = marks.dropped.iter().map(|id| id.to_native());
                 ahead.dropped.extend(dropped);
             }
-            let order = change.ok().and_then(ArchivedChange::order);
-            self.order = order.unwrap_or(self.order);
+            self.order = change.map_or(self.order, |change| change.order(self.order));
             Record {
                 seq,
                 order: self.order,
@@ -593,17 +592,25 @@ impl Feed {
 }
 
 impl ArchivedChange<'_> {
-    /// Its id or revision, which grow with time; marks have none.
-    fn order(&self) -> Option<u64> {
-        Some(match self {
+    /// By what journals are merged: its id or revision, which grow with time; marks come with what is before them in their
+    /// journal, but behind the messages that they name, in whichever journal those are.
+    pub(crate) fn order(&self, before: u64) -> u64 {
+        let behind = |ids: &mut dyn Iterator<Item = u64>| ids.max().map_or(0, |id| id + 1);
+        match self {
             ArchivedChange::Message(message) => message.id.to_native(),
             ArchivedChange::AddUser { revision, .. }
             | ArchivedChange::PutUser { revision, .. }
             | ArchivedChange::RemoveUser { revision, .. }
             | ArchivedChange::PutDocument { revision, .. }
             | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
-            ArchivedChange::Marks(_) => return None,
-        })
+            ArchivedChange::Marks(marks) => {
+                let ids = marks.done.iter().chain(marks.dropped.iter());
+                behind(&mut ids.map(|id| id.to_native())).max(before)
+            }
+            ArchivedChange::Decided { ids } => {
+                behind(&mut ids.iter().map(|id| id.to_native())).max(before)
+            }
+        }
     }
 }
 

@@ -138,6 +138,43 @@ fn a_large_journal_does_not_overtake_an_old_one() {
 }
 
 #[test]
+fn a_mark_in_another_journal_comes_behind_its_message() {
+    for place in places() {
+        let first = record(1);
+        let journals: Vec<Arc<Journal>> = vec![Arc::default(), Arc::default()];
+        // As after a start with another number of cores: what has become of messages stands in the new journal.
+        journals[0].push(&[
+            Change::Marks(Marks {
+                done: &[215],
+                dropped: &[216],
+                ..Marks::default()
+            }),
+            Change::Decided { ids: &[217] },
+        ]);
+        journals[1].push(&[add("romeo", 100, &first)]);
+        let old: Vec<_> = (200..220)
+            .map(|id| Change::Message(message("romeo", id, BOTH | Message::UNDECIDED, "x@y")))
+            .collect();
+        journals[1].push(&old);
+        let bench = Bench::try_with(&place.database, journals, |config| {
+            config.drain.records_max = 3;
+        })
+        .unwrap();
+        bench.all_drained(1);
+        let pending = bench.load("romeo").unwrap().unwrap().pending;
+        let decided = |id| {
+            let found = pending.iter().find(|one| one.id == id);
+            found.map(|one| one.what & Message::UNDECIDED == 0)
+        };
+        assert_eq!(pending.len(), 18);
+        assert_eq!(
+            [214, 215, 216, 217].map(decided),
+            [Some(false), None, None, Some(true)]
+        );
+    }
+}
+
+#[test]
 fn nothing_beyond_the_limit_is_drained() {
     let place = sqlite();
     let bench = Bench::start(&place.database, 1, |_| {});
