@@ -304,8 +304,11 @@ keys! {
         /// larger.
         restart segment_bytes: usize = 64 << 20 => (1 << 20)..=(1 << 30);
         /// What one shard's journal may hold that the database has not taken: beyond it new messages and changes are refused
-        /// with `<resource-constraint/>`. 16 GiB hold an hour without database at 1,000 messages a second.
-        restart backlog_bytes_max: usize = 16 << 30 => (64 << 20)..=(1 << 44);
+        /// with `<resource-constraint/>`. An hour without database at 1,000 messages a second takes 7.3 GiB on two shards, 3.6 GiB
+        /// each, and 4.4 GiB on a single one (measured: `bench/measure --only journal-hour`; mostly blocks that groups do not
+        /// fill, so half the rate takes little less and longer texts little more): 8 GiB are about twice that. The disk should
+        /// have that much for each shard, and 0.7 GiB more; if it is full before, the answer is the same.
+        restart backlog_bytes_max: usize = 8 << 30 => (64 << 20)..=(1 << 44);
         /// Milliseconds that a change rests before it is written into the database: a delivery that is taken in this time
         /// is never written as pending.
         restart drain_after_ms: u64 = 500 => 0..=60_000;
