@@ -1164,7 +1164,7 @@ impl Slice {
         Some(Receipt {
             shard: self.env.shard,
             session: sid,
-            seq: session.accept.hold(),
+            seq: session.accept.hold()?,
             twin: 0,
         })
     }
