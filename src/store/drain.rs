@@ -352,7 +352,8 @@ impl Drain {
         Ok(())
     }
 
-    /// The places of the next batch: those that rested long enough, oldest ids first, each journal in its order.
+    /// The places of the next batch: those that rested long enough, oldest ids first, each journal in its order. None goes
+    /// before an older one of another journal, which may have to rest still.
     fn batch(&self, all: bool) -> Vec<Place> {
         let buffered: usize = self.feeds.iter().map(Feed::bytes).sum();
         let records: usize = self.feeds.iter().map(Feed::len).sum();
@@ -366,37 +367,39 @@ impl Drain {
                 None => return Vec::new(),
             },
         };
-        let mut heads: Vec<Option<(Place, u64)>> = (0..self.feeds.len())
-            .map(|feed| self.first(feed, ripe))
-            .collect();
+        let mut heads: Vec<Option<Place>> =
+            (0..self.feeds.len()).map(|feed| self.first(feed)).collect();
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while batch.len() < self.batch_max {
-            let oldest = heads.iter().flatten().min_by_key(|(_, order)| *order);
-            let Some((at, _)) = oldest.copied() else {
+            let oldest = heads.iter().flatten();
+            let oldest = oldest.min_by_key(|at| self.record(**at).map(|record| record.order));
+            let Some(at) = oldest.copied() else { break };
+            let chunk = &self.feeds[at.feed].chunks[at.chunk];
+            let record = &chunk.records[at.record];
+            if chunk.read_at > ripe {
                 break;
-            };
-            let record = &self.feeds[at.feed].chunks[at.chunk].records[at.record];
+            }
             bytes += record.place.len();
             if bytes > self.config.bytes_max && !batch.is_empty() {
                 break;
             }
             batch.push(at);
-            heads[at.feed] = self.behind(at, ripe);
+            heads[at.feed] = self.behind(at);
         }
         batch
     }
 
-    fn first(&self, feed: usize, ripe: Instant) -> Option<(Place, u64)> {
+    fn first(&self, feed: usize) -> Option<Place> {
         let chunk = self.feeds[feed].chunks.front()?;
         let at = Place {
             feed,
             chunk: 0,
             record: chunk.next,
         };
-        self.ripe(at, ripe)
+        self.record(at).map(|_| at)
     }
 
-    fn behind(&self, at: Place, ripe: Instant) -> Option<(Place, u64)> {
+    fn behind(&self, at: Place) -> Option<Place> {
         let chunk = &self.feeds[at.feed].chunks[at.chunk];
         let next = match at.record + 1 < chunk.records.len() {
             true => Place {
@@ -409,13 +412,12 @@ impl Drain {
                 ..at
             },
         };
-        self.ripe(next, ripe)
+        self.record(next).map(|_| next)
     }
 
-    fn ripe(&self, at: Place, ripe: Instant) -> Option<(Place, u64)> {
+    fn record(&self, at: Place) -> Option<&Record> {
         let chunk = self.feeds[at.feed].chunks.get(at.chunk)?;
-        let record = chunk.records.get(at.record)?;
-        (chunk.read_at <= ripe).then_some((at, record.order))
+        chunk.records.get(at.record)
     }
 
     /// `None`: the payload is none that this release can read.

@@ -38,11 +38,14 @@ impl Acceptance {
     }
 
     /// An error for the client waits behind other things: `h` stays where it is until the part of the stanza that is given here
-    /// is settled, so that no count covers what the error answers before the client has it.
-    pub fn hold(&mut self) -> u32 {
+    /// is settled, so that no count covers what the error answers before the client has it. `None`: nothing is counted yet.
+    pub fn hold(&mut self) -> Option<u32> {
         let seq = self.open.front().map_or(self.received, |(seq, _)| *seq);
+        if seq == 0 && self.open.is_empty() {
+            return None;
+        }
         self.defer(seq);
-        seq
+        Some(seq)
     }
 
     /// A part of stanza `seq` is decided.
@@ -172,9 +175,10 @@ mod tests {
     #[test]
     fn an_error_that_waits_holds_the_count_where_it_is() {
         let mut a = Acceptance::default();
+        assert_eq!(a.hold(), None);
         a.receive();
         // of the stanza that was read last, whatever is read meanwhile
-        let held = a.hold();
+        let held = a.hold().unwrap();
         a.receive();
         assert_eq!(a.h(), 0);
         a.settle(held);
@@ -183,7 +187,7 @@ mod tests {
         let open = a.receive();
         a.defer(open);
         a.receive();
-        let held = a.hold();
+        let held = a.hold().unwrap();
         a.settle(open);
         assert_eq!(a.h(), 2);
         a.settle(held);

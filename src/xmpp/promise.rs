@@ -193,6 +193,67 @@ fn what_the_senders_journal_holds_alone_is_forwarded_again_once() {
 }
 
 #[test]
+fn a_delivery_to_an_inactive_client_has_an_end_whatever_it_says() {
+    let (mut w, alice, bob) = two(1);
+    let a = managed(&mut w, &alice, "a");
+    let b = managed(&mut w, &bob, "b");
+    w.send(b, "<inactive xmlns='urn:xmpp:csi:0'/>");
+    let kept = format!(
+        "<message type='chat' id='1' to='{bob}@localhost'><active xmlns='http://jabber.org/protocol/chatstates'/><store xmlns='urn:xmpp:hints'/></message>"
+    );
+    // nobody acknowledges the first one, and the second one is taken
+    for taken in [false, true] {
+        w.send(a, &kept);
+        let h = w.session(b).sm.as_ref().unwrap().waiting();
+        if taken {
+            w.send(b, &format!("<a xmlns='urn:xmpp:sm:3' h='{h}'/>"));
+        }
+    }
+    assert_eq!(w.tier.users[&bob].pending.len(), 0);
+    w.send(a, &kept);
+    w.logout(b);
+    let b = w.online_now(&bob, "b");
+    assert_eq!(
+        got(&mut w, b)
+            .iter()
+            .filter(|one| *one == "message")
+            .count(),
+        1
+    );
+}
+
+#[test]
+fn no_count_covers_a_change_before_it_is_answered() {
+    for enable in [ENABLE, "<enable xmlns='urn:xmpp:sm:3'/>"] {
+        let (mut w, alice, bob) = two(1);
+        for change in [
+            "<vCard xmlns='vcard-temp'><FN>A</FN></vCard>".to_owned(),
+            // what is stored is read before
+            "<query xmlns='jabber:iq:private'><s xmlns='urn:s'/></query>".to_owned(),
+            format!("<query xmlns='jabber:iq:roster'><item jid='{bob}@localhost'/></query>"),
+            format!("<block xmlns='urn:xmpp:blocking'><item jid='{bob}@localhost'/></block>"),
+            format!(
+                "<query xmlns='jabber:iq:register'><username>{alice}</username><password>p</password></query>"
+            ),
+        ] {
+            let a = w.login(&alice, "a");
+            w.send(a, enable);
+            w.take(a);
+            w.tier.held = true;
+            w.send(a, &format!("<iq type='set' id='i'>{change}</iq>"));
+            w.send(a, R);
+            assert_eq!(got(&mut w, a), [""; 0], "{change}");
+            w.release();
+            let mut heard = got(&mut w, a);
+            heard.retain(|one| one == "iq" || one.starts_with("a "));
+            assert_eq!(heard.last().unwrap(), "a 1", "{change}: {heard:?}");
+            assert!(heard.len() > 1, "{change}: {heard:?}");
+            w.logout(a);
+        }
+    }
+}
+
+#[test]
 fn a_delivery_is_one_for_all_resources() {
     let (mut w, alice, bob) = two(1);
     let a = managed(&mut w, &alice, "a");

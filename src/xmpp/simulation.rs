@@ -218,6 +218,8 @@ struct Stream {
     read: u32,
     /// Messages by their count.
     messages: VecDeque<(u32, usize)>,
+    /// Changes asked for, the same.
+    queries: VecDeque<(u32, usize)>,
     /// Unix ms of the last crash that it has seen.
     crashed: Option<u64>,
 }
@@ -1267,7 +1269,10 @@ impl Simulation {
             at: self.now,
             answer: None,
         });
-        self.stanza(peer, &format!("<iq type='set' id='q{n}'>{payload}</iq>"));
+        let count = self.stanza(peer, &format!("<iq type='set' id='q{n}'>{payload}</iq>"));
+        if let Some(stream) = &mut self.peers[peer].stream {
+            stream.queries.push_back((count, n));
+        }
     }
 
     /// Each asks each only once, so that no two requests can cross.
@@ -1379,11 +1384,21 @@ impl Simulation {
                 let h = h();
                 self.note(format!("{} has {h} acknowledged", self.jid(peer)));
                 self.accepted(peer, h);
+                let queries = &mut self.peers[peer].stream.as_mut().unwrap().queries;
+                while let Some((_, n)) = queries.pop_front_if(|(count, _)| *count <= h) {
+                    assert!(
+                        self.asked[n].answer.is_some(),
+                        "q{n} is acknowledged before it is answered"
+                    );
+                }
             }
             "resumed" => {
                 let h = h();
                 let stream = self.peers[peer].stream.as_ref().unwrap();
                 assert_eq!(h, stream.read, "{}: all was read", self.jid(peer));
+                // answers follow
+                let queries = &mut self.peers[peer].stream.as_mut().unwrap().queries;
+                queries.retain(|(count, _)| *count > h);
                 self.accepted(peer, h);
             }
             _ => {}

@@ -855,7 +855,13 @@ impl Slice {
             return;
         };
         if session.csi.inactive
-            && feature::csi::hold(session, parts, meta, self.env.limits.deferred_stanzas_max)
+            && feature::csi::hold(
+                session,
+                parts,
+                meta,
+                id,
+                self.env.limits.deferred_stanzas_max,
+            )
         {
             return;
         }
@@ -1158,7 +1164,7 @@ impl Slice {
         Some(Receipt {
             shard: self.env.shard,
             session: sid,
-            seq: session.accept.hold(),
+            seq: session.accept.hold()?,
             twin: 0,
         })
     }

@@ -175,6 +175,29 @@ fn a_mark_in_another_journal_comes_behind_its_message() {
 }
 
 #[test]
+fn a_mark_that_has_rested_waits_for_a_message_that_has_not() {
+    let place = sqlite();
+    let first = record(1);
+    let bench = Bench::start(&place.database, 2, |_| {});
+    bench.journals[1].push(&[add("romeo", 100, &first)]);
+    bench.all_drained(1);
+    bench.journals[0].push(&[Change::Marks(Marks {
+        done: &[215],
+        ..Marks::default()
+    })]);
+    let counters = bench.sender.counters();
+    while counters.drain_waiting.load(Relaxed) == 0 {
+        std::thread::yield_now();
+    }
+    bench.journals[1].push(&[Change::Message(message("romeo", 215, BOTH, "x@y"))]);
+    bench.all_drained(0);
+    while *bench.journals[1].drained.lock().unwrap() < 2 {
+        std::thread::yield_now();
+    }
+    assert_eq!(bench.load("romeo").unwrap().unwrap().pending, []);
+}
+
+#[test]
 fn nothing_beyond_the_limit_is_drained() {
     let place = sqlite();
     let bench = Bench::start(&place.database, 1, |_| {});
