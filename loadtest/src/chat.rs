@@ -89,10 +89,48 @@ pub struct Tally {
 /// The chat of one thread, or of all.
 pub struct Outcome {
     pub tally: Tally,
+    /// The parts of the chat, at least one: before the measurement, quiet, in a storm.
+    pub phases: Vec<Phase>,
+}
+
+/// What came of the messages that were due in one part of a chat, whenever they arrived.
+#[derive(Clone)]
+pub struct Phase {
+    /// Since the plan's epoch.
+    start_ns: u64,
     /// From due to received, of those who were on line.
     pub latencies: Histogram,
     /// From due to acknowledged.
     pub ack_latencies: Histogram,
+    /// From due to written to the socket, at a fixed rate: the generator's own share of a latency.
+    pub lag: Histogram,
+}
+
+impl Phase {
+    fn new(start_ns: u64) -> Phase {
+        Phase {
+            start_ns,
+            latencies: report::histogram(),
+            ack_latencies: report::histogram(),
+            lag: report::histogram(),
+        }
+    }
+
+    fn add(&mut self, other: &Phase) {
+        for (own, other) in [
+            (&mut self.latencies, &other.latencies),
+            (&mut self.ack_latencies, &other.ack_latencies),
+            (&mut self.lag, &other.lag),
+        ] {
+            own.add(other).expect("histograms have the same bounds");
+        }
+    }
+}
+
+/// The phase in which something was due.
+fn phase(phases: &mut [Phase], due_ns: u64) -> &mut Phase {
+    let after = phases.partition_point(|phase| phase.start_ns <= due_ns);
+    &mut phases[after.saturating_sub(1)]
 }
 
 /// Where a sender's bytes go.
@@ -125,8 +163,9 @@ pub struct Engine {
     collecting: bool,
     last_receipt: Instant,
     suffix: Vec<u8>,
-    latencies: Histogram,
-    ack_latencies: Histogram,
+    phases: Vec<Phase>,
+    /// When those were due that are written, but not to their sockets yet.
+    unflushed: Vec<u64>,
     tally: Tally,
     /// To someone off line, and taken by the server as far as one can tell.
     kept: u64,
@@ -239,8 +278,8 @@ impl Engine {
             collecting: plan.offline_pairs == 0,
             last_receipt: plan.epoch,
             suffix,
-            latencies: report::histogram(),
-            ack_latencies: report::histogram(),
+            phases: vec![Phase::new(0)],
+            unflushed: Vec::new(),
             tally: Tally::default(),
             kept: 0,
             plan,
@@ -273,6 +312,7 @@ impl Engine {
                     let due = self.due(self.begun);
                     if let Some(out) = outputs.output(sender) {
                         self.write(sender, due, out);
+                        self.unflushed.push(self.since_epoch_ns(due));
                     }
                     self.begun += 1;
                     self.check_quota();
@@ -348,7 +388,8 @@ impl Engine {
         {
             direction.unacknowledged.pop_front();
             direction.acknowledged += 1;
-            self.ack_latencies
+            phase(&mut self.phases, due_ns)
+                .ack_latencies
                 .saturating_record(now_ns.saturating_sub(due_ns).max(1));
         }
         let covered = direction.acknowledged - before;
@@ -392,8 +433,9 @@ impl Engine {
         if self.directions[sender].to_offline {
             return None;
         }
-        let now_ns = (now - self.plan.epoch).as_nanos() as u64;
-        self.latencies
+        let now_ns = self.since_epoch_ns(now);
+        phase(&mut self.phases, due_ns)
+            .latencies
             .saturating_record(now_ns.saturating_sub(due_ns).max(1));
         (self.sending && matches!(self.plan.pace, Pace::Window(_))).then_some(sender)
     }
@@ -409,10 +451,27 @@ impl Engine {
         self.check_quota();
     }
 
-    /// The measurement begins: forget the latencies so far.
-    pub fn measure(&mut self) {
-        self.latencies.reset();
-        self.ack_latencies.reset();
+    /// What the last turn wrote has been handed to the sockets.
+    pub fn flushed(&mut self, now: Instant) {
+        let now_ns = self.since_epoch_ns(now);
+        for due_ns in self.unflushed.drain(..) {
+            phase(&mut self.phases, due_ns)
+                .lag
+                .saturating_record(now_ns.saturating_sub(due_ns).max(1));
+        }
+    }
+
+    pub fn has_unflushed(&self) -> bool {
+        !self.unflushed.is_empty()
+    }
+
+    /// What is due from `start` on belongs to another part of the chat.
+    pub fn begin_phase(&mut self, start: Instant) {
+        self.phases.push(Phase::new(self.since_epoch_ns(start)));
+    }
+
+    fn since_epoch_ns(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.plan.epoch).as_nanos() as u64
     }
 
     pub fn stop_sending(&mut self, now: Instant) {
@@ -453,8 +512,7 @@ impl Engine {
         }
         Outcome {
             tally: self.tally,
-            latencies: self.latencies,
-            ack_latencies: self.ack_latencies,
+            phases: self.phases,
         }
     }
 }
@@ -504,19 +562,24 @@ impl Outcome {
     pub fn new() -> Outcome {
         Outcome {
             tally: Tally::default(),
-            latencies: report::histogram(),
-            ack_latencies: report::histogram(),
+            phases: Vec::new(),
         }
     }
 
+    /// The same chat of another thread.
     pub fn add(&mut self, other: &Outcome) {
         self.tally.add(&other.tally);
-        for (own, other) in [
-            (&mut self.latencies, &other.latencies),
-            (&mut self.ack_latencies, &other.ack_latencies),
-        ] {
-            own.add(other).expect("histograms have the same bounds");
+        for (number, phase) in other.phases.iter().enumerate() {
+            match self.phases.get_mut(number) {
+                Some(own) => own.add(phase),
+                None => self.phases.push(phase.clone()),
+            }
         }
+    }
+
+    /// The part that is measured where only one is.
+    pub fn measured(&self) -> &Phase {
+        self.phases.last().expect("a chat has a phase")
     }
 }
 
@@ -591,14 +654,19 @@ fn check(global: &Global, options: &ChatOptions) -> Result<(), String> {
     Err(wrong.into())
 }
 
+/// Tells the messages of this run from those of others.
+pub fn run_number() -> u64 {
+    std::time::UNIX_EPOCH
+        .elapsed()
+        .map_or(1, |elapsed| elapsed.as_nanos() as u64)
+}
+
 fn plan(global: &Global, options: &ChatOptions) -> Plan {
     let pairs = global.users / 2;
     // A pair with one off line has one recipient less: x / (2 pairs - x) is the share.
     let offline = options.offline_share * f64::from(pairs * 2) / (1.0 + options.offline_share);
     Plan {
-        run: std::time::UNIX_EPOCH
-            .elapsed()
-            .map_or(1, |elapsed| elapsed.as_nanos() as u64),
+        run: run_number(),
         epoch: Instant::now(),
         pace: options
             .rate
@@ -638,7 +706,7 @@ fn measure(
     });
     if warmup > 0.0 {
         fleet.watch_chat("warm up", Duration::from_secs_f64(warmup));
-        fleet.measure_chat();
+        fleet.begin_chat_phase();
         start = read()?;
     }
     let (counted_before, before, settled_before) = start;
@@ -685,9 +753,13 @@ fn measure(
     report.number("seconds", "measured", seconds, "s");
     report.number("messages", "messages measured", measured, "");
     report.number("messages_per_s", "messages", rate, "/s");
-    report.latencies("latency", "latency", &outcome.latencies);
+    report.latencies("latency", "latency", &outcome.measured().latencies);
     if plan.ack.is_some() {
-        report.latencies("ack", "until acknowledged", &outcome.ack_latencies);
+        report.latencies(
+            "ack",
+            "until acknowledged",
+            &outcome.measured().ack_latencies,
+        );
     }
     report.usage(&usage, measured, "message", "us", 1e6);
     counters.report(report, &[(&counted_before, &counted, measured)], "message")?;
@@ -824,13 +896,36 @@ mod tests {
         assert_eq!(engine.next_due(), Some(epoch + Duration::from_millis(5)));
         let last = stanzas(&from_a)[2].as_bytes();
         engine.on_message(1, last, epoch + Duration::from_millis(14));
-        assert!(
-            (9_900_000..10_100_000).contains(&engine.latencies.max()),
-            "{}",
-            engine.latencies.max()
-        );
+        let latency = engine.phases[0].latencies.max();
+        assert!((9_900_000..10_100_000).contains(&latency), "{latency}");
         turn(&mut engine, epoch + Duration::from_secs(1));
         assert_eq!((engine.tally.sent, engine.next_due()), (10, None));
+    }
+
+    #[test]
+    fn a_message_belongs_to_the_phase_in_which_it_was_due() {
+        let mut engine = engine(Pace::Rate(1000.0), None);
+        let epoch = engine.plan.epoch;
+        let at = |ms| epoch + Duration::from_millis(ms);
+        engine.begin_phase(at(2));
+        // due at 0, 1, 2 and 3 ms, of which b sends the second and the fourth
+        let [from_a, from_b] = turn(&mut engine, at(3));
+        assert!(engine.has_unflushed());
+        engine.flushed(at(5));
+        assert!(!engine.has_unflushed());
+        for (receiver, bytes) in [(1, &from_a), (0, &from_b)] {
+            for stanza in stanzas(bytes) {
+                engine.on_message(receiver, stanza.as_bytes(), at(10));
+            }
+        }
+        let outcome = engine.finish();
+        let near = |value: u64, ms: u64| value.abs_diff(ms * 1_000_000) < 20_000;
+        let [before, measured] = &outcome.phases[..] else {
+            panic!()
+        };
+        assert_eq!((before.latencies.len(), measured.latencies.len()), (2, 2));
+        assert!(near(before.latencies.max(), 10) && near(measured.latencies.max(), 8));
+        assert!(near(before.lag.max(), 5) && near(measured.lag.min(), 2));
     }
 
     #[test]
@@ -886,11 +981,15 @@ mod tests {
         // the messages due at 0 and 2 ms
         engine.on_acknowledged(0, 4, at(12));
         assert_eq!(
-            (engine.tally.acknowledged, engine.ack_latencies.len()),
+            (
+                engine.tally.acknowledged,
+                engine.phases[0].ack_latencies.len()
+            ),
             (2, 2)
         );
         let close = |value: u64, ms: u64| value.abs_diff(ms * 1_000_000) < 20_000;
-        assert!(close(engine.ack_latencies.max(), 12) && close(engine.ack_latencies.min(), 10));
+        let acks = &engine.phases[0].ack_latencies;
+        assert!(close(acks.max(), 12) && close(acks.min(), 10));
         engine.on_acknowledged(0, 4, at(13));
         assert_eq!(engine.tally.acknowledged, 2);
         let outcome = engine.finish();
@@ -947,7 +1046,7 @@ mod tests {
         }
         assert!(engine.is_finished(came));
         let outcome = engine.finish();
-        assert!(outcome.tally.is_clean() && outcome.latencies.is_empty());
+        assert!(outcome.tally.is_clean() && outcome.measured().latencies.is_empty());
         assert_eq!((outcome.tally.received, outcome.tally.to_offline), (2, 2));
     }
 

@@ -12,7 +12,7 @@ use std::{fs, io};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mio::{Poll, Waker};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setpriority_process, setrlimit};
 
 use crate::chat;
 use crate::connection::Account;
@@ -50,6 +50,16 @@ struct Handle {
 
 impl Fleet {
     pub fn start(global: &Global, target: Target) -> Result<Fleet, String> {
+        Fleet::start_as(global, target, "worker", Priority::Normal)
+    }
+
+    /// With another name of its threads, and with another priority where several fleets share the machine.
+    pub fn start_as(
+        global: &Global,
+        target: Target,
+        name: &str,
+        priority: Priority,
+    ) -> Result<Fleet, String> {
         raise_file_limit(u64::from(global.users))?;
         let processes = Processes::new(&global.server_pid, global.server_children)?;
         let tls = Tls::new(global, &target)?;
@@ -84,8 +94,11 @@ impl Fleet {
                 disconnections: disconnections.clone(),
             })?;
             let thread = thread::Builder::new()
-                .name(format!("worker-{number}"))
-                .spawn(move || worker.run())?;
+                .name(format!("{name}-{number}"))
+                .spawn(move || {
+                    priority.take();
+                    worker.run()
+                })?;
             Ok(Handle {
                 commands,
                 waker,
@@ -114,6 +127,22 @@ impl Fleet {
         rate: Option<f64>,
         title: &str,
     ) -> Result<Outcome, String> {
+        let (done_before, failed_before) = (self.done(), self.failed());
+        self.start_run(job, users, rate, false);
+        let bar = progress_bar(users.len() as u64, title);
+        let outcome = self.finish(|| {
+            let failed = self.failed() - failed_before;
+            bar.set_position(self.done() - done_before + failed);
+            if failed > 0 {
+                bar.set_message(format!("{failed} failed"));
+            }
+        });
+        bar.finish_and_clear();
+        outcome
+    }
+
+    /// Begins a job; `again`: with the first user again after the last one, until [`Fleet::stop_run`].
+    pub fn start_run(&self, job: Job, users: &[u32], rate: Option<f64>, again: bool) {
         let threads = self.handles.len();
         let mut shares = vec![Vec::new(); threads];
         for user in users {
@@ -121,10 +150,6 @@ impl Fleet {
         }
         let all = users.len().max(1);
         let start = Instant::now();
-        let (done_before, failed_before) = (
-            self.sum(|counters| &counters.done),
-            self.sum(|counters| &counters.failed),
-        );
         for (handle, users) in self.handles.iter().zip(shares) {
             let share = users.len() as f64 / all as f64;
             let pace = match rate {
@@ -134,33 +159,29 @@ impl Fleet {
                 },
                 None => Pace::Parallel(self.global.parallel.div_ceil(threads)),
             };
-            handle.tell(Command::Run(Run { job, users, pace }));
+            handle.tell(Command::Run(Run {
+                job,
+                users,
+                pace,
+                again,
+            }));
         }
-        let bar = progress_bar(users.len() as u64, title);
+    }
+
+    /// Nothing more is begun; what is in progress goes on to its end.
+    pub fn stop_run(&self) {
+        self.tell_all(|| Command::StopRun);
+    }
+
+    /// Waits for the end of a job.
+    pub fn finish(&self, mut meanwhile: impl FnMut()) -> Result<Outcome, String> {
         let mut outcome = Outcome::new();
-        for _ in 0..threads {
-            let part = self.wait_for_answer(|| {
-                let failed = self.sum(|counters| &counters.failed) - failed_before;
-                bar.set_position(self.sum(|counters| &counters.done) - done_before + failed);
-                if failed > 0 {
-                    bar.set_message(format!("{failed} failed"));
-                }
-            })?;
-            let Answer::Run(part) = part else {
+        for _ in &self.handles {
+            let Answer::Run(part) = self.wait_for_answer(&mut meanwhile)? else {
                 unreachable!("no chat is running")
             };
-            outcome.done += part.done;
-            outcome.existed += part.existed;
-            outcome.derivations += part.derivations;
-            outcome
-                .latencies
-                .add(&part.latencies)
-                .expect("histograms have the same bounds");
-            for (reason, count) in part.failures {
-                *outcome.failures.entry(reason).or_default() += count;
-            }
+            outcome.add(part);
         }
-        bar.finish_and_clear();
         Ok(outcome)
     }
 
@@ -176,8 +197,10 @@ impl Fleet {
         self.tell_all(|| Command::Chat(plan.clone()));
     }
 
-    pub fn measure_chat(&self) {
-        self.tell_all(|| Command::Measure);
+    /// Messages due from now on are counted apart.
+    pub fn begin_chat_phase(&self) {
+        let now = Instant::now();
+        self.tell_all(|| Command::ChatPhase(now));
     }
 
     pub fn stop_chat(&self) {
@@ -197,6 +220,19 @@ impl Fleet {
             bar.set_position(start.elapsed().as_millis() as u64);
             let rate = (self.settled() - before) as f64 / start.elapsed().as_secs_f64();
             bar.set_message(format!("{rate:.0} messages/s"));
+        }
+        bar.finish_and_clear();
+    }
+
+    /// Lets logins go on for a while.
+    pub fn watch_logins(&self, title: &str, duration: Duration) {
+        let bar = progress_bar(duration.as_millis() as u64, title);
+        let (start, before) = (Instant::now(), self.done());
+        while start.elapsed() < duration {
+            thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
+            bar.set_position(start.elapsed().as_millis() as u64);
+            let rate = (self.done() - before) as f64 / start.elapsed().as_secs_f64();
+            bar.set_message(format!("{rate:.0} logins/s, {} failed", self.failed()));
         }
         bar.finish_and_clear();
     }
@@ -286,6 +322,14 @@ impl Fleet {
         self.sum(|counters| &counters.presences)
     }
 
+    pub fn done(&self) -> u64 {
+        self.sum(|counters| &counters.done)
+    }
+
+    pub fn failed(&self) -> u64 {
+        self.sum(|counters| &counters.failed)
+    }
+
     pub fn disconnected(&self) -> u64 {
         self.sum(|counters| &counters.disconnected)
     }
@@ -324,6 +368,37 @@ impl Fleet {
         for handle in &self.handles {
             handle.tell(command());
         }
+    }
+}
+
+/// Who of the generator's threads gets a core first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Priority {
+    Normal,
+    /// Whenever it has something to do: for those whose latency is measured beside the work of others.
+    First,
+    Last,
+}
+
+impl Priority {
+    const NICE_FIRST: i32 = -20;
+    const NICE_LAST: i32 = 10;
+
+    /// Whether this process may raise the priority of its threads (root, CAP_SYS_NICE, `ulimit -e`).
+    pub fn may_be_first() -> bool {
+        let tried = thread::spawn(|| setpriority_process(None, Priority::NICE_FIRST).is_ok());
+        tried.join().unwrap_or(false)
+    }
+
+    /// Of the calling thread: Linux keeps the nice value by thread.
+    fn take(self) {
+        let nice = match self {
+            Priority::Normal => return,
+            Priority::First => Priority::NICE_FIRST,
+            Priority::Last => Priority::NICE_LAST,
+        };
+        // refused: the lag that is measured tells what came of it
+        let _ = setpriority_process(None, nice);
     }
 }
 
@@ -377,7 +452,7 @@ fn progress_bar(length: u64, title: &str) -> ProgressBar {
 }
 
 /// The soft limit on open files rises to the hard one; fewer than the clients need is an error.
-fn raise_file_limit(clients: u64) -> Result<(), String> {
+pub fn raise_file_limit(clients: u64) -> Result<(), String> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: limit.maximum,

@@ -12,6 +12,7 @@ mod chat;
 mod connection;
 mod element;
 mod fleet;
+mod live;
 mod memory;
 mod metrics;
 mod options;

@@ -31,6 +31,7 @@ pub enum Command {
     /// Users log in as fast as they can.
     #[command(
         after_help = "Example:\n  loadtest storm --users 5000 --tls starttls --server-pid $(pidof nitro) --rounds 5\n  \
+                      taskset -c 1 loadtest storm --users 10000 --for 30 --live-users 100 --live-rate 1000 --keys keys\n  \
                       loadtest storm --users 10000 --metrics http://127.0.0.1:5280/metrics --metric nitro_sql_statements"
     )]
     Storm(StormOptions),
@@ -147,6 +148,12 @@ pub struct StormOptions {
     /// Measure users whose K contacts (see register --roster) are online: some users log out and in among the others.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub contacts_online: u32,
+    /// Instead of rounds: the users log in and out again and again for so long, at most half of them on line once all have
+    /// been; a log-out is part of the price of a login.
+    #[arg(long = "for", value_name = "SECONDS", conflicts_with_all = ["rounds", "contacts_online", "hold", "rss"])]
+    pub duration: Option<f64>,
+    #[command(flatten)]
+    pub live: LiveOptions,
     /// Stay online this long after the last round.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     pub hold: f64,
@@ -155,6 +162,42 @@ pub struct StormOptions {
     pub rss: bool,
     #[command(flatten)]
     pub metrics: MetricsOptions,
+}
+
+/// Users who chat all the time while something else happens: what they notice of it.
+#[derive(Args, Debug, Clone)]
+pub struct LiveOptions {
+    /// With --for: so many others, on line all the time, send one another messages: their latency in a quiet time before
+    /// the storm and in the storm. The accounts are LIVE-PREFIX0, LIVE-PREFIX1, …
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub live_users: u32,
+    /// Messages per second of all of them together, open loop: latency counts from the time a message was due.
+    #[arg(
+        long,
+        value_name = "RATE",
+        default_value_t = 1000.0,
+        requires = "live_users"
+    )]
+    pub live_rate: f64,
+    #[arg(
+        long,
+        value_name = "PREFIX",
+        default_value = "live",
+        requires = "live_users"
+    )]
+    pub live_prefix: String,
+    /// Bytes of the body of each of their messages.
+    #[arg(long, value_name = "BYTES", default_value_t = 100)]
+    pub live_body: usize,
+    /// Length of the quiet time.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    pub quiet: f64,
+    /// Their messages are to be stored by a server with an archive: with a body and without a hint (the default).
+    #[arg(long, conflicts_with = "no_store")]
+    pub stored: bool,
+    /// Their messages have the hint <no-store/> (XEP-0334).
+    #[arg(long)]
+    pub no_store: bool,
 }
 
 #[derive(Args, Debug, Clone)]

@@ -77,6 +77,17 @@ impl Report {
         self.put(key, json!(value));
     }
 
+    /// Several figures of one kind, by name.
+    pub fn figures(&mut self, key: &str, label: &str, shown: String, figures: Map<String, Value>) {
+        self.row(label, shown);
+        self.put(key, figures.into());
+    }
+
+    /// For programs only.
+    pub fn flag(&mut self, key: &str, value: bool) {
+        self.put(key, json!(value));
+    }
+
     /// A list for programs only.
     pub fn list(&mut self, key: &str, values: &[f64]) {
         self.put(key, json!(values));

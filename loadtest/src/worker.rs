@@ -34,6 +34,8 @@ pub const WAKE: Token = Token(usize::MAX - 1);
 const TIMER: Token = Token(usize::MAX - 2);
 const READ_BUFFER: usize = 128 * 1024;
 const EVENTS_PER_TURN: usize = 1024;
+/// A job that is begun again and again must not keep the loop, should each end at once (a connect that is refused, say).
+const BEGUN_PER_TURN_MAX: usize = 1024;
 /// How often deadlines are looked at when nothing happens.
 const IDLE_TURN: Duration = Duration::from_millis(100);
 /// An idle client keeps no buffer larger than this.
@@ -41,9 +43,11 @@ const IDLE_BUFFER_MAX: usize = 4096;
 
 pub enum Command {
     Run(Run),
+    /// Nothing more is begun.
+    StopRun,
     Chat(chat::Plan),
-    /// The measured part of the chat begins.
-    Measure,
+    /// Another part of the chat begins.
+    ChatPhase(Instant),
     /// No more is sent.
     StopChat,
     /// Everyone is on line: the chat may end when all is there.
@@ -56,12 +60,16 @@ pub struct Run {
     pub job: Job,
     pub users: Vec<u32>,
     pub pace: Pace,
+    /// With the first user again after the last one, until it is stopped: a user leaves half a round before he is due again.
+    pub again: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
     Login,
     Logout,
+    /// A log-out that nobody waits for: part of logging in again and again.
+    Leave,
     Register,
     /// Subscribe to the nearest contacts in the ring of all users.
     Befriend {
@@ -104,6 +112,8 @@ pub struct Outcome {
     pub latencies: Histogram,
     /// Times that SCRAM keys had to be derived.
     pub derivations: u64,
+    /// How long the turns of the generator's loop were: what arrives meanwhile waits for so long.
+    pub turns: Histogram,
 }
 
 /// Totals that the fleet reads while the worker works.
@@ -164,12 +174,48 @@ struct Clients {
 
 struct Running {
     job: Job,
-    users: std::vec::IntoIter<u32>,
+    users: Vec<u32>,
+    /// The next one of them.
+    next: usize,
+    again: bool,
     pace: Pace,
     begun: u64,
     in_progress: usize,
     deadlines: VecDeque<(Instant, usize, Instant)>,
     outcome: Outcome,
+}
+
+impl Running {
+    fn has_more(&self) -> bool {
+        self.next < self.users.len()
+    }
+
+    fn advance(&mut self) {
+        self.next += 1;
+        if self.again && self.next == self.users.len() {
+            self.next = 0;
+        }
+    }
+
+    /// Who leaves now, so that half of the users are on line once all have been.
+    fn leaving(&self) -> Option<u32> {
+        let half = self.users.len() / 2;
+        self.again
+            .then(|| self.users[(self.next + half) % self.users.len()])
+    }
+
+    /// Takes the next user out whom `is_free`; nobody, when all are occupied.
+    fn take_next(&mut self, is_free: impl Fn(u32) -> bool) -> Option<u32> {
+        let tries = if self.again { self.users.len() } else { 1 };
+        for _ in 0..tries {
+            let user = *self.users.get(self.next)?;
+            if !self.again || is_free(user) {
+                return Some(user);
+            }
+            self.advance();
+        }
+        None
+    }
 }
 
 /// Why a client goes.
@@ -234,6 +280,13 @@ impl Outputs for Clients {
     }
 }
 
+impl Clients {
+    fn is_logging_in(&self, slot: usize) -> bool {
+        let job = self.slots[slot].as_ref().and_then(|client| client.job);
+        matches!(job, Some((Job::Login, _)))
+    }
+}
+
 impl Outcome {
     pub fn new() -> Outcome {
         Outcome {
@@ -242,6 +295,23 @@ impl Outcome {
             failures: Failures::new(),
             latencies: report::histogram(),
             derivations: 0,
+            turns: report::histogram(),
+        }
+    }
+
+    /// The same job of another worker.
+    pub fn add(&mut self, other: Outcome) {
+        self.done += other.done;
+        self.existed += other.existed;
+        self.derivations += other.derivations;
+        for (own, other) in [
+            (&mut self.latencies, &other.latencies),
+            (&mut self.turns, &other.turns),
+        ] {
+            own.add(other).expect("histograms have the same bounds");
+        }
+        for (reason, count) in other.failures {
+            *self.failures.entry(reason).or_default() += count;
         }
     }
 }
@@ -307,6 +377,7 @@ impl Worker {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 outcome => outcome?,
             }
+            let turn = Instant::now();
             for event in &events {
                 match event.token() {
                     WAKE => {}
@@ -325,6 +396,14 @@ impl Worker {
                 chat.turn(Instant::now(), &mut self.clients);
             }
             self.flush_dirty();
+            let now = Instant::now();
+            if let Some(chat) = self.chat.as_mut().filter(|chat| chat.has_unflushed()) {
+                chat.flushed(now);
+            }
+            if let Some(running) = &mut self.running {
+                let turn_ns = (now - turn).as_nanos() as u64;
+                running.outcome.turns.saturating_record(turn_ns.max(1));
+            }
             self.check_deadlines();
             self.publish();
             self.answer();
@@ -333,10 +412,7 @@ impl Worker {
 
     /// The poll's own timeout counts in milliseconds, too coarse for due times.
     fn arm_timer(&mut self) -> io::Result<()> {
-        let job = self
-            .running
-            .as_ref()
-            .filter(|running| !running.users.as_slice().is_empty());
+        let job = self.running.as_ref().filter(|running| running.has_more());
         let job = job.and_then(|running| running.pace.due(running.begun));
         let chat = self.chat.as_ref().and_then(Engine::next_due);
         let Some(due) = job.into_iter().chain(chat).min() else {
@@ -367,7 +443,9 @@ impl Worker {
                     let derivations = self.derivations();
                     self.running = Some(Running {
                         job: run.job,
-                        users: run.users.into_iter(),
+                        again: run.again && !run.users.is_empty(),
+                        users: run.users,
+                        next: 0,
                         pace: run.pace,
                         begun: 0,
                         in_progress: 0,
@@ -381,7 +459,14 @@ impl Worker {
                 Ok(Command::Chat(plan)) => {
                     self.chat = Some(Engine::new(plan, self.number, &self.target, &self.accounts));
                 }
-                Ok(Command::Measure) => self.chat.iter_mut().for_each(Engine::measure),
+                Ok(Command::StopRun) => self
+                    .running
+                    .iter_mut()
+                    .for_each(|running| running.next = usize::MAX),
+                Ok(Command::ChatPhase(start)) => self
+                    .chat
+                    .iter_mut()
+                    .for_each(|chat| chat.begin_phase(start)),
                 Ok(Command::StopChat) => self
                     .chat
                     .iter_mut()
@@ -404,7 +489,10 @@ impl Worker {
     }
 
     fn begin_jobs(&mut self) {
-        while let Some(running) = &mut self.running {
+        for _ in 0..BEGUN_PER_TURN_MAX {
+            let Some(running) = &mut self.running else {
+                return;
+            };
             let due = running.pace.due(running.begun);
             let now = Instant::now();
             let ready = match running.pace {
@@ -414,9 +502,21 @@ impl Worker {
             if !ready {
                 return;
             }
-            let Some(user) = running.users.next() else {
-                return;
+            let (clients, layout) = (&self.clients, self.layout);
+            let is_free = |user| !clients.is_logging_in(layout.slot(user));
+            let Some(user) = running.take_next(is_free) else {
+                if !running.has_more() || due.is_none() {
+                    return;
+                }
+                // open loop: a login that cannot even begin has failed
+                running.begun += 1;
+                running.in_progress += 1;
+                let reason = "all users were still logging in when a login was due";
+                self.job_ends(Err(reason.into()), now);
+                continue;
             };
+            let leaving = running.leaving();
+            running.advance();
             let (job, since) = (running.job, due.unwrap_or(now));
             let slot = self.layout.slot(user);
             running.begun += 1;
@@ -425,6 +525,20 @@ impl Worker {
                 .deadlines
                 .push_back((now + self.target.login_timeout, slot, since));
             self.begin(job, user, slot, since);
+            if let Some(user) = leaving {
+                self.leave(self.layout.slot(user));
+            }
+        }
+    }
+
+    fn leave(&mut self, slot: usize) {
+        if let Some(client) = &mut self.clients.slots[slot]
+            && client.job.is_none()
+            && client.connection.is_online()
+        {
+            client.job = Some((Job::Leave, Instant::now()));
+            client.connection.close();
+            self.mark_dirty(slot);
         }
     }
 
@@ -445,6 +559,7 @@ impl Worker {
                     Err(error) => self.job_ends(Err(format!("connect: {error}")), since),
                 }
             }
+            (Job::Leave, _) => self.leave(slot),
             (Job::Logout, None) => self.job_ends(Ok(false), since),
             (Job::Befriend { .. }, None) => {
                 self.job_ends(Err("the user is not online".into()), since)
@@ -681,6 +796,7 @@ impl Worker {
     /// A client is gone: for its job that is success or failure, without a job it is a lost connection.
     fn end(&mut self, client: Box<Client>, end: End) {
         match (client.job, end) {
+            (Some((Job::Leave, _)), _) => {}
             (Some((Job::Logout, since)), _) => self.job_ends(Ok(false), since),
             (Some((_, since)), End::Failed(reason)) => self.job_ends(Err(reason), since),
             (Some((_, since)), End::Finished) => {
@@ -785,7 +901,7 @@ impl Worker {
         if self
             .running
             .as_ref()
-            .is_some_and(|running| running.in_progress == 0 && running.users.as_slice().is_empty())
+            .is_some_and(|running| running.in_progress == 0 && !running.has_more())
         {
             let mut outcome = self.running.take().expect("just seen").outcome;
             outcome.derivations = self.derivations() - outcome.derivations;
@@ -810,6 +926,53 @@ fn closed() -> End {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn running(users: u32, again: bool) -> Running {
+        Running {
+            job: Job::Login,
+            users: (0..users).collect(),
+            next: 0,
+            again,
+            pace: Pace::Parallel(1),
+            begun: 0,
+            in_progress: 0,
+            deadlines: VecDeque::new(),
+            outcome: Outcome::new(),
+        }
+    }
+
+    #[test]
+    fn who_logs_in_again_has_left_half_a_round_before() {
+        let mut again = running(10, true);
+        let mut online = std::collections::BTreeSet::new();
+        for number in 0..100 {
+            let user = again.take_next(|_| true).unwrap();
+            assert_eq!(user, number % 10);
+            let leaving = again.leaving().unwrap();
+            again.advance();
+            assert!(online.insert(user), "he has left before");
+            online.remove(&leaving);
+            assert!(online.len() <= 5, "{online:?}");
+        }
+        assert!(again.has_more());
+        again.next = usize::MAX;
+        assert!(!again.has_more() && again.take_next(|_| true).is_none());
+    }
+
+    #[test]
+    fn who_is_still_logging_in_is_passed_over_and_once_is_enough_without_again() {
+        let mut again = running(4, true);
+        assert_eq!(again.take_next(|user| user > 1), Some(2));
+        assert_eq!(again.take_next(|_| false), None);
+        assert!(again.has_more());
+        let mut once = running(2, false);
+        for user in 0..2 {
+            assert_eq!(once.take_next(|_| false), Some(user));
+            assert_eq!(once.leaving(), None);
+            once.advance();
+        }
+        assert!(!once.has_more());
+    }
 
     #[test]
     fn every_user_has_one_slot_and_pairs_stay_together() {
