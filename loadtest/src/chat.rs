@@ -18,6 +18,7 @@ use crate::fleet::Fleet;
 use crate::metrics::Counters;
 use crate::options::{ChatOptions, Global, Target};
 use crate::report::{self, Histogram, Report};
+use crate::timeline::{Kind, Recorder};
 use crate::worker::Job;
 
 /// More messages than this that fell due in one turn wait for the next: receiving goes on in between.
@@ -377,7 +378,13 @@ impl Engine {
     }
 
     /// The server has `count` stanzas of `sender`. Returns how many messages he is owed to send.
-    pub fn on_acknowledged(&mut self, sender: usize, count: u32, now: Instant) -> u64 {
+    pub fn on_acknowledged(
+        &mut self,
+        sender: usize,
+        count: u32,
+        now: Instant,
+        recorder: &mut Recorder,
+    ) -> u64 {
         let Some(direction) = self.directions.get_mut(sender) else {
             return 0;
         };
@@ -388,9 +395,10 @@ impl Engine {
         {
             direction.unacknowledged.pop_front();
             direction.acknowledged += 1;
-            phase(&mut self.phases, due_ns)
-                .ack_latencies
-                .saturating_record(now_ns.saturating_sub(due_ns).max(1));
+            let latency_ns = now_ns.saturating_sub(due_ns).max(1);
+            let phase = phase(&mut self.phases, due_ns);
+            phase.ack_latencies.saturating_record(latency_ns);
+            recorder.record(Kind::Acknowledgement, now, Duration::from_nanos(latency_ns));
         }
         let covered = direction.acknowledged - before;
         if covered == 0 {
@@ -409,7 +417,13 @@ impl Engine {
     }
 
     /// Notes a message that `receiver` got. Returns the sender when it is owed the next one to send.
-    pub fn on_message(&mut self, receiver: usize, message: &[u8], now: Instant) -> Option<usize> {
+    pub fn on_message(
+        &mut self,
+        receiver: usize,
+        message: &[u8],
+        now: Instant,
+        recorder: &mut Recorder,
+    ) -> Option<usize> {
         let (run, number, due_ns) = parse_id(attribute(message, b"id")?)?;
         if run != self.plan.run || receiver >= self.directions.len() {
             return None;
@@ -434,9 +448,10 @@ impl Engine {
             return None;
         }
         let now_ns = self.since_epoch_ns(now);
-        phase(&mut self.phases, due_ns)
-            .latencies
-            .saturating_record(now_ns.saturating_sub(due_ns).max(1));
+        let latency_ns = now_ns.saturating_sub(due_ns).max(1);
+        let phase = phase(&mut self.phases, due_ns);
+        phase.latencies.saturating_record(latency_ns);
+        recorder.record(Kind::Message, now, Duration::from_nanos(latency_ns));
         (self.sending && matches!(self.plan.pace, Pace::Window(_))).then_some(sender)
     }
 
@@ -452,12 +467,13 @@ impl Engine {
     }
 
     /// What the last turn wrote has been handed to the sockets.
-    pub fn flushed(&mut self, now: Instant) {
+    pub fn flushed(&mut self, now: Instant, recorder: &mut Recorder) {
         let now_ns = self.since_epoch_ns(now);
         for due_ns in self.unflushed.drain(..) {
-            phase(&mut self.phases, due_ns)
-                .lag
-                .saturating_record(now_ns.saturating_sub(due_ns).max(1));
+            let lag_ns = now_ns.saturating_sub(due_ns).max(1);
+            let phase = phase(&mut self.phases, due_ns);
+            phase.lag.saturating_record(lag_ns);
+            recorder.record(Kind::Lag, now, Duration::from_nanos(lag_ns));
         }
     }
 
@@ -629,7 +645,7 @@ pub fn run(global: &Global, options: &ChatOptions) -> Result<Report, String> {
         measure(&fleet, options, &plan, &[], &counters, &mut report)?;
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop()?;
+    fleet.stop(&mut report)?;
     Ok(report)
 }
 
@@ -754,6 +770,7 @@ fn measure(
     report.number("messages", "messages measured", measured, "");
     report.number("messages_per_s", "messages", rate, "/s");
     report.latencies("latency", "latency", &outcome.measured().latencies);
+    report.alias("chat", "latency");
     if plan.ack.is_some() {
         report.latencies(
             "ack",
@@ -843,6 +860,10 @@ mod tests {
         }
     }
 
+    fn recorder() -> Recorder {
+        crate::timeline::Timeline::new(Duration::from_secs(1), false).recorder()
+    }
+
     fn engine(pace: Pace, messages: Option<u64>) -> Engine {
         engine_of(plan(pace, messages))
     }
@@ -882,8 +903,14 @@ mod tests {
         assert!(from_a.ends_with("'><body>the q</body></message>"));
         assert_eq!(turn(&mut engine, now), ["", ""]);
         let received = stanzas(&from_a)[0].as_bytes();
-        assert_eq!(engine.on_message(1, received, Instant::now()), Some(0));
-        assert_eq!(engine.on_message(1, received, Instant::now()), None);
+        assert_eq!(
+            engine.on_message(1, received, Instant::now(), &mut recorder()),
+            Some(0)
+        );
+        assert_eq!(
+            engine.on_message(1, received, Instant::now(), &mut recorder()),
+            None
+        );
         assert_eq!((engine.tally.received, engine.tally.duplicated), (1, 1));
     }
 
@@ -895,7 +922,7 @@ mod tests {
         assert_eq!((stanzas(&from_a).len(), stanzas(&from_b).len()), (3, 2));
         assert_eq!(engine.next_due(), Some(epoch + Duration::from_millis(5)));
         let last = stanzas(&from_a)[2].as_bytes();
-        engine.on_message(1, last, epoch + Duration::from_millis(14));
+        engine.on_message(1, last, epoch + Duration::from_millis(14), &mut recorder());
         let latency = engine.phases[0].latencies.max();
         assert!((9_900_000..10_100_000).contains(&latency), "{latency}");
         turn(&mut engine, epoch + Duration::from_secs(1));
@@ -911,11 +938,11 @@ mod tests {
         // due at 0, 1, 2 and 3 ms, of which b sends the second and the fourth
         let [from_a, from_b] = turn(&mut engine, at(3));
         assert!(engine.has_unflushed());
-        engine.flushed(at(5));
+        engine.flushed(at(5), &mut recorder());
         assert!(!engine.has_unflushed());
         for (receiver, bytes) in [(1, &from_a), (0, &from_b)] {
             for stanza in stanzas(bytes) {
-                engine.on_message(receiver, stanza.as_bytes(), at(10));
+                engine.on_message(receiver, stanza.as_bytes(), at(10), &mut recorder());
             }
         }
         let outcome = engine.finish();
@@ -976,10 +1003,10 @@ mod tests {
             (6, true)
         );
         let at = |ms| epoch + Duration::from_millis(ms);
-        assert_eq!(engine.on_acknowledged(0, 2, at(11)), 0);
+        assert_eq!(engine.on_acknowledged(0, 2, at(11), &mut recorder()), 0);
         assert_eq!(engine.tally.acknowledged, 0);
         // the messages due at 0 and 2 ms
-        engine.on_acknowledged(0, 4, at(12));
+        engine.on_acknowledged(0, 4, at(12), &mut recorder());
         assert_eq!(
             (
                 engine.tally.acknowledged,
@@ -990,7 +1017,7 @@ mod tests {
         let close = |value: u64, ms: u64| value.abs_diff(ms * 1_000_000) < 20_000;
         let acks = &engine.phases[0].ack_latencies;
         assert!(close(acks.max(), 12) && close(acks.min(), 10));
-        engine.on_acknowledged(0, 4, at(13));
+        engine.on_acknowledged(0, 4, at(13), &mut recorder());
         assert_eq!(engine.tally.acknowledged, 2);
         let outcome = engine.finish();
         assert_eq!(
@@ -1012,9 +1039,9 @@ mod tests {
         let mut senders = Senders::default();
         senders.0[0].1 = u32::MAX - 1;
         engine.turn(Instant::now(), &mut senders);
-        engine.on_acknowledged(0, u32::MAX, Instant::now());
+        engine.on_acknowledged(0, u32::MAX, Instant::now(), &mut recorder());
         assert_eq!(engine.tally.acknowledged, 1);
-        engine.on_acknowledged(0, 1, Instant::now());
+        engine.on_acknowledged(0, 1, Instant::now(), &mut recorder());
         assert_eq!(engine.tally.acknowledged, 3);
     }
 
@@ -1032,7 +1059,10 @@ mod tests {
         let from_a = String::from_utf8(from_a.clone()).unwrap();
         assert!(from_a.starts_with("<message type='chat' to='b@localhost' "));
         assert_eq!(engine.settled(), 0);
-        assert_eq!(engine.on_acknowledged(0, 2, Instant::now()), 2);
+        assert_eq!(
+            engine.on_acknowledged(0, 2, Instant::now(), &mut recorder()),
+            2
+        );
         assert_eq!(engine.settled(), 2);
         engine.stop_sending(Instant::now());
         let later = Instant::now() + Duration::from_secs(60);
@@ -1042,7 +1072,7 @@ mod tests {
         assert!(!engine.is_finished(came));
         for stanza in stanzas(&from_a) {
             let stanza = stanza.replace("<r xmlns='urn:xmpp:sm:3'/>", "");
-            engine.on_message(1, stanza.as_bytes(), came);
+            engine.on_message(1, stanza.as_bytes(), came, &mut recorder());
         }
         assert!(engine.is_finished(came));
         let outcome = engine.finish();
@@ -1115,7 +1145,7 @@ mod tests {
         for id in ["abd-0-0", "abc-0", "", "hello"] {
             let message = format!("<message id='{id}'/>");
             assert_eq!(
-                engine.on_message(0, message.as_bytes(), Instant::now()),
+                engine.on_message(0, message.as_bytes(), Instant::now(), &mut recorder()),
                 None
             );
         }

@@ -1,6 +1,7 @@
 //! All workers together, as the scenarios see them: give everyone work, wait for it with a progress bar, read the
 //! processes' costs.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,8 +19,9 @@ use crate::chat;
 use crate::connection::Account;
 use crate::options::{Global, Target};
 use crate::proc::{Processes, Snapshot};
-use crate::report::Failures;
+use crate::report::{Failures, Report};
 use crate::socket::Tls;
+use crate::timeline::{Kind, Timeline};
 use crate::worker::{
     Answer, Command, Counters, Job, Layout, Outcome, Pace, Parts, Run, WAKE, Worker,
 };
@@ -30,6 +32,8 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 /// Nothing received and little CPU used by the server for this long is quiet.
 const QUIET_FOR: Duration = Duration::from_millis(300);
 const QUIET_SERVER_SHARE: f64 = 0.05;
+/// Readings of the server's memory are shown as this.
+const MEMORY: &str = "resident memory of the server, MiB";
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(20);
 
 pub struct Fleet {
@@ -39,6 +43,9 @@ pub struct Fleet {
     answers: Receiver<Answer>,
     processes: Processes,
     disconnections: Arc<Mutex<Failures>>,
+    timeline: RefCell<Timeline>,
+    /// Resident memory of the server over time, in MiB.
+    memory: RefCell<Vec<(Instant, f64)>>,
 }
 
 struct Handle {
@@ -74,6 +81,8 @@ impl Fleet {
         };
         let keys = Arc::new(keys);
         let disconnections = Arc::new(Mutex::new(Failures::new()));
+        let interval = Duration::from_secs_f64(global.interval);
+        let timeline = Timeline::new(interval, global.hdr.is_some());
         let (answer_sender, answers) = channel();
         let start = |number: usize| -> io::Result<Handle> {
             let (commands, command_receiver) = channel();
@@ -92,6 +101,7 @@ impl Fleet {
                 answers: answer_sender.clone(),
                 counters: counters.clone(),
                 disconnections: disconnections.clone(),
+                recorder: timeline.recorder(),
             })?;
             let thread = thread::Builder::new()
                 .name(format!("{name}-{number}"))
@@ -116,6 +126,8 @@ impl Fleet {
             answers,
             processes,
             disconnections,
+            timeline: RefCell::new(timeline),
+            memory: RefCell::default(),
         })
     }
 
@@ -213,28 +225,53 @@ impl Fleet {
 
     /// Lets the chat go on for a while.
     pub fn watch_chat(&self, title: &str, duration: Duration) {
-        let bar = progress_bar(duration.as_millis() as u64, title);
         let (start, before) = (Instant::now(), self.settled());
+        self.watch(title, duration, || {
+            let rate = (self.settled() - before) as f64 / start.elapsed().as_secs_f64();
+            format!("{rate:.0} messages/s ({})", self.progress(Kind::Message))
+        });
+    }
+
+    /// Lets what is going on go on for a while.
+    pub fn watch(&self, title: &str, duration: Duration, mut message: impl FnMut() -> String) {
+        let bar = progress_bar(duration.as_millis() as u64, title);
+        let start = Instant::now();
         while start.elapsed() < duration {
             thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
+            self.collect();
             bar.set_position(start.elapsed().as_millis() as u64);
-            let rate = (self.settled() - before) as f64 / start.elapsed().as_secs_f64();
-            bar.set_message(format!("{rate:.0} messages/s"));
+            bar.set_message(message());
         }
         bar.finish_and_clear();
     }
 
-    /// Lets logins go on for a while.
-    pub fn watch_logins(&self, title: &str, duration: Duration) {
-        let bar = progress_bar(duration.as_millis() as u64, title);
-        let (start, before) = (Instant::now(), self.done());
-        while start.elapsed() < duration {
-            thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
-            bar.set_position(start.elapsed().as_millis() as u64);
-            let rate = (self.done() - before) as f64 / start.elapsed().as_secs_f64();
-            bar.set_message(format!("{rate:.0} logins/s, {} failed", self.failed()));
+    /// Takes in what the workers have measured; to be called now and then.
+    pub fn collect(&self) {
+        self.timeline.borrow_mut().collect();
+        let mut memory = self.memory.borrow_mut();
+        let interval = Duration::from_secs_f64(self.global.interval);
+        let is_due = memory
+            .last()
+            .is_none_or(|(at, _): &(Instant, f64)| at.elapsed() >= interval);
+        if is_due && let Some(kib) = self.server_rss_kib() {
+            memory.push((Instant::now(), kib as f64 / 1024.0));
         }
-        bar.finish_and_clear();
+    }
+
+    /// Percentiles of the newest interval.
+    pub fn progress(&self, kind: Kind) -> String {
+        let timeline = self.timeline.borrow();
+        let ms = |ns: u64| ns as f64 / 1e6;
+        timeline
+            .latest(kind)
+            .map_or("no latency yet".into(), |point| {
+                format!(
+                    "p50 {:.2} p99 {:.2} max {:.2} ms",
+                    ms(point.p50),
+                    ms(point.p99),
+                    ms(point.max)
+                )
+            })
     }
 
     pub fn finish_chat(&self, title: &str) -> Result<chat::Outcome, String> {
@@ -255,8 +292,14 @@ impl Fleet {
     fn wait_for_answer(&self, mut meanwhile: impl FnMut()) -> Result<Answer, String> {
         loop {
             match self.answers.recv_timeout(PROGRESS_EVERY) {
-                Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Timeout) => meanwhile(),
+                Ok(answer) => {
+                    self.collect();
+                    return Ok(answer);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.collect();
+                    meanwhile();
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err("the generator's threads have ended".into());
                 }
@@ -283,6 +326,7 @@ impl Fleet {
         while start.elapsed() < most {
             let (bytes, before) = (self.sum(|counters| &counters.bytes_in), self.snapshot());
             thread::sleep(quiet);
+            self.collect();
             let usage = before.until(&self.snapshot());
             let server = usage.server.map_or(0.0, |server| server.as_secs_f64());
             let rested = server < usage.wall.as_secs_f64() * QUIET_SERVER_SHARE;
@@ -295,13 +339,7 @@ impl Fleet {
 
     /// Lets time pass, with a bar.
     pub fn rest(&self, title: &str, duration: Duration) {
-        let bar = progress_bar(duration.as_millis() as u64, title);
-        let start = Instant::now();
-        while start.elapsed() < duration {
-            thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
-            bar.set_position(start.elapsed().as_millis() as u64);
-        }
-        bar.finish_and_clear();
+        self.watch(title, duration, String::new);
     }
 
     pub fn snapshot(&self) -> Snapshot {
@@ -341,8 +379,8 @@ impl Fleet {
             .clone()
     }
 
-    /// Ends the threads and with them all connections; keeps the keys if asked to.
-    pub fn stop(self) -> Result<(), String> {
+    /// Ends the threads and with them all connections; keeps the keys if asked to, and hands over what was over time.
+    pub fn stop(self, report: &mut Report) -> Result<(), String> {
         let mut accounts = Vec::new();
         for handle in self.handles {
             drop(handle.commands);
@@ -351,6 +389,10 @@ impl Fleet {
                 accounts.extend(part);
             }
         }
+        let mut timeline = self.timeline.into_inner();
+        timeline.finish();
+        report.timeline(timeline);
+        report.samples(MEMORY, &self.memory.into_inner());
         match &self.global.keys {
             Some(file) => write_keys(file, &accounts),
             None => Ok(()),

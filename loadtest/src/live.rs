@@ -12,6 +12,7 @@ use crate::chat::{self, Outcome, Pace, Phase, Plan};
 use crate::fleet::{Fleet, Priority};
 use crate::options::{Global, LiveOptions};
 use crate::report::{Histogram, Report};
+use crate::timeline::Kind;
 
 /// Chat before the quiet time: caches fill, what logging in left behind ends.
 const SETTLE: Duration = Duration::from_secs(1);
@@ -82,7 +83,9 @@ impl Live {
         self.fleet.watch_chat("settle", SETTLE);
         self.begin_phase();
         let quiet = Duration::from_secs_f64(self.options.quiet);
+        let start = Instant::now();
         self.fleet.watch_chat("quiet", quiet);
+        report.band("quiet", start, Instant::now(), false);
         Ok(())
     }
 
@@ -91,7 +94,13 @@ impl Live {
         self.fleet.begin_chat_phase();
     }
 
-    pub fn finish(self) -> Result<LiveOutcome, String> {
+    /// For the line of progress; to be called now and then while something else is waited for.
+    pub fn progress(&self) -> String {
+        self.fleet.collect();
+        self.fleet.progress(Kind::Message)
+    }
+
+    pub fn finish(self, report: &mut Report) -> Result<LiveOutcome, String> {
         self.fleet.stop_chat();
         let outcome = LiveOutcome {
             chat: self.fleet.finish_chat("drain")?,
@@ -99,7 +108,7 @@ impl Live {
             disconnected: self.fleet.disconnected(),
             disconnections: self.fleet.disconnections(),
         };
-        self.fleet.stop()?;
+        self.fleet.stop(report)?;
         Ok(outcome)
     }
 

@@ -3,8 +3,8 @@
 //! One thread polls many connections ([`worker`]); each is a state machine without input or output of its own
 //! ([`connection`]) behind a scanner that only looks for the ends of stanzas ([`scanner`]). The scenarios drive all
 //! threads through one handle ([`fleet`]) and end in a [`report`], with the server's CPU time and memory read from
-//! `/proc` ([`proc`]). The exit status is 0 when all went well, 1 when logins failed or messages were lost, duplicated
-//! or reordered, 2 when the run could not be made.
+//! `/proc` ([`proc`]). The exit status is 0 when all went well, 1 when logins failed, messages were lost, duplicated
+//! or reordered, or a limit of `--fail-if` was broken, 2 when the run could not be made.
 
 #![forbid(unsafe_code)]
 
@@ -12,10 +12,13 @@ mod chat;
 mod connection;
 mod element;
 mod fleet;
+mod html;
+mod limits;
 mod live;
 mod memory;
 mod metrics;
 mod options;
+mod plot;
 mod proc;
 mod register;
 mod report;
@@ -23,6 +26,7 @@ mod scanner;
 mod scram;
 mod socket;
 mod storm;
+mod timeline;
 mod worker;
 
 use std::process::ExitCode;
@@ -42,11 +46,8 @@ fn main() -> ExitCode {
         Command::Chat(options) => chat::run(&global, options),
         Command::Memory(options) => memory::run(&global, options),
     };
-    let published = report.and_then(|report| {
-        report
-            .publish(global.json.as_deref())
-            .map(|()| report.is_failure())
-    });
+    let published =
+        report.and_then(|mut report| report.publish(&global).map(|()| report.is_failure()));
     match published {
         Ok(false) => ExitCode::SUCCESS,
         Ok(true) => ExitCode::FAILURE,

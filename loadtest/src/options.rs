@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::limits::Limit;
 use crate::scram::Hash;
 
 /// Source ports that one address has for one server, with room to spare.
@@ -119,6 +120,33 @@ pub struct Global {
     /// Write the result as one JSON line to this file (appended); "-": to standard output, instead of the table.
     #[arg(long, global = true, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Write a report with plots: one HTML page that needs no network.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Write the latencies of each --interval as an HdrHistogram log (V2, nanoseconds, a tag for each kind).
+    #[arg(long, global = true, value_name = "FILE")]
+    pub hdr: Option<PathBuf>,
+    /// Seconds that a point of the plots and an entry of the log stand for.
+    #[arg(
+        long,
+        global = true,
+        value_name = "SECONDS",
+        default_value_t = 1.0,
+        value_parser = positive
+    )]
+    pub interval: f64,
+    /// A limit: the run fails (exit status 1) if this is true of its figures. Several times: several limits. Figures are
+    /// the keys of the JSON document (`failed>0`), histograms have p50, p99, p99.9 ..., max, mean and count
+    /// (`chat.p99>2ms`); also `3*NAME` and `max(A,B)`, `min(A,B)`: `live_storm.p99 > max(3*live_quiet.p99, 1ms)`.
+    #[arg(long, global = true, value_name = "COMPARISON")]
+    pub fail_if: Vec<Limit>,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok(number),
+        _ => Err("a number greater than 0 is expected".into()),
+    }
 }
 
 #[derive(Args, Debug)]
@@ -257,7 +285,8 @@ pub struct ChatOptions {
 #[derive(Args, Debug, Clone, Default)]
 pub struct MetricsOptions {
     /// Where the server shows its counters (Prometheus text), such as http://127.0.0.1:5280/metrics.
-    #[arg(long, value_name = "URL", requires = "metric")]
+    /// Its histograms, by shard, go into the --html report.
+    #[arg(long, value_name = "URL")]
     pub metrics: Option<String>,
     /// Report by how much this counter grew for each login or message; the sum of all its labels. Its `_total` may be
     /// left out. Several times: several counters.

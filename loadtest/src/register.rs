@@ -95,7 +95,7 @@ fn register(global: &Global, roster: u32) -> Result<Report, String> {
         report.note_failures(&logout.failures);
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop()?;
+    fleet.stop(&mut report)?;
     Ok(report)
 }
 

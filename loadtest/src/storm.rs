@@ -6,7 +6,7 @@
 //! With `--for` the users log in and out again and again for that time instead, log-outs being part of it, and others
 //! ([`live`]) may chat before and meanwhile: what a storm does to those who are already in.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::fleet::{Fleet, raise_file_limit};
 use crate::live::{self, Live};
@@ -15,6 +15,7 @@ use crate::options::{Global, StormOptions, Target};
 use crate::proc::{Bottleneck, Usage};
 use crate::register::check_ring;
 use crate::report::{self, Report, median};
+use crate::timeline::Kind;
 use crate::worker::{Job, Outcome};
 
 struct Round {
@@ -56,7 +57,7 @@ fn run_for(global: &Global, options: &StormOptions, duration: Duration) -> Resul
         }
     }
     if report.is_failure() {
-        fleet.stop()?;
+        fleet.stop(&mut report)?;
         return Ok(report);
     }
     let mut live = Live::start(global, &options.live)?;
@@ -64,7 +65,7 @@ fn run_for(global: &Global, options: &StormOptions, duration: Duration) -> Resul
         live.quiet_time(&mut report)?;
     }
     if report.is_failure() {
-        fleet.stop()?;
+        fleet.stop(&mut report)?;
         return Ok(report);
     }
 
@@ -73,17 +74,32 @@ fn run_for(global: &Global, options: &StormOptions, duration: Duration) -> Resul
     if let Some(live) = &live {
         live.begin_phase();
     }
+    let start = Instant::now();
     fleet.start_run(Job::Login, &fleet.everyone(), options.rate, true);
-    fleet.watch_logins("storm", duration);
+    let logins_before = fleet.done();
+    fleet.watch("storm", duration, || {
+        let rate = (fleet.done() - logins_before) as f64 / start.elapsed().as_secs_f64();
+        let logins = fleet.progress(Kind::Login);
+        let beside = live.as_ref().map(Live::progress).unwrap_or_default();
+        format!(
+            "{rate:.0} logins/s ({logins}), {} failed; messages {beside}",
+            fleet.failed()
+        )
+    });
     let usage = before.until(&fleet.snapshot());
+    report.band("storm", start, Instant::now(), true);
     let logins_in_time = fleet.done();
     // the rest is not the storm any more: fewer and fewer are in progress
     if let Some(live) = &live {
         live.begin_phase();
     }
     fleet.stop_run();
-    let outcome = fleet.finish(|| {})?;
-    let chat = live.map(Live::finish).transpose()?;
+    let outcome = fleet.finish(|| {
+        live.iter().for_each(|live| {
+            live.progress();
+        })
+    })?;
+    let chat = live.map(|live| live.finish(&mut report)).transpose()?;
     let counted = counters.read()?;
     let logins_in_time = logins_in_time.saturating_sub(fleet.done() - outcome.done);
 
@@ -117,7 +133,7 @@ fn run_for(global: &Global, options: &StormOptions, duration: Duration) -> Resul
     if logins_in_time == 0 {
         report.fail("nobody logged in");
     }
-    fleet.stop()?;
+    fleet.stop(&mut report)?;
     Ok(report)
 }
 
@@ -134,7 +150,7 @@ fn run_rounds(global: &Global, options: &StormOptions) -> Result<Report, String>
         let warm = fleet.login_all("warm up")?;
         report.note_failures(&warm.failures);
         if report.is_failure() {
-            fleet.stop()?;
+            fleet.stop(&mut report)?;
             return Ok(report);
         }
         online = true;
@@ -168,7 +184,7 @@ fn run_rounds(global: &Global, options: &StormOptions) -> Result<Report, String>
         }
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop()?;
+    fleet.stop(&mut report)?;
     Ok(report)
 }
 

@@ -29,6 +29,7 @@ use crate::report::{self, Failures, Histogram};
 use crate::scanner::Scanner;
 use crate::scram::KeyCache;
 use crate::socket::{Socket, Tls};
+use crate::timeline::{Kind, Recorder};
 
 pub const WAKE: Token = Token(usize::MAX - 1);
 const TIMER: Token = Token(usize::MAX - 2);
@@ -76,6 +77,18 @@ pub enum Job {
         users: u32,
         contacts: u32,
     },
+}
+
+impl Job {
+    /// As what its latency is shown over time.
+    fn kind(self) -> Option<Kind> {
+        match self {
+            Job::Login => Some(Kind::Login),
+            Job::Logout => Some(Kind::Logout),
+            Job::Register => Some(Kind::Registration),
+            Job::Leave | Job::Befriend { .. } => None,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -244,6 +257,7 @@ pub struct Worker {
     bytes_in: u64,
     presences: u64,
     disconnections: Arc<std::sync::Mutex<Failures>>,
+    recorder: Recorder,
     read_buffer: Vec<u8>,
     plain_buffer: Vec<u8>,
 }
@@ -262,6 +276,7 @@ pub struct Parts {
     pub answers: Sender<Answer>,
     pub counters: Arc<Counters>,
     pub disconnections: Arc<std::sync::Mutex<Failures>>,
+    pub recorder: Recorder,
 }
 
 impl Outputs for Clients {
@@ -363,6 +378,7 @@ impl Worker {
             bytes_in: 0,
             presences: 0,
             disconnections: parts.disconnections,
+            recorder: parts.recorder,
             read_buffer: vec![0; READ_BUFFER],
             plain_buffer: Vec::new(),
         })
@@ -398,12 +414,13 @@ impl Worker {
             self.flush_dirty();
             let now = Instant::now();
             if let Some(chat) = self.chat.as_mut().filter(|chat| chat.has_unflushed()) {
-                chat.flushed(now);
+                chat.flushed(now, &mut self.recorder);
             }
             if let Some(running) = &mut self.running {
                 let turn_ns = (now - turn).as_nanos() as u64;
                 running.outcome.turns.saturating_record(turn_ns.max(1));
             }
+            self.recorder.turn(now);
             self.check_deadlines();
             self.publish();
             self.answer();
@@ -768,7 +785,7 @@ impl Worker {
                 }
                 if let Some(chat) = &mut self.chat {
                     let now = Instant::now();
-                    if let Some(sender) = chat.on_message(slot, piece, now)
+                    if let Some(sender) = chat.on_message(slot, piece, now, &mut self.recorder)
                         && let Some(out) = self.clients.output(sender)
                     {
                         chat.send_next(sender, now, out);
@@ -778,7 +795,7 @@ impl Worker {
             Effect::Acknowledged(count) => {
                 if let Some(chat) = &mut self.chat {
                     let now = Instant::now();
-                    for _ in 0..chat.on_acknowledged(slot, count, now) {
+                    for _ in 0..chat.on_acknowledged(slot, count, now, &mut self.recorder) {
                         let out = Output {
                             bytes: &mut client.connection.out,
                             stanzas: &mut client.connection.sent,
@@ -825,10 +842,15 @@ impl Worker {
             Ok(existed) => {
                 running.outcome.done += 1;
                 running.outcome.existed += u64::from(existed);
+                let now = Instant::now();
+                let latency = now.saturating_duration_since(since);
                 running
                     .outcome
                     .latencies
-                    .saturating_record(since.elapsed().as_nanos() as u64);
+                    .saturating_record(latency.as_nanos() as u64);
+                if let Some(kind) = running.job.kind() {
+                    self.recorder.record(kind, now, latency);
+                }
                 self.counters.done.fetch_add(1, Ordering::Relaxed);
             }
             Err(reason) => {
