@@ -872,6 +872,7 @@ mod tests {
         let account = |name: &str| Account {
             name: name.into(),
             keys: KeyCache::default(),
+            resumption: None,
         };
         Engine::new(plan, 0, &Target::for_tests(), &[account("a"), account("b")])
     }

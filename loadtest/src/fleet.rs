@@ -19,6 +19,7 @@ use crate::chat;
 use crate::connection::Account;
 use crate::options::{Global, Target};
 use crate::proc::{Processes, Snapshot};
+use crate::replay::Curve;
 use crate::report::{Failures, Report};
 use crate::socket::Tls;
 use crate::timeline::{Kind, Timeline};
@@ -73,6 +74,8 @@ impl Fleet {
         let layout = Layout {
             users: global.users,
             threads: global.threads as u32,
+            accounts: global.accounts.unwrap_or(global.users),
+            first: global.first,
         };
         let target = Arc::new(target);
         let keys = match &global.keys {
@@ -151,6 +154,40 @@ impl Fleet {
         });
         bar.finish_and_clear();
         outcome
+    }
+
+    /// Resets all connections at once.
+    pub fn cut(&self) -> Result<(), String> {
+        self.tell_all(|| Command::Cut);
+        for _ in &self.handles {
+            let Answer::Cut = self.wait_for_answer(|| {})? else {
+                unreachable!("nothing else is running")
+            };
+        }
+        Ok(())
+    }
+
+    /// Begins logins by an arrival curve, with the first user again after the last one; it ends by itself.
+    pub fn start_curve(&self, curve: &Arc<Curve>) {
+        let start = Instant::now();
+        let mut shares = vec![Vec::new(); self.handles.len()];
+        for user in self.everyone() {
+            shares[self.layout.worker(user)].push(user);
+        }
+        for (number, (handle, users)) in self.handles.iter().zip(shares).enumerate() {
+            let pace = Pace::Curve {
+                start,
+                curve: curve.clone(),
+                step: self.handles.len() as u64,
+                offset: number as u64,
+            };
+            handle.tell(Command::Run(Run {
+                job: Job::Login,
+                users,
+                pace,
+                again: true,
+            }));
+        }
     }
 
     /// Begins a job; `again`: with the first user again after the last one, until [`Fleet::stop_run`].
@@ -526,6 +563,7 @@ mod tests {
         let account = |name: &str| Account {
             name: name.into(),
             keys: KeyCache::from_line(&line).unwrap(),
+            resumption: None,
         };
         write_keys(&file, &[account("a"), account("b c")]).unwrap();
         write_keys(&file, &[account("d")]).unwrap();

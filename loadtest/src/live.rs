@@ -61,6 +61,8 @@ impl Live {
         let global = Global {
             users: (options.live_users / 2).max(1) * 2,
             prefix: options.live_prefix.clone(),
+            accounts: None,
+            first: 0,
             threads: 1,
             ..global.clone()
         };

@@ -1,4 +1,4 @@
-//! A lean load generator for any XMPP server, by its public port: `register`, `storm`, `chat`, `memory`.
+//! A lean load generator for any XMPP server, by its public port: `register`, `storm`, `chat`, `reconnect`, `replay`, `memory`.
 //!
 //! One thread polls many connections ([`worker`]); each is a state machine without input or output of its own
 //! ([`connection`]) behind a scanner that only looks for the ends of stanzas ([`scanner`]). The scenarios drive all
@@ -20,7 +20,9 @@ mod metrics;
 mod options;
 mod plot;
 mod proc;
+mod reconnect;
 mod register;
+mod replay;
 mod report;
 mod scanner;
 mod scram;
@@ -44,6 +46,8 @@ fn main() -> ExitCode {
         Command::Register(options) => register::run(&global, options),
         Command::Storm(options) => storm::run(&global, options),
         Command::Chat(options) => chat::run(&global, options),
+        Command::Reconnect(options) => reconnect::run(&global, options),
+        Command::Replay(options) => replay::run(&global, options),
         Command::Memory(options) => memory::run(&global, options),
     };
     let published =

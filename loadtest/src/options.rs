@@ -43,6 +43,19 @@ pub enum Command {
                       --server-pid $(pidof mariadbd)"
     )]
     Chat(ChatOptions),
+    /// Everyone is cut at once: how long until all are back, in their sessions (XEP-0198), and what it costs.
+    #[command(
+        after_help = "Example:\n  loadtest register --users 25000 --roster 50 --csv users.csv --roster-csv rosters.csv\n  \
+                      loadtest reconnect --users 10000 --accounts 25000 --rounds 5 --server-pid $(pidof nitro)"
+    )]
+    Reconnect(ReconnectOptions),
+    /// Logins by an arrival curve, such as a market open.
+    #[command(
+        after_help = "The curve is a CSV file with the columns seconds and logins_per_s; between two lines the rate changes evenly:\n  \
+                      seconds,logins_per_s\n  0,5\n  60,400\n  90,400\n  120,20\n\n\
+                      Example:\n  loadtest replay --curve open.csv --users 20000 --live-users 100 --html open.html"
+    )]
+    Replay(ReplayOptions),
     /// Resident memory of the server per idle user.
     #[command(
         after_help = "Example:\n  loadtest memory --from 500 --to 5000 --server-pid $(pidof nitro)"
@@ -82,6 +95,13 @@ pub struct Global {
     /// Users are named PREFIX0, PREFIX1, …
     #[arg(long, global = true, default_value = "load")]
     pub prefix: String,
+    /// Spread the users evenly over this many accounts: with rosters in a ring, users/accounts is the share of everyone's
+    /// contacts who are on line [default: as many as users].
+    #[arg(long, global = true, value_name = "M")]
+    pub accounts: Option<u32>,
+    /// The first account is PREFIX<FIRST>: several generators share the accounts of one prefix.
+    #[arg(long, global = true, default_value_t = 0)]
+    pub first: u32,
     /// Password of all users.
     #[arg(long, global = true, default_value = "secret")]
     pub password: String,
@@ -295,6 +315,47 @@ pub struct MetricsOptions {
 }
 
 #[derive(Args, Debug)]
+pub struct ReconnectOptions {
+    /// How often everyone is cut.
+    #[arg(long, default_value_t = 1)]
+    pub rounds: u32,
+    /// Seconds on line before the cut.
+    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
+    pub online: f64,
+    /// Seconds from the cut until the users try to come back.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    pub gap: f64,
+    /// Users come back at this rate, open loop [default: --parallel at a time, as fast as they can].
+    #[arg(long)]
+    pub rate: Option<f64>,
+    /// In each round also log everyone out, and in again without resumption: what the same costs afresh.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub afresh: bool,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct ReplayOptions {
+    /// The arrival curve.
+    #[arg(long, value_name = "FILE")]
+    pub curve: PathBuf,
+    /// Replay it so many times as fast.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = positive)]
+    pub speed: f64,
+    /// Multiply its rates.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = positive)]
+    pub scale: f64,
+    /// Log in once unmeasured before: learns the SCRAM keys and warms the server's caches.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub warm: bool,
+    #[command(flatten)]
+    pub live: LiveOptions,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug)]
 pub struct MemoryOptions {
     /// The smaller number of users.
     #[arg(long, default_value_t = 500)]
@@ -368,6 +429,8 @@ pub struct Target {
     pub stream_management: bool,
     /// A login to a server without stream management fails.
     pub acknowledgements: bool,
+    /// Ask for sessions that may be resumed; a server that has none fails the login.
+    pub resumption: bool,
     /// Accept every subscription and note whose presence may be seen (to build rosters).
     pub track_contacts: bool,
     pub login_timeout: Duration,
@@ -399,6 +462,9 @@ impl Global {
                 "--users, --threads, --parallel and --timeout must be greater than 0".into(),
             );
         }
+        if self.accounts.is_some_and(|accounts| accounts < self.users) {
+            return Err("--accounts must be at least --users".into());
+        }
         Ok(Target {
             address,
             source_addresses,
@@ -414,6 +480,7 @@ impl Global {
             until: self.until,
             stream_management: false,
             acknowledgements: false,
+            resumption: false,
             track_contacts: false,
             login_timeout: Duration::from_secs_f64(self.timeout),
         })

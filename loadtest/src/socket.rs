@@ -57,6 +57,12 @@ impl Socket {
         Ok(())
     }
 
+    /// Ends the connection with a reset, without a goodbye of TCP or TLS.
+    pub fn reset(self) {
+        // without it the peer is told by an ordinary end of the connection
+        let _ = socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO));
+    }
+
     pub fn is_tls(&self) -> bool {
         self.tls.is_some()
     }

@@ -25,6 +25,7 @@ use crate::connection::{Account, Connection, Effect, Purpose};
 use crate::element::escape;
 use crate::options::{Target, TlsMode};
 use crate::register::contacts;
+use crate::replay::Curve;
 use crate::report::{self, Failures, Histogram};
 use crate::scanner::Scanner;
 use crate::scram::KeyCache;
@@ -46,6 +47,8 @@ pub enum Command {
     Run(Run),
     /// Nothing more is begun.
     StopRun,
+    /// All connections are gone at once, without a goodbye.
+    Cut,
     Chat(chat::Plan),
     /// Another part of the chat begins.
     ChatPhase(Instant),
@@ -68,6 +71,8 @@ pub struct Run {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
     Login,
+    /// Come back into the session that was cut.
+    Resume,
     Logout,
     /// A log-out that nobody waits for: part of logging in again and again.
     Leave,
@@ -84,6 +89,7 @@ impl Job {
     fn kind(self) -> Option<Kind> {
         match self {
             Job::Login => Some(Kind::Login),
+            Job::Resume => Some(Kind::Resumption),
             Job::Logout => Some(Kind::Logout),
             Job::Register => Some(Kind::Registration),
             Job::Leave | Job::Befriend { .. } => None,
@@ -91,28 +97,47 @@ impl Job {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub enum Pace {
     /// So many in progress.
     Parallel(usize),
     /// So many per second from `start` on, however many are in progress.
     Rate { start: Instant, per_second: f64 },
+    /// By an arrival curve from `start` on; of each `step` of its arrivals the one at `offset` is this worker's.
+    Curve {
+        start: Instant,
+        curve: Arc<Curve>,
+        step: u64,
+        offset: u64,
+    },
 }
 
 impl Pace {
     /// When the n-th (from 0) is due; `None`: as soon as there is room.
-    fn due(self, number: u64) -> Option<Instant> {
+    fn due(&self, number: u64) -> Option<Instant> {
         match self {
             Pace::Parallel(_) => None,
             Pace::Rate { start, per_second } => {
-                Some(start + Duration::from_secs_f64(number as f64 / per_second))
+                Some(*start + Duration::from_secs_f64(number as f64 / per_second))
             }
+            Pace::Curve {
+                start,
+                curve,
+                step,
+                offset,
+            } => Some(*start + curve.due(number * step + offset)?),
         }
+    }
+
+    /// An arrival curve comes to its end by itself.
+    fn is_over(&self, number: u64) -> bool {
+        matches!(self, Pace::Curve { .. }) && self.due(number).is_none()
     }
 }
 
 pub enum Answer {
     Run(Outcome),
+    Cut,
     Chat(chat::Outcome),
 }
 
@@ -121,6 +146,8 @@ pub struct Outcome {
     pub done: u64,
     /// Of the done ones, the accounts that were there before.
     pub existed: u64,
+    /// Of the done ones, those in the session that was cut.
+    pub resumed: u64,
     pub failures: Failures,
     pub latencies: Histogram,
     /// Times that SCRAM keys had to be derived.
@@ -146,11 +173,20 @@ pub struct Counters {
 pub struct Layout {
     pub users: u32,
     pub threads: u32,
+    /// Accounts that the users are spread over, and the number of the first one.
+    pub accounts: u32,
+    pub first: u32,
 }
 
 impl Layout {
     pub fn worker(self, user: u32) -> usize {
         (user / 2 % self.threads) as usize
+    }
+
+    /// The number in the name of a user's account.
+    fn account(self, user: u32) -> u64 {
+        let spread = u64::from(user) * u64::from(self.accounts) / u64::from(self.users);
+        u64::from(self.first) + spread
     }
 
     fn slot(self, user: u32) -> usize {
@@ -298,7 +334,7 @@ impl Outputs for Clients {
 impl Clients {
     fn is_logging_in(&self, slot: usize) -> bool {
         let job = self.slots[slot].as_ref().and_then(|client| client.job);
-        matches!(job, Some((Job::Login, _)))
+        matches!(job, Some((Job::Login | Job::Resume, _)))
     }
 }
 
@@ -307,6 +343,7 @@ impl Outcome {
         Outcome {
             done: 0,
             existed: 0,
+            resumed: 0,
             failures: Failures::new(),
             latencies: report::histogram(),
             derivations: 0,
@@ -318,6 +355,7 @@ impl Outcome {
     pub fn add(&mut self, other: Outcome) {
         self.done += other.done;
         self.existed += other.existed;
+        self.resumed += other.resumed;
         self.derivations += other.derivations;
         for (own, other) in [
             (&mut self.latencies, &other.latencies),
@@ -342,10 +380,11 @@ impl Worker {
         let accounts: Vec<_> = parts
             .layout
             .users_of(parts.number)
-            .map(|user| format!("{}{user}", parts.prefix))
+            .map(|user| format!("{}{}", parts.prefix, parts.layout.account(user)))
             .map(|name| Account {
                 keys: keys(&name).unwrap_or_default(),
                 name,
+                resumption: None,
             })
             .collect();
         let timer = timerfd_create(
@@ -480,6 +519,7 @@ impl Worker {
                     .running
                     .iter_mut()
                     .for_each(|running| running.next = usize::MAX),
+                Ok(Command::Cut) => self.cut(),
                 Ok(Command::ChatPhase(start)) => self
                     .chat
                     .iter_mut()
@@ -498,6 +538,17 @@ impl Worker {
         }
     }
 
+    /// Resets every connection, as when a switch forgets them; who was on line may resume his session later.
+    fn cut(&mut self) {
+        for (client, account) in self.clients.slots.iter_mut().zip(&mut self.accounts) {
+            if let Some(client) = client.take() {
+                account.resumption = client.connection.resumption();
+                client.socket.reset();
+            }
+        }
+        let _ = self.answers.send(Answer::Cut);
+    }
+
     fn derivations(&self) -> u64 {
         self.accounts
             .iter()
@@ -514,8 +565,11 @@ impl Worker {
             let now = Instant::now();
             let ready = match running.pace {
                 Pace::Parallel(most) => running.in_progress < most,
-                Pace::Rate { .. } => due.is_some_and(|due| due <= now),
+                Pace::Rate { .. } | Pace::Curve { .. } => due.is_some_and(|due| due <= now),
             };
+            if running.pace.is_over(running.begun) {
+                running.next = usize::MAX;
+            }
             if !ready {
                 return;
             }
@@ -561,12 +615,12 @@ impl Worker {
 
     fn begin(&mut self, job: Job, user: u32, slot: usize, since: Instant) {
         match (job, &mut self.clients.slots[slot]) {
-            (Job::Login | Job::Register, existing) => {
+            (Job::Login | Job::Resume | Job::Register, existing) => {
                 *existing = None;
-                let purpose = if job == Job::Login {
-                    Purpose::Login
-                } else {
-                    Purpose::Register
+                let purpose = match job {
+                    Job::Register => Purpose::Register,
+                    Job::Resume => Purpose::Resume,
+                    _ => Purpose::Login,
                 };
                 match self.connect(purpose, user, slot) {
                     Ok(mut client) => {
@@ -766,8 +820,11 @@ impl Worker {
                 client.scanner.restart();
                 client.connection.open(&self.target);
             }
-            Effect::Done | Effect::Exists => {
+            Effect::Done | Effect::Exists | Effect::Resumed => {
                 if let Some((job, since)) = client.job.take() {
+                    if let (Effect::Resumed, Some(running)) = (&effect, &mut self.running) {
+                        running.outcome.resumed += 1;
+                    }
                     self.job_ends(Ok(matches!(effect, Effect::Exists)), since);
                     if job == Job::Register {
                         client.connection.close();
@@ -1001,7 +1058,10 @@ mod tests {
         let layout = Layout {
             users: 1001,
             threads: 3,
+            accounts: 2002,
+            first: 7,
         };
+        assert_eq!((layout.account(0), layout.account(1000)), (7, 2007));
         let mut seen = 0;
         for worker in 0..3 {
             for (slot, user) in layout.users_of(worker).enumerate() {
