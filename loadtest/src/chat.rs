@@ -13,7 +13,7 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use crate::connection::Account;
-use crate::element::{attribute, escape};
+use crate::element::{attribute, escape, find};
 use crate::fleet::Fleet;
 use crate::metrics::Counters;
 use crate::options::{ChatOptions, Global, Target};
@@ -45,6 +45,18 @@ pub struct Plan {
     pub drain: Duration,
     pub body: usize,
     pub bare: bool,
+    /// Only the first one of a pair writes.
+    pub one_way: bool,
+    pub traffic: Traffic,
+}
+
+/// What is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traffic {
+    /// Messages within the pairs.
+    Messages,
+    /// Changes of presence, which the server sends to the contacts on line of each: so many.
+    Presence { contacts: u32 },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -65,6 +77,9 @@ impl Plan {
 
     /// Those who have someone to write to and are on line.
     fn senders(&self) -> u32 {
+        if self.one_way {
+            return self.pairs;
+        }
         self.pairs * 2 - self.offline_pairs
     }
 }
@@ -150,6 +165,8 @@ pub trait Outputs {
 pub struct Engine {
     plan: Plan,
     directions: Vec<Direction>,
+    /// What the own presence comes from: bare JID and slash.
+    own: Vec<Vec<u8>>,
     /// Slots of those who send.
     senders: Vec<usize>,
     rate_per_s: f64,
@@ -234,19 +251,24 @@ impl Engine {
         };
         let directions: Vec<_> = (0..own_pairs * 2)
             .map(|slot| Direction {
-                // he may come back with another resource
-                prefix: message_prefix(
-                    &slots[slot ^ 1],
-                    target,
-                    plan.bare || offline(slot ^ 1),
-                    plan.run,
-                ),
+                prefix: match plan.traffic {
+                    // he may come back with another resource
+                    Traffic::Messages => message_prefix(
+                        &slots[slot ^ 1],
+                        target,
+                        plan.bare || offline(slot ^ 1),
+                        plan.run,
+                    ),
+                    Traffic::Presence { .. } => {
+                        format!("<presence><status>{:x}-", plan.run).into_bytes()
+                    }
+                },
                 to_offline: offline(slot ^ 1),
                 ..Direction::default()
             })
             .collect();
         let senders: Vec<_> = (0..directions.len())
-            .filter(|slot| !offline(*slot))
+            .filter(|slot| !(offline(*slot) || plan.one_way && slot % 2 == 1))
             .collect();
         let share = senders.len() as f64 / f64::from(plan.senders().max(1));
         let mut suffix = b"'><body>".to_vec();
@@ -258,6 +280,13 @@ impl Engine {
             suffix.extend_from_slice(b"<no-store xmlns='urn:xmpp:hints'/>");
         }
         suffix.extend_from_slice(b"</message>");
+        if let Traffic::Presence { .. } = plan.traffic {
+            suffix = b"</status></presence>".to_vec();
+        }
+        let own = slots.iter().map(|account| {
+            let (name, domain) = (escape(&account.name), escape(&target.domain));
+            format!("{name}@{domain}/").into_bytes()
+        });
         let thread = thread as u64;
         let quota = plan
             .messages
@@ -268,6 +297,7 @@ impl Engine {
         };
         Engine {
             directions,
+            own: own.collect(),
             senders,
             rate_per_s,
             due_offset,
@@ -424,6 +454,10 @@ impl Engine {
         now: Instant,
         recorder: &mut Recorder,
     ) -> Option<usize> {
+        if let Traffic::Presence { .. } = self.plan.traffic {
+            self.on_presence(receiver, message, now, recorder);
+            return None;
+        }
         let (run, number, due_ns) = parse_id(attribute(message, b"id")?)?;
         if run != self.plan.run || receiver >= self.directions.len() {
             return None;
@@ -453,6 +487,35 @@ impl Engine {
         phase.latencies.saturating_record(latency_ns);
         recorder.record(Kind::Message, now, Duration::from_nanos(latency_ns));
         (self.sending && matches!(self.plan.pace, Pace::Window(_))).then_some(sender)
+    }
+
+    /// Notes a change of presence that a contact got; the own one comes back too and does not count.
+    fn on_presence(
+        &mut self,
+        receiver: usize,
+        presence: &[u8],
+        now: Instant,
+        recorder: &mut Recorder,
+    ) {
+        let id = find(presence, b"status").and_then(|status| parse_id(status.text));
+        let Some((run, _, due_ns)) = id else {
+            return;
+        };
+        let from = attribute(presence, b"from").unwrap_or_default();
+        if run != self.plan.run
+            || self
+                .own
+                .get(receiver)
+                .is_none_or(|own| from.starts_with(own))
+        {
+            return;
+        }
+        self.last_receipt = now;
+        self.tally.received += 1;
+        let latency_ns = self.since_epoch_ns(now).saturating_sub(due_ns).max(1);
+        let phase = phase(&mut self.phases, due_ns);
+        phase.latencies.saturating_record(latency_ns);
+        recorder.record(Kind::Presence, now, Duration::from_nanos(latency_ns));
     }
 
     /// Writes the next message of a sender who is owed it.
@@ -511,7 +574,11 @@ impl Engine {
 
     /// All has arrived, or nothing more will.
     pub fn is_finished(&self, now: Instant) -> bool {
-        let complete = self.tally.received + self.tally.bounced >= self.tally.sent
+        let each = match self.plan.traffic {
+            Traffic::Messages => 1,
+            Traffic::Presence { contacts } => u64::from(contacts),
+        };
+        let complete = self.tally.received + self.tally.bounced >= self.tally.sent * each
             && (self.plan.ack.is_none() || self.tally.acknowledged >= self.tally.sent);
         let silent =
             self.started && now.saturating_duration_since(self.last_receipt) > self.plan.drain;
@@ -521,7 +588,8 @@ impl Engine {
     }
 
     pub fn finish(mut self) -> Outcome {
-        for direction in &self.directions {
+        let messages = self.plan.traffic == Traffic::Messages;
+        for direction in self.directions.iter().filter(|_| messages) {
             self.tally.lost += direction.order.lost(direction.sent);
             self.tally.acknowledged_lost += direction.order.lost(direction.acknowledged);
             self.tally.unacknowledged += direction.unacknowledged.len() as u64;
@@ -700,6 +768,8 @@ fn plan(global: &Global, options: &ChatOptions) -> Plan {
         drain: Duration::from_secs_f64(options.drain),
         body: options.body,
         bare: options.bare,
+        one_way: false,
+        traffic: Traffic::Messages,
     }
 }
 
@@ -857,6 +927,8 @@ mod tests {
             drain: Duration::from_secs(1),
             body: 5,
             bare: false,
+            one_way: false,
+            traffic: Traffic::Messages,
         }
     }
 
@@ -954,6 +1026,32 @@ mod tests {
         assert_eq!((before.latencies.len(), measured.latencies.len()), (2, 2));
         assert!(near(before.latencies.max(), 10) && near(measured.latencies.max(), 8));
         assert!(near(before.lag.max(), 5) && near(measured.lag.min(), 2));
+    }
+
+    #[test]
+    fn a_change_of_presence_counts_at_each_contact_and_not_at_its_own_client() {
+        let mut engine = engine_of(Plan {
+            traffic: Traffic::Presence { contacts: 1 },
+            ..plan(Pace::Rate(1000.0), Some(1))
+        });
+        let epoch = engine.plan.epoch;
+        let [from_a, from_b] = turn(&mut engine, epoch);
+        assert_eq!(from_a, "<presence><status>abc-0-0</status></presence>");
+        assert_eq!(from_b, "");
+        let from = |name: &str| {
+            from_a.replace(
+                "<presence>",
+                &format!("<presence from='{name}@localhost/load'>"),
+            )
+        };
+        let later = epoch + Duration::from_millis(3);
+        engine.on_message(0, from("a").as_bytes(), later, &mut recorder());
+        assert!(!engine.is_finished(later));
+        engine.on_message(1, from("a").as_bytes(), later, &mut recorder());
+        assert!(engine.is_finished(later));
+        let outcome = engine.finish();
+        assert_eq!((outcome.tally.received, outcome.tally.lost), (1, 0));
+        assert!(outcome.measured().latencies.max() >= 2_900_000);
     }
 
     #[test]

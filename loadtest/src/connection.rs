@@ -53,6 +53,8 @@ pub enum Error {
     ResumptionNotOffered,
     #[error("the server acknowledged {acknowledged} stanzas of {sent}")]
     Acknowledged { acknowledged: u32, sent: u32 },
+    #[error("this TLS connection exports nothing to bind to")]
+    NothingToBind,
     #[error("authentication failed: {0}")]
     Authentication(String),
     #[error("SCRAM: {0}")]
@@ -119,6 +121,8 @@ pub struct Connection {
     pub sent: u32,
     /// Presence stanzas received from others.
     pub presences: u64,
+    /// What the TLS connection exports for channel binding, once it is there; from the driver, for mechanisms that want it.
+    pub exporter: Option<[u8; 32]>,
     /// Contacts whose presence we may see; kept when [`Target::track_contacts`] asks for it.
     pub contacts: Vec<String>,
     purpose: Purpose,
@@ -144,6 +148,7 @@ impl Connection {
             out: Vec::new(),
             sent: 0,
             presences: 0,
+            exporter: None,
             contacts: Vec::new(),
             purpose,
             state: State::Features,
@@ -380,10 +385,14 @@ impl Connection {
                 self.state = State::Success;
                 format!("\0{}\0{}", account.name, target.password)
             }
-            Mechanism::Scram(hash) => {
-                let exchange = self
-                    .exchange
-                    .insert(Box::new(Exchange::new(hash, &account.name)));
+            Mechanism::Scram(hash) | Mechanism::ScramPlus(hash) => {
+                let bound = matches!(target.mechanism, Mechanism::ScramPlus(_));
+                let exporter = self.exporter.as_ref().map(|bytes| bytes.as_slice());
+                if bound && exporter.is_none() {
+                    return Err(Error::NothingToBind);
+                }
+                let exchange = Exchange::new(hash, &account.name, exporter.filter(|_| bound));
+                let exchange = self.exchange.insert(Box::new(exchange));
                 self.state = State::Challenge;
                 exchange.client_first()
             }

@@ -167,6 +167,11 @@ impl Fleet {
         Ok(())
     }
 
+    /// The second one of each pair reads no more.
+    pub fn stop_reading(&self) {
+        self.tell_all(|| Command::StopReading);
+    }
+
     /// Begins logins by an arrival curve, with the first user again after the last one; it ends by itself.
     pub fn start_curve(&self, curve: &Arc<Curve>) {
         let start = Instant::now();

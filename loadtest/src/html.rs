@@ -195,6 +195,9 @@ impl Page<'_> {
                 bands: bands.clone(),
             });
         }
+        for plot in &mut plots {
+            plot.series.retain(|series| series.points.len() > 1);
+        }
         plots.retain(|plot| !plot.is_empty());
         plots
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, json};
 
-use crate::chat::{self, Outcome, Pace, Phase, Plan};
+use crate::chat::{self, Outcome, Pace, Phase, Plan, Traffic};
 use crate::fleet::{Fleet, Priority};
 use crate::options::{Global, LiveOptions};
 use crate::report::{Histogram, Report};
@@ -128,6 +128,8 @@ impl Live {
             drain: DRAIN,
             body: self.options.live_body,
             bare: false,
+            one_way: false,
+            traffic: Traffic::Messages,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! A lean load generator for any XMPP server, by its public port: `register`, `storm`, `chat`, `reconnect`, `replay`, `memory`.
+//! A lean load generator for any XMPP server, by its public port: `register`, `storm`, `chat`, `presence`, `soak`, `slow-readers`, `flood`,
+//! `reconnect`, `replay`, `memory`.
 //!
 //! One thread polls many connections ([`worker`]); each is a state machine without input or output of its own
 //! ([`connection`]) behind a scanner that only looks for the ends of stanzas ([`scanner`]). The scenarios drive all
@@ -12,6 +13,7 @@ mod chat;
 mod connection;
 mod element;
 mod fleet;
+mod flood;
 mod html;
 mod limits;
 mod live;
@@ -19,6 +21,7 @@ mod memory;
 mod metrics;
 mod options;
 mod plot;
+mod presence;
 mod proc;
 mod reconnect;
 mod register;
@@ -26,6 +29,8 @@ mod replay;
 mod report;
 mod scanner;
 mod scram;
+mod slow_readers;
+mod soak;
 mod socket;
 mod storm;
 mod timeline;
@@ -46,6 +51,10 @@ fn main() -> ExitCode {
         Command::Register(options) => register::run(&global, options),
         Command::Storm(options) => storm::run(&global, options),
         Command::Chat(options) => chat::run(&global, options),
+        Command::Soak(options) => soak::run(&global, options),
+        Command::SlowReaders(options) => slow_readers::run(&global, options),
+        Command::Flood(options) => flood::run(&global, options),
+        Command::Presence(options) => presence::run(&global, options),
         Command::Reconnect(options) => reconnect::run(&global, options),
         Command::Replay(options) => replay::run(&global, options),
         Command::Memory(options) => memory::run(&global, options),

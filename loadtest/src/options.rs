@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::limits::Limit;
 use crate::scram::Hash;
+use crate::soak::Long;
 
 /// Source ports that one address has for one server, with room to spare.
 const CONNECTIONS_PER_ADDRESS: u32 = 25_000;
@@ -43,6 +44,29 @@ pub enum Command {
                       --server-pid $(pidof mariadbd)"
     )]
     Chat(ChatOptions),
+    /// A moderate load for hours: leaks of memory and drift of latencies.
+    #[command(
+        after_help = "Example:\n  loadtest soak --for 8h --users 2000 --login-rate 5 --live-users 200 --live-rate 200 \
+                      --server-pid $(pidof nitro) --html soak.html --fail-if 'rss_slope_kib_per_hour > 1024' \
+                      --fail-if 'message_p99_drift > 1.5'"
+    )]
+    Soak(SoakOptions),
+    /// Some users do not read what they are sent: what they cost, and whether others notice.
+    #[command(
+        after_help = "Example:\n  loadtest slow-readers --users 200 --rate 2000 --body 1000 --live-users 100 --server-pid $(pidof nitro)"
+    )]
+    SlowReaders(SlowReadersOptions),
+    /// Hostile clients: how the server answers them, and whether others notice.
+    #[command(
+        after_help = "Example:\n  loadtest flood --attackers 60 --for 20 --live-users 100 --server-pid $(pidof nitro)"
+    )]
+    Flood(FloodOptions),
+    /// Users on line change their presence: latency and price of the fan-out to their contacts.
+    #[command(
+        after_help = "Example:\n  loadtest register --users 1000 --roster 20 --csv users.csv --roster-csv rosters.csv\n  \
+                      loadtest presence --users 1000 --contacts 20 --rate 200 --server-pid $(pidof nitro)"
+    )]
+    Presence(PresenceOptions),
     /// Everyone is cut at once: how long until all are back, in their sessions (XEP-0198), and what it costs.
     #[command(
         after_help = "Example:\n  loadtest register --users 25000 --roster 50 --csv users.csv --roster-csv rosters.csv\n  \
@@ -143,6 +167,9 @@ pub struct Global {
     /// Write a report with plots: one HTML page that needs no network.
     #[arg(long, global = true, value_name = "FILE")]
     pub html: Option<PathBuf>,
+    /// Put the histograms into the JSON document too, as lists of [nanoseconds, count]: to pool those of several runs.
+    #[arg(long, global = true)]
+    pub histograms: bool,
     /// Write the latencies of each --interval as an HdrHistogram log (V2, nanoseconds, a tag for each kind).
     #[arg(long, global = true, value_name = "FILE")]
     pub hdr: Option<PathBuf>,
@@ -315,6 +342,84 @@ pub struct MetricsOptions {
 }
 
 #[derive(Args, Debug)]
+pub struct SoakOptions {
+    /// How long: 90s, 30m, 8h, 2d.
+    #[arg(long = "for", value_name = "TIME", default_value = "1h")]
+    pub duration: Long,
+    /// Logins per second of the users who log in and out again.
+    #[arg(long, value_name = "RATE", default_value_t = 5.0, value_parser = positive)]
+    pub login_rate: f64,
+    #[command(flatten)]
+    pub live: LiveOptions,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct SlowReadersOptions {
+    /// Every second one of --users does not read; the others write to them, so many messages per second together.
+    #[arg(long, default_value_t = 1000.0, value_parser = positive)]
+    pub rate: f64,
+    /// Bytes of each body.
+    #[arg(long, default_value_t = 1000)]
+    pub body: usize,
+    /// Seconds of it.
+    #[arg(long = "for", value_name = "SECONDS", default_value_t = 20.0, value_parser = positive)]
+    pub duration: f64,
+    #[command(flatten)]
+    pub live: LiveOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct FloodOptions {
+    /// Connections at a time.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=2000))]
+    pub attackers: u32,
+    /// What they do, several by commas [default: all, evenly].
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub attack: Vec<Attack>,
+    /// Seconds of it.
+    #[arg(long = "for", value_name = "SECONDS", default_value_t = 20.0, value_parser = positive)]
+    pub duration: f64,
+    #[command(flatten)]
+    pub live: LiveOptions,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Attack {
+    /// Connects and says nothing.
+    Silent,
+    /// Sends its stream header byte by byte.
+    Trickle,
+    /// Sends what is no XML.
+    Garbage,
+    /// Sends an element whose text has no end.
+    Endless,
+    /// Opens elements without end.
+    Nested,
+    /// Guesses a password (of PREFIX `load`, user 0, by PLAIN).
+    Guess,
+}
+
+#[derive(Args, Debug)]
+pub struct PresenceOptions {
+    /// Contacts of each user who are on line (see register --roster).
+    #[arg(long, value_name = "K", default_value_t = 20)]
+    pub contacts: u32,
+    /// Changes per second of all users together, open loop: latency counts from the time a change was due.
+    #[arg(long, default_value_t = 100.0, value_parser = positive)]
+    pub rate: f64,
+    /// Seconds to measure.
+    #[arg(long, default_value_t = 10.0, value_parser = positive)]
+    pub duration: f64,
+    /// Seconds without any presence after which what is missing will not come.
+    #[arg(long, default_value_t = 5.0, value_parser = positive)]
+    pub drain: f64,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug)]
 pub struct ReconnectOptions {
     /// How often everyone is cut.
     #[arg(long, default_value_t = 1)]
@@ -396,6 +501,14 @@ pub enum MechanismOption {
     ScramSha1,
     #[value(name = "scram-sha-256")]
     ScramSha256,
+    #[value(name = "scram-sha-512")]
+    ScramSha512,
+    #[value(name = "scram-sha-1-plus")]
+    ScramSha1Plus,
+    #[value(name = "scram-sha-256-plus")]
+    ScramSha256Plus,
+    #[value(name = "scram-sha-512-plus")]
+    ScramSha512Plus,
     Plain,
 }
 
@@ -403,6 +516,8 @@ pub enum MechanismOption {
 pub enum Mechanism {
     Plain,
     Scram(Hash),
+    /// Bound to the TLS connection by its exporter.
+    ScramPlus(Hash),
 }
 
 impl Mechanism {
@@ -411,6 +526,10 @@ impl Mechanism {
             Mechanism::Plain => "PLAIN",
             Mechanism::Scram(Hash::Sha1) => "SCRAM-SHA-1",
             Mechanism::Scram(Hash::Sha256) => "SCRAM-SHA-256",
+            Mechanism::Scram(Hash::Sha512) => "SCRAM-SHA-512",
+            Mechanism::ScramPlus(Hash::Sha1) => "SCRAM-SHA-1-PLUS",
+            Mechanism::ScramPlus(Hash::Sha256) => "SCRAM-SHA-256-PLUS",
+            Mechanism::ScramPlus(Hash::Sha512) => "SCRAM-SHA-512-PLUS",
         }
     }
 }
@@ -431,6 +550,8 @@ pub struct Target {
     pub acknowledgements: bool,
     /// Ask for sessions that may be resumed; a server that has none fails the login.
     pub resumption: bool,
+    /// Bytes that the kernel may hold for a client; its own default if `None`.
+    pub receive_buffer: Option<usize>,
     /// Accept every subscription and note whose presence may be seen (to build rosters).
     pub track_contacts: bool,
     pub login_timeout: Duration,
@@ -465,6 +586,21 @@ impl Global {
         if self.accounts.is_some_and(|accounts| accounts < self.users) {
             return Err("--accounts must be at least --users".into());
         }
+        let mechanism = match self.mechanism {
+            MechanismOption::Plain => Mechanism::Plain,
+            MechanismOption::ScramSha1 => Mechanism::Scram(Hash::Sha1),
+            MechanismOption::ScramSha256 => Mechanism::Scram(Hash::Sha256),
+            MechanismOption::ScramSha512 => Mechanism::Scram(Hash::Sha512),
+            MechanismOption::ScramSha1Plus => Mechanism::ScramPlus(Hash::Sha1),
+            MechanismOption::ScramSha256Plus => Mechanism::ScramPlus(Hash::Sha256),
+            MechanismOption::ScramSha512Plus => Mechanism::ScramPlus(Hash::Sha512),
+        };
+        if matches!(mechanism, Mechanism::ScramPlus(_)) && self.tls == TlsMode::None {
+            return Err(format!(
+                "--mechanism {}: it is bound to TLS, and --tls is none",
+                mechanism.name()
+            ));
+        }
         Ok(Target {
             address,
             source_addresses,
@@ -472,15 +608,12 @@ impl Global {
             password: self.password.clone(),
             resource: self.resource.clone(),
             tls: self.tls,
-            mechanism: match self.mechanism {
-                MechanismOption::Plain => Mechanism::Plain,
-                MechanismOption::ScramSha1 => Mechanism::Scram(Hash::Sha1),
-                MechanismOption::ScramSha256 => Mechanism::Scram(Hash::Sha256),
-            },
+            mechanism,
             until: self.until,
             stream_management: false,
             acknowledgements: false,
             resumption: false,
+            receive_buffer: None,
             track_contacts: false,
             login_timeout: Duration::from_secs_f64(self.timeout),
         })

@@ -13,7 +13,7 @@ use crate::metrics::ShardHistogram;
 use crate::options::Global;
 use crate::plot::Band;
 use crate::proc::Usage;
-use crate::timeline::{self, Timeline};
+use crate::timeline::{self, Kind, Point, Timeline};
 
 pub type Histogram = hdrhistogram::Histogram<u64>;
 
@@ -93,6 +93,20 @@ impl Report {
             .iter()
             .map(|(at, value)| (timeline::seconds(*at), *value));
         self.samples.push((label.into(), points.collect()));
+    }
+
+    /// The first readings over time.
+    pub fn readings(&self) -> &[(f64, f64)] {
+        self.samples
+            .first()
+            .map_or(&[], |(_, points)| points.as_slice())
+    }
+
+    /// Over time, of the fleets that have ended.
+    pub fn points_of(&self, kind: Kind) -> impl Iterator<Item = &Point> {
+        let all = self.timelines.iter().flat_map(Timeline::points);
+        all.filter(move |(known, _)| *known == kind)
+            .flat_map(|(_, points)| points)
     }
 
     pub fn server_histograms(&mut self, histograms: Vec<ShardHistogram>) {
@@ -317,6 +331,22 @@ impl Report {
         rows.chain(sentences).chain(failed).collect()
     }
 
+    /// Every histogram as [nanoseconds, count] of its buckets.
+    fn include_histograms(&mut self) {
+        let buckets = |histogram: &Histogram| -> Value {
+            let buckets = histogram.iter_recorded();
+            buckets
+                .map(|bucket| json!([bucket.value_iterated_to(), bucket.count_at_value()]))
+                .collect()
+        };
+        let all: Map<String, Value> = self
+            .histograms
+            .iter()
+            .map(|(key, _, histogram)| (key.clone(), buckets(histogram)))
+            .collect();
+        self.json.insert("histograms".into(), all.into());
+    }
+
     pub fn json_line(&self) -> String {
         let mut json = self.json.clone();
         json.insert("ok".into(), json!(!self.is_failure()));
@@ -346,6 +376,9 @@ impl Report {
     /// the page and the log.
     pub fn publish(&mut self, global: &Global) -> Result<(), String> {
         self.check(&global.fail_if)?;
+        if global.histograms {
+            self.include_histograms();
+        }
         let mut stdout = std::io::stdout().lock();
         let outcome = match &global.json {
             Some(path) if path.as_os_str() == "-" => writeln!(stdout, "{}", self.json_line()),
@@ -600,6 +633,18 @@ mod tests {
         assert_eq!(json["limits"][0]["held"], true);
         assert_eq!(json["limits"][4]["held"], false);
         assert!(report.check(&limits(&["lost>0"])).is_err());
+    }
+
+    #[test]
+    fn histograms_can_be_pooled_from_the_document() {
+        let mut report = Report::new("storm");
+        let mut latencies = histogram();
+        latencies.record_n(1000, 3).unwrap();
+        latencies.record(2000).unwrap();
+        report.latencies("login", "login", &latencies);
+        report.include_histograms();
+        let json: Value = serde_json::from_str(&report.json_line()).unwrap();
+        assert_eq!(json["histograms"]["login"], json!([[1000, 3], [2000, 1]]));
     }
 
     #[test]

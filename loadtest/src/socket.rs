@@ -38,6 +38,9 @@ impl Socket {
             Some(Protocol::TCP),
         )?;
         socket.set_tcp_nodelay(true)?;
+        if let Some(bytes) = target.receive_buffer {
+            socket.set_recv_buffer_size(bytes)?;
+        }
         if let Some(source) = target.source(user) {
             socket.bind(&source.into())?;
         }
@@ -83,6 +86,14 @@ impl Socket {
             }
         }
         Ok(open)
+    }
+
+    /// For channel binding (RFC 9266, section 4.2); `None` before the end of the handshake.
+    pub fn exporter(&self) -> Option<[u8; 32]> {
+        self.tls
+            .as_ref()?
+            .export_keying_material([0; 32], b"EXPORTER-Channel-Binding", Some(b""))
+            .ok()
     }
 
     pub fn wants_write(&self) -> bool {

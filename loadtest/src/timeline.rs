@@ -175,7 +175,8 @@ pub struct Timeline {
     /// Of intervals that may not be over for all workers.
     open: BTreeMap<(u64, Kind), Histogram>,
     points: BTreeMap<Kind, Vec<Point>>,
-    log: Vec<u8>,
+    /// Lines of the log, by interval.
+    log: Vec<(u64, Vec<u8>)>,
     serializer: V2DeflateSerializer,
 }
 
@@ -253,13 +254,14 @@ impl Timeline {
         });
         if self.keep_log {
             // without headers it writes a line and nothing else
+            let mut line = Vec::new();
             let written = IntervalLogWriterBuilder::new()
-                .with_max_value_divisor(1.0)
-                .begin_log_with(&mut self.log, &mut self.serializer)
+                .begin_log_with(&mut line, &mut self.serializer)
                 .map(|mut log| {
                     log.write_histogram(histogram, start, self.interval, Tag::new(kind.name()))
                 });
             debug_assert!(matches!(written, Ok(Ok(()))), "a vector takes it");
+            self.log.push((number, line));
         }
     }
 
@@ -291,9 +293,13 @@ pub fn write_log(out: &mut impl Write, timelines: &[Timeline], what: &str) -> io
         out,
         "\"StartTimestamp\",\"Interval_Length\",\"Interval_Max\",\"Interval_Compressed_Histogram\""
     )?;
-    timelines
+    // in the order of their start, as readers expect
+    let mut lines: Vec<_> = timelines
         .iter()
-        .try_for_each(|timeline| out.write_all(&timeline.log))
+        .flat_map(|timeline| &timeline.log)
+        .collect();
+    lines.sort_by_key(|(number, _)| *number);
+    lines.iter().try_for_each(|(_, line)| out.write_all(line))
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ use rustix::time::{
 use crate::chat::{self, Engine, Output, Outputs};
 use crate::connection::{Account, Connection, Effect, Purpose};
 use crate::element::escape;
-use crate::options::{Target, TlsMode};
+use crate::options::{Mechanism, Target, TlsMode};
 use crate::register::contacts;
 use crate::replay::Curve;
 use crate::report::{self, Failures, Histogram};
@@ -49,6 +49,8 @@ pub enum Command {
     StopRun,
     /// All connections are gone at once, without a goodbye.
     Cut,
+    /// The second one of each pair reads no more.
+    StopReading,
     Chat(chat::Plan),
     /// Another part of the chat begins.
     ChatPhase(Instant),
@@ -294,6 +296,7 @@ pub struct Worker {
     presences: u64,
     disconnections: Arc<std::sync::Mutex<Failures>>,
     recorder: Recorder,
+    second_ones_read: bool,
     read_buffer: Vec<u8>,
     plain_buffer: Vec<u8>,
 }
@@ -418,6 +421,7 @@ impl Worker {
             presences: 0,
             disconnections: parts.disconnections,
             recorder: parts.recorder,
+            second_ones_read: true,
             read_buffer: vec![0; READ_BUFFER],
             plain_buffer: Vec::new(),
         })
@@ -520,6 +524,7 @@ impl Worker {
                     .iter_mut()
                     .for_each(|running| running.next = usize::MAX),
                 Ok(Command::Cut) => self.cut(),
+                Ok(Command::StopReading) => self.second_ones_read = false,
                 Ok(Command::ChatPhase(start)) => self
                     .chat
                     .iter_mut()
@@ -711,7 +716,12 @@ impl Worker {
                 return self.end(client, End::Failed(error.to_string()));
             }
         }
-        if event.is_readable() || event.is_read_closed() {
+        if !self.second_ones_read && slot % 2 == 1 {
+            if event.is_read_closed() || event.is_error() {
+                let reason = "the server cut one who did not read";
+                return self.end(client, End::Failed(reason.into()));
+            }
+        } else if event.is_readable() || event.is_read_closed() {
             if let Err(end) = self.read(slot, &mut client, event.is_read_closed()) {
                 return self.end(client, end);
             }
@@ -751,6 +761,11 @@ impl Worker {
                 let mut plain = std::mem::take(&mut self.plain_buffer);
                 plain.clear();
                 let open = client.socket.decrypt(&buffer[..count], &mut plain);
+                if client.connection.exporter.is_none()
+                    && matches!(self.target.mechanism, Mechanism::ScramPlus(_))
+                {
+                    client.connection.exporter = client.socket.exporter();
+                }
                 let outcome = self.consume(slot, client, &plain);
                 self.plain_buffer = plain;
                 outcome?;
