@@ -233,7 +233,7 @@ keys! {
     storm: Storm {
         /// Microseconds that a turn of a shard's loop should take at most, and so what a message waits for logins: the number
         /// of logins that compute at a time is lowered while turns take longer and raised while they do not.
-        live lag_us_target: u64 = 200 => 20..=100_000;
+        live lag_us_target: u64 = 300 => 20..=100_000;
         /// Logins of one shard that may compute at a time even when turns take too long.
         live logins_computing_min: usize = 1 => 1..=1000;
         /// Logins of one shard that may compute at a time when turns are short.
@@ -248,6 +248,13 @@ keys! {
         live silent_seconds_max: u64 = 5 => 1..=600;
         /// Seconds since a user's last log-out in which he goes before strangers.
         live recent_seconds: u64 = 600 => 0..=86_400;
+        /// Logins of one account in a minute, as many of them at once; then they are held back to come evenly, and refused when
+        /// that takes more than ten seconds. Other accounts at the same address are not.
+        live account_logins_per_minute: u64 = 240 => 1..=60_000;
+        /// Accounts of one shard whose logins are remembered; beyond it those that are not known yet are not held back.
+        live accounts_remembered_max: usize = 100_000 => 100..=10_000_000;
+        /// Sessions of one shard for which presence of others waits; while there are more, nobody new is let in.
+        live presence_waiting_max: usize = 1000 => 1..=10_000_000;
         /// The least that `<retry-after/>` says, in seconds; up to twice as much, by chance.
         live retry_seconds_min: u64 = 5 => 1..=3600;
         /// The most, by chance up to twice as much.

@@ -110,6 +110,14 @@ snapshot! {
     /// Connections refused because they waited longer than storm.wait_seconds_max: more cores are needed, or a higher
     /// storm.lag_us_target.
     counter gate_late = "nitro_gate_refused";
+    /// Logins held back or refused because their account logs in too often (storm.account_logins_per_minute).
+    counter logins_slowed = "nitro_logins_slowed";
+    /// Connections that were accepted here and went to a shard where fewer waited.
+    counter knocks_moved = "nitro_gate_moved";
+    /// Sessions for which presence of others waits for a turn with room.
+    gauge presence_waiting = "nitro_presence_waiting";
+    /// Presences that were never sent because a newer one of the same full JID came while they waited.
+    counter presence_merged = "nitro_presence_merged";
 }
 
 /// A metric with labels of its own.

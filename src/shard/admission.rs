@@ -26,6 +26,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use crate::config::Config;
 use crate::rt::Notify;
@@ -181,12 +182,17 @@ enum Waiting<K> {
     Knock(K),
 }
 
+/// In order of arrival; since when.
+type Queue<K> = VecDeque<(u64, Waiting<K>)>;
+
 /// The places of one shard and who waits for them.
 pub struct Admission<K> {
     control: RefCell<Control>,
-    queues: RefCell<[VecDeque<(u64, Waiting<K>)>; CLASSES]>,
+    queues: RefCell<[Queue<K>; CLASSES]>,
     waiting: Cell<usize>,
     computing: Cell<usize>,
+    /// The live loop sleeps: nobody but logins has anything to do.
+    pub asleep: Cell<bool>,
     /// Places that may still be given out in this turn.
     left: Cell<usize>,
     given: Cell<u32>,
@@ -210,6 +216,7 @@ impl<K> Admission<K> {
             queues: RefCell::new(std::array::from_fn(|_| VecDeque::new())),
             waiting: Cell::new(0),
             computing: Cell::new(0),
+            asleep: Cell::new(false),
             left: Cell::new(0),
             given: Cell::new(0),
             wait_ms_max: Cell::new(0),
@@ -306,16 +313,41 @@ impl<K> Admission<K> {
         login.since_ms.set(now_ms);
     }
 
-    /// What it was away for is there: it is told when there is a place.
-    pub fn back(&self, login: &Rc<Login>, now_ms: u64) {
+    /// What it was away for is there: `true`, if there is a place at once, else it is told when there is one.
+    pub fn back(&self, login: &Rc<Login>, now_ms: u64) -> bool {
+        if self.take(login) {
+            return true;
+        }
+        // what its client has sent meanwhile is still there
+        let again = login.again.get();
         self.queue(login, self.class_of(login), now_ms);
+        login.again.set(again);
+        false
     }
 
-    /// The second gate. It is told when its turn has come.
-    pub fn name(&self, login: &Rc<Login>, class: Class, now_ms: u64) {
+    /// A place without waiting: nobody else waits, and there is room in this turn, or no turn at all.
+    fn take(&self, login: &Login) -> bool {
+        let left = self.left.get();
+        if self.waiting.get() > 0 || (left == 0 && !self.asleep.get()) {
+            return false;
+        }
+        self.left.set(left.saturating_sub(1));
+        self.computing.set(self.computing.get() + 1);
+        login.state.set(State::Holds);
+        true
+    }
+
+    /// The second gate: `true`, if nobody waits there, else it is told when its turn has come.
+    pub fn name(&self, login: &Rc<Login>, class: Class, now_ms: u64) -> bool {
+        let again = login.again.get();
         self.give_back(login);
         login.named.set(true);
+        if self.take(login) {
+            return true;
+        }
         self.queue(login, class, now_ms);
+        login.again.set(again);
+        false
     }
 
     /// A new login takes over the place of the knock that was given one.
@@ -350,6 +382,11 @@ impl<K> Admission<K> {
         places
     }
 
+    /// There was more to do than this turn had room for.
+    pub fn limit(&self) {
+        self.control.borrow_mut().limited = true;
+    }
+
     /// Gives out one place. `begun`: connections that are past the first gate. `None`: nobody waits, or there is none left
     /// in this turn.
     pub fn next(&self, now_ms: u64, begun: usize) -> Option<Next<K>> {
@@ -362,7 +399,7 @@ impl<K> Admission<K> {
                 self.control.borrow_mut().limited = true;
                 return None;
             }
-            let (class, since_ms, waiting) = self.pick(full)?;
+            let (class, since_ms, waiting) = self.pick(full, now_ms)?;
             if let Waiting::Login(login) = &waiting {
                 if login.state.get() != State::Queued {
                     continue;
@@ -405,7 +442,7 @@ impl<K> Admission<K> {
     }
 
     /// Takes out who is next: by class, or now and then the one who has waited longest.
-    fn pick(&self, full: bool) -> Option<(Class, u64, Waiting<K>)> {
+    fn pick(&self, full: bool, now_ms: u64) -> Option<(Class, u64, Waiting<K>)> {
         const ALL: [Class; CLASSES] = [
             Class::Accept,
             Class::Begins,
@@ -418,8 +455,13 @@ impl<K> Admission<K> {
             Class::Slow,
         ];
         let mut queues = self.queues.borrow_mut();
+        // who has waited too long is not let in, but told
+        let late_ms = now_ms.saturating_sub(self.wait_ms_max.get());
         let open = |class: &&Class| {
-            !queues[**class as usize].is_empty() && !(full && **class == Class::Knocks)
+            let Some((since_ms, _)) = queues[**class as usize].front() else {
+                return false;
+            };
+            !(full && **class == Class::Knocks) || *since_ms < late_ms
         };
         let class = match self.given.get() % OLDEST_EVERY == OLDEST_EVERY - 1 {
             true => ALL
@@ -498,6 +540,38 @@ impl<K> Admission<K> {
         let base = through.clamp(least, most);
         // from the base to twice as long
         base + base * u64::from(chance) / 256
+    }
+}
+
+/// How many wait at the first gate of each shard, for all shards of a blade: the kernel spreads connects by a hash, and of few
+/// connects one shard may get many more handshakes than another.
+pub struct Loads(Vec<AtomicUsize>);
+
+/// So many more than elsewhere are no reason to move a connection.
+const UNEVEN_MIN: usize = 8;
+
+impl Loads {
+    pub fn new(shards: usize) -> Loads {
+        Loads((0..shards).map(|_| AtomicUsize::new(0)).collect())
+    }
+
+    pub fn publish(&self, shard: usize, waiting: usize) {
+        self.0[shard].store(waiting, Relaxed);
+    }
+
+    /// One more connection has come to `shard`, where `waiting` wait: the shard that it should go to, if that is another one.
+    pub fn better(&self, shard: usize, waiting: usize) -> Option<usize> {
+        if waiting < UNEVEN_MIN {
+            return None;
+        }
+        let loads = self.0.iter().map(|load| load.load(Relaxed)).enumerate();
+        let (least, load) = loads.min_by_key(|(_, load)| *load)?;
+        if least == shard || waiting < load + load / 8 + UNEVEN_MIN {
+            return None;
+        }
+        // until that shard says itself how many there are
+        self.0[least].fetch_add(1, Relaxed);
+        Some(least)
     }
 }
 
@@ -587,6 +661,23 @@ mod tests {
             Some(Next::Late(name)) => name,
             _ => "-",
         }
+    }
+
+    #[test]
+    fn a_crowd_at_one_shard_is_spread_over_all_and_few_stay_where_they_are() {
+        let loads = Loads::new(3);
+        let mut waiting = [0; 3];
+        for _ in 0..7 {
+            assert_eq!(loads.better(0, waiting[0]), None);
+            waiting[0] += 1;
+        }
+        for _ in 0..3000 {
+            let at = loads.better(0, waiting[0]).unwrap_or(0);
+            waiting[at] += 1;
+            loads.publish(at, waiting[at]);
+        }
+        let (least, most) = (waiting.iter().min(), waiting.iter().max());
+        assert!(most.unwrap() * 10 < least.unwrap() * 12, "{waiting:?}");
     }
 
     #[test]
@@ -715,6 +806,10 @@ mod tests {
         gates.open();
         assert!(gates.next(0, 5).is_none());
         assert_eq!(begun(gates.next(0, 4)), "new");
+        gates.done();
+        gates.open();
+        gates.knock("late", 0);
+        assert!(matches!(gates.next(30_000, 5), Some(Next::Late("late"))));
     }
 
     #[test]

@@ -18,6 +18,8 @@ use crate::xmpp::slice::{Computed, Slice};
 const NAP: Duration = Duration::from_millis(1);
 /// How long a full way to another shard is given.
 const CONGESTED_PAUSE: Duration = Duration::from_micros(100);
+/// Presences that go out in one turn for each login that may compute: each costs a fraction of a login's step.
+const PRESENCES_PER_PLACE: usize = 2;
 /// Reads of one connection in one turn.
 const READS_MAX: usize = 4;
 /// How long a connection may take to hear its last words.
@@ -34,7 +36,8 @@ impl Shard {
             self.turned();
             let busy = !self.unread.borrow().is_empty()
                 || rt::others_runnable()
-                || self.admission.is_wanted();
+                || self.admission.is_wanted()
+                || self.slice.borrow().pace.waiting() > 0;
             let commit = self.journal.wait(&self.slice.borrow());
             let harvested = match busy {
                 true => self.readiness.harvest(&mut events),
@@ -82,7 +85,9 @@ impl Shard {
                 self.ways.borrow_mut().retry();
             } else if events.is_empty() && !busy && self.may_sleep() {
                 // nothing for a whole nap: sleep in the ring
+                self.admission.asleep.set(true);
                 self.readiness.wait().await;
+                self.admission.asleep.set(false);
                 looked = Instant::now();
                 self.turn_began.set(looked);
                 continue;
@@ -105,25 +110,40 @@ impl Shard {
 
     /// Live traffic has had its turn: those who log in have theirs.
     fn admit(self: &Rc<Self>) {
-        if !self.admission.is_wanted() {
-            return;
-        }
         let now_ms = self.now_ms();
-        let mut read = false;
-        self.admission.open();
-        while let Some(next) = self.admission.next(now_ms, self.negotiating.get()) {
+        let places = self.admission.open();
+        self.loads.publish(self.number, self.admission.knocks());
+        let (mut wrote, waiting) = {
+            let mut slice = self.slice.borrow_mut();
+            let waited = slice.pace.waiting() > 0;
+            slice.release(places * PRESENCES_PER_PLACE);
+            let waiting = slice.pace.waiting();
+            if !waited && !self.admission.is_wanted() {
+                return;
+            }
+            (waited, waiting)
+        };
+        // those who are told of others first: they are in
+        let begun = match waiting > self.config.borrow().storm.presence_waiting_max {
+            true => usize::MAX,
+            false => self.negotiating.get(),
+        };
+        if waiting > 0 {
+            self.admission.limit();
+        }
+        while let Some(next) = self.admission.next(now_ms, begun) {
             match next {
                 Next::Told => {}
-                Next::Begin(knock) => login::let_in(self.clone(), knock),
-                Next::Late(knock) => login::too_late(self.clone(), knock),
+                Next::Begin(knock) => login::let_in(self.clone(), *knock),
+                Next::Late(knock) => login::too_late(self.clone(), *knock),
                 Next::Read(link) => {
                     self.read_beginning(link, now_ms);
                     self.admission.done();
-                    read = true;
+                    wrote = true;
                 }
             }
         }
-        if read {
+        if wrote {
             self.flush();
         }
     }
@@ -323,9 +343,11 @@ impl Shard {
         match live.transport.flush() {
             Ok(_) => {
                 let unsent = live.transport.pending();
-                if let Some(session) = self.slice.borrow_mut().sessions.get_mut(sid) {
+                let mut slice = self.slice.borrow_mut();
+                if let Some(session) = slice.sessions.get_mut(sid) {
                     session.unsent = unsent;
                 }
+                slice.requeue(sid);
             }
             Err(_) => {
                 drop(links);
@@ -386,6 +408,9 @@ impl Shard {
             Parcel::Knock(knock) => {
                 let arrived_ms = knock.arrived_ms;
                 self.admission.knock(knock, arrived_ms);
+                if self.stopping.get() {
+                    login::turn_all_away(self);
+                }
             }
         }
     }

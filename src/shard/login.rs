@@ -114,6 +114,7 @@ impl Guest {
     /// Waits for the client.
     async fn client(&self) {
         self.shard.admission.rest(&self.login, self.shard.now_ms());
+        self.shard.wake_for_gates();
         self.login.told.wait().await;
     }
 
@@ -122,8 +123,9 @@ impl Guest {
         let admission = &self.shard.admission;
         admission.away(&self.login, self.shard.now_ms());
         let outcome = other.await;
-        admission.back(&self.login, self.shard.now_ms());
-        if !self.shard.stopping.get() {
+        let has = admission.back(&self.login, self.shard.now_ms());
+        if !has && !self.shard.stopping.get() {
+            self.shard.wake_for_gates();
             self.login.told.wait().await;
         }
         outcome
@@ -132,8 +134,10 @@ impl Guest {
     /// Waits at the second gate.
     async fn name(&self, class: Class) -> Result<(), StreamError> {
         let admission = &self.shard.admission;
-        admission.name(&self.login, class, self.shard.now_ms());
-        self.login.told.wait().await;
+        if !admission.name(&self.login, class, self.shard.now_ms()) {
+            self.shard.wake_for_gates();
+            self.login.told.wait().await;
+        }
         match self.login.is_late() {
             true => Err(self.shard.overloaded()),
             false => Ok(()),
@@ -181,6 +185,7 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
         if !shard.stopping.get() {
             // the rest in the next turn
             shard.admission.accept(&notify, shard.now_ms());
+            shard.wake_for_gates();
             notify.wait().await;
         }
     }
@@ -215,24 +220,29 @@ fn knocks(shard: &Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bool) 
         pass,
         arrived_ms: shard.now_ms(),
     });
+    if let Some(other) = shard.loads.better(shard.number, shard.admission.knocks()) {
+        shard.knocks_moved.set(shard.knocks_moved.get() + 1);
+        return shard.ways.borrow_mut().send(other, Parcel::Knock(knock));
+    }
     let arrived_ms = knock.arrived_ms;
     shard.admission.knock(knock, arrived_ms);
+    shard.wake_for_gates();
 }
 
 /// A connection has a place.
-pub fn let_in(shard: Rc<Shard>, knock: Box<Knock>) {
+pub fn let_in(shard: Rc<Shard>, knock: Knock) {
     let guest = Guest::new(&shard);
     shard.admission.begun(&guest.login);
-    rt::spawn(Queue::Login, begin(shard, *knock, guest, None));
+    rt::spawn(Queue::Login, begin(shard, knock, guest, None));
 }
 
 /// A connection has waited too long, and holds a place to be told so.
-pub fn too_late(shard: Rc<Shard>, knock: Box<Knock>) {
+pub fn too_late(shard: Rc<Shard>, knock: Knock) {
     let error = shard.overloaded();
     if knock.tls_first {
         let guest = Guest::new(&shard);
         shard.admission.begun(&guest.login);
-        rt::spawn(Queue::Login, begin(shard, *knock, guest, Some(error)));
+        rt::spawn(Queue::Login, begin(shard, knock, guest, Some(error)));
     } else {
         turn_away(&shard, Transport::plain(knock.socket), false, &error);
         shard.admission.done();
@@ -518,6 +528,15 @@ async fn run(
                 c.framer.restart();
                 if let Some(name) = c.negotiation.user() {
                     shard.doors.succeeded(name);
+                    match shard.often(name) {
+                        Ok(Duration::ZERO) => {}
+                        Ok(pause) => {
+                            guest.away(shard.hold_back(pause)).await;
+                            // what was reported meanwhile is not reported again
+                            c.drained = false;
+                        }
+                        Err(seconds) => return Outcome::Refuse(overloaded(seconds)),
+                    }
                 }
             }
             Step::StartTls => {
@@ -733,6 +752,13 @@ impl Shard {
         outcome
     }
 
+    /// Only the live loop gives out places: it must not sleep while somebody wants one.
+    fn wake_for_gates(&self) {
+        if self.admission.is_wanted() && self.admission.asleep.replace(false) {
+            self.nudge();
+        }
+    }
+
     /// Waits for `pause`, or until the shard stops.
     async fn hold_back(&self, pause: Duration) {
         let until = Instant::now() + pause;
@@ -748,6 +774,19 @@ impl Shard {
         let mut chance = [0];
         aws_lc_rs::rand::fill(&mut chance).expect("the system gives random bytes");
         overloaded(self.admission.retry_seconds(chance[0]))
+    }
+
+    /// How long the login of an account is held back that logs in too often, or when it may try again.
+    fn often(&self, name: &str) -> Result<Duration, u64> {
+        let config = self.config.borrow().clone();
+        let often = self
+            .frequency
+            .borrow_mut()
+            .login(name, self.now_ms(), &config);
+        if often != Ok(Duration::ZERO) {
+            self.logins_slowed.set(self.logins_slowed.get() + 1);
+        }
+        often
     }
 
     fn turn_away(&self, transport: Transport, tls_first: bool, shut: Shut) {

@@ -15,7 +15,7 @@
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
 
 pub mod admin;
-mod admission;
+pub mod admission;
 pub mod doors;
 mod http;
 pub mod journal;
@@ -50,8 +50,8 @@ use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
 
-use admission::{Admission, Login};
-use doors::Doors;
+use admission::{Admission, Loads, Login};
+use doors::{Doors, Frequency};
 use journal::{Foreign, Journal};
 use moves::{Parcel, Ways};
 use redis::{Redis, RedisParts};
@@ -110,6 +110,7 @@ pub struct Parts {
     pub helpers: crate::blade::Helpers,
     pub own_inbox: InboxSender<Inbound>,
     pub doors: Arc<Doors>,
+    pub loads: Arc<Loads>,
     pub started: Instant,
     pub gauges: Arc<crate::observe::Gauges>,
 }
@@ -131,6 +132,11 @@ pub struct Shard {
     tls: RefCell<TlsConfig>,
     decoy: RefCell<Arc<Decoy>>,
     doors: Arc<Doors>,
+    loads: Arc<Loads>,
+    frequency: RefCell<Frequency>,
+    logins_slowed: Cell<u64>,
+    /// Connections that were only accepted here.
+    knocks_moved: Cell<u64>,
     /// Live connections that have more to read than one turn allows, or bytes left from their login.
     unread: RefCell<VecDeque<u64>>,
     /// Log-ins that wait for a user to be loaded.
@@ -285,6 +291,10 @@ impl Shard {
             tls: RefCell::new(parts.tls),
             decoy: RefCell::new(parts.decoy),
             doors: parts.doors,
+            loads: parts.loads,
+            frequency: RefCell::default(),
+            logins_slowed: Cell::new(0),
+            knocks_moved: Cell::new(0),
             unread: RefCell::default(),
             waiting: RefCell::default(),
             started: parts.started,
@@ -368,6 +378,10 @@ impl Shard {
             gate_waits: self.admission.waits.get().0,
             gate_wait_ms: self.admission.waits.get().1,
             gate_late: self.admission.late.get(),
+            logins_slowed: self.logins_slowed.get(),
+            knocks_moved: self.knocks_moved.get(),
+            presence_waiting: slice.pace.waiting() as u64,
+            presence_merged: slice.pace.merged,
         };
         self.gauges.publish(self.number, snapshot);
     }
