@@ -20,6 +20,7 @@ use crate::net::{self, TlsConfig};
 use crate::observe::Gauges;
 use crate::rt::{self, InboxSender};
 use crate::shard::admin::Call;
+use crate::shard::admission::Loads;
 use crate::shard::doors::Doors;
 use crate::shard::journal::Foreign;
 use crate::shard::redis::RedisParts;
@@ -147,6 +148,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let mut found: Vec<Option<Found>> = found.into_iter().map(Some).collect();
     let helpers = Helpers::start(config.limits.password_checks_waiting_max);
     let doors = Arc::new(Doors::default());
+    let loads = Arc::new(Loads::new(shards));
     let id_key = [
         u64::from_le_bytes(secret[0..8].try_into().expect("eight bytes")),
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
@@ -186,6 +188,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 helpers: helpers.clone(),
                 own_inbox: senders[n].clone(),
                 doors: doors.clone(),
+                loads: loads.clone(),
                 started,
                 gauges: gauges.clone(),
             })
@@ -403,6 +406,7 @@ fn start_redis(
     if addresses.is_empty() {
         return Ok(None);
     }
+    let tls = crate::admin::redis_tls(config, &addresses)?;
     let path = crate::admin::generations(config);
     let unix_us = now.as_micros() as u64;
     let generations = Generations::open(&path, &addresses, shards, unix_us)
@@ -445,6 +449,7 @@ fn start_redis(
         keeper: Keeper::start(generations, sinks(), sinks())?,
         hold: Arc::new(Hold::new(shards)),
         figures: Arc::default(),
+        tls,
     }))
 }
 

@@ -347,7 +347,7 @@ fn completions(shell: clap_complete::Shell) -> Result<(), String> {
 }
 
 fn check_config(config: &Config, options: &Options) -> Result<(), String> {
-    crate::admin::redis_instances(config)?;
+    crate::admin::redis_tls(config, &crate::admin::redis_instances(config)?)?;
     let from = match &options.config {
         Some(path) => path.display().to_string(),
         None => "the defaults".into(),

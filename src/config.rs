@@ -229,6 +229,38 @@ keys! {
         restart admin_connections_max: usize = 8 => 1..=1000;
     }
 
+    /// Many logins at once: who is in must not notice (see "Storms" in README.md).
+    storm: Storm {
+        /// Microseconds that a turn of a shard's loop should take at most, and so what a message waits for logins: the number
+        /// of logins that compute at a time is lowered while turns take longer and raised while they do not.
+        live lag_us_target: u64 = 300 => 20..=100_000;
+        /// Logins of one shard that may compute at a time even when turns take too long.
+        live logins_computing_min: usize = 1 => 1..=1000;
+        /// Logins of one shard that may compute at a time when turns are short.
+        live logins_computing_max: usize = 64 => 1..=1000;
+        /// Connections of one shard that are past the first gate and have not begun a session yet. The others wait unread.
+        live logins_begun_max: usize = 4096 => 1..=10_000_000;
+        /// Seconds that a connection waits at a gate at most; then it is refused with `<resource-constraint/>` and
+        /// `<retry-after/>`. Time that it waits there does not count for `limits.auth_seconds_max`.
+        live wait_seconds_max: u64 = 20 => 1..=600;
+        /// Seconds that a client may be silent during its login while `storm.logins_begun_max` connections are past the first
+        /// gate and others wait there; then it ends with `<connection-timeout/>`.
+        live silent_seconds_max: u64 = 5 => 1..=600;
+        /// Seconds since a user's last log-out in which he goes before strangers.
+        live recent_seconds: u64 = 600 => 0..=86_400;
+        /// Logins of one account in a minute, as many of them at once; then they are held back to come evenly, and refused when
+        /// that takes more than ten seconds. Other accounts at the same address are not.
+        live account_logins_per_minute: u64 = 240 => 1..=60_000;
+        /// Accounts of one shard whose logins are remembered; beyond it those that are not known yet are not held back.
+        live accounts_remembered_max: usize = 100_000 => 100..=10_000_000;
+        /// Sessions of one shard for which presence of others waits; while there are more, nobody new is let in.
+        live presence_waiting_max: usize = 1000 => 1..=10_000_000;
+        /// The least that `<retry-after/>` says, in seconds; up to twice as much, by chance.
+        live retry_seconds_min: u64 = 5 => 1..=3600;
+        /// The most, by chance up to twice as much.
+        live retry_seconds_max: u64 = 120 => 1..=3600;
+    }
+
     /// Stream management (XEP-0198).
     stream_management: StreamManagement {
         /// Seconds that a session whose connection was cut can be resumed.
@@ -265,10 +297,17 @@ keys! {
 
     /// The Redis ring between cache and database: warm copies, so that a login after a restart costs no SQL.
     redis: Redis {
-        /// The instances, whose keys are spread by consistent hashing: "unix:///run/nitro-redis/1.sock?db=0&user=U&pass=P" or
-        /// "redis://USER:PASSWORD@HOST:6379/0"; behind `?` also `weight=N` (its share, 1 to 1000) and `name=NAME` (which
-        /// decides the keys it holds; else the address does). Empty: no ring.
+        /// The instances, whose keys are spread by consistent hashing: "unix:///run/nitro-redis/1.sock?db=0&user=U&pass=P",
+        /// "redis://USER:PASSWORD@HOST:6379/0" or, over TLS, "rediss://USER:PASSWORD@HOST:6379/0"; behind `?` also `weight=N`
+        /// (its share, 1 to 1000) and `name=NAME` (which decides the keys it holds; else the address does). Empty: no ring.
         restart instances: Vec<String> = Vec::new();
+        /// Who vouches for the certificates of instances behind `rediss://`, which must be for the host in the address: a PEM
+        /// file. Empty: the certificates that the system trusts.
+        restart ca_file: PathBuf = PathBuf::new();
+        /// The client certificate chain for instances that ask for one (`tls-auth-clients`), PEM, leaf first. Empty: none.
+        restart certificate: PathBuf = PathBuf::new();
+        /// Its private key, PEM. Empty exactly when `redis.certificate` is.
+        restart key: PathBuf = PathBuf::new();
         /// What all keys begin with: tells several blades on the same instances apart.
         restart prefix: String = "nitro:".into();
         /// This blade's name in the list of sessions, without `:`. Empty: the machine's name.
@@ -297,8 +336,11 @@ keys! {
         /// larger.
         restart segment_bytes: usize = 64 << 20 => (1 << 20)..=(1 << 30);
         /// What one shard's journal may hold that the database has not taken: beyond it new messages and changes are refused
-        /// with `<resource-constraint/>`. 16 GiB hold an hour without database at 1,000 messages a second.
-        restart backlog_bytes_max: usize = 16 << 30 => (64 << 20)..=(1 << 44);
+        /// with `<resource-constraint/>`. An hour without database at 1,000 messages a second takes 7.3 GiB on two shards, 3.6 GiB
+        /// each, and 4.4 GiB on a single one (measured: `bench/measure --only journal-hour`; mostly blocks that groups do not
+        /// fill, so half the rate takes little less and longer texts little more): 8 GiB are about twice that. The disk should
+        /// have that much for each shard, and 0.7 GiB more; if it is full before, the answer is the same.
+        restart backlog_bytes_max: usize = 8 << 30 => (64 << 20)..=(1 << 44);
         /// Milliseconds that a change rests before it is written into the database: a delivery that is taken in this time
         /// is never written as pending.
         restart drain_after_ms: u64 = 500 => 0..=60_000;
@@ -987,10 +1029,19 @@ impl Loading {
             Err(ConfigError(format!("{place}{key}: {why}")))
         };
         let empty = |path: &Path| path.as_os_str().is_empty();
-        if empty(&c.tls.certificate) != empty(&c.tls.key) {
-            let (set, missing) = match empty(&c.tls.key) {
-                true => ("tls.certificate", "tls.key"),
-                false => ("tls.key", "tls.certificate"),
+        for (certificate, key, key_certificate, key_key) in [
+            (&c.tls.certificate, &c.tls.key, "tls.certificate", "tls.key"),
+            (
+                &c.redis.certificate,
+                &c.redis.key,
+                "redis.certificate",
+                "redis.key",
+            ),
+        ] {
+            let (set, missing) = match (empty(certificate), empty(key)) {
+                (false, true) => (key_certificate, key_key),
+                (true, false) => (key_key, key_certificate),
+                _ => continue,
             };
             return wrong(
                 set,
@@ -1017,6 +1068,18 @@ impl Loading {
                 c.stream_management.unacked_bytes_max,
                 "limits.stanza_bytes_max",
                 "stream_management.unacked_bytes_max",
+            ),
+            (
+                c.storm.logins_computing_min,
+                c.storm.logins_computing_max,
+                "storm.logins_computing_min",
+                "storm.logins_computing_max",
+            ),
+            (
+                c.storm.retry_seconds_min as usize,
+                c.storm.retry_seconds_max as usize,
+                "storm.retry_seconds_min",
+                "storm.retry_seconds_max",
             ),
         ] {
             if small > large {

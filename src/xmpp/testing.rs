@@ -81,6 +81,8 @@ pub struct World {
     /// Since when users have had the same owners, as [`crate::store::owners`] keeps it: number of shards, id.
     owners: (usize, Id),
     pub now: Now,
+    /// Presences that may go out in a turn of a slice.
+    pub room: usize,
     /// Peers without stream management have at once what they are sent.
     pub confirms: bool,
     clients: Vec<Connection>,
@@ -164,6 +166,7 @@ impl World {
             flying: Vec::new(),
             owners: (0, Id(0)),
             now,
+            room: usize::MAX,
             confirms: true,
             clients: Vec::new(),
         };
@@ -453,6 +456,8 @@ impl World {
                 }
                 moved |= self.commit(from);
                 let slice = &mut self.slices[from];
+                slice.release(self.room);
+                moved |= self.room > 0 && slice.pace.waiting() > 0;
                 let confirmed = match self.confirms {
                     true => std::mem::take(&mut slice.fx.unconfirmed),
                     false => Vec::new(),
