@@ -152,6 +152,15 @@ class Blade(XmppServer):
         lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name}_total{{", f"{name} "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
+    def rest(self):
+        """Waits until the database has what was changed (the last log-outs, say): no statement for two seconds."""
+        deadline, before = time.monotonic() + WITHIN, None
+        while (now := self.sum("nitro_sql_statements")) != before:
+            if time.monotonic() > deadline:
+                sys.exit("nitro's database did not come to rest")
+            before = now
+            time.sleep(2)
+
     def journal(self):
         """Figures of the journals of all shards: backlog in bytes, bytes of files on the disk, commits, bytes of groups,
         records; and the resident memory of the process, which holds an overlay of what the database lacks."""

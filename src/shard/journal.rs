@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use crate::store::journal::{Committed, Floors, State, Status, Writer};
 use crate::xmpp::slice::Slice;
 
-/// Between the begins of two commits. A message waits for two, one at each owner.
-const PACE: Duration = Duration::from_micros(750);
+/// Between the begins of two commits. A message waits for two, one at each owner; three quarters of this made its p50 0.7
+/// instead of 0.8 ms and its p99 no better.
+const PACE: Duration = Duration::from_millis(1);
 /// The same while much waits for the database: each group fills up whole blocks, and the disk is to last.
 const PACE_WITH_BACKLOG: Duration = Duration::from_millis(4);
 /// So much waits for the database that the disk is spared.

@@ -79,6 +79,8 @@ pub struct World {
     /// Groups that are being committed.
     flying: Vec<Option<Group>>,
     pub now: Now,
+    /// Presences that may go out in a turn of a slice.
+    pub room: usize,
     /// Peers without stream management have at once what they are sent.
     pub confirms: bool,
     clients: Vec<Connection>,
@@ -161,6 +163,7 @@ impl World {
             records: Vec::new(),
             flying: Vec::new(),
             now,
+            room: usize::MAX,
             confirms: true,
             clients: Vec::new(),
         };
@@ -425,6 +428,8 @@ impl World {
                 }
                 moved |= self.commit(from);
                 let slice = &mut self.slices[from];
+                slice.release(self.room);
+                moved |= self.room > 0 && slice.pace.waiting() > 0;
                 let confirmed = match self.confirms {
                     true => std::mem::take(&mut slice.fx.unconfirmed),
                     false => Vec::new(),
