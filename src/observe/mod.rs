@@ -1,9 +1,24 @@
-//! What an SRE counts. In: single increments from the core that saw the thing. Out: the sum, whenever somebody reads.
-//! Promise: recording takes no lock and never waits; the module knows nobody else in the house.
+//! What an SRE sees. In: increments and durations from the core that saw the thing. Out: sums and histograms, whenever somebody
+//! reads. Promise: recording takes no lock and never waits; the module knows nobody else in the house.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `stage` | what is measured: name, help, who records |
+//! | `histogram` | durations of each recording thread, handed over by exchange |
+//! | `lag` | how late a loop is |
+//! | `gauges` | figures of the shards, and the text of `GET /metrics` |
 
 mod gauges;
+mod histogram;
+mod lag;
+mod stage;
 
 pub use gauges::{Gauges, Snapshot, Table, label};
+pub use histogram::{
+    Histograms, Recorded, US_MAX, begin_recording, exchange, histogram, record, record_n,
+};
+pub use lag::{Lag, LoopLag};
+pub use stage::{Place, Stage};
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 

@@ -32,10 +32,12 @@ impl Shard {
             events.clear();
             let busy = !self.unread.borrow().is_empty() || rt::others_runnable();
             let commit = self.journal.wait(&self.slice.borrow());
+            let mut slept = None;
             let harvested = match busy {
                 true => self.readiness.harvest(&mut events),
                 false => {
                     let most = commit.map_or(NAP, |wait| wait.min(NAP));
+                    slept = Some((self.now_us(), most));
                     self.readiness.nap(&mut events, most)
                 }
             };
@@ -43,6 +45,7 @@ impl Shard {
                 tracing::error!(%error, "epoll_wait failed");
             }
             self.clock();
+            self.looked(slept, !events.is_empty());
             for event in &events {
                 self.ready(event);
                 self.breathe().await;
@@ -76,7 +79,10 @@ impl Shard {
                 self.ways.borrow_mut().retry();
             } else if events.is_empty() && !busy && self.may_sleep() {
                 // nothing for a whole nap: sleep in the ring
+                let from_us = self.now_us();
                 self.readiness.wait().await;
+                let now_us = self.now_us();
+                self.lag.borrow_mut().slept(from_us, now_us, now_us);
                 looked = Instant::now();
                 continue;
             }
@@ -85,6 +91,17 @@ impl Shard {
                 rt::look_at_rings().await;
                 looked = Instant::now();
             }
+        }
+    }
+
+    /// Measures how late this turn is. `slept`: since when, and for how long at most.
+    fn looked(&self, slept: Option<(u64, Duration)>, woken: bool) {
+        let now_us = self.slice.borrow().now.us;
+        let mut lag = self.lag.borrow_mut();
+        match slept {
+            Some((from_us, _)) if woken => lag.slept(from_us, now_us, now_us),
+            Some((from_us, most)) => lag.slept(from_us, from_us + most.as_micros() as u64, now_us),
+            None => lag.looked(now_us),
         }
     }
 

@@ -34,7 +34,7 @@ use slab::Slab;
 
 use crate::config::Config;
 use crate::net::{Scratch, TlsConfig, Transport};
-use crate::observe::Snapshot;
+use crate::observe::{LoopLag, Snapshot, begin_recording};
 use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
 use crate::store::change::Id;
 use crate::store::journal::{Committed, Files, Floors, Status, Writer};
@@ -144,6 +144,8 @@ pub struct Shard {
     /// The namespaces that most stream headers declare.
     usual_ns: RefCell<Rc<StreamNs>>,
     gauges: Arc<crate::observe::Gauges>,
+    /// Of the live loop.
+    lag: RefCell<LoopLag>,
 }
 
 /// A place in the readiness set. A link is its slot and generation, as one number.
@@ -269,7 +271,9 @@ impl Shard {
             bound: RefCell::default(),
             usual_ns: RefCell::new(Rc::new(StreamNs::client())),
             gauges: parts.gauges,
+            lag: RefCell::new(LoopLag::new(parts.started.elapsed().as_micros() as u64)),
         });
+        begin_recording();
         shard.clock();
         let bell = shard.links.borrow_mut().insert(Kind::Inbox);
         shard
@@ -348,11 +352,18 @@ impl Shard {
         let unix = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
+        let us = self.now_us();
         self.slice.borrow_mut().now = Now {
-            ms: self.started.elapsed().as_millis() as u64,
+            ms: us / 1000,
+            us,
             unix: unix.as_secs(),
             unix_ms: unix.as_millis() as u64,
         };
+    }
+
+    /// Monotonic microseconds of the blade: comparable between shards.
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
     }
 
     /// Seconds and slow things: timers of sessions, farewells that take too long, figures for whoever looks.

@@ -362,10 +362,6 @@ impl Redis {
 }
 
 impl Shard {
-    fn now_us(&self) -> u64 {
-        self.started.elapsed().as_micros() as u64
-    }
-
     /// The begin of a turn's end: what the instances have said.
     pub(super) fn redis_hear(&self, slice: &mut Slice) {
         let Some(redis) = &self.redis else { return };

@@ -112,6 +112,8 @@ pub struct Limits {
 pub struct Now {
     /// Monotonic milliseconds.
     pub ms: u64,
+    /// The same, in microseconds: for what is measured.
+    pub us: u64,
     /// Unix time in seconds.
     pub unix: u64,
     /// Unix time in milliseconds.
