@@ -9,6 +9,9 @@
 //! takes longer than a minute counts as a minute: deadlines end everything before.
 
 use std::cell::RefCell;
+use std::num::NonZeroU32;
+use std::sync::Mutex;
+use std::time::Duration;
 
 use hdrhistogram::{Counter, Histogram};
 
@@ -129,6 +132,76 @@ pub fn exchange(empty: Histograms) -> Histograms {
     })
 }
 
+/// For a thread that is no shard and cannot be asked: it locks for each record, and is hardly ever disturbed.
+#[derive(Default)]
+pub struct SharedHistograms(Mutex<Histograms>);
+
+impl SharedHistograms {
+    pub fn record(&self, stage: Stage, took: Duration) {
+        if let Ok(mut all) = self.0.lock() {
+            all.record(stage, took.as_micros() as u64, 1);
+        }
+    }
+
+    /// As [`exchange`].
+    pub fn exchange(&self, empty: Histograms) -> Histograms {
+        match self.0.lock() {
+            Ok(mut all) => std::mem::replace(&mut *all, empty),
+            Err(_) => empty,
+        }
+    }
+}
+
+impl std::fmt::Debug for SharedHistograms {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SharedHistograms").finish_non_exhaustive()
+    }
+}
+
+/// A moment of a monotonic clock of microseconds, in four bytes, for what is carried with each message. Moments further apart
+/// than 35 minutes cannot be told from later ones: nothing that is measured takes so long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Stamp(NonZeroU32);
+
+impl Stamp {
+    /// Some moment.
+    pub const FIRST: Stamp = Stamp(NonZeroU32::MIN);
+
+    pub fn at(us: u64) -> Stamp {
+        Stamp(NonZeroU32::new(us as u32).unwrap_or(NonZeroU32::MIN))
+    }
+
+    /// Microseconds from then to now; 0 if now is earlier, as it may be by the clock of a turn that began before.
+    pub fn until(self, now_us: u64) -> u64 {
+        let apart = (now_us as u32).wrapping_sub(self.0.get()) as i32;
+        apart.max(0) as u64
+    }
+}
+
+/// Moments, of which many in a row are the same.
+#[derive(Debug, Default)]
+pub struct Stamps(Vec<(Stamp, u32)>);
+
+impl Stamps {
+    pub fn push(&mut self, stamp: Stamp) {
+        match self.0.last_mut() {
+            Some((last, n)) if *last == stamp => *n += 1,
+            _ => self.0.push((stamp, 1)),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All of them end now.
+    pub fn record(&mut self, stage: Stage, now_us: u64) {
+        for (stamp, n) in self.0.drain(..) {
+            record_n(stage, stamp.until(now_us), n);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,6 +257,36 @@ mod tests {
             all.clear();
             us = us * 21 / 20 + 1;
         }
+    }
+
+    #[test]
+    fn a_stamp_measures_across_the_wrap_of_its_clock() {
+        let wrap = 1 << 32;
+        for (from, to) in [
+            (5, 9),
+            (wrap - 3, wrap + 4),
+            (7 * wrap + 1, 7 * wrap + 60_000_000),
+        ] {
+            assert_eq!(Stamp::at(from).until(to), to - from);
+        }
+        // one of four billion moments is told a microsecond late
+        assert_eq!(Stamp::at(wrap).until(wrap + 10), 9);
+        assert_eq!(Stamp::at(700).until(650), 0);
+    }
+
+    #[test]
+    fn stamps_of_one_moment_are_recorded_together() {
+        begin_recording();
+        let mut stamps = Stamps::default();
+        for us in [100, 100, 100, 150] {
+            stamps.push(Stamp::at(us));
+        }
+        assert_eq!(stamps.0.len(), 2);
+        stamps.record(Stage::Message, 200);
+        assert!(stamps.is_empty());
+        let mut all = exchange(Histograms::new());
+        let messages = all.get(Stage::Message);
+        assert_eq!((messages.histogram.len(), messages.sum_us), (4, 350));
     }
 
     #[test]

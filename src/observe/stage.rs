@@ -4,7 +4,7 @@
 macro_rules! stages {
     ($( $(#[doc = $help:literal])+ $who:ident $stage:ident = $name:literal; )*) => {
         /// Something whose duration is recorded in microseconds; see [`super::record`].
-        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
         #[repr(u8)]
         pub enum Stage { $( $(#[doc = $help])+ $stage, )* }
 
@@ -15,6 +15,11 @@ macro_rules! stages {
             /// Its short name: the metric's, without `nitro_` and unit.
             pub fn name(self) -> &'static str {
                 match self { $( Stage::$stage => $name, )* }
+            }
+
+            /// The name of its metric.
+            pub fn metric(self) -> &'static str {
+                match self { $( Stage::$stage => concat!("nitro_", $name, "_seconds"), )* }
             }
 
             /// What it means, and what to do when it is bad.
@@ -77,10 +82,10 @@ stages! {
     /// From one shard's sending a batch to another's taking it up. When it grows on one shard, that one is too busy: look at
     /// its nitro_loop_lag_seconds.
     Shard MeshQueue = "mesh_queue";
-    /// One statement for up to 50 users who log in, retries included. When it grows, the database is slow: look at its own
+    /// One statement for up to 50 users who log in. When it grows, the database is slow: look at its own
     /// figures, and whether nitro_sql_batch_seconds grows too.
     Lane SqlLoad = "sql_load";
-    /// One statement for documents, or one page of an archive, retries included. When it grows alone, somebody pages through
+    /// One statement for documents, or one page of an archive. When it grows alone, somebody pages through
     /// large archives: look at nitro_sql_pages.
     Lane SqlRead = "sql_read";
     /// One transaction of the drain, which carries journals into the database. When it grows, nitro_journal_backlog_bytes will

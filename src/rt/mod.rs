@@ -170,6 +170,26 @@ pub async fn sleep(duration: Duration) {
     glommio::timer::sleep(duration).await;
 }
 
+/// Processor time that this thread has used, microseconds.
+pub fn thread_cpu_us() -> u64 {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    used.tv_sec as u64 * 1_000_000 + used.tv_nsec as u64 / 1000
+}
+
+/// Puts the calling thread behind all others: what it does may wait. `nice`: 0 to 19. Failing costs latency only.
+pub fn step_back(nice: i32) {
+    // SAFETY: plain system calls on the calling thread (0) with values of our own; `param` is only read.
+    let stepped_back = unsafe {
+        let param: libc::sched_param = std::mem::zeroed();
+        libc::sched_setscheduler(0, libc::SCHED_BATCH, &param) == 0
+            && libc::setpriority(libc::PRIO_PROCESS, 0, nice) == 0
+    };
+    if !stepped_back {
+        let error = std::io::Error::last_os_error();
+        tracing::warn!(%error, "cannot lower a thread's priority");
+    }
+}
+
 /// The time given to [`timeout`] went by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("timed out")]

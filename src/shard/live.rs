@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::moves::Parcel;
 use super::{Inbound, Kind, Shard, give_job, limits, login};
 use crate::net::{Read, Transport};
+use crate::observe::{Stage, exchange};
 use crate::rt;
 use crate::xml::{FrameKind, Framer};
 use crate::xmpp::error::StreamError;
@@ -50,16 +51,18 @@ impl Shard {
                 self.ready(event);
                 self.breathe().await;
             }
-            self.inbox.drain(&mut inbound);
+            self.inbox_depth.saw(self.inbox.drain(&mut inbound) as u64);
             for message in inbound.drain(..) {
                 self.inbound(message);
             }
-            self.ways.borrow().receive(&mut parcels);
+            let now_us = self.slice.borrow().now.us;
+            self.ways.borrow_mut().receive(&mut parcels, now_us);
             for parcel in parcels.drain(..) {
                 self.parcel(parcel);
                 self.breathe().await;
             }
             let again = self.unread.borrow().len();
+            self.unread_depth.saw(again as u64);
             for _ in 0..again {
                 if self.ways.borrow().congested() {
                     break;
@@ -285,6 +288,11 @@ impl Shard {
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
             }
+            Inbound::Histograms(n, empty, reply) => {
+                // nobody waits any more: the next one gets them
+                let _ = reply.send((n, exchange(empty)));
+            }
+            Inbound::Page(ticket, page) => self.page(ticket, page),
             Inbound::Nudge => {}
             Inbound::Stop => {
                 self.stopping.set(true);
@@ -364,9 +372,15 @@ impl Shard {
         }
         let mut ways = self.ways.borrow_mut();
         ways.retry();
-        for (shard, batch) in slice.fx.mesh.iter_mut().enumerate() {
-            if !batch.is_empty() {
-                ways.send(shard, Parcel::Batch(std::mem::take(batch)));
+        // the clock is read again only where something is measured that ends or begins here
+        let sends = slice.fx.mesh.iter().any(|batch| !batch.is_empty());
+        if sends || !slice.fx.delivered.is_empty() {
+            let now_us = self.now_us();
+            slice.fx.delivered.record(Stage::Message, now_us);
+            for (shard, batch) in slice.fx.mesh.iter_mut().enumerate() {
+                if !batch.is_empty() {
+                    ways.send(shard, Parcel::Batch(std::mem::take(batch)), now_us);
+                }
             }
         }
         let backlog_max = slice.env.limits.mesh_backlog_bytes_max;

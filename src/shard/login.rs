@@ -10,6 +10,7 @@ use super::moves::Parcel;
 use super::{Door, Kind, LiveLink, Shard, Waits, http};
 use crate::config::Registration;
 use crate::net::{Listener, Proxied, Read, Socket, Transport, parse_proxy_header};
+use crate::observe::{Stage, record};
 use crate::rt::{self, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::xml::{Framer, StreamNs};
@@ -34,6 +35,16 @@ pub struct Connecting {
     pass: Pass,
     /// Monotonic milliseconds of the blade.
     deadline_ms: u64,
+    times: Times,
+}
+
+/// Since when, in monotonic microseconds of the blade: for [`Stage`]s. They go with the connection to its owner.
+struct Times {
+    accepted_us: u64,
+    /// The begin of the TLS handshake.
+    tls_us: u64,
+    /// The first element that named a user.
+    sasl_us: Option<u64>,
 }
 
 /// A connection on its way to its user's owner, and what it wanted there.
@@ -87,13 +98,18 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
                 shard.clock();
                 match door {
                     Door::Http => rt::spawn(Queue::House, http::serve(shard.clone(), socket)),
-                    _ => rt::spawn(
-                        Queue::Login,
-                        begin(shard.clone(), socket, peer, door == Door::XmppTls),
-                    ),
+                    _ => {
+                        let accepted_us = shard.slice.borrow().now.us;
+                        let tls_first = door == Door::XmppTls;
+                        rt::spawn(
+                            Queue::Login,
+                            begin(shard.clone(), socket, peer, tls_first, accepted_us),
+                        );
+                    }
                 }
             }
-            Ok(None) if shard.stopping.get() => break,
+            // that the server stops is told by HTTP to the end (see [`http`]): load balancers ask
+            Ok(None) if shard.stopping.get() && door != Door::Http => break,
             Ok(None) => notify.ready.wait().await,
             Err(error) => {
                 shard.gauges.accept_failures.one();
@@ -107,7 +123,13 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
     shard.readiness.remove(&listener);
 }
 
-async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bool) {
+async fn begin(
+    shard: Rc<Shard>,
+    socket: Socket,
+    peer: SocketAddr,
+    tls_first: bool,
+    accepted_us: u64,
+) {
     let config = shard.config.borrow().clone();
     let mut transport = Transport::plain(socket);
     let deadline_ms = shard.slice.borrow().now.ms + config.limits.auth_seconds_max * 1000;
@@ -156,6 +178,7 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
             ..shard.slice.borrow().env.limits.xml
         },
     };
+    let tls_us = shard.now_us();
     if tls_first {
         if let Err(error) = transport.start_tls(&shard.tls.borrow(), &rest) {
             tracing::error!(%error, "TLS cannot be started");
@@ -172,6 +195,11 @@ async fn begin(shard: Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bo
         peer: client,
         pass,
         deadline_ms,
+        times: Times {
+            accepted_us,
+            tls_us,
+            sasl_us: None,
+        },
     };
     negotiate(shard, connecting, None).await;
 }
@@ -272,6 +300,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
                     connecting: c,
                     wish,
                 })),
+                shard.now_us(),
             );
         }
         Outcome::Refuse(error) => {
@@ -331,6 +360,9 @@ async fn run(
             Step::Authenticated => {
                 // before the client hears of it: its next connection counts on it
                 c.pass.authenticated();
+                if let Some(since_us) = c.times.sasl_us.take() {
+                    record(Stage::Sasl, shard.now_us() - since_us);
+                }
                 c.framer.restart();
                 if let Some(name) = c.negotiation.user() {
                     shard.doors.succeeded(name);
@@ -346,12 +378,14 @@ async fn run(
                 out.clear();
                 // RFC 6120 5.4.3.3: nothing may follow <starttls/> in the clear
                 c.rest.clear();
+                c.times.tls_us = shard.now_us();
                 if c.transport.start_tls(&shard.tls.borrow(), &[]).is_err() {
                     return Outcome::Gone;
                 }
                 c.framer.restart();
             }
             Step::Login { name } => {
+                c.times.sasl_us.get_or_insert_with(|| shard.now_us());
                 let owner = shard.slice.borrow().env.owner(&name) as usize;
                 if owner != shard.number {
                     return Outcome::Move(owner, Wish::Login(name));
@@ -370,8 +404,10 @@ async fn run(
                 condition,
                 close,
             } => {
+                shard.gauges.auth_failures.one();
+                // what the client has chosen is quoted and comes behind the address: see config/fail2ban
                 tracing::info!(
-                    peer = %c.peer.ip(),
+                    address = %c.peer.ip(),
                     user = name.as_deref().unwrap_or_default(),
                     condition,
                     "authentication failed"
@@ -399,7 +435,10 @@ async fn run(
                     .bound(outcome.as_deref().map_err(Clone::clone), &mut out);
                 if bound {
                     return match c.transport.write(&out, &mut shard.scratch.borrow_mut()) {
-                        Ok(()) => Outcome::Bound,
+                        Ok(()) => {
+                            record(Stage::Login, shard.now_us() - c.times.accepted_us);
+                            Outcome::Bound
+                        }
                         Err(_) => {
                             shard.abandon(link);
                             Outcome::Gone
@@ -408,7 +447,10 @@ async fn run(
                 }
             }
             Step::Resume { previd, h } => match shard.resume(c, &previd, h, link).await {
-                Ok(Resumed::Yes) => return Outcome::Bound,
+                Ok(Resumed::Yes) => {
+                    record(Stage::Resume, shard.now_us() - c.times.accepted_us);
+                    return Outcome::Bound;
+                }
                 Ok(Resumed::No { count }) => c.negotiation.not_resumed(count, &mut out),
                 Err(error) => return Outcome::Refuse(error),
             },
@@ -454,7 +496,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Waits) -> Result<(), (
                 Ok(Read::HandshakeDone | Read::WouldBlock) => false,
                 Ok(Read::Eof) => return Err(()),
                 Err(error) => {
-                    tracing::debug!(peer = %c.peer, %error, "a connection broke before its session");
+                    tracing::debug!(address = %c.peer.ip(), %error, "a connection broke before its session");
                     return Err(());
                 }
             }
@@ -462,6 +504,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Waits) -> Result<(), (
         // not only when the read says so: data may come together with the handshake's last message
         let handshake_done = handshaking && !c.transport.handshaking();
         if handshake_done {
+            record(Stage::TlsHandshake, shard.now_us() - c.times.tls_us);
             let bound = c.transport.channel_bindings();
             c.negotiation.encrypted(ChannelBindings {
                 exporter: bound.exporter,
@@ -587,6 +630,7 @@ impl Shard {
         if known {
             return;
         }
+        let since_us = self.now_us();
         let (setter, loaded) = slot();
         self.waiting
             .borrow_mut()
@@ -595,6 +639,7 @@ impl Shard {
             .push(setter);
         self.flush();
         loaded.take().await;
+        record(Stage::UserRead, self.now_us() - since_us);
     }
 
     /// Has a slow job done by a helper thread.
@@ -649,7 +694,7 @@ impl Shard {
         self.flush();
         match done.take().await {
             Some(Ok(())) => {
-                tracing::info!(user = name, peer = %c.peer.ip(), "account registered in-band");
+                tracing::info!(address = %c.peer.ip(), user = name, "account registered in-band");
                 Ok(())
             }
             Some(Err(WriteError::Conflict)) => Err(StanzaError::CONFLICT),
@@ -680,7 +725,14 @@ impl Shard {
             .map(|s| s.jid.to_string())
             .unwrap_or_default();
         self.bound.borrow_mut().push((link, sid));
-        tracing::info!(jid, peer = %c.peer.ip(), tls = c.negotiation.encrypted, "logged in");
+        let (bare, resource) = jid.split_once('/').unwrap_or((&jid, ""));
+        tracing::info!(
+            address = %c.peer.ip(),
+            user = bare,
+            resource,
+            tls = c.negotiation.encrypted,
+            "logged in"
+        );
         Ok(jid)
     }
 
@@ -719,7 +771,13 @@ impl Shard {
             session.stream_ns = stream_ns;
             session.tls = c.negotiation.encrypted;
             session.peer = c.peer.to_string().into();
-            tracing::info!(jid = &*session.jid, peer = %c.peer.ip(), "resumed");
+            tracing::info!(
+                address = %c.peer.ip(),
+                user = session.bare(),
+                resource = session.resource(),
+                tls = c.negotiation.encrypted,
+                "resumed"
+            );
         }
         self.bound.borrow_mut().push((link, sid));
         Ok(Resumed::Yes)

@@ -10,11 +10,13 @@
 //! | `redis` | its end of the Redis ring |
 //! | `doors` | who may connect, how often, and how fast after failures |
 //! | `moves` | what travels between shards, and what happens when a way is full |
-//! | `http` | `/healthz` |
+//! | `http` | `/healthz`, `/readyz` and `/metrics` |
+//! | `figures` | the metrics of the whole blade, put together |
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
 
 pub mod admin;
 pub mod doors;
+pub mod figures;
 mod http;
 pub mod journal;
 mod live;
@@ -34,7 +36,7 @@ use slab::Slab;
 
 use crate::config::Config;
 use crate::net::{Scratch, TlsConfig, Transport};
-use crate::observe::{LoopLag, Snapshot, begin_recording};
+use crate::observe::{HighWater, Histograms, LoopLag, Snapshot, begin_recording, exchange};
 use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
 use crate::store::change::Id;
 use crate::store::journal::{Committed, Files, Floors, Status, Writer};
@@ -50,7 +52,7 @@ use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
 
 use doors::Doors;
 use journal::{Foreign, Journal};
-use moves::{Parcel, Ways};
+use moves::Ways;
 use redis::{Redis, RedisParts};
 
 /// From other threads into a shard.
@@ -68,6 +70,14 @@ pub enum Inbound {
     Reload(Arc<Config>, TlsConfig),
     /// What challenges of unknown users must look like has changed.
     Decoy(Arc<Decoy>),
+    /// Hand over what was recorded, go on with the empty set, send it with the number given.
+    Histograms(
+        usize,
+        Histograms,
+        crossbeam_channel::Sender<(usize, Histograms)>,
+    ),
+    /// The page that an HTTP request of this shard has asked for.
+    Page(u64, String),
     /// There is something unread: turn once more.
     Nudge,
     /// Say farewell to everybody and end.
@@ -92,7 +102,7 @@ pub struct Parts {
     pub decoy: Arc<Decoy>,
     pub id_key: [u64; 2],
     pub listen: Vec<(SocketAddr, Door)>,
-    pub mesh: MeshEnd<Parcel>,
+    pub mesh: MeshEnd<moves::Sent>,
     pub inbox: Inbox<Inbound>,
     pub lane: LaneSender,
     pub journal: Writer,
@@ -109,6 +119,7 @@ pub struct Parts {
     pub doors: Arc<Doors>,
     pub started: Instant,
     pub gauges: Arc<crate::observe::Gauges>,
+    pub pages: figures::Pages,
 }
 
 pub struct Shard {
@@ -146,6 +157,14 @@ pub struct Shard {
     gauges: Arc<crate::observe::Gauges>,
     /// Of the live loop.
     lag: RefCell<LoopLag>,
+    /// The most that came at once by the inbox.
+    inbox_depth: HighWater,
+    /// The most connections that waited to be read on.
+    unread_depth: HighWater,
+    pages: figures::Pages,
+    /// HTTP requests that wait for their page.
+    pages_waiting: RefCell<FnvHashMap<u64, SlotSetter<String>>>,
+    page_tickets: Cell<u64>,
 }
 
 /// A place in the readiness set. A link is its slot and generation, as one number.
@@ -272,6 +291,11 @@ impl Shard {
             usual_ns: RefCell::new(Rc::new(StreamNs::client())),
             gauges: parts.gauges,
             lag: RefCell::new(LoopLag::new(parts.started.elapsed().as_micros() as u64)),
+            inbox_depth: HighWater::default(),
+            unread_depth: HighWater::default(),
+            pages: parts.pages,
+            pages_waiting: RefCell::default(),
+            page_tickets: Cell::new(0),
         });
         begin_recording();
         shard.clock();
@@ -292,7 +316,8 @@ impl Shard {
         let ticking = shard.clone();
         rt::spawn(Queue::House, async move { ticking.tick_forever().await });
         shard.gauges.shard_is_ready();
-        shard.live().await;
+        shard.clone().live().await;
+        shard.pages.last(number, exchange(Histograms::new()));
         Ok(())
     }
 
@@ -305,6 +330,7 @@ impl Shard {
             parked: slice.parked as u64,
             negotiating: self.negotiating.get() as u64,
             binds: c.binds,
+            disconnects: c.disconnects,
             resumptions: c.resumptions,
             hand_overs: self.hand_overs.get(),
             messages_in: c.messages_in,
@@ -318,6 +344,11 @@ impl Shard {
             mesh_sent: ways.sent,
             mesh_full: ways.full,
             mesh_refused: c.mesh_refused,
+            mesh_kept_max: ways.kept_most.get(slice.now.ms),
+            inbox_max: self.inbox_depth.get(slice.now.ms),
+            unread_max: self.unread_depth.get(slice.now.ms),
+            journal_waiting_max: self.journal.waiting.get(slice.now.ms),
+            cpu_us: rt::thread_cpu_us(),
             cache_hits: cache.hits,
             cache_misses: cache.misses,
             cache_evictions: cache.evictions,

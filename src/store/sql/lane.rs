@@ -23,6 +23,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::{Counters, Database, SetUpError, Sql, SqlError, Trouble};
+use crate::observe::Stage;
 use crate::store::drain::{Drain, DrainConfig, DrainHandle, DrainedSink, Source};
 use crate::store::tier::{Answer, Loaded, Page, Query, ReadError, Request, Ticket};
 
@@ -377,7 +378,10 @@ impl Desk {
             let count = names.len();
             let found = attempts
                 .until(oldest.until, &self, &mut sql, async |sql| {
+                    let begun = Instant::now();
                     let found = sql.load(&names).await?;
+                    let timings = &self.counters.timings;
+                    timings.record(Stage::SqlLoad, begun.elapsed());
                     Ok(loads
                         .iter()
                         .map(|load| {
@@ -430,7 +434,11 @@ impl Desk {
             let count = reads.len();
             let found = attempts
                 .until(oldest.until, &self, &mut sql, async |sql| {
-                    find(sql, &reads).await
+                    let begun = Instant::now();
+                    let found = find(sql, &reads).await;
+                    let timings = &self.counters.timings;
+                    timings.record(Stage::SqlRead, begun.elapsed());
+                    found
                 })
                 .await;
             match found {
