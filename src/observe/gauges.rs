@@ -120,6 +120,9 @@ snapshot! {
     gauge journal_status = "nitro_journal_status";
     /// Messages and changes refused because the journal was full. When it rises, see nitro_journal_status.
     counter journal_refused = "nitro_journal_refused";
+    /// Subscriptions, durable at their sender, that had to wait until the recipient's full journal had room. When it rises, see
+    /// nitro_journal_status.
+    counter journal_waited = "nitro_journal_waited";
     /// Changes that the database does not have yet and the shard remembers. When they grow, see nitro_journal_backlog_bytes; each
     /// is about 48 bytes of memory.
     gauge overlay_items = "nitro_overlay_items";

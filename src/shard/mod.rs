@@ -366,6 +366,7 @@ impl Shard {
                 Status::DiskFull => 2,
             },
             journal_refused: c.journal_refused,
+            journal_waited: c.journal_waited,
             overlay_items: slice.overlay.items() as u64,
             ring_waiting: slice.warmth.waiting() as u64,
         };
