@@ -155,6 +155,7 @@ impl World {
         change(&mut limits);
         let now = Now {
             ms: 1_000_000,
+            us: 1_000_000_000,
             unix: 1_790_000_000,
             unix_ms: 1_790_000_000_000,
         };
@@ -417,6 +418,7 @@ impl World {
 
     pub fn advance(&mut self, ms: u64) {
         self.now.ms += ms;
+        self.now.us += ms * 1000;
         self.now.unix_ms += ms;
         self.now.unix = self.now.unix_ms / 1000;
         for slice in &mut self.slices {
