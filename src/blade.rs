@@ -20,6 +20,7 @@ use crate::net::{self, TlsConfig};
 use crate::observe::Gauges;
 use crate::rt::{self, InboxSender};
 use crate::shard::admin::Call;
+use crate::shard::admission::Loads;
 use crate::shard::doors::Doors;
 use crate::shard::journal::Foreign;
 use crate::shard::redis::RedisParts;
@@ -135,6 +136,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let mut found: Vec<Option<Found>> = found.into_iter().map(Some).collect();
     let helpers = Helpers::start(config.limits.password_checks_waiting_max);
     let doors = Arc::new(Doors::default());
+    let loads = Arc::new(Loads::new(shards));
     let id_key = [
         u64::from_le_bytes(secret[0..8].try_into().expect("eight bytes")),
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
@@ -174,6 +176,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 helpers: helpers.clone(),
                 own_inbox: senders[n].clone(),
                 doors: doors.clone(),
+                loads: loads.clone(),
                 started,
                 gauges: gauges.clone(),
             })

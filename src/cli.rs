@@ -795,6 +795,7 @@ fn change_text(shard: u16, seq: u64, change: &ArchivedChange) -> String {
             marks.settled.len(),
             marks.counts.len()
         ),
+        ArchivedChange::Decided { ids } => format!("marks, {} decided", ids.len()),
     };
     format!("{shard} {seq} {text}\n")
 }

@@ -4,6 +4,8 @@
 mod blade;
 #[path = "client/mod.rs"]
 mod client;
+#[path = "servers/mariadb.rs"]
+mod mariadb;
 #[path = "servers/redis.rs"]
 mod redis;
 
@@ -14,6 +16,7 @@ use std::time::Duration;
 
 use blade::{Blade, DOMAIN};
 use client::{Client, PASSWORD, authenticated, wait_until};
+use mariadb::Mariadb;
 use redis::Redis;
 
 /// How long anything may take that is waited for.
@@ -551,6 +554,51 @@ fn a_message_that_waits_is_found_by_the_next_log_in_after_any_kill() {
         Client::bind(&house.blade, &format!("u{n}"), "r");
     }
     assert_eq!(house.sum("nitro_sql_loads_total"), 0);
+}
+
+#[test]
+fn without_its_database_a_blade_starts_and_serves_what_redis_and_the_journal_hold() {
+    const USERS: usize = 20;
+    let Some(mut mariadb) = Mariadb::start() else {
+        eprintln!("SKIPPED: MariaDB is not installed, a start with Redis alone is not tested");
+        return;
+    };
+    let mut house = House::new(2, &[("database", &format!("\"{}\"", mariadb.url()))]);
+    house.import("u", USERS, 3);
+    house.import("late", 1, 0);
+    house.settle();
+    mariadb.kill();
+    // again and again, without a look at the database
+    for round in 0..2 {
+        let mut alice = Client::online(&house.blade, "u0", "a");
+        alice.enable_resumption();
+        alice.send(&message("late0", &round.to_string()));
+        let item = format!(
+            "<iq type='set' id='{{id}}'><query xmlns='jabber:iq:roster'><item jid='round{round}@{DOMAIN}'/></query></iq>"
+        );
+        let result = alice.connection.request(&item).unwrap();
+        assert_eq!(result.attribute("type"), Some("result"), "{result}");
+        assert_eq!(alice.ask_h(), 2);
+        house.blade.kill();
+        house.blade.restart();
+        house.wait_in_use();
+        log_in_all(&house.blade, "u", USERS);
+        let mut alice = Client::bind(&house.blade, "u0", "b");
+        let roster = "<iq type='get' id='{id}'><query xmlns='jabber:iq:roster'/></iq>";
+        let roster = alice.connection.request(roster).unwrap().to_string();
+        for contact in ["u3@", &format!("round{round}@")] {
+            assert!(roster.contains(contact), "{contact}: {roster}");
+        }
+    }
+    mariadb.restart();
+    wait_until("the database is there", WITHIN, || {
+        can_log_in(&house.blade, "late0", PASSWORD)
+    });
+    let mut late = Client::online(&house.blade, "late0", "r");
+    assert_eq!([late.next_body(), late.next_body()], ["0", "1"]);
+    wait_until("the database has the journal", WITHIN, || {
+        house.sum("nitro_journal_backlog_bytes") == 0
+    });
 }
 
 #[test]

@@ -89,10 +89,37 @@ snapshot! {
     gauge journal_status = "nitro_journal_status";
     /// Messages and changes refused because the journal was full.
     counter journal_refused = "nitro_journal_refused";
+    /// Subscriptions, durable at their sender, that had to wait until the recipient's full journal had room.
+    counter journal_waited = "nitro_journal_waited";
     /// Changes that the database does not have yet and the shard remembers.
     gauge overlay_items = "nitro_overlay_items";
     /// Users whose copies in Redis wait to be written or answered; the database gets their changes after that.
     gauge ring_waiting = "nitro_redis_waiting";
+    /// Logins that compute at the moment.
+    gauge logins_computing = "nitro_logins_computing";
+    /// Logins that may compute at a time, as control has found (storm.lag_us_target). At its floor
+    /// (storm.logins_computing_min) the shard is at its limit, or something else takes its core.
+    gauge logins_computing_bound = "nitro_logins_computing_bound";
+    /// Accepted connections that wait unread for their turn to log in. It grows in a storm; when it does not shrink again, see
+    /// nitro_gate_refused.
+    gauge gate_first = "nitro_gate_first_waiting";
+    /// Logins that have named their user and wait for their turn.
+    gauge gate_second = "nitro_gate_second_waiting";
+    /// Waits at the gates that ended.
+    counter gate_waits = "nitro_gate_waits";
+    /// Milliseconds of these waits together: divide by nitro_gate_waits.
+    counter gate_wait_ms = "nitro_gate_wait_milliseconds";
+    /// Connections refused because they waited longer than storm.wait_seconds_max: more cores are needed, or a higher
+    /// storm.lag_us_target.
+    counter gate_late = "nitro_gate_refused";
+    /// Logins held back or refused because their account logs in too often (storm.account_logins_per_minute).
+    counter logins_slowed = "nitro_logins_slowed";
+    /// Connections that were accepted here and went to a shard where fewer waited.
+    counter knocks_moved = "nitro_gate_moved";
+    /// Sessions for which presence of others waits for a turn with room.
+    gauge presence_waiting = "nitro_presence_waiting";
+    /// Presences that were never sent because a newer one of the same full JID came while they waited.
+    counter presence_merged = "nitro_presence_merged";
 }
 
 /// A metric with labels of its own.
@@ -121,6 +148,8 @@ pub struct Gauges {
     pub accept_failures: Counter,
     /// Connections turned away by a limit.
     pub turned_away: Counter,
+    /// Logins cut because their clients were silent while others waited.
+    pub logins_silent: Counter,
 }
 
 impl Gauges {
@@ -130,6 +159,7 @@ impl Gauges {
             shards: (0..shards).map(|_| Mutex::default()).collect(),
             accept_failures: Counter::new(),
             turned_away: Counter::new(),
+            logins_silent: Counter::new(),
         }
     }
 
@@ -178,6 +208,11 @@ impl Gauges {
                 "nitro_turned_away",
                 "Connections turned away by a limit of connections.",
                 self.turned_away.get(),
+            ),
+            (
+                "nitro_logins_silent",
+                "Logins cut because their clients were silent while others waited (storm.silent_seconds_max).",
+                self.logins_silent.get(),
             ),
         ];
         for (name, help, value) in own.iter().chain(more) {
@@ -233,8 +268,8 @@ mod tests {
             text.contains("nitro_sessions{shard=\"1\"} 7\n")
                 && text.contains("nitro_sql_statements_total 3\n")
         );
-        assert_eq!(text.matches("# TYPE ").count(), ROWS.len() + 3);
-        assert_eq!(text.matches("# HELP ").count(), ROWS.len() + 3);
+        assert_eq!(text.matches("# TYPE ").count(), ROWS.len() + 4);
+        assert_eq!(text.matches("# HELP ").count(), ROWS.len() + 4);
         assert_eq!(text.matches("{shard=\"0\"}").count(), ROWS.len());
         assert!(text.ends_with("# EOF\n"));
         let mut names: Vec<&str> = ROWS.iter().map(|r| r.name).collect();

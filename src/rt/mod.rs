@@ -7,6 +7,7 @@ mod bell;
 mod inbox;
 mod local;
 mod mesh;
+mod priority;
 mod probe;
 mod readiness;
 mod turn;
@@ -14,6 +15,7 @@ mod turn;
 pub use inbox::{Inbox, InboxSender, SendError, inbox};
 pub use local::{Notify, Slot, SlotSetter, slot};
 pub use mesh::{Mesh, MeshEnd, mesh};
+pub use priority::{be_prompt, step_back};
 pub use probe::{cores_online, probe, raise_open_files};
 pub use readiness::{Readiness, Ready};
 
@@ -81,6 +83,7 @@ where
                     let _ = standing.send(Ok(()));
                     // A dropped sender means that another shard could not stand: end quietly.
                     if started.recv().is_ok() {
+                        priority::be_a_shard();
                         run(&ex, shard, async move { main(shard).await });
                     }
                 }

@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use super::connection::{Connection, Dialect, Row, SqlError, Value};
+use crate::store::change::Message;
 
 /// Names that one question takes at most.
 pub(super) const ASK_MAX: usize = 50;
@@ -331,6 +332,15 @@ pub(super) static DROP_ARCHIVE: Statement =
 
 pub(super) static DROP_PENDING: Statement =
     Statement::change(|_, n| format!("DELETE FROM pending WHERE id IN ({})", marks(n)));
+
+/// Takes [`Message::UNDECIDED`](crate::store::change::Message::UNDECIDED) out of `meta`, which has 32 bits.
+pub(super) static DECIDE: Statement = Statement::change(|_, n| {
+    let rest = u32::MAX - u32::from(Message::UNDECIDED);
+    format!(
+        "UPDATE pending SET meta = meta & {rest} WHERE id IN ({})",
+        marks(n)
+    )
+});
 
 pub(super) static PUT_DOCUMENTS: Statement = Statement::change(|dialect, n| {
     upsert(
