@@ -147,7 +147,8 @@ impl Sql {
                 "{asked} ids are more than the {most} that one page may name"
             )));
         }
-        let (text, values) = PageStatement::of(query, self.conn.dialect());
+        let resources = resources(query);
+        let (text, values) = PageStatement::of(query, resources.as_ref(), self.conn.dialect());
         let rows = self.conn.ask(AssertSqlSafe(text), &values).await?;
         let mut page = Page::default();
         let mut mentioned = query.mentioned();
@@ -191,7 +192,8 @@ impl Sql {
         query: &ArchiveQuery,
     ) -> Result<Vec<String>, SqlError> {
         let dialect = self.conn.dialect();
-        let (text, values) = PageStatement::of(query, dialect);
+        let resources = resources(query);
+        let (text, values) = PageStatement::of(query, resources.as_ref(), dialect);
         let (explain, columns) = match dialect {
             Dialect::Sqlite => ("EXPLAIN QUERY PLAN ", &[3][..]),
             // table, key, ref, Extra
@@ -343,6 +345,8 @@ impl ArchiveQuery {
 /// mentioned that exist (2). Every part is about one owner and a range of ids, so `archive_owner` serves all.
 struct PageStatement<'q> {
     query: &'q ArchiveQuery,
+    /// [`resources`] of it.
+    resources: Option<&'q [String; 2]>,
     values: Vec<Value<'q>>,
     dialect: Dialect,
 }
@@ -350,10 +354,23 @@ struct PageStatement<'q> {
 /// Ids from `.0` to `.1`, both inclusive.
 type Range = (u64, u64);
 
+/// Where a query is for a bare JID: what all its full JIDs are behind, and before. '0' is the byte behind '/'.
+fn resources(query: &ArchiveQuery) -> Option<[String; 2]> {
+    match split_jid(query.with.as_deref()?) {
+        (bare, None) => Some([format!("{bare}/"), format!("{bare}0")]),
+        _ => None,
+    }
+}
+
 impl<'q> PageStatement<'q> {
-    fn of(query: &'q ArchiveQuery, dialect: Dialect) -> (String, Vec<Value<'q>>) {
+    fn of(
+        query: &'q ArchiveQuery,
+        resources: Option<&'q [String; 2]>,
+        dialect: Dialect,
+    ) -> (String, Vec<Value<'q>>) {
         let mut statement = PageStatement {
             query,
+            resources,
             values: Vec::new(),
             dialect,
         };
@@ -428,21 +445,16 @@ impl<'q> PageStatement<'q> {
         if let Some(with) = &self.query.with {
             text += " AND k.peer_key = ?";
             self.values.push(Value::Int(peer_key(with)));
-            match split_jid(with) {
-                (_, Some(_)) => text += &format!(" AND {row}.peer = ?"),
-                // '0' is the byte behind '/': all that begins with the bare JID and a slash.
-                (_, None) => {
-                    let (slash, behind) = match self.dialect {
-                        Dialect::Sqlite => ("? || '/'", "? || '0'"),
-                        Dialect::MySql => ("CONCAT(?, '/')", "CONCAT(?, '0')"),
-                    };
-                    text += &format!(
-                        " AND ({row}.peer = ? OR ({row}.peer > {slash} AND {row}.peer < {behind}))"
-                    );
-                    self.values.extend([Value::Text(with), Value::Text(with)]);
+            self.values.push(Value::Text(with));
+            match self.resources {
+                None => text += &format!(" AND {row}.peer = ?"),
+                Some([first, behind]) => {
+                    text +=
+                        &format!(" AND ({row}.peer = ? OR ({row}.peer > ? AND {row}.peer < ?))");
+                    self.values
+                        .extend([Value::Text(first), Value::Text(behind)]);
                 }
             }
-            self.values.push(Value::Text(with));
         }
         if !self.query.ids.is_empty() {
             text += " AND k.id IN (";

@@ -227,10 +227,15 @@ pub(super) static LOAD: Statement = Statement::ask(|dialect, n| {
     )
 });
 
-/// (number, name, key).
+/// (number, name, key). The number's type is said: MySQL 8.0.22 and later decide it when they prepare the statement, and
+/// a parameter that stands alone is text for them.
 pub(super) static DOCUMENTS: Statement = Statement::ask(|dialect, n| {
+    let integer = match dialect {
+        Dialect::Sqlite => "INTEGER",
+        Dialect::MySql => "SIGNED",
+    };
     let one = format!(
-        "SELECT ?, d.value FROM users u {} documents d ON d.owner = u.id WHERE u.name = ? AND d.doc_key = ?",
+        "SELECT CAST(? AS {integer}), d.value FROM users u {} documents d ON d.owner = u.id WHERE u.name = ? AND d.doc_key = ?",
         then(dialect)
     );
     vec![one; n].join(" UNION ALL ")
