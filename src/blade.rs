@@ -99,8 +99,20 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let folder = Arc::new(Folder::open(&config.journal_dir())?);
     let mut journals = journal::open(folder, &options).map_err(|error| error.to_string())?;
     let positions = accounts.if_there(Store::positions);
-    let (found, last_id) = recover(&journals, &ring, positions.as_deref())?;
+    let (mut found, last_id) = recover(&journals, &ring, positions.as_deref())?;
     let last_id = last_id.max(accounts.if_there(Store::highest_id).unwrap_or_default());
+    let owners = crate::admin::owners(&config);
+    let since = crate::store::owners::since(&owners, shards, last_id).map_err(|error| {
+        format!(
+            "{}: {error}; make the data folder writable",
+            owners.display()
+        )
+    })?;
+    if positions.is_none() {
+        for found in &mut found {
+            found.doubtful = Some(since);
+        }
+    }
     if accounts.is_missing() {
         tracing::error!(
             %database,

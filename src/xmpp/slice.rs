@@ -1512,6 +1512,9 @@ impl Slice {
             let name: Rc<str> = (*name).into();
             self.overlay.add(at, &name, item);
         }
+        if let Some(up_to) = found.doubtful {
+            self.overlay.doubt(up_to);
+        }
         for (at, id) in found.gone {
             self.overlay.add_gone(at, id);
         }
@@ -2008,8 +2011,10 @@ impl Slice {
 
     /// Reads a document of a user.
     pub fn read(&mut self, name: &str, key: &str, then: ThenRead) {
-        if let Some(found) = self.overlay.document(name, key) {
-            return then(self, Ok(found));
+        match self.overlay.document(name, key) {
+            Ok(None) => {}
+            Ok(Some(found)) => return then(self, Ok(found)),
+            Err(error) => return then(self, Err(error)),
         }
         let query = Query::Document {
             name: name.into(),
