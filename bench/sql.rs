@@ -1,5 +1,6 @@
 //! What the SQL tier costs, CPU of nitro and of the server, on a SQLite file and on a real MariaDB:
-//! `cargo bench --bench sql`. `NITRO_BENCH_CORE=1` pins the lane, `NITRO_BENCH_DIR` names the disk that matters.
+//! `cargo bench --bench sql`. `NITRO_BENCH_CORE=1` pins the lane, `NITRO_BENCH_DIR` names the disk that matters,
+//! `NITRO_BENCH_SQL='CREATE INDEX …'` tells what a change of the schema would cost.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -13,6 +14,8 @@ use nitro::store::record::{Record, RosterItem, ScramKeys, Subscription, UserReco
 use nitro::store::sql::Database;
 use nitro::store::sql::lane::{Lane, LaneConfig};
 use nitro::store::tier::{Answer, ArchiveQuery, Query, Request};
+use sqlx::ConnectOptions;
+use sqlx::sqlite::SqliteConnectOptions;
 use tokio::sync::Notify;
 
 #[path = "../tests/servers/mod.rs"]
@@ -46,6 +49,30 @@ struct Place {
     server: Option<Mariadb>,
 }
 
+impl Place {
+    /// The change of the schema that is tried out.
+    fn change(&self) {
+        let Ok(change) = std::env::var("NITRO_BENCH_SQL") else {
+            return;
+        };
+        match (&self.server, &self.database) {
+            (Some(server), _) => server.sql(&format!("USE nitro; {change}")),
+            (None, Database::Sqlite(path)) => {
+                let runtime = tokio::runtime::Builder::new_current_thread();
+                let runtime = { runtime }.build().expect("a runtime");
+                let changed = runtime.block_on(async {
+                    let options = SqliteConnectOptions::new().filename(path);
+                    let mut connection = options.connect().await?;
+                    let change = sqlx::raw_sql(sqlx::AssertSqlSafe(change));
+                    change.execute(&mut connection).await
+                });
+                changed.expect("a statement that SQLite takes");
+            }
+            _ => unreachable!("a server is no file"),
+        }
+    }
+}
+
 fn run(place: &Place) {
     let names: Vec<String> = (0..USERS).map(|n| format!("trader{n:05}")).collect();
     let record = Record::new(&user(50));
@@ -56,6 +83,7 @@ fn run(place: &Place) {
         record: record.bytes(),
     }));
     bench.lane.stop();
+    place.change();
     for records_max in [1_000, 4_000, 10_000] {
         let bench = Bench::start(place, records_max);
         // Each message is two entries: of the one who sent it and of the one who got it.

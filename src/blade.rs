@@ -394,6 +394,7 @@ fn start_redis(
     if addresses.is_empty() {
         return Ok(None);
     }
+    let tls = crate::admin::redis_tls(config, &addresses)?;
     let path = crate::admin::generations(config);
     let unix_us = now.as_micros() as u64;
     let generations = Generations::open(&path, &addresses, shards, unix_us)
@@ -436,6 +437,7 @@ fn start_redis(
         keeper: Keeper::start(generations, sinks(), sinks())?,
         hold: Arc::new(Hold::new(shards)),
         figures: Arc::default(),
+        tls,
     }))
 }
 

@@ -347,7 +347,7 @@ fn completions(shell: clap_complete::Shell) -> Result<(), String> {
 }
 
 fn check_config(config: &Config, options: &Options) -> Result<(), String> {
-    crate::admin::redis_instances(config)?;
+    crate::admin::redis_tls(config, &crate::admin::redis_instances(config)?)?;
     let from = match &options.config {
         Some(path) => path.display().to_string(),
         None => "the defaults".into(),
@@ -795,6 +795,7 @@ fn change_text(shard: u16, seq: u64, change: &ArchivedChange) -> String {
             marks.settled.len(),
             marks.counts.len()
         ),
+        ArchivedChange::Decided { ids } => format!("marks, {} decided", ids.len()),
     };
     format!("{shard} {seq} {text}\n")
 }

@@ -297,10 +297,17 @@ keys! {
 
     /// The Redis ring between cache and database: warm copies, so that a login after a restart costs no SQL.
     redis: Redis {
-        /// The instances, whose keys are spread by consistent hashing: "unix:///run/nitro-redis/1.sock?db=0&user=U&pass=P" or
-        /// "redis://USER:PASSWORD@HOST:6379/0"; behind `?` also `weight=N` (its share, 1 to 1000) and `name=NAME` (which
-        /// decides the keys it holds; else the address does). Empty: no ring.
+        /// The instances, whose keys are spread by consistent hashing: "unix:///run/nitro-redis/1.sock?db=0&user=U&pass=P",
+        /// "redis://USER:PASSWORD@HOST:6379/0" or, over TLS, "rediss://USER:PASSWORD@HOST:6379/0"; behind `?` also `weight=N`
+        /// (its share, 1 to 1000) and `name=NAME` (which decides the keys it holds; else the address does). Empty: no ring.
         restart instances: Vec<String> = Vec::new();
+        /// Who vouches for the certificates of instances behind `rediss://`, which must be for the host in the address: a PEM
+        /// file. Empty: the certificates that the system trusts.
+        restart ca_file: PathBuf = PathBuf::new();
+        /// The client certificate chain for instances that ask for one (`tls-auth-clients`), PEM, leaf first. Empty: none.
+        restart certificate: PathBuf = PathBuf::new();
+        /// Its private key, PEM. Empty exactly when `redis.certificate` is.
+        restart key: PathBuf = PathBuf::new();
         /// What all keys begin with: tells several blades on the same instances apart.
         restart prefix: String = "nitro:".into();
         /// This blade's name in the list of sessions, without `:`. Empty: the machine's name.
@@ -329,8 +336,11 @@ keys! {
         /// larger.
         restart segment_bytes: usize = 64 << 20 => (1 << 20)..=(1 << 30);
         /// What one shard's journal may hold that the database has not taken: beyond it new messages and changes are refused
-        /// with `<resource-constraint/>`. 16 GiB hold an hour without database at 1,000 messages a second.
-        restart backlog_bytes_max: usize = 16 << 30 => (64 << 20)..=(1 << 44);
+        /// with `<resource-constraint/>`. An hour without database at 1,000 messages a second takes 7.3 GiB on two shards, 3.6 GiB
+        /// each, and 4.4 GiB on a single one (measured: `bench/measure --only journal-hour`; mostly blocks that groups do not
+        /// fill, so half the rate takes little less and longer texts little more): 8 GiB are about twice that. The disk should
+        /// have that much for each shard, and 0.7 GiB more; if it is full before, the answer is the same.
+        restart backlog_bytes_max: usize = 8 << 30 => (64 << 20)..=(1 << 44);
         /// Milliseconds that a change rests before it is written into the database: a delivery that is taken in this time
         /// is never written as pending.
         restart drain_after_ms: u64 = 500 => 0..=60_000;
@@ -1019,10 +1029,19 @@ impl Loading {
             Err(ConfigError(format!("{place}{key}: {why}")))
         };
         let empty = |path: &Path| path.as_os_str().is_empty();
-        if empty(&c.tls.certificate) != empty(&c.tls.key) {
-            let (set, missing) = match empty(&c.tls.key) {
-                true => ("tls.certificate", "tls.key"),
-                false => ("tls.key", "tls.certificate"),
+        for (certificate, key, key_certificate, key_key) in [
+            (&c.tls.certificate, &c.tls.key, "tls.certificate", "tls.key"),
+            (
+                &c.redis.certificate,
+                &c.redis.key,
+                "redis.certificate",
+                "redis.key",
+            ),
+        ] {
+            let (set, missing) = match (empty(certificate), empty(key)) {
+                (false, true) => (key_certificate, key_key),
+                (true, false) => (key_key, key_certificate),
+                _ => continue,
             };
             return wrong(
                 set,

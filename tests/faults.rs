@@ -583,6 +583,11 @@ fn a_journal_at_its_bound_refuses_messages_lets_in_and_goes_on_when_the_database
         begun.elapsed()
     ));
     wait_until_status(&blade, 1);
+    let log = blade.log();
+    assert!(
+        log.contains("new messages are refused until it has caught up"),
+        "{log}"
+    );
     a_full_journal_lets_in_and_answers(&blade, &mut writer);
     mariadb.go_on();
     wait_until_it_accepts(&mut writer, "romeo", Duration::from_secs(60));

@@ -4,15 +4,19 @@
 mod blade;
 #[path = "client/mod.rs"]
 mod client;
+#[path = "servers/mariadb.rs"]
+mod mariadb;
 #[path = "servers/redis.rs"]
 mod redis;
 
 use std::fs;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use blade::{Blade, DOMAIN};
 use client::{Client, PASSWORD, authenticated, wait_until};
+use mariadb::Mariadb;
 use redis::Redis;
 
 /// How long anything may take that is waited for.
@@ -376,6 +380,137 @@ fn that_there_is_no_such_user_is_known_for_a_while() {
     assert!(can_log_in(&house.blade, "nobody", "x"));
 }
 
+// ---- TLS ---------------------------------------------------------------------------------------------------------
+
+/// Two instances with TLS, an account and keys in database 3, and the settings of a blade for them; `folder` has the files.
+fn with_tls(folder: &Path) -> (Vec<Redis>, Vec<(&'static str, String)>) {
+    redis::certify(folder);
+    // as config/nitro-redis.conf has it
+    let user = "--user nitro on >s3cret ~nitro:* +get +getrange +set +eval +evalsha +pexpire +hset +hdel +hgetall \
+        +info +select +client|setname";
+    let options: Vec<&str> = user.split_whitespace().collect();
+    let start = |_| Redis::start_with_tls(folder, &options).expect(NO_REDIS);
+    let redis: Vec<Redis> = (0..2).map(start).collect();
+    let url = |one: &Redis| format!("\"rediss://nitro:s3cret@{}/3\"", one.tls_address());
+    let urls: Vec<String> = redis.iter().map(url).collect();
+    let file = |name: &str| format!("{:?}", folder.join(name));
+    let settings = vec![
+        ("redis.instances", format!("[{}]", urls.join(", "))),
+        ("redis.ca_file", file("ca.pem")),
+        ("redis.certificate", file("certificate.pem")),
+        ("redis.key", file("key.pem")),
+        ("redis.pause_ms_max", "200".into()),
+        // handshakes of debug builds on a busy machine
+        ("redis.timeout_ms", "5000".into()),
+        ("redis.connect_timeout_ms", "5000".into()),
+    ];
+    (redis, settings)
+}
+
+fn blade_with(settings: &[(&str, String)]) -> Blade {
+    let settings: Vec<(&str, &str)> = settings.iter().map(|(k, v)| (*k, &**v)).collect();
+    client::blade(&settings)
+}
+
+#[test]
+fn over_tls_a_login_after_a_restart_is_as_warm_as_over_a_socket() {
+    const USERS: usize = 60;
+    let folder = tempfile::tempdir().unwrap();
+    let (redis, settings) = with_tls(folder.path());
+    let blade = blade_with(&settings);
+    let mut house = House { blade, redis };
+    house.wait_in_use();
+    house.import("u", USERS, 40);
+    house.settle();
+    for redis in &house.redis {
+        let keys = redis.command("INFO keyspace").unwrap();
+        assert!(keys.contains("db3:"), "{keys}");
+    }
+    house.blade.kill();
+    house.blade.restart();
+    house.wait_in_use();
+    house.settle();
+    log_in_all(&house.blade, "u", USERS);
+    assert_eq!(house.sum("nitro_redis_hits_total"), USERS as u64);
+    assert_eq!(house.sum("nitro_sql_loads_total"), 0);
+    // a server that is restarted is shaken hands with anew
+    for redis in &mut house.redis {
+        redis.kill();
+        redis.restart();
+    }
+    house.wait_in_use();
+    set_password(&house.blade, "u0", "new");
+    house.settle();
+    assert!(can_log_in(&house.blade, "u0", "new"));
+}
+
+#[test]
+fn an_instance_that_nobody_vouches_for_is_told_nothing_and_log_ins_go_on() {
+    let (folder, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (redis, mut settings) = with_tls(folder.path());
+    redis::certify(other.path());
+    for (key, value, says) in [
+        ("redis.ca_file", "ca.pem", "vouches for its certificate"),
+        // its own authority again, but nothing to show
+        ("redis.certificate", "", "redis.certificate"),
+    ] {
+        match key {
+            "redis.ca_file" => {
+                let wrong = format!("{:?}", other.path().join(value));
+                settings.iter_mut().find(|one| one.0 == key).unwrap().1 = wrong;
+            }
+            _ => {
+                settings.retain(|one| !["redis.certificate", "redis.key"].contains(&one.0));
+                let right = format!("{:?}", folder.path().join("ca.pem"));
+                settings
+                    .iter_mut()
+                    .find(|one| one.0 == "redis.ca_file")
+                    .unwrap()
+                    .1 = right;
+            }
+        }
+        let blade = blade_with(&settings);
+        blade.add_user("alice", PASSWORD);
+        wait_until("the instances are given up", WITHIN, || {
+            let states = figures(&blade, "nitro_redis_state");
+            !states.is_empty() && states.iter().all(|state| *state == 2)
+        });
+        Client::bind(&blade, "alice", "r");
+        let errors = || figures(&blade, "nitro_redis_errors_total");
+        wait_until("it is tried again", WITHIN, || {
+            errors().iter().all(|count| *count >= 3)
+        });
+        let opened = figures(&blade, "nitro_redis_breaker_opened_total");
+        assert!(opened.iter().all(|times| *times == 1), "{opened:?}");
+        let log = blade.log();
+        let told = log.lines().filter(|line| line.contains(says)).count();
+        assert_eq!(told, opened.len(), "each shard says it once:\n{log}");
+        assert!(!log.contains("s3cret"));
+    }
+    for redis in &redis {
+        assert!(!redis.command("INFO keyspace").unwrap().contains("db3:"));
+    }
+}
+
+#[test]
+fn files_that_cannot_be_used_end_the_start_with_a_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    redis::certify(folder.path());
+    let blade = Blade::prepare(&[
+        ("redis.instances", "[\"rediss://127.0.0.1:7000\"]"),
+        ("redis.ca_file", "\"missing.pem\""),
+    ]);
+    for command in ["check-config", "serve"] {
+        let output = blade.nitro(&[command], "");
+        assert!(!output.status.success());
+        let sentence = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            sentence.contains("redis.ca_file: missing.pem"),
+            "{sentence}"
+        );
+    }
+}
+
 // ---- messages ----------------------------------------------------------------------------------------------------
 
 fn message(to: &str, text: &str) -> String {
@@ -419,6 +554,51 @@ fn a_message_that_waits_is_found_by_the_next_log_in_after_any_kill() {
         Client::bind(&house.blade, &format!("u{n}"), "r");
     }
     assert_eq!(house.sum("nitro_sql_loads_total"), 0);
+}
+
+#[test]
+fn without_its_database_a_blade_starts_and_serves_what_redis_and_the_journal_hold() {
+    const USERS: usize = 20;
+    let Some(mut mariadb) = Mariadb::start() else {
+        eprintln!("SKIPPED: MariaDB is not installed, a start with Redis alone is not tested");
+        return;
+    };
+    let mut house = House::new(2, &[("database", &format!("\"{}\"", mariadb.url()))]);
+    house.import("u", USERS, 3);
+    house.import("late", 1, 0);
+    house.settle();
+    mariadb.kill();
+    // again and again, without a look at the database
+    for round in 0..2 {
+        let mut alice = Client::online(&house.blade, "u0", "a");
+        alice.enable_resumption();
+        alice.send(&message("late0", &round.to_string()));
+        let item = format!(
+            "<iq type='set' id='{{id}}'><query xmlns='jabber:iq:roster'><item jid='round{round}@{DOMAIN}'/></query></iq>"
+        );
+        let result = alice.connection.request(&item).unwrap();
+        assert_eq!(result.attribute("type"), Some("result"), "{result}");
+        assert_eq!(alice.ask_h(), 2);
+        house.blade.kill();
+        house.blade.restart();
+        house.wait_in_use();
+        log_in_all(&house.blade, "u", USERS);
+        let mut alice = Client::bind(&house.blade, "u0", "b");
+        let roster = "<iq type='get' id='{id}'><query xmlns='jabber:iq:roster'/></iq>";
+        let roster = alice.connection.request(roster).unwrap().to_string();
+        for contact in ["u3@", &format!("round{round}@")] {
+            assert!(roster.contains(contact), "{contact}: {roster}");
+        }
+    }
+    mariadb.restart();
+    wait_until("the database is there", WITHIN, || {
+        can_log_in(&house.blade, "late0", PASSWORD)
+    });
+    let mut late = Client::online(&house.blade, "late0", "r");
+    assert_eq!([late.next_body(), late.next_body()], ["0", "1"]);
+    wait_until("the database has the journal", WITHIN, || {
+        house.sum("nitro_journal_backlog_bytes") == 0
+    });
 }
 
 #[test]

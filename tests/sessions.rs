@@ -346,3 +346,37 @@ fn carbons_keep_the_order_of_a_conversation_even_for_an_inactive_client() {
         assert_eq!(body(inner), Some(n.to_string()));
     }
 }
+
+#[test]
+fn whoever_leaves_the_cache_between_log_in_and_binding_is_loaded_again() {
+    const OTHERS: usize = 8_000;
+    let blade = client::blade(&[("cache.bytes_max", "1_048_576")]);
+    import(&blade, "u", 2, &[]);
+    let mut slow = authenticated(blade.c2s, "u0", PASSWORD).unwrap();
+    // whoever is asked for is cached, also if there is no such account
+    let mut busy = Client::bind(&blade, "u1", "r");
+    for part in 0..OTHERS / 500 {
+        let ask = |n: usize| {
+            format!(
+                "<iq type='get' id='{n}' to='nobody{n}@{DOMAIN}'><query xmlns='jabber:iq:last'/></iq>"
+            )
+        };
+        let all: String = (part * 500..(part + 1) * 500).map(ask).collect();
+        busy.send(&all);
+        for _ in 0..500 {
+            busy.find(|e| e.name == "iq");
+        }
+    }
+    let (_, metrics) = blade.http_get("/metrics").unwrap();
+    let evictions = metrics
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("nitro_cache_evictions")?
+                .split(' ')
+                .nth(1)
+        })
+        .map(|count| count.parse::<usize>().unwrap());
+    assert!(evictions.sum::<usize>() > OTHERS / 4, "{metrics}");
+    let jid = slow.bind("r").expect("binding");
+    assert_eq!(jid, format!("u0@{DOMAIN}/r"));
+}

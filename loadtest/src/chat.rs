@@ -13,11 +13,12 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use crate::connection::Account;
-use crate::element::{attribute, escape};
+use crate::element::{attribute, escape, find};
 use crate::fleet::Fleet;
 use crate::metrics::Counters;
 use crate::options::{ChatOptions, Global, Target};
 use crate::report::{self, Histogram, Report};
+use crate::timeline::{Kind, Recorder};
 use crate::worker::Job;
 
 /// More messages than this that fell due in one turn wait for the next: receiving goes on in between.
@@ -44,6 +45,18 @@ pub struct Plan {
     pub drain: Duration,
     pub body: usize,
     pub bare: bool,
+    /// Only the first one of a pair writes.
+    pub one_way: bool,
+    pub traffic: Traffic,
+}
+
+/// What is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Traffic {
+    /// Messages within the pairs.
+    Messages,
+    /// Changes of presence, which the server sends to the contacts on line of each: so many.
+    Presence { contacts: u32 },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +77,9 @@ impl Plan {
 
     /// Those who have someone to write to and are on line.
     fn senders(&self) -> u32 {
+        if self.one_way {
+            return self.pairs;
+        }
         self.pairs * 2 - self.offline_pairs
     }
 }
@@ -89,10 +105,48 @@ pub struct Tally {
 /// The chat of one thread, or of all.
 pub struct Outcome {
     pub tally: Tally,
+    /// The parts of the chat, at least one: before the measurement, quiet, in a storm.
+    pub phases: Vec<Phase>,
+}
+
+/// What came of the messages that were due in one part of a chat, whenever they arrived.
+#[derive(Clone)]
+pub struct Phase {
+    /// Since the plan's epoch.
+    start_ns: u64,
     /// From due to received, of those who were on line.
     pub latencies: Histogram,
     /// From due to acknowledged.
     pub ack_latencies: Histogram,
+    /// From due to written to the socket, at a fixed rate: the generator's own share of a latency.
+    pub lag: Histogram,
+}
+
+impl Phase {
+    fn new(start_ns: u64) -> Phase {
+        Phase {
+            start_ns,
+            latencies: report::histogram(),
+            ack_latencies: report::histogram(),
+            lag: report::histogram(),
+        }
+    }
+
+    fn add(&mut self, other: &Phase) {
+        for (own, other) in [
+            (&mut self.latencies, &other.latencies),
+            (&mut self.ack_latencies, &other.ack_latencies),
+            (&mut self.lag, &other.lag),
+        ] {
+            own.add(other).expect("histograms have the same bounds");
+        }
+    }
+}
+
+/// The phase in which something was due.
+fn phase(phases: &mut [Phase], due_ns: u64) -> &mut Phase {
+    let after = phases.partition_point(|phase| phase.start_ns <= due_ns);
+    &mut phases[after.saturating_sub(1)]
 }
 
 /// Where a sender's bytes go.
@@ -111,6 +165,8 @@ pub trait Outputs {
 pub struct Engine {
     plan: Plan,
     directions: Vec<Direction>,
+    /// What the own presence comes from: bare JID and slash.
+    own: Vec<Vec<u8>>,
     /// Slots of those who send.
     senders: Vec<usize>,
     rate_per_s: f64,
@@ -125,8 +181,9 @@ pub struct Engine {
     collecting: bool,
     last_receipt: Instant,
     suffix: Vec<u8>,
-    latencies: Histogram,
-    ack_latencies: Histogram,
+    phases: Vec<Phase>,
+    /// When those were due that are written, but not to their sockets yet.
+    unflushed: Vec<u64>,
     tally: Tally,
     /// To someone off line, and taken by the server as far as one can tell.
     kept: u64,
@@ -194,19 +251,24 @@ impl Engine {
         };
         let directions: Vec<_> = (0..own_pairs * 2)
             .map(|slot| Direction {
-                // he may come back with another resource
-                prefix: message_prefix(
-                    &slots[slot ^ 1],
-                    target,
-                    plan.bare || offline(slot ^ 1),
-                    plan.run,
-                ),
+                prefix: match plan.traffic {
+                    // he may come back with another resource
+                    Traffic::Messages => message_prefix(
+                        &slots[slot ^ 1],
+                        target,
+                        plan.bare || offline(slot ^ 1),
+                        plan.run,
+                    ),
+                    Traffic::Presence { .. } => {
+                        format!("<presence><status>{:x}-", plan.run).into_bytes()
+                    }
+                },
                 to_offline: offline(slot ^ 1),
                 ..Direction::default()
             })
             .collect();
         let senders: Vec<_> = (0..directions.len())
-            .filter(|slot| !offline(*slot))
+            .filter(|slot| !(offline(*slot) || plan.one_way && slot % 2 == 1))
             .collect();
         let share = senders.len() as f64 / f64::from(plan.senders().max(1));
         let mut suffix = b"'><body>".to_vec();
@@ -218,6 +280,13 @@ impl Engine {
             suffix.extend_from_slice(b"<no-store xmlns='urn:xmpp:hints'/>");
         }
         suffix.extend_from_slice(b"</message>");
+        if let Traffic::Presence { .. } = plan.traffic {
+            suffix = b"</status></presence>".to_vec();
+        }
+        let own = slots.iter().map(|account| {
+            let (name, domain) = (escape(&account.name), escape(&target.domain));
+            format!("{name}@{domain}/").into_bytes()
+        });
         let thread = thread as u64;
         let quota = plan
             .messages
@@ -228,6 +297,7 @@ impl Engine {
         };
         Engine {
             directions,
+            own: own.collect(),
             senders,
             rate_per_s,
             due_offset,
@@ -239,8 +309,8 @@ impl Engine {
             collecting: plan.offline_pairs == 0,
             last_receipt: plan.epoch,
             suffix,
-            latencies: report::histogram(),
-            ack_latencies: report::histogram(),
+            phases: vec![Phase::new(0)],
+            unflushed: Vec::new(),
             tally: Tally::default(),
             kept: 0,
             plan,
@@ -273,6 +343,7 @@ impl Engine {
                     let due = self.due(self.begun);
                     if let Some(out) = outputs.output(sender) {
                         self.write(sender, due, out);
+                        self.unflushed.push(self.since_epoch_ns(due));
                     }
                     self.begun += 1;
                     self.check_quota();
@@ -337,7 +408,13 @@ impl Engine {
     }
 
     /// The server has `count` stanzas of `sender`. Returns how many messages he is owed to send.
-    pub fn on_acknowledged(&mut self, sender: usize, count: u32, now: Instant) -> u64 {
+    pub fn on_acknowledged(
+        &mut self,
+        sender: usize,
+        count: u32,
+        now: Instant,
+        recorder: &mut Recorder,
+    ) -> u64 {
         let Some(direction) = self.directions.get_mut(sender) else {
             return 0;
         };
@@ -348,8 +425,10 @@ impl Engine {
         {
             direction.unacknowledged.pop_front();
             direction.acknowledged += 1;
-            self.ack_latencies
-                .saturating_record(now_ns.saturating_sub(due_ns).max(1));
+            let latency_ns = now_ns.saturating_sub(due_ns).max(1);
+            let phase = phase(&mut self.phases, due_ns);
+            phase.ack_latencies.saturating_record(latency_ns);
+            recorder.record(Kind::Acknowledgement, now, Duration::from_nanos(latency_ns));
         }
         let covered = direction.acknowledged - before;
         if covered == 0 {
@@ -368,7 +447,17 @@ impl Engine {
     }
 
     /// Notes a message that `receiver` got. Returns the sender when it is owed the next one to send.
-    pub fn on_message(&mut self, receiver: usize, message: &[u8], now: Instant) -> Option<usize> {
+    pub fn on_message(
+        &mut self,
+        receiver: usize,
+        message: &[u8],
+        now: Instant,
+        recorder: &mut Recorder,
+    ) -> Option<usize> {
+        if let Traffic::Presence { .. } = self.plan.traffic {
+            self.on_presence(receiver, message, now, recorder);
+            return None;
+        }
         let (run, number, due_ns) = parse_id(attribute(message, b"id")?)?;
         if run != self.plan.run || receiver >= self.directions.len() {
             return None;
@@ -392,10 +481,41 @@ impl Engine {
         if self.directions[sender].to_offline {
             return None;
         }
-        let now_ns = (now - self.plan.epoch).as_nanos() as u64;
-        self.latencies
-            .saturating_record(now_ns.saturating_sub(due_ns).max(1));
+        let now_ns = self.since_epoch_ns(now);
+        let latency_ns = now_ns.saturating_sub(due_ns).max(1);
+        let phase = phase(&mut self.phases, due_ns);
+        phase.latencies.saturating_record(latency_ns);
+        recorder.record(Kind::Message, now, Duration::from_nanos(latency_ns));
         (self.sending && matches!(self.plan.pace, Pace::Window(_))).then_some(sender)
+    }
+
+    /// Notes a change of presence that a contact got; the own one comes back too and does not count.
+    fn on_presence(
+        &mut self,
+        receiver: usize,
+        presence: &[u8],
+        now: Instant,
+        recorder: &mut Recorder,
+    ) {
+        let id = find(presence, b"status").and_then(|status| parse_id(status.text));
+        let Some((run, _, due_ns)) = id else {
+            return;
+        };
+        let from = attribute(presence, b"from").unwrap_or_default();
+        if run != self.plan.run
+            || self
+                .own
+                .get(receiver)
+                .is_none_or(|own| from.starts_with(own))
+        {
+            return;
+        }
+        self.last_receipt = now;
+        self.tally.received += 1;
+        let latency_ns = self.since_epoch_ns(now).saturating_sub(due_ns).max(1);
+        let phase = phase(&mut self.phases, due_ns);
+        phase.latencies.saturating_record(latency_ns);
+        recorder.record(Kind::Presence, now, Duration::from_nanos(latency_ns));
     }
 
     /// Writes the next message of a sender who is owed it.
@@ -409,10 +529,28 @@ impl Engine {
         self.check_quota();
     }
 
-    /// The measurement begins: forget the latencies so far.
-    pub fn measure(&mut self) {
-        self.latencies.reset();
-        self.ack_latencies.reset();
+    /// What the last turn wrote has been handed to the sockets.
+    pub fn flushed(&mut self, now: Instant, recorder: &mut Recorder) {
+        let now_ns = self.since_epoch_ns(now);
+        for due_ns in self.unflushed.drain(..) {
+            let lag_ns = now_ns.saturating_sub(due_ns).max(1);
+            let phase = phase(&mut self.phases, due_ns);
+            phase.lag.saturating_record(lag_ns);
+            recorder.record(Kind::Lag, now, Duration::from_nanos(lag_ns));
+        }
+    }
+
+    pub fn has_unflushed(&self) -> bool {
+        !self.unflushed.is_empty()
+    }
+
+    /// What is due from `start` on belongs to another part of the chat.
+    pub fn begin_phase(&mut self, start: Instant) {
+        self.phases.push(Phase::new(self.since_epoch_ns(start)));
+    }
+
+    fn since_epoch_ns(&self, at: Instant) -> u64 {
+        at.saturating_duration_since(self.plan.epoch).as_nanos() as u64
     }
 
     pub fn stop_sending(&mut self, now: Instant) {
@@ -436,7 +574,11 @@ impl Engine {
 
     /// All has arrived, or nothing more will.
     pub fn is_finished(&self, now: Instant) -> bool {
-        let complete = self.tally.received + self.tally.bounced >= self.tally.sent
+        let each = match self.plan.traffic {
+            Traffic::Messages => 1,
+            Traffic::Presence { contacts } => u64::from(contacts),
+        };
+        let complete = self.tally.received + self.tally.bounced >= self.tally.sent * each
             && (self.plan.ack.is_none() || self.tally.acknowledged >= self.tally.sent);
         let silent =
             self.started && now.saturating_duration_since(self.last_receipt) > self.plan.drain;
@@ -446,15 +588,15 @@ impl Engine {
     }
 
     pub fn finish(mut self) -> Outcome {
-        for direction in &self.directions {
+        let messages = self.plan.traffic == Traffic::Messages;
+        for direction in self.directions.iter().filter(|_| messages) {
             self.tally.lost += direction.order.lost(direction.sent);
             self.tally.acknowledged_lost += direction.order.lost(direction.acknowledged);
             self.tally.unacknowledged += direction.unacknowledged.len() as u64;
         }
         Outcome {
             tally: self.tally,
-            latencies: self.latencies,
-            ack_latencies: self.ack_latencies,
+            phases: self.phases,
         }
     }
 }
@@ -504,19 +646,24 @@ impl Outcome {
     pub fn new() -> Outcome {
         Outcome {
             tally: Tally::default(),
-            latencies: report::histogram(),
-            ack_latencies: report::histogram(),
+            phases: Vec::new(),
         }
     }
 
+    /// The same chat of another thread.
     pub fn add(&mut self, other: &Outcome) {
         self.tally.add(&other.tally);
-        for (own, other) in [
-            (&mut self.latencies, &other.latencies),
-            (&mut self.ack_latencies, &other.ack_latencies),
-        ] {
-            own.add(other).expect("histograms have the same bounds");
+        for (number, phase) in other.phases.iter().enumerate() {
+            match self.phases.get_mut(number) {
+                Some(own) => own.add(phase),
+                None => self.phases.push(phase.clone()),
+            }
         }
+    }
+
+    /// The part that is measured where only one is.
+    pub fn measured(&self) -> &Phase {
+        self.phases.last().expect("a chat has a phase")
     }
 }
 
@@ -566,7 +713,7 @@ pub fn run(global: &Global, options: &ChatOptions) -> Result<Report, String> {
         measure(&fleet, options, &plan, &[], &counters, &mut report)?;
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop()?;
+    fleet.stop(&mut report)?;
     Ok(report)
 }
 
@@ -591,14 +738,19 @@ fn check(global: &Global, options: &ChatOptions) -> Result<(), String> {
     Err(wrong.into())
 }
 
+/// Tells the messages of this run from those of others.
+pub fn run_number() -> u64 {
+    std::time::UNIX_EPOCH
+        .elapsed()
+        .map_or(1, |elapsed| elapsed.as_nanos() as u64)
+}
+
 fn plan(global: &Global, options: &ChatOptions) -> Plan {
     let pairs = global.users / 2;
     // A pair with one off line has one recipient less: x / (2 pairs - x) is the share.
     let offline = options.offline_share * f64::from(pairs * 2) / (1.0 + options.offline_share);
     Plan {
-        run: std::time::UNIX_EPOCH
-            .elapsed()
-            .map_or(1, |elapsed| elapsed.as_nanos() as u64),
+        run: run_number(),
         epoch: Instant::now(),
         pace: options
             .rate
@@ -616,6 +768,8 @@ fn plan(global: &Global, options: &ChatOptions) -> Plan {
         drain: Duration::from_secs_f64(options.drain),
         body: options.body,
         bare: options.bare,
+        one_way: false,
+        traffic: Traffic::Messages,
     }
 }
 
@@ -638,7 +792,7 @@ fn measure(
     });
     if warmup > 0.0 {
         fleet.watch_chat("warm up", Duration::from_secs_f64(warmup));
-        fleet.measure_chat();
+        fleet.begin_chat_phase();
         start = read()?;
     }
     let (counted_before, before, settled_before) = start;
@@ -685,9 +839,14 @@ fn measure(
     report.number("seconds", "measured", seconds, "s");
     report.number("messages", "messages measured", measured, "");
     report.number("messages_per_s", "messages", rate, "/s");
-    report.latencies("latency", "latency", &outcome.latencies);
+    report.latencies("latency", "latency", &outcome.measured().latencies);
+    report.alias("chat", "latency");
     if plan.ack.is_some() {
-        report.latencies("ack", "until acknowledged", &outcome.ack_latencies);
+        report.latencies(
+            "ack",
+            "until acknowledged",
+            &outcome.measured().ack_latencies,
+        );
     }
     report.usage(&usage, measured, "message", "us", 1e6);
     counters.report(report, &[(&counted_before, &counted, measured)], "message")?;
@@ -768,7 +927,13 @@ mod tests {
             drain: Duration::from_secs(1),
             body: 5,
             bare: false,
+            one_way: false,
+            traffic: Traffic::Messages,
         }
+    }
+
+    fn recorder() -> Recorder {
+        crate::timeline::Timeline::new(Duration::from_secs(1), false).recorder()
     }
 
     fn engine(pace: Pace, messages: Option<u64>) -> Engine {
@@ -779,6 +944,7 @@ mod tests {
         let account = |name: &str| Account {
             name: name.into(),
             keys: KeyCache::default(),
+            resumption: None,
         };
         Engine::new(plan, 0, &Target::for_tests(), &[account("a"), account("b")])
     }
@@ -810,8 +976,14 @@ mod tests {
         assert!(from_a.ends_with("'><body>the q</body></message>"));
         assert_eq!(turn(&mut engine, now), ["", ""]);
         let received = stanzas(&from_a)[0].as_bytes();
-        assert_eq!(engine.on_message(1, received, Instant::now()), Some(0));
-        assert_eq!(engine.on_message(1, received, Instant::now()), None);
+        assert_eq!(
+            engine.on_message(1, received, Instant::now(), &mut recorder()),
+            Some(0)
+        );
+        assert_eq!(
+            engine.on_message(1, received, Instant::now(), &mut recorder()),
+            None
+        );
         assert_eq!((engine.tally.received, engine.tally.duplicated), (1, 1));
     }
 
@@ -823,14 +995,63 @@ mod tests {
         assert_eq!((stanzas(&from_a).len(), stanzas(&from_b).len()), (3, 2));
         assert_eq!(engine.next_due(), Some(epoch + Duration::from_millis(5)));
         let last = stanzas(&from_a)[2].as_bytes();
-        engine.on_message(1, last, epoch + Duration::from_millis(14));
-        assert!(
-            (9_900_000..10_100_000).contains(&engine.latencies.max()),
-            "{}",
-            engine.latencies.max()
-        );
+        engine.on_message(1, last, epoch + Duration::from_millis(14), &mut recorder());
+        let latency = engine.phases[0].latencies.max();
+        assert!((9_900_000..10_100_000).contains(&latency), "{latency}");
         turn(&mut engine, epoch + Duration::from_secs(1));
         assert_eq!((engine.tally.sent, engine.next_due()), (10, None));
+    }
+
+    #[test]
+    fn a_message_belongs_to_the_phase_in_which_it_was_due() {
+        let mut engine = engine(Pace::Rate(1000.0), None);
+        let epoch = engine.plan.epoch;
+        let at = |ms| epoch + Duration::from_millis(ms);
+        engine.begin_phase(at(2));
+        // due at 0, 1, 2 and 3 ms, of which b sends the second and the fourth
+        let [from_a, from_b] = turn(&mut engine, at(3));
+        assert!(engine.has_unflushed());
+        engine.flushed(at(5), &mut recorder());
+        assert!(!engine.has_unflushed());
+        for (receiver, bytes) in [(1, &from_a), (0, &from_b)] {
+            for stanza in stanzas(bytes) {
+                engine.on_message(receiver, stanza.as_bytes(), at(10), &mut recorder());
+            }
+        }
+        let outcome = engine.finish();
+        let near = |value: u64, ms: u64| value.abs_diff(ms * 1_000_000) < 20_000;
+        let [before, measured] = &outcome.phases[..] else {
+            panic!()
+        };
+        assert_eq!((before.latencies.len(), measured.latencies.len()), (2, 2));
+        assert!(near(before.latencies.max(), 10) && near(measured.latencies.max(), 8));
+        assert!(near(before.lag.max(), 5) && near(measured.lag.min(), 2));
+    }
+
+    #[test]
+    fn a_change_of_presence_counts_at_each_contact_and_not_at_its_own_client() {
+        let mut engine = engine_of(Plan {
+            traffic: Traffic::Presence { contacts: 1 },
+            ..plan(Pace::Rate(1000.0), Some(1))
+        });
+        let epoch = engine.plan.epoch;
+        let [from_a, from_b] = turn(&mut engine, epoch);
+        assert_eq!(from_a, "<presence><status>abc-0-0</status></presence>");
+        assert_eq!(from_b, "");
+        let from = |name: &str| {
+            from_a.replace(
+                "<presence>",
+                &format!("<presence from='{name}@localhost/load'>"),
+            )
+        };
+        let later = epoch + Duration::from_millis(3);
+        engine.on_message(0, from("a").as_bytes(), later, &mut recorder());
+        assert!(!engine.is_finished(later));
+        engine.on_message(1, from("a").as_bytes(), later, &mut recorder());
+        assert!(engine.is_finished(later));
+        let outcome = engine.finish();
+        assert_eq!((outcome.tally.received, outcome.tally.lost), (1, 0));
+        assert!(outcome.measured().latencies.max() >= 2_900_000);
     }
 
     #[test]
@@ -881,17 +1102,21 @@ mod tests {
             (6, true)
         );
         let at = |ms| epoch + Duration::from_millis(ms);
-        assert_eq!(engine.on_acknowledged(0, 2, at(11)), 0);
+        assert_eq!(engine.on_acknowledged(0, 2, at(11), &mut recorder()), 0);
         assert_eq!(engine.tally.acknowledged, 0);
         // the messages due at 0 and 2 ms
-        engine.on_acknowledged(0, 4, at(12));
+        engine.on_acknowledged(0, 4, at(12), &mut recorder());
         assert_eq!(
-            (engine.tally.acknowledged, engine.ack_latencies.len()),
+            (
+                engine.tally.acknowledged,
+                engine.phases[0].ack_latencies.len()
+            ),
             (2, 2)
         );
         let close = |value: u64, ms: u64| value.abs_diff(ms * 1_000_000) < 20_000;
-        assert!(close(engine.ack_latencies.max(), 12) && close(engine.ack_latencies.min(), 10));
-        engine.on_acknowledged(0, 4, at(13));
+        let acks = &engine.phases[0].ack_latencies;
+        assert!(close(acks.max(), 12) && close(acks.min(), 10));
+        engine.on_acknowledged(0, 4, at(13), &mut recorder());
         assert_eq!(engine.tally.acknowledged, 2);
         let outcome = engine.finish();
         assert_eq!(
@@ -913,9 +1138,9 @@ mod tests {
         let mut senders = Senders::default();
         senders.0[0].1 = u32::MAX - 1;
         engine.turn(Instant::now(), &mut senders);
-        engine.on_acknowledged(0, u32::MAX, Instant::now());
+        engine.on_acknowledged(0, u32::MAX, Instant::now(), &mut recorder());
         assert_eq!(engine.tally.acknowledged, 1);
-        engine.on_acknowledged(0, 1, Instant::now());
+        engine.on_acknowledged(0, 1, Instant::now(), &mut recorder());
         assert_eq!(engine.tally.acknowledged, 3);
     }
 
@@ -933,7 +1158,10 @@ mod tests {
         let from_a = String::from_utf8(from_a.clone()).unwrap();
         assert!(from_a.starts_with("<message type='chat' to='b@localhost' "));
         assert_eq!(engine.settled(), 0);
-        assert_eq!(engine.on_acknowledged(0, 2, Instant::now()), 2);
+        assert_eq!(
+            engine.on_acknowledged(0, 2, Instant::now(), &mut recorder()),
+            2
+        );
         assert_eq!(engine.settled(), 2);
         engine.stop_sending(Instant::now());
         let later = Instant::now() + Duration::from_secs(60);
@@ -943,11 +1171,11 @@ mod tests {
         assert!(!engine.is_finished(came));
         for stanza in stanzas(&from_a) {
             let stanza = stanza.replace("<r xmlns='urn:xmpp:sm:3'/>", "");
-            engine.on_message(1, stanza.as_bytes(), came);
+            engine.on_message(1, stanza.as_bytes(), came, &mut recorder());
         }
         assert!(engine.is_finished(came));
         let outcome = engine.finish();
-        assert!(outcome.tally.is_clean() && outcome.latencies.is_empty());
+        assert!(outcome.tally.is_clean() && outcome.measured().latencies.is_empty());
         assert_eq!((outcome.tally.received, outcome.tally.to_offline), (2, 2));
     }
 
@@ -1016,7 +1244,7 @@ mod tests {
         for id in ["abd-0-0", "abc-0", "", "hello"] {
             let message = format!("<message id='{id}'/>");
             assert_eq!(
-                engine.on_message(0, message.as_bytes(), Instant::now()),
+                engine.on_message(0, message.as_bytes(), Instant::now(), &mut recorder()),
                 None
             );
         }

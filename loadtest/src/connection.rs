@@ -15,12 +15,25 @@ use crate::scram::{self, Exchange, KeyCache};
 pub struct Account {
     pub name: String,
     pub keys: KeyCache,
+    /// Of a session that was cut.
+    pub resumption: Option<Resumption>,
+}
+
+/// What a client needs to go on with a session (XEP-0198, section 5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resumption {
+    id: String,
+    sent: u32,
+    handled: u32,
+    full_jid: String,
 }
 
 /// What a connection is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     Login,
+    /// Go on with the account's session, or log in where that is no more.
+    Resume,
     /// XEP-0077, before authentication.
     Register,
 }
@@ -34,10 +47,14 @@ pub enum Error {
     },
     #[error("STARTTLS is not offered here")]
     StartTlsNotOffered,
-    #[error("stream management (XEP-0198) is not offered here, and --ack wants it")]
+    #[error("stream management (XEP-0198) is not offered here, and this run wants it")]
     ManagementNotOffered,
+    #[error("sessions cannot be resumed here (XEP-0198)")]
+    ResumptionNotOffered,
     #[error("the server acknowledged {acknowledged} stanzas of {sent}")]
     Acknowledged { acknowledged: u32, sent: u32 },
+    #[error("this TLS connection exports nothing to bind to")]
+    NothingToBind,
     #[error("authentication failed: {0}")]
     Authentication(String),
     #[error("SCRAM: {0}")]
@@ -65,6 +82,8 @@ pub enum Effect {
     StartTls,
     /// The purpose is fulfilled: logged in, or registered.
     Done,
+    /// Logged in again, in the session that was cut.
+    Resumed,
     /// The account was there before.
     Exists,
     /// A stanza for the scenario.
@@ -88,6 +107,7 @@ enum State {
     Bind,
     Session,
     EnableStreamManagement,
+    Resume,
     /// Roster request and presence sent.
     Initial,
     Online,
@@ -101,6 +121,8 @@ pub struct Connection {
     pub sent: u32,
     /// Presence stanzas received from others.
     pub presences: u64,
+    /// What the TLS connection exports for channel binding, once it is there; from the driver, for mechanisms that want it.
+    pub exporter: Option<[u8; 32]>,
     /// Contacts whose presence we may see; kept when [`Target::track_contacts`] asks for it.
     pub contacts: Vec<String>,
     purpose: Purpose,
@@ -110,6 +132,8 @@ pub struct Connection {
     session_required: bool,
     management_offered: bool,
     managed: bool,
+    /// The server's name for this session, if it may be resumed.
+    resumption_id: Option<String>,
     roster_seen: bool,
     presence_seen: bool,
     /// Inbound stanzas counted for XEP-0198.
@@ -124,6 +148,7 @@ impl Connection {
             out: Vec::new(),
             sent: 0,
             presences: 0,
+            exporter: None,
             contacts: Vec::new(),
             purpose,
             state: State::Features,
@@ -132,6 +157,7 @@ impl Connection {
             session_required: false,
             management_offered: false,
             managed: false,
+            resumption_id: None,
             roster_seen: false,
             presence_seen: false,
             handled: 0,
@@ -152,6 +178,16 @@ impl Connection {
             &escape(&target.domain),
             "'>",
         ]);
+    }
+
+    /// What goes on after the connection is gone.
+    pub fn resumption(&self) -> Option<Resumption> {
+        Some(Resumption {
+            id: self.resumption_id.clone()?,
+            sent: self.sent,
+            handled: self.handled,
+            full_jid: self.full_jid.clone(),
+        })
     }
 
     /// Logs out: the driver waits for [`Effect::Ended`] or the end of the connection.
@@ -227,6 +263,11 @@ impl Connection {
             State::EnableStreamManagement if name == b"enabled" => {
                 self.managed = true;
                 self.sent = 0;
+                if target.resumption {
+                    let id = attribute(stanza, b"id").filter(|_| is_resumable(stanza));
+                    let id = unescape(id.ok_or(Error::ResumptionNotOffered)?);
+                    self.resumption_id = Some(String::from_utf8_lossy(&id).into_owned());
+                }
                 self.send_initial();
                 Ok(Effect::None)
             }
@@ -234,6 +275,19 @@ impl Connection {
                 what: "stream management",
                 condition: condition(stanza),
             }),
+            State::Resume if name == b"resumed" => {
+                self.managed = true;
+                self.state = State::Online;
+                Ok(Effect::Resumed)
+            }
+            // The session is no more: as if it had never been tried (XEP-0198, section 5).
+            State::Resume if name == b"failed" => {
+                self.resumption_id = None;
+                (self.sent, self.handled) = (0, 0);
+                self.bind(target);
+                Ok(Effect::None)
+            }
+            State::Resume => Err(unexpected(name, "in answer to a resumption")),
             State::Initial | State::Online | State::EnableStreamManagement => {
                 self.on_live(name, stanza, target)
             }
@@ -277,13 +331,36 @@ impl Connection {
                 && attribute(tag.raw, b"xmlns")
                     .is_some_and(|namespace| namespace == b"urn:xmpp:sm:3")
         });
+        match account.resumption.take() {
+            Some(session) if self.purpose == Purpose::Resume => self.resume(session),
+            _ => self.bind(target),
+        }
+        Ok(Effect::None)
+    }
+
+    fn resume(&mut self, session: Resumption) {
+        let handled = session.handled.to_string();
+        let id = escape(&session.id);
+        self.write(&[
+            "<resume xmlns='urn:xmpp:sm:3' h='",
+            &handled,
+            "' previd='",
+            &id,
+            "'/>",
+        ]);
+        (self.sent, self.handled) = (session.sent, session.handled);
+        self.full_jid = session.full_jid;
+        self.resumption_id = Some(session.id);
+        self.state = State::Resume;
+    }
+
+    fn bind(&mut self, target: &Target) {
         self.write(&["<iq type='set' id='bind'><bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'>"]);
         if !target.resource.is_empty() {
             self.write(&["<resource>", &escape(&target.resource), "</resource>"]);
         }
         self.write(&["</bind></iq>"]);
         self.state = State::Bind;
-        Ok(Effect::None)
     }
 
     fn authenticate(
@@ -308,10 +385,14 @@ impl Connection {
                 self.state = State::Success;
                 format!("\0{}\0{}", account.name, target.password)
             }
-            Mechanism::Scram(hash) => {
-                let exchange = self
-                    .exchange
-                    .insert(Box::new(Exchange::new(hash, &account.name)));
+            Mechanism::Scram(hash) | Mechanism::ScramPlus(hash) => {
+                let bound = matches!(target.mechanism, Mechanism::ScramPlus(_));
+                let exporter = self.exporter.as_ref().map(|bytes| bytes.as_slice());
+                if bound && exporter.is_none() {
+                    return Err(Error::NothingToBind);
+                }
+                let exchange = Exchange::new(hash, &account.name, exporter.filter(|_| bound));
+                let exchange = self.exchange.insert(Box::new(exchange));
                 self.state = State::Challenge;
                 exchange.client_first()
             }
@@ -386,7 +467,11 @@ impl Connection {
             self.write(&["<iq type='set' id='session'><session xmlns='urn:ietf:params:xml:ns:xmpp-session'/></iq>"]);
             self.state = State::Session;
         } else if target.stream_management && self.management_offered {
-            self.write(&["<enable xmlns='urn:xmpp:sm:3'/>"]);
+            self.write(&[if target.resumption {
+                "<enable xmlns='urn:xmpp:sm:3' resume='true'/>"
+            } else {
+                "<enable xmlns='urn:xmpp:sm:3'/>"
+            }]);
             self.state = State::EnableStreamManagement;
         } else if target.acknowledgements {
             return Err(Error::ManagementNotOffered);
@@ -553,6 +638,10 @@ impl Connection {
     }
 }
 
+fn is_resumable(enabled: &[u8]) -> bool {
+    matches!(attribute(enabled, b"resume"), Some(b"true" | b"1"))
+}
+
 /// The session request of RFC 3921 is for servers that offer it without `<optional/>`.
 fn session_required(features: &[u8]) -> bool {
     let mut tags = tags(features).skip_while(|tag| tag.name != b"session");
@@ -641,6 +730,7 @@ mod tests {
                 account: Account {
                     name: "u0".into(),
                     keys: KeyCache::default(),
+                    resumption: None,
                 },
                 scanner: Scanner::default(),
             }
@@ -769,6 +859,80 @@ mod tests {
             panic!("{effect:?}")
         };
         assert_eq!(error.to_string(), "the server acknowledged 4 stanzas of 3");
+    }
+
+    fn resumable(target: &mut Target) {
+        plain(target);
+        target.stream_management = true;
+        target.acknowledgements = true;
+        target.resumption = true;
+        target.until = Until::Roster;
+    }
+
+    const WITH_MANAGEMENT: &str =
+        "<stream:features><bind xmlns='x'/><sm xmlns='urn:xmpp:sm:3'/></stream:features>";
+
+    /// Logs in, is cut after two stanzas from the server, and comes back.
+    fn cut_and_back() -> Dialogue {
+        let mut first = Dialogue::new(Purpose::Login, resumable);
+        authenticated(&mut first, WITH_MANAGEMENT);
+        first.server_says(BOUND);
+        first
+            .client_says("<enable xmlns='urn:xmpp:sm:3' resume='true'/>")
+            .server_says("<enabled xmlns='urn:xmpp:sm:3' id='a&amp;b' resume='true'/>");
+        first.server_says("<iq id='roster' type='result'/><message/>");
+        let mut again = Dialogue::new(Purpose::Resume, resumable);
+        again.account.resumption = first.connection.resumption();
+        again
+            .client_says("to='localhost'>")
+            .server_says(&format!("{HEADER}{MECHANISMS}"));
+        again.client_says("mechanism='PLAIN'");
+        again.server_says("<success xmlns='urn:ietf:params:xml:ns:xmpp-sasl'/>");
+        again.client_says("<stream:stream");
+        again.server_says(&format!("{HEADER}{WITH_MANAGEMENT}"));
+        again.client_says("<resume xmlns='urn:xmpp:sm:3' h='2' previd='a&amp;b'/>");
+        again
+    }
+
+    #[test]
+    fn a_session_that_was_cut_goes_on() {
+        let mut again = cut_and_back();
+        let effect = again.server_says("<resumed xmlns='urn:xmpp:sm:3' h='2' previd='a&amp;b'/>");
+        assert!(matches!(effect, Effect::Resumed), "{effect:?}");
+        assert!(again.connection.is_online());
+        assert_eq!(again.connection.full_jid, "u0@localhost/a'b");
+        again.server_says("<message/><r xmlns='urn:xmpp:sm:3'/>");
+        again.client_says("h='3'");
+        let effect = again.server_says("<a xmlns='urn:xmpp:sm:3' h='2'/>");
+        assert!(matches!(effect, Effect::Acknowledged(2)));
+    }
+
+    #[test]
+    fn a_session_that_is_no_more_is_begun_anew() {
+        let mut again = cut_and_back();
+        again.server_says("<failed xmlns='urn:xmpp:sm:3'><item-not-found xmlns='x'/></failed>");
+        again
+            .client_says("<resource>load</resource>")
+            .server_says(BOUND);
+        again
+            .client_says("<enable")
+            .server_says("<enabled xmlns='urn:xmpp:sm:3' id='c' resume='1'/>");
+        let effect = again.server_says("<iq id='roster' type='result'/>");
+        assert!(matches!(effect, Effect::Done));
+        again.server_says("<r xmlns='urn:xmpp:sm:3'/>");
+        again.client_says("h='1'");
+    }
+
+    #[test]
+    fn a_server_that_does_not_resume_is_told() {
+        let mut dialogue = Dialogue::new(Purpose::Login, resumable);
+        authenticated(&mut dialogue, WITH_MANAGEMENT);
+        dialogue.server_says(BOUND);
+        let effect = dialogue.server_says("<enabled xmlns='urn:xmpp:sm:3'/>");
+        assert!(matches!(
+            effect,
+            Effect::Failed(Error::ResumptionNotOffered)
+        ));
     }
 
     #[test]

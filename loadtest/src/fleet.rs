@@ -1,6 +1,7 @@
 //! All workers together, as the scenarios see them: give everyone work, wait for it with a progress bar, read the
 //! processes' costs.
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,14 +13,16 @@ use std::{fs, io};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use mio::{Poll, Waker};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setpriority_process, setrlimit};
 
 use crate::chat;
 use crate::connection::Account;
 use crate::options::{Global, Target};
 use crate::proc::{Processes, Snapshot};
-use crate::report::Failures;
+use crate::replay::Curve;
+use crate::report::{Failures, Report};
 use crate::socket::Tls;
+use crate::timeline::{Kind, Timeline};
 use crate::worker::{
     Answer, Command, Counters, Job, Layout, Outcome, Pace, Parts, Run, WAKE, Worker,
 };
@@ -30,6 +33,8 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 /// Nothing received and little CPU used by the server for this long is quiet.
 const QUIET_FOR: Duration = Duration::from_millis(300);
 const QUIET_SERVER_SHARE: f64 = 0.05;
+/// Readings of the server's memory are shown as this.
+const MEMORY: &str = "resident memory of the server, MiB";
 const QUIET_WAIT_MAX: Duration = Duration::from_secs(20);
 
 pub struct Fleet {
@@ -39,6 +44,9 @@ pub struct Fleet {
     answers: Receiver<Answer>,
     processes: Processes,
     disconnections: Arc<Mutex<Failures>>,
+    timeline: RefCell<Timeline>,
+    /// Resident memory of the server over time, in MiB.
+    memory: RefCell<Vec<(Instant, f64)>>,
 }
 
 struct Handle {
@@ -50,12 +58,24 @@ struct Handle {
 
 impl Fleet {
     pub fn start(global: &Global, target: Target) -> Result<Fleet, String> {
+        Fleet::start_as(global, target, "worker", Priority::Normal)
+    }
+
+    /// With another name of its threads, and with another priority where several fleets share the machine.
+    pub fn start_as(
+        global: &Global,
+        target: Target,
+        name: &str,
+        priority: Priority,
+    ) -> Result<Fleet, String> {
         raise_file_limit(u64::from(global.users))?;
         let processes = Processes::new(&global.server_pid, global.server_children)?;
         let tls = Tls::new(global, &target)?;
         let layout = Layout {
             users: global.users,
             threads: global.threads as u32,
+            accounts: global.accounts.unwrap_or(global.users),
+            first: global.first,
         };
         let target = Arc::new(target);
         let keys = match &global.keys {
@@ -64,6 +84,8 @@ impl Fleet {
         };
         let keys = Arc::new(keys);
         let disconnections = Arc::new(Mutex::new(Failures::new()));
+        let interval = Duration::from_secs_f64(global.interval);
+        let timeline = Timeline::new(interval, global.hdr.is_some());
         let (answer_sender, answers) = channel();
         let start = |number: usize| -> io::Result<Handle> {
             let (commands, command_receiver) = channel();
@@ -82,10 +104,14 @@ impl Fleet {
                 answers: answer_sender.clone(),
                 counters: counters.clone(),
                 disconnections: disconnections.clone(),
+                recorder: timeline.recorder(),
             })?;
             let thread = thread::Builder::new()
-                .name(format!("worker-{number}"))
-                .spawn(move || worker.run())?;
+                .name(format!("{name}-{number}"))
+                .spawn(move || {
+                    priority.take();
+                    worker.run()
+                })?;
             Ok(Handle {
                 commands,
                 waker,
@@ -103,6 +129,8 @@ impl Fleet {
             answers,
             processes,
             disconnections,
+            timeline: RefCell::new(timeline),
+            memory: RefCell::default(),
         })
     }
 
@@ -114,6 +142,61 @@ impl Fleet {
         rate: Option<f64>,
         title: &str,
     ) -> Result<Outcome, String> {
+        let (done_before, failed_before) = (self.done(), self.failed());
+        self.start_run(job, users, rate, false);
+        let bar = progress_bar(users.len() as u64, title);
+        let outcome = self.finish(|| {
+            let failed = self.failed() - failed_before;
+            bar.set_position(self.done() - done_before + failed);
+            if failed > 0 {
+                bar.set_message(format!("{failed} failed"));
+            }
+        });
+        bar.finish_and_clear();
+        outcome
+    }
+
+    /// Resets all connections at once.
+    pub fn cut(&self) -> Result<(), String> {
+        self.tell_all(|| Command::Cut);
+        for _ in &self.handles {
+            let Answer::Cut = self.wait_for_answer(|| {})? else {
+                unreachable!("nothing else is running")
+            };
+        }
+        Ok(())
+    }
+
+    /// The second one of each pair reads no more.
+    pub fn stop_reading(&self) {
+        self.tell_all(|| Command::StopReading);
+    }
+
+    /// Begins logins by an arrival curve, with the first user again after the last one; it ends by itself.
+    pub fn start_curve(&self, curve: &Arc<Curve>) {
+        let start = Instant::now();
+        let mut shares = vec![Vec::new(); self.handles.len()];
+        for user in self.everyone() {
+            shares[self.layout.worker(user)].push(user);
+        }
+        for (number, (handle, users)) in self.handles.iter().zip(shares).enumerate() {
+            let pace = Pace::Curve {
+                start,
+                curve: curve.clone(),
+                step: self.handles.len() as u64,
+                offset: number as u64,
+            };
+            handle.tell(Command::Run(Run {
+                job: Job::Login,
+                users,
+                pace,
+                again: true,
+            }));
+        }
+    }
+
+    /// Begins a job; `again`: with the first user again after the last one, until [`Fleet::stop_run`].
+    pub fn start_run(&self, job: Job, users: &[u32], rate: Option<f64>, again: bool) {
         let threads = self.handles.len();
         let mut shares = vec![Vec::new(); threads];
         for user in users {
@@ -121,10 +204,6 @@ impl Fleet {
         }
         let all = users.len().max(1);
         let start = Instant::now();
-        let (done_before, failed_before) = (
-            self.sum(|counters| &counters.done),
-            self.sum(|counters| &counters.failed),
-        );
         for (handle, users) in self.handles.iter().zip(shares) {
             let share = users.len() as f64 / all as f64;
             let pace = match rate {
@@ -134,33 +213,29 @@ impl Fleet {
                 },
                 None => Pace::Parallel(self.global.parallel.div_ceil(threads)),
             };
-            handle.tell(Command::Run(Run { job, users, pace }));
+            handle.tell(Command::Run(Run {
+                job,
+                users,
+                pace,
+                again,
+            }));
         }
-        let bar = progress_bar(users.len() as u64, title);
+    }
+
+    /// Nothing more is begun; what is in progress goes on to its end.
+    pub fn stop_run(&self) {
+        self.tell_all(|| Command::StopRun);
+    }
+
+    /// Waits for the end of a job.
+    pub fn finish(&self, mut meanwhile: impl FnMut()) -> Result<Outcome, String> {
         let mut outcome = Outcome::new();
-        for _ in 0..threads {
-            let part = self.wait_for_answer(|| {
-                let failed = self.sum(|counters| &counters.failed) - failed_before;
-                bar.set_position(self.sum(|counters| &counters.done) - done_before + failed);
-                if failed > 0 {
-                    bar.set_message(format!("{failed} failed"));
-                }
-            })?;
-            let Answer::Run(part) = part else {
+        for _ in &self.handles {
+            let Answer::Run(part) = self.wait_for_answer(&mut meanwhile)? else {
                 unreachable!("no chat is running")
             };
-            outcome.done += part.done;
-            outcome.existed += part.existed;
-            outcome.derivations += part.derivations;
-            outcome
-                .latencies
-                .add(&part.latencies)
-                .expect("histograms have the same bounds");
-            for (reason, count) in part.failures {
-                *outcome.failures.entry(reason).or_default() += count;
-            }
+            outcome.add(part);
         }
-        bar.finish_and_clear();
         Ok(outcome)
     }
 
@@ -176,8 +251,10 @@ impl Fleet {
         self.tell_all(|| Command::Chat(plan.clone()));
     }
 
-    pub fn measure_chat(&self) {
-        self.tell_all(|| Command::Measure);
+    /// Messages due from now on are counted apart.
+    pub fn begin_chat_phase(&self) {
+        let now = Instant::now();
+        self.tell_all(|| Command::ChatPhase(now));
     }
 
     pub fn stop_chat(&self) {
@@ -190,15 +267,53 @@ impl Fleet {
 
     /// Lets the chat go on for a while.
     pub fn watch_chat(&self, title: &str, duration: Duration) {
-        let bar = progress_bar(duration.as_millis() as u64, title);
         let (start, before) = (Instant::now(), self.settled());
+        self.watch(title, duration, || {
+            let rate = (self.settled() - before) as f64 / start.elapsed().as_secs_f64();
+            format!("{rate:.0} messages/s ({})", self.progress(Kind::Message))
+        });
+    }
+
+    /// Lets what is going on go on for a while.
+    pub fn watch(&self, title: &str, duration: Duration, mut message: impl FnMut() -> String) {
+        let bar = progress_bar(duration.as_millis() as u64, title);
+        let start = Instant::now();
         while start.elapsed() < duration {
             thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
+            self.collect();
             bar.set_position(start.elapsed().as_millis() as u64);
-            let rate = (self.settled() - before) as f64 / start.elapsed().as_secs_f64();
-            bar.set_message(format!("{rate:.0} messages/s"));
+            bar.set_message(message());
         }
         bar.finish_and_clear();
+    }
+
+    /// Takes in what the workers have measured; to be called now and then.
+    pub fn collect(&self) {
+        self.timeline.borrow_mut().collect();
+        let mut memory = self.memory.borrow_mut();
+        let interval = Duration::from_secs_f64(self.global.interval);
+        let is_due = memory
+            .last()
+            .is_none_or(|(at, _): &(Instant, f64)| at.elapsed() >= interval);
+        if is_due && let Some(kib) = self.server_rss_kib() {
+            memory.push((Instant::now(), kib as f64 / 1024.0));
+        }
+    }
+
+    /// Percentiles of the newest interval.
+    pub fn progress(&self, kind: Kind) -> String {
+        let timeline = self.timeline.borrow();
+        let ms = |ns: u64| ns as f64 / 1e6;
+        timeline
+            .latest(kind)
+            .map_or("no latency yet".into(), |point| {
+                format!(
+                    "p50 {:.2} p99 {:.2} max {:.2} ms",
+                    ms(point.p50),
+                    ms(point.p99),
+                    ms(point.max)
+                )
+            })
     }
 
     pub fn finish_chat(&self, title: &str) -> Result<chat::Outcome, String> {
@@ -219,8 +334,14 @@ impl Fleet {
     fn wait_for_answer(&self, mut meanwhile: impl FnMut()) -> Result<Answer, String> {
         loop {
             match self.answers.recv_timeout(PROGRESS_EVERY) {
-                Ok(answer) => return Ok(answer),
-                Err(RecvTimeoutError::Timeout) => meanwhile(),
+                Ok(answer) => {
+                    self.collect();
+                    return Ok(answer);
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.collect();
+                    meanwhile();
+                }
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err("the generator's threads have ended".into());
                 }
@@ -247,6 +368,7 @@ impl Fleet {
         while start.elapsed() < most {
             let (bytes, before) = (self.sum(|counters| &counters.bytes_in), self.snapshot());
             thread::sleep(quiet);
+            self.collect();
             let usage = before.until(&self.snapshot());
             let server = usage.server.map_or(0.0, |server| server.as_secs_f64());
             let rested = server < usage.wall.as_secs_f64() * QUIET_SERVER_SHARE;
@@ -259,13 +381,7 @@ impl Fleet {
 
     /// Lets time pass, with a bar.
     pub fn rest(&self, title: &str, duration: Duration) {
-        let bar = progress_bar(duration.as_millis() as u64, title);
-        let start = Instant::now();
-        while start.elapsed() < duration {
-            thread::sleep(PROGRESS_EVERY.min(duration.saturating_sub(start.elapsed())));
-            bar.set_position(start.elapsed().as_millis() as u64);
-        }
-        bar.finish_and_clear();
+        self.watch(title, duration, String::new);
     }
 
     pub fn snapshot(&self) -> Snapshot {
@@ -286,6 +402,14 @@ impl Fleet {
         self.sum(|counters| &counters.presences)
     }
 
+    pub fn done(&self) -> u64 {
+        self.sum(|counters| &counters.done)
+    }
+
+    pub fn failed(&self) -> u64 {
+        self.sum(|counters| &counters.failed)
+    }
+
     pub fn disconnected(&self) -> u64 {
         self.sum(|counters| &counters.disconnected)
     }
@@ -297,8 +421,8 @@ impl Fleet {
             .clone()
     }
 
-    /// Ends the threads and with them all connections; keeps the keys if asked to.
-    pub fn stop(self) -> Result<(), String> {
+    /// Ends the threads and with them all connections; keeps the keys if asked to, and hands over what was over time.
+    pub fn stop(self, report: &mut Report) -> Result<(), String> {
         let mut accounts = Vec::new();
         for handle in self.handles {
             drop(handle.commands);
@@ -307,6 +431,10 @@ impl Fleet {
                 accounts.extend(part);
             }
         }
+        let mut timeline = self.timeline.into_inner();
+        timeline.finish();
+        report.timeline(timeline);
+        report.samples(MEMORY, &self.memory.into_inner());
         match &self.global.keys {
             Some(file) => write_keys(file, &accounts),
             None => Ok(()),
@@ -324,6 +452,37 @@ impl Fleet {
         for handle in &self.handles {
             handle.tell(command());
         }
+    }
+}
+
+/// Who of the generator's threads gets a core first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Priority {
+    Normal,
+    /// Whenever it has something to do: for those whose latency is measured beside the work of others.
+    First,
+    Last,
+}
+
+impl Priority {
+    const NICE_FIRST: i32 = -20;
+    const NICE_LAST: i32 = 10;
+
+    /// Whether this process may raise the priority of its threads (root, CAP_SYS_NICE, `ulimit -e`).
+    pub fn may_be_first() -> bool {
+        let tried = thread::spawn(|| setpriority_process(None, Priority::NICE_FIRST).is_ok());
+        tried.join().unwrap_or(false)
+    }
+
+    /// Of the calling thread: Linux keeps the nice value by thread.
+    fn take(self) {
+        let nice = match self {
+            Priority::Normal => return,
+            Priority::First => Priority::NICE_FIRST,
+            Priority::Last => Priority::NICE_LAST,
+        };
+        // refused: the lag that is measured tells what came of it
+        let _ = setpriority_process(None, nice);
     }
 }
 
@@ -377,7 +536,7 @@ fn progress_bar(length: u64, title: &str) -> ProgressBar {
 }
 
 /// The soft limit on open files rises to the hard one; fewer than the clients need is an error.
-fn raise_file_limit(clients: u64) -> Result<(), String> {
+pub fn raise_file_limit(clients: u64) -> Result<(), String> {
     let limit = getrlimit(Resource::Nofile);
     let raised = Rlimit {
         current: limit.maximum,
@@ -409,6 +568,7 @@ mod tests {
         let account = |name: &str| Account {
             name: name.into(),
             keys: KeyCache::from_line(&line).unwrap(),
+            resumption: None,
         };
         write_keys(&file, &[account("a"), account("b c")]).unwrap();
         write_keys(&file, &[account("d")]).unwrap();

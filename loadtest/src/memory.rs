@@ -52,6 +52,6 @@ pub fn run(global: &Global, options: &MemoryOptions) -> Result<Report, String> {
         );
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop()?;
+    fleet.stop(&mut report)?;
     Ok(report)
 }

@@ -2,6 +2,7 @@
 //! of a login, say). In: the text before and after. Out: rows of the report. A counter that is not there is an error
 //! before the run, not a zero after it.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::options::MetricsOptions;
@@ -16,8 +17,53 @@ pub struct Counters {
     agent: ureq::Agent,
 }
 
-/// Their values, in the order of their names.
-pub type Reading = Vec<f64>;
+/// What the server showed at one time.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Reading {
+    /// Of the counters, in the order of their names.
+    values: Vec<f64>,
+    histograms: Histograms,
+}
+
+/// Cumulative counts of classic buckets, by metric with its other labels, shard and upper bound (its bits, as a key).
+type Histograms = BTreeMap<(String, String), BTreeMap<u64, f64>>;
+
+/// By how much a histogram of the server grew, of one shard.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ShardHistogram {
+    /// The metric, with its labels other than the shard.
+    pub name: String,
+    pub shard: String,
+    /// Upper bound and cumulative count.
+    buckets: Vec<(f64, f64)>,
+}
+
+impl ShardHistogram {
+    fn count(&self) -> f64 {
+        self.buckets.last().map_or(0.0, |(_, count)| *count)
+    }
+
+    pub fn label(&self) -> String {
+        match self.shard.as_str() {
+            "" => format!("all ({})", self.count()),
+            shard => format!("shard {shard} ({})", self.count()),
+        }
+    }
+
+    /// Quantile and upper bound of each bucket that anything fell into.
+    pub fn curve(&self) -> Vec<(f64, f64)> {
+        let mut before = 0.0;
+        let mut curve = Vec::new();
+        for (bound, count) in &self.buckets {
+            if bound.is_finite() && *count > before {
+                curve.push((before / self.count(), *bound));
+                curve.push((count / self.count(), *bound));
+                before = *count;
+            }
+        }
+        curve
+    }
+}
 
 impl Counters {
     pub fn new(options: &MetricsOptions) -> Result<Counters, String> {
@@ -34,12 +80,12 @@ impl Counters {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.names.is_empty()
+        self.url.is_empty()
     }
 
     pub fn read(&self) -> Result<Reading, String> {
         if self.is_empty() {
-            return Ok(Reading::new());
+            return Ok(Reading::default());
         }
         let url = &self.url;
         let text = self.agent.get(url).call();
@@ -49,7 +95,10 @@ impl Counters {
             let missing = || format!("--metric {name}: {url} does not show it");
             value(&text, name).ok_or_else(missing)
         };
-        self.names.iter().map(value).collect()
+        Ok(Reading {
+            values: self.names.iter().map(value).collect::<Result<_, _>>()?,
+            histograms: histograms(&text),
+        })
     }
 
     /// How much each grew in all rounds (before, after, work done), and for each unit of work.
@@ -59,16 +108,20 @@ impl Counters {
         rounds: &[(&Reading, &Reading, u64)],
         of: &str,
     ) -> Result<(), String> {
+        if let (Some((first, _, _)), Some((_, last, _))) = (rounds.first(), rounds.last()) {
+            report.server_histograms(grown(&first.histograms, &last.histograms));
+        }
         let work: u64 = rounds.iter().map(|(_, _, work)| work).sum();
         for (at, name) in self.names.iter().enumerate() {
             let mut grown = 0.0;
             for (before, after, _) in rounds {
-                if after[at] < before[at] {
+                let (before, after) = (before.values[at], after.values[at]);
+                if after < before {
                     return Err(format!(
                         "--metric {name} fell: it is no counter, or the server was restarted"
                     ));
                 }
-                grown += after[at] - before[at];
+                grown += after - before;
             }
             let each = grown / work.max(1) as f64;
             report.number(name, name, grown, "");
@@ -81,6 +134,64 @@ impl Counters {
         }
         Ok(())
     }
+}
+
+/// The classic buckets of all histograms in a text.
+fn histograms(text: &str) -> Histograms {
+    let mut histograms = Histograms::new();
+    for line in text.lines() {
+        let Some((name, rest)) = line.split_once("_bucket{") else {
+            continue;
+        };
+        let Some(end) = rest.rfind('}') else {
+            continue;
+        };
+        let value = rest[end + 1..].split_ascii_whitespace().next();
+        let Some(Ok(value)) = value.map(str::parse::<f64>) else {
+            continue;
+        };
+        let (mut bound, mut shard, mut others) = (None, String::new(), Vec::new());
+        for label in rest[..end].split("\",") {
+            match label.trim_end_matches('"').split_once("=\"") {
+                Some(("le", text)) => bound = text.parse::<f64>().ok(),
+                Some(("shard", text)) => shard = text.to_owned(),
+                Some((key, text)) => others.push(format!("{key}={text}")),
+                None => {}
+            }
+        }
+        let name = match others.is_empty() {
+            true => name.to_owned(),
+            false => format!("{name} ({})", others.join(", ")),
+        };
+        // bounds of latencies are positive: their bits have their order
+        if let Some(bound) = bound.filter(|bound| *bound >= 0.0) {
+            histograms
+                .entry((name, shard))
+                .or_default()
+                .insert(bound.to_bits(), value);
+        }
+    }
+    histograms
+}
+
+/// What grew in between; nothing of those that did not.
+fn grown(before: &Histograms, after: &Histograms) -> Vec<ShardHistogram> {
+    let of = |(key, buckets): (&(String, String), &BTreeMap<u64, f64>)| ShardHistogram {
+        name: key.0.clone(),
+        shard: key.1.clone(),
+        buckets: buckets
+            .iter()
+            .map(|(bound, count)| {
+                let earlier = before.get(key).and_then(|buckets| buckets.get(bound));
+                (f64::from_bits(*bound), count - earlier.unwrap_or(&0.0))
+            })
+            .collect(),
+    };
+    after
+        .iter()
+        .map(of)
+        .filter(|histogram| histogram.count() > 0.0)
+        .collect()
 }
 
 /// The sum over all labels of a metric, with or without `_total`. Comments say `# TYPE …`.
@@ -119,6 +230,32 @@ mod tests {
         assert_eq!(value(TEXT, "# TYPE nitro_binds"), None);
     }
 
+    #[test]
+    fn histograms_of_the_server_are_told_apart_by_shard_and_only_their_growth_counts() {
+        let text = |first: u32, second: u32| {
+            format!(
+                "# TYPE nitro_login_seconds histogram\n\
+                 nitro_login_seconds_bucket{{shard=\"0\",stage=\"tls\",le=\"0.001\"}} {first}\n\
+                 nitro_login_seconds_bucket{{shard=\"0\",stage=\"tls\",le=\"0.01\"}} {}\n\
+                 nitro_login_seconds_bucket{{shard=\"0\",stage=\"tls\",le=\"+Inf\"}} {}\n\
+                 nitro_login_seconds_bucket{{le=\"0.01\",shard=\"1\",stage=\"tls\"}} {second}\n\
+                 nitro_login_seconds_sum{{shard=\"0\",stage=\"tls\"}} 1\n",
+                first * 2,
+                first * 2
+            )
+        };
+        let (before, after) = (histograms(&text(5, 4)), histograms(&text(50, 4)));
+        let grown = grown(&before, &after);
+        assert_eq!(grown.len(), 1, "shard 1 did not grow: {grown:?}");
+        let shard = &grown[0];
+        assert_eq!(shard.name, "nitro_login_seconds (stage=tls)");
+        assert_eq!(shard.label(), "shard 0 (90)");
+        assert_eq!(
+            shard.curve(),
+            [(0.0, 0.001), (0.5, 0.001), (0.5, 0.01), (1.0, 0.01)]
+        );
+    }
+
     /// Answers so many requests with the text.
     fn server(requests: usize) -> String {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -151,9 +288,12 @@ mod tests {
         };
         let counters = Counters::new(&options).unwrap();
         let after = counters.read().unwrap();
-        assert_eq!(after, [7.0, 1500.0]);
+        assert_eq!(after.values, [7.0, 1500.0]);
         let mut report = Report::new("storm");
-        let before = vec![2.0, 500.0];
+        let before = Reading {
+            values: vec![2.0, 500.0],
+            ..Reading::default()
+        };
         let rounds = [(&before, &after, 10), (&after, &after, 90)];
         counters.report(&mut report, &rounds, "login").unwrap();
         let line = report.json_line();

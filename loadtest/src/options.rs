@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::limits::Limit;
 use crate::scram::Hash;
+use crate::soak::Long;
 
 /// Source ports that one address has for one server, with room to spare.
 const CONNECTIONS_PER_ADDRESS: u32 = 25_000;
@@ -31,6 +33,7 @@ pub enum Command {
     /// Users log in as fast as they can.
     #[command(
         after_help = "Example:\n  loadtest storm --users 5000 --tls starttls --server-pid $(pidof nitro) --rounds 5\n  \
+                      taskset -c 1 loadtest storm --users 10000 --for 30 --live-users 100 --live-rate 1000 --keys keys\n  \
                       loadtest storm --users 10000 --metrics http://127.0.0.1:5280/metrics --metric nitro_sql_statements"
     )]
     Storm(StormOptions),
@@ -41,6 +44,42 @@ pub enum Command {
                       --server-pid $(pidof mariadbd)"
     )]
     Chat(ChatOptions),
+    /// A moderate load for hours: leaks of memory and drift of latencies.
+    #[command(
+        after_help = "Example:\n  loadtest soak --for 8h --users 2000 --login-rate 5 --live-users 200 --live-rate 200 \
+                      --server-pid $(pidof nitro) --html soak.html --fail-if 'rss_slope_kib_per_hour > 1024' \
+                      --fail-if 'message_p99_drift > 1.5'"
+    )]
+    Soak(SoakOptions),
+    /// Some users do not read what they are sent: what they cost, and whether others notice.
+    #[command(
+        after_help = "Example:\n  loadtest slow-readers --users 200 --rate 2000 --body 1000 --live-users 100 --server-pid $(pidof nitro)"
+    )]
+    SlowReaders(SlowReadersOptions),
+    /// Hostile clients: how the server answers them, and whether others notice.
+    #[command(
+        after_help = "Example:\n  loadtest flood --attackers 60 --for 20 --live-users 100 --server-pid $(pidof nitro)"
+    )]
+    Flood(FloodOptions),
+    /// Users on line change their presence: latency and price of the fan-out to their contacts.
+    #[command(
+        after_help = "Example:\n  loadtest register --users 1000 --roster 20 --csv users.csv --roster-csv rosters.csv\n  \
+                      loadtest presence --users 1000 --contacts 20 --rate 200 --server-pid $(pidof nitro)"
+    )]
+    Presence(PresenceOptions),
+    /// Everyone is cut at once: how long until all are back, in their sessions (XEP-0198), and what it costs.
+    #[command(
+        after_help = "Example:\n  loadtest register --users 25000 --roster 50 --csv users.csv --roster-csv rosters.csv\n  \
+                      loadtest reconnect --users 10000 --accounts 25000 --rounds 5 --server-pid $(pidof nitro)"
+    )]
+    Reconnect(ReconnectOptions),
+    /// Logins by an arrival curve, such as a market open.
+    #[command(
+        after_help = "The curve is a CSV file with the columns seconds and logins_per_s; between two lines the rate changes evenly:\n  \
+                      seconds,logins_per_s\n  0,5\n  60,400\n  90,400\n  120,20\n\n\
+                      Example:\n  loadtest replay --curve open.csv --users 20000 --live-users 100 --html open.html"
+    )]
+    Replay(ReplayOptions),
     /// Resident memory of the server per idle user.
     #[command(
         after_help = "Example:\n  loadtest memory --from 500 --to 5000 --server-pid $(pidof nitro)"
@@ -80,6 +119,13 @@ pub struct Global {
     /// Users are named PREFIX0, PREFIX1, …
     #[arg(long, global = true, default_value = "load")]
     pub prefix: String,
+    /// Spread the users evenly over this many accounts: with rosters in a ring, users/accounts is the share of everyone's
+    /// contacts who are on line [default: as many as users].
+    #[arg(long, global = true, value_name = "M")]
+    pub accounts: Option<u32>,
+    /// The first account is PREFIX<FIRST>: several generators share the accounts of one prefix.
+    #[arg(long, global = true, default_value_t = 0)]
+    pub first: u32,
     /// Password of all users.
     #[arg(long, global = true, default_value = "secret")]
     pub password: String,
@@ -118,6 +164,36 @@ pub struct Global {
     /// Write the result as one JSON line to this file (appended); "-": to standard output, instead of the table.
     #[arg(long, global = true, value_name = "FILE")]
     pub json: Option<PathBuf>,
+    /// Write a report with plots: one HTML page that needs no network.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub html: Option<PathBuf>,
+    /// Put the histograms into the JSON document too, as lists of [nanoseconds, count]: to pool those of several runs.
+    #[arg(long, global = true)]
+    pub histograms: bool,
+    /// Write the latencies of each --interval as an HdrHistogram log (V2, nanoseconds, a tag for each kind).
+    #[arg(long, global = true, value_name = "FILE")]
+    pub hdr: Option<PathBuf>,
+    /// Seconds that a point of the plots and an entry of the log stand for.
+    #[arg(
+        long,
+        global = true,
+        value_name = "SECONDS",
+        default_value_t = 1.0,
+        value_parser = positive
+    )]
+    pub interval: f64,
+    /// A limit: the run fails (exit status 1) if this is true of its figures. Several times: several limits. Figures are
+    /// the keys of the JSON document (`failed>0`), histograms have p50, p99, p99.9 ..., max, mean and count
+    /// (`chat.p99>2ms`); also `3*NAME` and `max(A,B)`, `min(A,B)`: `live_storm.p99 > max(3*live_quiet.p99, 1ms)`.
+    #[arg(long, global = true, value_name = "COMPARISON")]
+    pub fail_if: Vec<Limit>,
+}
+
+fn positive(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number > 0.0 && number.is_finite() => Ok(number),
+        _ => Err("a number greater than 0 is expected".into()),
+    }
 }
 
 #[derive(Args, Debug)]
@@ -147,6 +223,12 @@ pub struct StormOptions {
     /// Measure users whose K contacts (see register --roster) are online: some users log out and in among the others.
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub contacts_online: u32,
+    /// Instead of rounds: the users log in and out again and again for so long, at most half of them on line once all have
+    /// been; a log-out is part of the price of a login.
+    #[arg(long = "for", value_name = "SECONDS", conflicts_with_all = ["rounds", "contacts_online", "hold", "rss"])]
+    pub duration: Option<f64>,
+    #[command(flatten)]
+    pub live: LiveOptions,
     /// Stay online this long after the last round.
     #[arg(long, value_name = "SECONDS", default_value_t = 0.0)]
     pub hold: f64,
@@ -155,6 +237,42 @@ pub struct StormOptions {
     pub rss: bool,
     #[command(flatten)]
     pub metrics: MetricsOptions,
+}
+
+/// Users who chat all the time while something else happens: what they notice of it.
+#[derive(Args, Debug, Clone)]
+pub struct LiveOptions {
+    /// With --for: so many others, on line all the time, send one another messages: their latency in a quiet time before
+    /// the storm and in the storm. The accounts are LIVE-PREFIX0, LIVE-PREFIX1, …
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub live_users: u32,
+    /// Messages per second of all of them together, open loop: latency counts from the time a message was due.
+    #[arg(
+        long,
+        value_name = "RATE",
+        default_value_t = 1000.0,
+        requires = "live_users"
+    )]
+    pub live_rate: f64,
+    #[arg(
+        long,
+        value_name = "PREFIX",
+        default_value = "live",
+        requires = "live_users"
+    )]
+    pub live_prefix: String,
+    /// Bytes of the body of each of their messages.
+    #[arg(long, value_name = "BYTES", default_value_t = 100)]
+    pub live_body: usize,
+    /// Length of the quiet time.
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0)]
+    pub quiet: f64,
+    /// Their messages are to be stored by a server with an archive: with a body and without a hint (the default).
+    #[arg(long, conflicts_with = "no_store")]
+    pub stored: bool,
+    /// Their messages have the hint <no-store/> (XEP-0334).
+    #[arg(long)]
+    pub no_store: bool,
 }
 
 #[derive(Args, Debug, Clone)]
@@ -214,12 +332,132 @@ pub struct ChatOptions {
 #[derive(Args, Debug, Clone, Default)]
 pub struct MetricsOptions {
     /// Where the server shows its counters (Prometheus text), such as http://127.0.0.1:5280/metrics.
-    #[arg(long, value_name = "URL", requires = "metric")]
+    /// Its histograms, by shard, go into the --html report.
+    #[arg(long, value_name = "URL")]
     pub metrics: Option<String>,
     /// Report by how much this counter grew for each login or message; the sum of all its labels. Its `_total` may be
     /// left out. Several times: several counters.
     #[arg(long, value_name = "NAME", requires = "metrics")]
     pub metric: Vec<String>,
+}
+
+#[derive(Args, Debug)]
+pub struct SoakOptions {
+    /// How long: 90s, 30m, 8h, 2d.
+    #[arg(long = "for", value_name = "TIME", default_value = "1h")]
+    pub duration: Long,
+    /// Logins per second of the users who log in and out again.
+    #[arg(long, value_name = "RATE", default_value_t = 5.0, value_parser = positive)]
+    pub login_rate: f64,
+    #[command(flatten)]
+    pub live: LiveOptions,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct SlowReadersOptions {
+    /// Every second one of --users does not read; the others write to them, so many messages per second together.
+    #[arg(long, default_value_t = 1000.0, value_parser = positive)]
+    pub rate: f64,
+    /// Bytes of each body.
+    #[arg(long, default_value_t = 1000)]
+    pub body: usize,
+    /// Seconds of it.
+    #[arg(long = "for", value_name = "SECONDS", default_value_t = 20.0, value_parser = positive)]
+    pub duration: f64,
+    #[command(flatten)]
+    pub live: LiveOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct FloodOptions {
+    /// Connections at a time.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u32).range(1..=2000))]
+    pub attackers: u32,
+    /// What they do, several by commas [default: all, evenly].
+    #[arg(long, value_enum, value_delimiter = ',')]
+    pub attack: Vec<Attack>,
+    /// Seconds of it.
+    #[arg(long = "for", value_name = "SECONDS", default_value_t = 20.0, value_parser = positive)]
+    pub duration: f64,
+    #[command(flatten)]
+    pub live: LiveOptions,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Attack {
+    /// Connects and says nothing.
+    Silent,
+    /// Sends its stream header byte by byte.
+    Trickle,
+    /// Sends what is no XML.
+    Garbage,
+    /// Sends an element whose text has no end.
+    Endless,
+    /// Opens elements without end.
+    Nested,
+    /// Guesses a password (of PREFIX `load`, user 0, by PLAIN).
+    Guess,
+}
+
+#[derive(Args, Debug)]
+pub struct PresenceOptions {
+    /// Contacts of each user who are on line (see register --roster).
+    #[arg(long, value_name = "K", default_value_t = 20)]
+    pub contacts: u32,
+    /// Changes per second of all users together, open loop: latency counts from the time a change was due.
+    #[arg(long, default_value_t = 100.0, value_parser = positive)]
+    pub rate: f64,
+    /// Seconds to measure.
+    #[arg(long, default_value_t = 10.0, value_parser = positive)]
+    pub duration: f64,
+    /// Seconds without any presence after which what is missing will not come.
+    #[arg(long, default_value_t = 5.0, value_parser = positive)]
+    pub drain: f64,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct ReconnectOptions {
+    /// How often everyone is cut.
+    #[arg(long, default_value_t = 1)]
+    pub rounds: u32,
+    /// Seconds on line before the cut.
+    #[arg(long, value_name = "SECONDS", default_value_t = 2.0)]
+    pub online: f64,
+    /// Seconds from the cut until the users try to come back.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
+    pub gap: f64,
+    /// Users come back at this rate, open loop [default: --parallel at a time, as fast as they can].
+    #[arg(long)]
+    pub rate: Option<f64>,
+    /// In each round also log everyone out, and in again without resumption: what the same costs afresh.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub afresh: bool,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct ReplayOptions {
+    /// The arrival curve.
+    #[arg(long, value_name = "FILE")]
+    pub curve: PathBuf,
+    /// Replay it so many times as fast.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = positive)]
+    pub speed: f64,
+    /// Multiply its rates.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = positive)]
+    pub scale: f64,
+    /// Log in once unmeasured before: learns the SCRAM keys and warms the server's caches.
+    #[arg(long, default_value_t = true, action = clap::ArgAction::Set, value_name = "BOOL")]
+    pub warm: bool,
+    #[command(flatten)]
+    pub live: LiveOptions,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
 }
 
 #[derive(Args, Debug)]
@@ -263,6 +501,14 @@ pub enum MechanismOption {
     ScramSha1,
     #[value(name = "scram-sha-256")]
     ScramSha256,
+    #[value(name = "scram-sha-512")]
+    ScramSha512,
+    #[value(name = "scram-sha-1-plus")]
+    ScramSha1Plus,
+    #[value(name = "scram-sha-256-plus")]
+    ScramSha256Plus,
+    #[value(name = "scram-sha-512-plus")]
+    ScramSha512Plus,
     Plain,
 }
 
@@ -270,6 +516,8 @@ pub enum MechanismOption {
 pub enum Mechanism {
     Plain,
     Scram(Hash),
+    /// Bound to the TLS connection by its exporter.
+    ScramPlus(Hash),
 }
 
 impl Mechanism {
@@ -278,6 +526,10 @@ impl Mechanism {
             Mechanism::Plain => "PLAIN",
             Mechanism::Scram(Hash::Sha1) => "SCRAM-SHA-1",
             Mechanism::Scram(Hash::Sha256) => "SCRAM-SHA-256",
+            Mechanism::Scram(Hash::Sha512) => "SCRAM-SHA-512",
+            Mechanism::ScramPlus(Hash::Sha1) => "SCRAM-SHA-1-PLUS",
+            Mechanism::ScramPlus(Hash::Sha256) => "SCRAM-SHA-256-PLUS",
+            Mechanism::ScramPlus(Hash::Sha512) => "SCRAM-SHA-512-PLUS",
         }
     }
 }
@@ -296,6 +548,10 @@ pub struct Target {
     pub stream_management: bool,
     /// A login to a server without stream management fails.
     pub acknowledgements: bool,
+    /// Ask for sessions that may be resumed; a server that has none fails the login.
+    pub resumption: bool,
+    /// Bytes that the kernel may hold for a client; its own default if `None`.
+    pub receive_buffer: Option<usize>,
     /// Accept every subscription and note whose presence may be seen (to build rosters).
     pub track_contacts: bool,
     pub login_timeout: Duration,
@@ -327,6 +583,24 @@ impl Global {
                 "--users, --threads, --parallel and --timeout must be greater than 0".into(),
             );
         }
+        if self.accounts.is_some_and(|accounts| accounts < self.users) {
+            return Err("--accounts must be at least --users".into());
+        }
+        let mechanism = match self.mechanism {
+            MechanismOption::Plain => Mechanism::Plain,
+            MechanismOption::ScramSha1 => Mechanism::Scram(Hash::Sha1),
+            MechanismOption::ScramSha256 => Mechanism::Scram(Hash::Sha256),
+            MechanismOption::ScramSha512 => Mechanism::Scram(Hash::Sha512),
+            MechanismOption::ScramSha1Plus => Mechanism::ScramPlus(Hash::Sha1),
+            MechanismOption::ScramSha256Plus => Mechanism::ScramPlus(Hash::Sha256),
+            MechanismOption::ScramSha512Plus => Mechanism::ScramPlus(Hash::Sha512),
+        };
+        if matches!(mechanism, Mechanism::ScramPlus(_)) && self.tls == TlsMode::None {
+            return Err(format!(
+                "--mechanism {}: it is bound to TLS, and --tls is none",
+                mechanism.name()
+            ));
+        }
         Ok(Target {
             address,
             source_addresses,
@@ -334,14 +608,12 @@ impl Global {
             password: self.password.clone(),
             resource: self.resource.clone(),
             tls: self.tls,
-            mechanism: match self.mechanism {
-                MechanismOption::Plain => Mechanism::Plain,
-                MechanismOption::ScramSha1 => Mechanism::Scram(Hash::Sha1),
-                MechanismOption::ScramSha256 => Mechanism::Scram(Hash::Sha256),
-            },
+            mechanism,
             until: self.until,
             stream_management: false,
             acknowledgements: false,
+            resumption: false,
+            receive_buffer: None,
             track_contacts: false,
             login_timeout: Duration::from_secs_f64(self.timeout),
         })

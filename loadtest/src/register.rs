@@ -36,6 +36,9 @@ pub fn check_ring(users: u32, contacts: u32) -> Result<(), String> {
 
 pub fn run(global: &Global, options: &RegisterOptions) -> Result<Report, String> {
     check_ring(global.users, options.roster)?;
+    if global.accounts.is_some() || global.first > 0 {
+        return Err("register makes the accounts from 0 on: --users says how many".into());
+    }
     match &options.csv {
         Some(csv) => write_files(global, options, csv),
         None => register(global, options.roster),
@@ -95,7 +98,7 @@ fn register(global: &Global, roster: u32) -> Result<Report, String> {
         report.note_failures(&logout.failures);
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop()?;
+    fleet.stop(&mut report)?;
     Ok(report)
 }
 

@@ -1,14 +1,19 @@
 //! What a run found: a table for people and one JSON line for programs, from the same rows.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::OpenOptions;
-use std::io::Write;
-use std::path::Path;
-use std::time::Duration;
+use std::fs::{File, OpenOptions};
+use std::io::{BufWriter, Write};
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
+use crate::html::Page;
+use crate::limits::{self, Figures, Limit, Verdict};
+use crate::metrics::ShardHistogram;
+use crate::options::Global;
+use crate::plot::Band;
 use crate::proc::Usage;
+use crate::timeline::{self, Kind, Point, Timeline};
 
 pub type Histogram = hdrhistogram::Histogram<u64>;
 
@@ -32,6 +37,16 @@ pub struct Report {
     section: (String, String),
     sentences: Vec<String>,
     failed: Vec<String>,
+    /// Key, label and histogram, in their order.
+    histograms: Vec<(String, String, Histogram)>,
+    /// Another name for a histogram.
+    aliases: BTreeMap<String, String>,
+    timelines: Vec<Timeline>,
+    bands: Vec<Band>,
+    samples: Vec<(String, Vec<(f64, f64)>)>,
+    shards: Vec<ShardHistogram>,
+    /// What was checked, and whether it held.
+    limits: Vec<(bool, String)>,
 }
 
 impl Report {
@@ -44,7 +59,65 @@ impl Report {
             section: Default::default(),
             sentences: Vec::new(),
             failed: Vec::new(),
+            histograms: Vec::new(),
+            aliases: BTreeMap::new(),
+            timelines: Vec::new(),
+            bands: Vec::new(),
+            samples: Vec::new(),
+            shards: Vec::new(),
+            limits: Vec::new(),
         }
+    }
+
+    pub fn timeline(&mut self, timeline: Timeline) {
+        self.timelines.push(timeline);
+    }
+
+    /// A part of the run that plots over time shade; `strong` for what is done to the server.
+    pub fn band(&mut self, label: &str, from: Instant, to: Instant, strong: bool) {
+        self.bands.push(Band {
+            from: timeline::seconds(from),
+            to: timeline::seconds(to),
+            label: label.into(),
+            strong,
+        });
+    }
+
+    /// Readings over time, to be plotted.
+    pub fn samples(&mut self, label: &str, readings: &[(Instant, f64)]) {
+        // two fleets of one run watch the same server
+        if readings.is_empty() || self.samples.iter().any(|(known, _)| known == label) {
+            return;
+        }
+        let points = readings
+            .iter()
+            .map(|(at, value)| (timeline::seconds(*at), *value));
+        self.samples.push((label.into(), points.collect()));
+    }
+
+    /// The first readings over time.
+    pub fn readings(&self) -> &[(f64, f64)] {
+        self.samples
+            .first()
+            .map_or(&[], |(_, points)| points.as_slice())
+    }
+
+    /// Over time, of the fleets that have ended.
+    pub fn points_of(&self, kind: Kind) -> impl Iterator<Item = &Point> {
+        let all = self.timelines.iter().flat_map(Timeline::points);
+        all.filter(move |(known, _)| *known == kind)
+            .flat_map(|(_, points)| points)
+    }
+
+    pub fn server_histograms(&mut self, histograms: Vec<ShardHistogram>) {
+        self.shards.extend(histograms);
+    }
+
+    /// `--fail-if` may call a histogram by this name too.
+    pub fn alias(&mut self, name: &str, key: &str) {
+        let name = format!("{}{name}", self.section.0);
+        self.aliases
+            .insert(name, format!("{}{key}", self.section.0));
     }
 
     /// What follows is of a second part of the run: its keys begin with `key_`, its labels with `label: `.
@@ -77,6 +150,17 @@ impl Report {
         self.put(key, json!(value));
     }
 
+    /// Several figures of one kind, by name.
+    pub fn figures(&mut self, key: &str, label: &str, shown: String, figures: Map<String, Value>) {
+        self.row(label, shown);
+        self.put(key, figures.into());
+    }
+
+    /// For programs only.
+    pub fn flag(&mut self, key: &str, value: bool) {
+        self.put(key, json!(value));
+    }
+
     /// A list for programs only.
     pub fn list(&mut self, key: &str, values: &[f64]) {
         self.put(key, json!(values));
@@ -102,6 +186,11 @@ impl Report {
             .map(|(name, value)| ((*name).into(), json!(value)))
             .collect();
         self.put(&format!("{key}_ms"), figures.into());
+        self.histograms.push((
+            format!("{}{key}", self.section.0),
+            format!("{}{}", self.section.1, label.trim_start()),
+            histogram.clone(),
+        ));
     }
 
     /// CPU time per unit of work, and who was the bottleneck. `per_second` scales seconds to `unit`.
@@ -242,17 +331,56 @@ impl Report {
         rows.chain(sentences).chain(failed).collect()
     }
 
+    /// Every histogram as [nanoseconds, count] of its buckets.
+    fn include_histograms(&mut self) {
+        let buckets = |histogram: &Histogram| -> Value {
+            let buckets = histogram.iter_recorded();
+            buckets
+                .map(|bucket| json!([bucket.value_iterated_to(), bucket.count_at_value()]))
+                .collect()
+        };
+        let all: Map<String, Value> = self
+            .histograms
+            .iter()
+            .map(|(key, _, histogram)| (key.clone(), buckets(histogram)))
+            .collect();
+        self.json.insert("histograms".into(), all.into());
+    }
+
     pub fn json_line(&self) -> String {
         let mut json = self.json.clone();
         json.insert("ok".into(), json!(!self.is_failure()));
         json.insert("failures".into(), json!(self.failed));
+        if !self.limits.is_empty() {
+            let limits = self.limits.iter();
+            let limits = limits.map(|(held, text)| json!({"held": held, "limit": text}));
+            json.insert("limits".into(), limits.collect());
+        }
         Value::Object(json).to_string()
     }
 
-    /// Prints the table, or the line if it goes to standard output; appends the line to a file.
-    pub fn publish(&self, json: Option<&Path>) -> Result<(), String> {
+    /// Checks the limits: a broken one makes the run a failure.
+    fn check(&mut self, limits: &[Limit]) -> Result<(), String> {
+        for limit in limits {
+            let Verdict { held, left, right } = limit.check(self)?;
+            let text = format!("{limit}: {left} against {right}");
+            if !held {
+                self.failed.push(format!("limit {text}"));
+            }
+            self.limits.push((held, text));
+        }
+        Ok(())
+    }
+
+    /// Checks the limits; prints the table, or the line if it goes to standard output; appends the line to a file; writes
+    /// the page and the log.
+    pub fn publish(&mut self, global: &Global) -> Result<(), String> {
+        self.check(&global.fail_if)?;
+        if global.histograms {
+            self.include_histograms();
+        }
         let mut stdout = std::io::stdout().lock();
-        let outcome = match json {
+        let outcome = match &global.json {
             Some(path) if path.as_os_str() == "-" => writeln!(stdout, "{}", self.json_line()),
             Some(path) => {
                 let file = OpenOptions::new().create(true).append(true).open(path);
@@ -262,7 +390,92 @@ impl Report {
             }
             None => write!(stdout, "{}", self.table()),
         };
-        outcome.map_err(|error| format!("standard output: {error}"))
+        outcome.map_err(|error| format!("standard output: {error}"))?;
+        if let Some(path) = &global.html {
+            std::fs::write(path, self.page())
+                .map_err(|error| format!("--html {}: {error}", path.display()))?;
+        }
+        if let Some(path) = &global.hdr {
+            let what = format!("loadtest {}", self.scenario());
+            let file = File::create(path).map(BufWriter::new);
+            file.and_then(|mut file| {
+                timeline::write_log(&mut file, &self.timelines, &what)?;
+                file.flush()
+            })
+            .map_err(|error| format!("--hdr {}: {error}", path.display()))?;
+        }
+        Ok(())
+    }
+
+    fn scenario(&self) -> &str {
+        self.json["scenario"].as_str().unwrap_or_default()
+    }
+
+    fn page(&self) -> String {
+        let json: Value = serde_json::from_str(&self.json_line()).unwrap_or_default();
+        Page {
+            scenario: self.scenario(),
+            command: std::env::args().collect::<Vec<_>>().join(" "),
+            when: timeline::started_at(),
+            rows: &self.rows,
+            sentences: &self.sentences,
+            failed: &self.failed,
+            limits: &self.limits,
+            histograms: &self.histograms,
+            points: self.timelines.iter().flat_map(Timeline::points).collect(),
+            interval_s: self
+                .timelines
+                .first()
+                .map_or(1.0, |timeline| timeline.interval().as_secs_f64()),
+            bands: &self.bands,
+            samples: &self.samples,
+            shards: &self.shards,
+            json: serde_json::to_string_pretty(&json).unwrap_or_default(),
+        }
+        .html()
+    }
+}
+
+impl Figures for Report {
+    fn figure(&self, name: &str) -> Option<f64> {
+        self.json.get(name)?.as_f64()
+    }
+
+    fn statistic(&self, name: &str, statistic: &str) -> Option<limits::Value> {
+        let key = self.aliases.get(name).map_or(name, String::as_str);
+        let (number, kind) = match self.histograms.iter().find(|(known, _, _)| known == key) {
+            Some((_, _, histogram)) => {
+                let ms = |ns: f64| (ns / 1e6, limits::Kind::Time);
+                match statistic {
+                    "count" => (histogram.len() as f64, limits::Kind::Number),
+                    "max" => ms(histogram.max() as f64),
+                    "mean" => ms(histogram.mean()),
+                    percentile => {
+                        let percentile: f64 = percentile.strip_prefix('p')?.parse().ok()?;
+                        let in_range = (0.0..=100.0).contains(&percentile);
+                        ms(in_range.then(|| histogram.value_at_percentile(percentile))? as f64)
+                    }
+                }
+            }
+            None => {
+                let figure = self.json.get(name)?.get(statistic)?.as_f64()?;
+                (figure, limits::Kind::Number)
+            }
+        };
+        Some(limits::Value { number, kind })
+    }
+
+    fn names(&self) -> Vec<String> {
+        let histograms = self
+            .histograms
+            .iter()
+            .map(|(key, _, _)| format!("{key}.p99"));
+        let aliases = self.aliases.keys().map(|name| format!("{name}.p99"));
+        let numbers = self.json.iter().filter(|(_, value)| value.is_number());
+        histograms
+            .chain(aliases)
+            .chain(numbers.map(|(key, _)| key.clone()))
+            .collect()
     }
 }
 
@@ -390,6 +603,71 @@ mod tests {
         assert!(!report.is_failure());
         report.note_failures(&Failures::from([("rare".into(), 1), ("often".into(), 9)]));
         assert_eq!(report.table(), "FAILED: 9 x often\nFAILED: 1 x rare\n");
+    }
+
+    #[test]
+    fn a_broken_limit_makes_the_run_a_failure_and_a_figure_that_is_not_there_is_an_error() {
+        let mut report = Report::new("chat");
+        report.number("failed", "failed", 0, "");
+        let mut latencies = histogram();
+        for millisecond in 1..=100u64 {
+            latencies.record(millisecond * 1_000_000).unwrap();
+        }
+        report.latencies("latency", "latency", &latencies);
+        report.alias("chat", "latency");
+        let limits = |texts: &[&str]| -> Vec<Limit> {
+            texts.iter().map(|text| text.parse().unwrap()).collect()
+        };
+        let held = limits(&[
+            "chat.p99>100ms",
+            "failed>0",
+            "latency.p50>50.1ms",
+            "chat.count<100",
+        ]);
+        report.check(&held).unwrap();
+        assert!(!report.is_failure());
+        report.check(&limits(&["chat.p99>90ms"])).unwrap();
+        assert!(report.is_failure());
+        assert!(report.table().contains("FAILED: limit chat.p99>90ms: 99.0"));
+        let json: Value = serde_json::from_str(&report.json_line()).unwrap();
+        assert_eq!(json["limits"][0]["held"], true);
+        assert_eq!(json["limits"][4]["held"], false);
+        assert!(report.check(&limits(&["lost>0"])).is_err());
+    }
+
+    #[test]
+    fn histograms_can_be_pooled_from_the_document() {
+        let mut report = Report::new("storm");
+        let mut latencies = histogram();
+        latencies.record_n(1000, 3).unwrap();
+        latencies.record(2000).unwrap();
+        report.latencies("login", "login", &latencies);
+        report.include_histograms();
+        let json: Value = serde_json::from_str(&report.json_line()).unwrap();
+        assert_eq!(json["histograms"]["login"], json!([[1000, 3], [2000, 1]]));
+    }
+
+    #[test]
+    fn the_page_needs_nothing_from_anywhere() {
+        let mut report = Report::new("storm");
+        report.text("x", "<b>label</b>", "a & b".into());
+        let mut latencies = histogram();
+        (1..1000).for_each(|value| latencies.record(value * 10_000).unwrap());
+        report.latencies("login", "login", &latencies);
+        let now = Instant::now();
+        report.band("storm", now, now + Duration::from_secs(1), true);
+        report.samples(
+            "memory in MiB",
+            &[(now, 1.0), (now + Duration::from_secs(1), 2.0)],
+        );
+        report.fail("3 lost");
+        let page = report.page();
+        for reference in ["http:", "https:", "src=", "@import", "url(", "<script"] {
+            assert!(!page.contains(reference), "{reference}");
+        }
+        assert!(page.contains("&lt;b&gt;label") && page.contains("a &amp; b"));
+        assert!(page.contains("The run failed.") && page.contains("memory in MiB"));
+        assert_eq!(page.matches("<svg").count(), 2);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! The client's side of SCRAM-SHA-1 and SCRAM-SHA-256 (RFC 5802, RFC 7677), without channel binding.
+//! The client's side of SCRAM-SHA-1, SCRAM-SHA-256 and SCRAM-SHA-512 (RFC 5802, RFC 7677), without channel binding or
+//! (-PLUS) with that of the TLS exporter (RFC 9266).
 //!
 //! In: the server's messages. Out: ours. The expensive part, the salted password, is kept in a [`KeyCache`], so that a login
 //! whose salt is known costs a few HMACs: a generator that derived keys while it measures would measure itself.
@@ -14,7 +15,12 @@ const ITERATIONS_MAX: u32 = 10_000_000;
 pub enum Hash {
     Sha1,
     Sha256,
+    Sha512,
 }
+
+/// How the server is told of channel binding (RFC 5802, section 6).
+const UNBOUND: &str = "n,,";
+const BOUND: &str = "p=tls-exporter,,";
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
@@ -35,6 +41,7 @@ impl Hash {
         match self {
             Hash::Sha1 => "sha-1",
             Hash::Sha256 => "sha-256",
+            Hash::Sha512 => "sha-512",
         }
     }
 
@@ -42,6 +49,7 @@ impl Hash {
         match self {
             Hash::Sha1 => hmac::HMAC_SHA1_FOR_LEGACY_USE_ONLY,
             Hash::Sha256 => hmac::HMAC_SHA256,
+            Hash::Sha512 => hmac::HMAC_SHA512,
         }
     }
 
@@ -49,6 +57,7 @@ impl Hash {
         match self {
             Hash::Sha1 => &digest::SHA1_FOR_LEGACY_USE_ONLY,
             Hash::Sha256 => &digest::SHA256,
+            Hash::Sha512 => &digest::SHA512,
         }
     }
 
@@ -56,6 +65,7 @@ impl Hash {
         match self {
             Hash::Sha1 => pbkdf2::PBKDF2_HMAC_SHA1,
             Hash::Sha256 => pbkdf2::PBKDF2_HMAC_SHA256,
+            Hash::Sha512 => pbkdf2::PBKDF2_HMAC_SHA512,
         }
     }
 }
@@ -129,7 +139,7 @@ impl KeyCache {
     pub fn from_line(line: &str) -> Option<KeyCache> {
         let mut fields = line.split(' ');
         let hash = fields.next()?;
-        let hash = [Hash::Sha1, Hash::Sha256]
+        let hash = [Hash::Sha1, Hash::Sha256, Hash::Sha512]
             .into_iter()
             .find(|known| known.name() == hash)?;
         let iterations = fields.next()?.parse().ok()?;
@@ -161,29 +171,36 @@ pub struct Exchange {
     hash: Hash,
     nonce: String,
     first_bare: String,
+    gs2_header: &'static str,
+    /// The header and the data of the channel.
+    channel: Vec<u8>,
     server_signature: Option<hmac::Tag>,
 }
 
 impl Exchange {
-    pub fn new(hash: Hash, username: &str) -> Exchange {
+    /// `exporter`: what the TLS connection exports for channel binding; `None`: without.
+    pub fn new(hash: Hash, username: &str, exporter: Option<&[u8]>) -> Exchange {
         let mut nonce = [0; 18];
         rand::fill(&mut nonce).expect("the system gives random bytes");
-        Exchange::with_nonce(hash, username, BASE64_STANDARD.encode(nonce))
+        Exchange::with_nonce(hash, username, BASE64_STANDARD.encode(nonce), exporter)
     }
 
-    fn with_nonce(hash: Hash, username: &str, nonce: String) -> Exchange {
+    fn with_nonce(hash: Hash, username: &str, nonce: String, exporter: Option<&[u8]>) -> Exchange {
         let username = username.replace('=', "=3D").replace(',', "=2C");
         let first_bare = format!("n={username},r={nonce}");
+        let gs2_header = if exporter.is_some() { BOUND } else { UNBOUND };
         Exchange {
             hash,
             nonce,
             first_bare,
+            gs2_header,
+            channel: [gs2_header.as_bytes(), exporter.unwrap_or_default()].concat(),
             server_signature: None,
         }
     }
 
     pub fn client_first(&self) -> String {
-        format!("n,,{}", self.first_bare)
+        format!("{}{}", self.gs2_header, self.first_bare)
     }
 
     /// Answers the challenge. The cached keys are used when they fit the challenge's salt.
@@ -215,7 +232,8 @@ impl Exchange {
             return Err(Error::Iterations(iterations.get()));
         }
         let keys = cache.get(self.hash, password, &salt, iterations);
-        let without_proof = format!("c=biws,r={nonce}");
+        let channel = BASE64_STANDARD.encode(&self.channel);
+        let without_proof = format!("c={channel},r={nonce}");
         let message = format!("{},{server_first},{without_proof}", self.first_bare);
         let signature = hmac::sign(&keys.stored, message.as_bytes());
         let proof: Vec<u8> = keys
@@ -256,7 +274,7 @@ mod tests {
     use super::*;
 
     fn exchange(hash: Hash, nonce: &str) -> Exchange {
-        Exchange::with_nonce(hash, "user", nonce.to_owned())
+        Exchange::with_nonce(hash, "user", nonce.to_owned(), None)
     }
 
     #[test]
@@ -308,6 +326,27 @@ mod tests {
     }
 
     #[test]
+    fn a_bound_channel_is_part_of_what_is_proved() {
+        let answer = |exporter: Option<&[u8]>| {
+            let mut exchange = Exchange::with_nonce(Hash::Sha512, "u", "n".into(), exporter);
+            let first = exchange.client_first();
+            let last = exchange.client_final("r=nx,s=QQ==,i=1", "p", &mut KeyCache::default());
+            (first, last.unwrap())
+        };
+        let ((first, bound), (_, other), (_, unbound)) =
+            (answer(Some(b"abc")), answer(Some(b"abd")), answer(None));
+        assert_eq!(first, "p=tls-exporter,,n=u,r=n");
+        assert!(
+            bound.starts_with("c=cD10bHMtZXhwb3J0ZXIsLGFiYw==,r=nx,p="),
+            "{bound}"
+        );
+        assert!(unbound.starts_with("c=biws,r=nx,p="));
+        let proof = |answer: &str| answer.rsplit_once("p=").unwrap().1.to_owned();
+        assert_ne!(proof(&bound), proof(&other));
+        assert_ne!(proof(&bound), proof(&unbound));
+    }
+
+    #[test]
     fn keys_are_kept_while_the_salt_stays() {
         let mut cache = KeyCache::default();
         let mut derivations_after = |challenge: &str| {
@@ -340,7 +379,7 @@ mod tests {
     #[test]
     fn a_name_with_comma_or_equals_sign_is_escaped() {
         assert_eq!(
-            Exchange::with_nonce(Hash::Sha1, "a,b=c", "n".into()).client_first(),
+            Exchange::with_nonce(Hash::Sha1, "a,b=c", "n".into(), None).client_first(),
             "n,,n=a=2Cb=3Dc,r=n"
         );
     }

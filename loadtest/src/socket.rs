@@ -38,6 +38,9 @@ impl Socket {
             Some(Protocol::TCP),
         )?;
         socket.set_tcp_nodelay(true)?;
+        if let Some(bytes) = target.receive_buffer {
+            socket.set_recv_buffer_size(bytes)?;
+        }
         if let Some(source) = target.source(user) {
             socket.bind(&source.into())?;
         }
@@ -55,6 +58,12 @@ impl Socket {
         connection.set_buffer_limit(None);
         self.tls = Some(Box::new(connection));
         Ok(())
+    }
+
+    /// Ends the connection with a reset, without a goodbye of TCP or TLS.
+    pub fn reset(self) {
+        // without it the peer is told by an ordinary end of the connection
+        let _ = socket2::SockRef::from(&self.stream).set_linger(Some(std::time::Duration::ZERO));
     }
 
     pub fn is_tls(&self) -> bool {
@@ -77,6 +86,14 @@ impl Socket {
             }
         }
         Ok(open)
+    }
+
+    /// For channel binding (RFC 9266, section 4.2); `None` before the end of the handshake.
+    pub fn exporter(&self) -> Option<[u8; 32]> {
+        self.tls
+            .as_ref()?
+            .export_keying_material([0; 32], b"EXPORTER-Channel-Binding", Some(b""))
+            .ok()
     }
 
     pub fn wants_write(&self) -> bool {

@@ -2,15 +2,20 @@
 //!
 //! An unmeasured warm-up teaches the generator the salts (keys are derived then) and warms the server's caches. Log-outs
 //! are never part of a measurement: users log out, the server comes to rest, then the clock and the CPU counters start.
+//!
+//! With `--for` the users log in and out again and again for that time instead, log-outs being part of it, and others
+//! ([`live`]) may chat before and meanwhile: what a storm does to those who are already in.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, raise_file_limit};
+use crate::live::{self, Live};
 use crate::metrics::{Counters, Reading};
 use crate::options::{Global, StormOptions, Target};
 use crate::proc::{Bottleneck, Usage};
 use crate::register::check_ring;
 use crate::report::{self, Report, median};
+use crate::timeline::Kind;
 use crate::worker::{Job, Outcome};
 
 struct Round {
@@ -22,6 +27,117 @@ struct Round {
 }
 
 pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
+    match options.duration {
+        Some(seconds) => run_for(global, options, Duration::from_secs_f64(seconds.max(0.0))),
+        None if options.live.live_users > 0 => Err("--live-users wants --for".into()),
+        None => run_rounds(global, options),
+    }
+}
+
+/// The users log in and out again and again, perhaps beside others who chat.
+fn run_for(global: &Global, options: &StormOptions, duration: Duration) -> Result<Report, String> {
+    if duration.is_zero() || options.rate.is_some_and(|rate| rate <= 0.0) {
+        return Err("--for and --rate must be greater than 0".into());
+    }
+    if options.rate.is_none() && global.parallel > global.users as usize / 2 {
+        return Err(
+            "with --for, --parallel is at most half of --users: the others are on line or leave"
+                .into(),
+        );
+    }
+    let counters = Counters::new(&options.metrics)?;
+    raise_file_limit(u64::from(global.users) + u64::from(options.live.live_users))?;
+    let mut report = Report::new("storm");
+    let fleet = Fleet::start_as(global, global.target()?, "storm", live::others_priority())?;
+    if options.warm {
+        let warm = fleet.login_all("warm up")?;
+        report.note_failures(&warm.failures);
+        if !report.is_failure() {
+            log_out(&fleet, &fleet.everyone(), &mut report)?;
+        }
+    }
+    if report.is_failure() {
+        fleet.stop(&mut report)?;
+        return Ok(report);
+    }
+    let mut live = Live::start(global, &options.live)?;
+    if let Some(live) = &mut live {
+        live.quiet_time(&mut report)?;
+    }
+    if report.is_failure() {
+        fleet.stop(&mut report)?;
+        return Ok(report);
+    }
+
+    let counted_before = counters.read()?;
+    let before = fleet.snapshot();
+    if let Some(live) = &live {
+        live.begin_phase();
+    }
+    let start = Instant::now();
+    fleet.start_run(Job::Login, &fleet.everyone(), options.rate, true);
+    let logins_before = fleet.done();
+    fleet.watch("storm", duration, || {
+        let rate = (fleet.done() - logins_before) as f64 / start.elapsed().as_secs_f64();
+        let logins = fleet.progress(Kind::Login);
+        let beside = live.as_ref().map(Live::progress).unwrap_or_default();
+        format!(
+            "{rate:.0} logins/s ({logins}), {} failed; messages {beside}",
+            fleet.failed()
+        )
+    });
+    let usage = before.until(&fleet.snapshot());
+    report.band("storm", start, Instant::now(), true);
+    let logins_in_time = fleet.done();
+    // the rest is not the storm any more: fewer and fewer are in progress
+    if let Some(live) = &live {
+        live.begin_phase();
+    }
+    fleet.stop_run();
+    let outcome = fleet.finish(|| {
+        live.iter().for_each(|live| {
+            live.progress();
+        })
+    })?;
+    let chat = live.map(|live| live.finish(&mut report)).transpose()?;
+    let counted = counters.read()?;
+    let logins_in_time = logins_in_time.saturating_sub(fleet.done() - outcome.done);
+
+    head(&mut report, global, options);
+    report.number("seconds", "storm", usage.wall.as_secs_f64(), "s");
+    report.number("logins", "logins", logins_in_time, "");
+    let failed: u64 = outcome.failures.values().sum();
+    report.number("failed", "failed", failed, "");
+    let per_second = logins_in_time as f64 / usage.wall.as_secs_f64();
+    report.number("logins_per_s", "logins", per_second, "/s");
+    report.latencies("login", "login", &outcome.latencies);
+    if let Some(server) = usage.server {
+        let per_cpu = logins_in_time as f64 / server.as_secs_f64().max(1e-9);
+        let label = "logins per server CPU second";
+        let unit = "(each with its log-out, and the live messages)";
+        report.number("logins_per_server_cpu_s", label, per_cpu, unit);
+    }
+    if let Some(chat) = &chat {
+        chat.report(&mut report, "storm", "in the storm");
+    }
+    report.latencies("turn", "turns of the generator's storm", &outcome.turns);
+    counters.report(
+        &mut report,
+        &[(&counted_before, &counted, logins_in_time)],
+        "login",
+    )?;
+    note_derivations(&mut report, outcome.derivations);
+    report.usage(&usage, logins_in_time, "login", "ms", 1e3);
+    report.note_failures(&outcome.failures);
+    report.note_failures(&fleet.disconnections());
+    if logins_in_time == 0 {
+        report.fail("nobody logged in");
+    }
+    fleet.stop(&mut report)?;
+    Ok(report)
+}
+
+fn run_rounds(global: &Global, options: &StormOptions) -> Result<Report, String> {
     check_ring(global.users, options.contacts_online)?;
     if options.rounds == 0 || options.rate.is_some_and(|rate| rate <= 0.0) {
         return Err("--rounds and --rate must be greater than 0".into());
@@ -34,7 +150,7 @@ pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
         let warm = fleet.login_all("warm up")?;
         report.note_failures(&warm.failures);
         if report.is_failure() {
-            fleet.stop()?;
+            fleet.stop(&mut report)?;
             return Ok(report);
         }
         online = true;
@@ -68,7 +184,7 @@ pub fn run(global: &Global, options: &StormOptions) -> Result<Report, String> {
         }
     }
     report.note_failures(&fleet.disconnections());
-    fleet.stop()?;
+    fleet.stop(&mut report)?;
     Ok(report)
 }
 
@@ -122,7 +238,6 @@ fn round(
 }
 
 fn rows(report: &mut Report, global: &Global, options: &StormOptions, rounds: &[Round]) {
-    let Target { mechanism, .. } = global.target().expect("it was valid at the start");
     let logins: u64 = rounds.iter().map(|round| round.outcome.done).sum();
     let mut latencies = report::histogram();
     for round in rounds {
@@ -150,13 +265,7 @@ fn rows(report: &mut Report, global: &Global, options: &StormOptions, rounds: &[
         .flat_map(|round| round.outcome.failures.values())
         .sum();
 
-    report.number("users", "users", global.users, "");
-    report.text("mechanism", "mechanism", mechanism.name().to_owned());
-    report.text("tls", "TLS", format!("{:?}", global.tls).to_lowercase());
-    match options.rate {
-        Some(rate) => report.number("rate_per_s", "rate asked for", rate, "logins/s"),
-        None => report.number("parallel", "in progress", global.parallel as u64, "logins"),
-    }
+    head(report, global, options);
     report.number(
         "rounds",
         "rounds",
@@ -201,6 +310,30 @@ fn rows(report: &mut Report, global: &Global, options: &StormOptions, rounds: &[
         "ms",
     );
     let derivations: u64 = rounds.iter().map(|round| round.outcome.derivations).sum();
+    note_derivations(report, derivations);
+    // The round that ran worst for the generator decides.
+    let worst = rounds.iter().max_by_key(|round| {
+        (
+            round.usage.bottleneck() == Bottleneck::Generator,
+            (round.usage.generator_busiest.running * 1e6) as u64,
+        )
+    });
+    report.bottleneck(&worst.expect("there is at least one round").usage);
+}
+
+/// What was asked for.
+fn head(report: &mut Report, global: &Global, options: &StormOptions) {
+    let Target { mechanism, .. } = global.target().expect("it was valid at the start");
+    report.number("users", "users", global.users, "");
+    report.text("mechanism", "mechanism", mechanism.name().to_owned());
+    report.text("tls", "TLS", format!("{:?}", global.tls).to_lowercase());
+    match options.rate {
+        Some(rate) => report.number("rate_per_s", "rate asked for", rate, "logins/s"),
+        None => report.number("parallel", "in progress", global.parallel as u64, "logins"),
+    }
+}
+
+fn note_derivations(report: &mut Report, derivations: u64) {
     report.number(
         "key_derivations",
         "SCRAM keys derived while measuring",
@@ -210,14 +343,6 @@ fn rows(report: &mut Report, global: &Global, options: &StormOptions, rounds: &[
     if derivations > 0 {
         report.say("SCRAM keys were derived while measuring (new salts, or --warm false): times are partly the generator's");
     }
-    // The round that ran worst for the generator decides.
-    let worst = rounds.iter().max_by_key(|round| {
-        (
-            round.usage.bottleneck() == Bottleneck::Generator,
-            (round.usage.generator_busiest.running * 1e6) as u64,
-        )
-    });
-    report.bottleneck(&worst.expect("there is at least one round").usage);
 }
 
 #[cfg(test)]

@@ -23,17 +23,21 @@ use rustix::time::{
 use crate::chat::{self, Engine, Output, Outputs};
 use crate::connection::{Account, Connection, Effect, Purpose};
 use crate::element::escape;
-use crate::options::{Target, TlsMode};
+use crate::options::{Mechanism, Target, TlsMode};
 use crate::register::contacts;
+use crate::replay::Curve;
 use crate::report::{self, Failures, Histogram};
 use crate::scanner::Scanner;
 use crate::scram::KeyCache;
 use crate::socket::{Socket, Tls};
+use crate::timeline::{Kind, Recorder};
 
 pub const WAKE: Token = Token(usize::MAX - 1);
 const TIMER: Token = Token(usize::MAX - 2);
 const READ_BUFFER: usize = 128 * 1024;
 const EVENTS_PER_TURN: usize = 1024;
+/// A job that is begun again and again must not keep the loop, should each end at once (a connect that is refused, say).
+const BEGUN_PER_TURN_MAX: usize = 1024;
 /// How often deadlines are looked at when nothing happens.
 const IDLE_TURN: Duration = Duration::from_millis(100);
 /// An idle client keeps no buffer larger than this.
@@ -41,9 +45,15 @@ const IDLE_BUFFER_MAX: usize = 4096;
 
 pub enum Command {
     Run(Run),
+    /// Nothing more is begun.
+    StopRun,
+    /// All connections are gone at once, without a goodbye.
+    Cut,
+    /// The second one of each pair reads no more.
+    StopReading,
     Chat(chat::Plan),
-    /// The measured part of the chat begins.
-    Measure,
+    /// Another part of the chat begins.
+    ChatPhase(Instant),
     /// No more is sent.
     StopChat,
     /// Everyone is on line: the chat may end when all is there.
@@ -56,12 +66,18 @@ pub struct Run {
     pub job: Job,
     pub users: Vec<u32>,
     pub pace: Pace,
+    /// With the first user again after the last one, until it is stopped: a user leaves half a round before he is due again.
+    pub again: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Job {
     Login,
+    /// Come back into the session that was cut.
+    Resume,
     Logout,
+    /// A log-out that nobody waits for: part of logging in again and again.
+    Leave,
     Register,
     /// Subscribe to the nearest contacts in the ring of all users.
     Befriend {
@@ -70,28 +86,60 @@ pub enum Job {
     },
 }
 
-#[derive(Clone, Copy, Debug)]
+impl Job {
+    /// As what its latency is shown over time.
+    fn kind(self) -> Option<Kind> {
+        match self {
+            Job::Login => Some(Kind::Login),
+            Job::Resume => Some(Kind::Resumption),
+            Job::Logout => Some(Kind::Logout),
+            Job::Register => Some(Kind::Registration),
+            Job::Leave | Job::Befriend { .. } => None,
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
 pub enum Pace {
     /// So many in progress.
     Parallel(usize),
     /// So many per second from `start` on, however many are in progress.
     Rate { start: Instant, per_second: f64 },
+    /// By an arrival curve from `start` on; of each `step` of its arrivals the one at `offset` is this worker's.
+    Curve {
+        start: Instant,
+        curve: Arc<Curve>,
+        step: u64,
+        offset: u64,
+    },
 }
 
 impl Pace {
     /// When the n-th (from 0) is due; `None`: as soon as there is room.
-    fn due(self, number: u64) -> Option<Instant> {
+    fn due(&self, number: u64) -> Option<Instant> {
         match self {
             Pace::Parallel(_) => None,
             Pace::Rate { start, per_second } => {
-                Some(start + Duration::from_secs_f64(number as f64 / per_second))
+                Some(*start + Duration::from_secs_f64(number as f64 / per_second))
             }
+            Pace::Curve {
+                start,
+                curve,
+                step,
+                offset,
+            } => Some(*start + curve.due(number * step + offset)?),
         }
+    }
+
+    /// An arrival curve comes to its end by itself.
+    fn is_over(&self, number: u64) -> bool {
+        matches!(self, Pace::Curve { .. }) && self.due(number).is_none()
     }
 }
 
 pub enum Answer {
     Run(Outcome),
+    Cut,
     Chat(chat::Outcome),
 }
 
@@ -100,10 +148,14 @@ pub struct Outcome {
     pub done: u64,
     /// Of the done ones, the accounts that were there before.
     pub existed: u64,
+    /// Of the done ones, those in the session that was cut.
+    pub resumed: u64,
     pub failures: Failures,
     pub latencies: Histogram,
     /// Times that SCRAM keys had to be derived.
     pub derivations: u64,
+    /// How long the turns of the generator's loop were: what arrives meanwhile waits for so long.
+    pub turns: Histogram,
 }
 
 /// Totals that the fleet reads while the worker works.
@@ -123,11 +175,20 @@ pub struct Counters {
 pub struct Layout {
     pub users: u32,
     pub threads: u32,
+    /// Accounts that the users are spread over, and the number of the first one.
+    pub accounts: u32,
+    pub first: u32,
 }
 
 impl Layout {
     pub fn worker(self, user: u32) -> usize {
         (user / 2 % self.threads) as usize
+    }
+
+    /// The number in the name of a user's account.
+    fn account(self, user: u32) -> u64 {
+        let spread = u64::from(user) * u64::from(self.accounts) / u64::from(self.users);
+        u64::from(self.first) + spread
     }
 
     fn slot(self, user: u32) -> usize {
@@ -164,12 +225,48 @@ struct Clients {
 
 struct Running {
     job: Job,
-    users: std::vec::IntoIter<u32>,
+    users: Vec<u32>,
+    /// The next one of them.
+    next: usize,
+    again: bool,
     pace: Pace,
     begun: u64,
     in_progress: usize,
     deadlines: VecDeque<(Instant, usize, Instant)>,
     outcome: Outcome,
+}
+
+impl Running {
+    fn has_more(&self) -> bool {
+        self.next < self.users.len()
+    }
+
+    fn advance(&mut self) {
+        self.next += 1;
+        if self.again && self.next == self.users.len() {
+            self.next = 0;
+        }
+    }
+
+    /// Who leaves now, so that half of the users are on line once all have been.
+    fn leaving(&self) -> Option<u32> {
+        let half = self.users.len() / 2;
+        self.again
+            .then(|| self.users[(self.next + half) % self.users.len()])
+    }
+
+    /// Takes the next user out whom `is_free`; nobody, when all are occupied.
+    fn take_next(&mut self, is_free: impl Fn(u32) -> bool) -> Option<u32> {
+        let tries = if self.again { self.users.len() } else { 1 };
+        for _ in 0..tries {
+            let user = *self.users.get(self.next)?;
+            if !self.again || is_free(user) {
+                return Some(user);
+            }
+            self.advance();
+        }
+        None
+    }
 }
 
 /// Why a client goes.
@@ -198,6 +295,8 @@ pub struct Worker {
     bytes_in: u64,
     presences: u64,
     disconnections: Arc<std::sync::Mutex<Failures>>,
+    recorder: Recorder,
+    second_ones_read: bool,
     read_buffer: Vec<u8>,
     plain_buffer: Vec<u8>,
 }
@@ -216,6 +315,7 @@ pub struct Parts {
     pub answers: Sender<Answer>,
     pub counters: Arc<Counters>,
     pub disconnections: Arc<std::sync::Mutex<Failures>>,
+    pub recorder: Recorder,
 }
 
 impl Outputs for Clients {
@@ -234,14 +334,40 @@ impl Outputs for Clients {
     }
 }
 
+impl Clients {
+    fn is_logging_in(&self, slot: usize) -> bool {
+        let job = self.slots[slot].as_ref().and_then(|client| client.job);
+        matches!(job, Some((Job::Login | Job::Resume, _)))
+    }
+}
+
 impl Outcome {
     pub fn new() -> Outcome {
         Outcome {
             done: 0,
             existed: 0,
+            resumed: 0,
             failures: Failures::new(),
             latencies: report::histogram(),
             derivations: 0,
+            turns: report::histogram(),
+        }
+    }
+
+    /// The same job of another worker.
+    pub fn add(&mut self, other: Outcome) {
+        self.done += other.done;
+        self.existed += other.existed;
+        self.resumed += other.resumed;
+        self.derivations += other.derivations;
+        for (own, other) in [
+            (&mut self.latencies, &other.latencies),
+            (&mut self.turns, &other.turns),
+        ] {
+            own.add(other).expect("histograms have the same bounds");
+        }
+        for (reason, count) in other.failures {
+            *self.failures.entry(reason).or_default() += count;
         }
     }
 }
@@ -257,10 +383,11 @@ impl Worker {
         let accounts: Vec<_> = parts
             .layout
             .users_of(parts.number)
-            .map(|user| format!("{}{user}", parts.prefix))
+            .map(|user| format!("{}{}", parts.prefix, parts.layout.account(user)))
             .map(|name| Account {
                 keys: keys(&name).unwrap_or_default(),
                 name,
+                resumption: None,
             })
             .collect();
         let timer = timerfd_create(
@@ -293,6 +420,8 @@ impl Worker {
             bytes_in: 0,
             presences: 0,
             disconnections: parts.disconnections,
+            recorder: parts.recorder,
+            second_ones_read: true,
             read_buffer: vec![0; READ_BUFFER],
             plain_buffer: Vec::new(),
         })
@@ -307,6 +436,7 @@ impl Worker {
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 outcome => outcome?,
             }
+            let turn = Instant::now();
             for event in &events {
                 match event.token() {
                     WAKE => {}
@@ -325,6 +455,15 @@ impl Worker {
                 chat.turn(Instant::now(), &mut self.clients);
             }
             self.flush_dirty();
+            let now = Instant::now();
+            if let Some(chat) = self.chat.as_mut().filter(|chat| chat.has_unflushed()) {
+                chat.flushed(now, &mut self.recorder);
+            }
+            if let Some(running) = &mut self.running {
+                let turn_ns = (now - turn).as_nanos() as u64;
+                running.outcome.turns.saturating_record(turn_ns.max(1));
+            }
+            self.recorder.turn(now);
             self.check_deadlines();
             self.publish();
             self.answer();
@@ -333,10 +472,7 @@ impl Worker {
 
     /// The poll's own timeout counts in milliseconds, too coarse for due times.
     fn arm_timer(&mut self) -> io::Result<()> {
-        let job = self
-            .running
-            .as_ref()
-            .filter(|running| !running.users.as_slice().is_empty());
+        let job = self.running.as_ref().filter(|running| running.has_more());
         let job = job.and_then(|running| running.pace.due(running.begun));
         let chat = self.chat.as_ref().and_then(Engine::next_due);
         let Some(due) = job.into_iter().chain(chat).min() else {
@@ -367,7 +503,9 @@ impl Worker {
                     let derivations = self.derivations();
                     self.running = Some(Running {
                         job: run.job,
-                        users: run.users.into_iter(),
+                        again: run.again && !run.users.is_empty(),
+                        users: run.users,
+                        next: 0,
                         pace: run.pace,
                         begun: 0,
                         in_progress: 0,
@@ -381,7 +519,16 @@ impl Worker {
                 Ok(Command::Chat(plan)) => {
                     self.chat = Some(Engine::new(plan, self.number, &self.target, &self.accounts));
                 }
-                Ok(Command::Measure) => self.chat.iter_mut().for_each(Engine::measure),
+                Ok(Command::StopRun) => self
+                    .running
+                    .iter_mut()
+                    .for_each(|running| running.next = usize::MAX),
+                Ok(Command::Cut) => self.cut(),
+                Ok(Command::StopReading) => self.second_ones_read = false,
+                Ok(Command::ChatPhase(start)) => self
+                    .chat
+                    .iter_mut()
+                    .for_each(|chat| chat.begin_phase(start)),
                 Ok(Command::StopChat) => self
                     .chat
                     .iter_mut()
@@ -396,6 +543,17 @@ impl Worker {
         }
     }
 
+    /// Resets every connection, as when a switch forgets them; who was on line may resume his session later.
+    fn cut(&mut self) {
+        for (client, account) in self.clients.slots.iter_mut().zip(&mut self.accounts) {
+            if let Some(client) = client.take() {
+                account.resumption = client.connection.resumption();
+                client.socket.reset();
+            }
+        }
+        let _ = self.answers.send(Answer::Cut);
+    }
+
     fn derivations(&self) -> u64 {
         self.accounts
             .iter()
@@ -404,19 +562,37 @@ impl Worker {
     }
 
     fn begin_jobs(&mut self) {
-        while let Some(running) = &mut self.running {
+        for _ in 0..BEGUN_PER_TURN_MAX {
+            let Some(running) = &mut self.running else {
+                return;
+            };
             let due = running.pace.due(running.begun);
             let now = Instant::now();
             let ready = match running.pace {
                 Pace::Parallel(most) => running.in_progress < most,
-                Pace::Rate { .. } => due.is_some_and(|due| due <= now),
+                Pace::Rate { .. } | Pace::Curve { .. } => due.is_some_and(|due| due <= now),
             };
+            if running.pace.is_over(running.begun) {
+                running.next = usize::MAX;
+            }
             if !ready {
                 return;
             }
-            let Some(user) = running.users.next() else {
-                return;
+            let (clients, layout) = (&self.clients, self.layout);
+            let is_free = |user| !clients.is_logging_in(layout.slot(user));
+            let Some(user) = running.take_next(is_free) else {
+                if !running.has_more() || due.is_none() {
+                    return;
+                }
+                // open loop: a login that cannot even begin has failed
+                running.begun += 1;
+                running.in_progress += 1;
+                let reason = "all users were still logging in when a login was due";
+                self.job_ends(Err(reason.into()), now);
+                continue;
             };
+            let leaving = running.leaving();
+            running.advance();
             let (job, since) = (running.job, due.unwrap_or(now));
             let slot = self.layout.slot(user);
             running.begun += 1;
@@ -425,17 +601,31 @@ impl Worker {
                 .deadlines
                 .push_back((now + self.target.login_timeout, slot, since));
             self.begin(job, user, slot, since);
+            if let Some(user) = leaving {
+                self.leave(self.layout.slot(user));
+            }
+        }
+    }
+
+    fn leave(&mut self, slot: usize) {
+        if let Some(client) = &mut self.clients.slots[slot]
+            && client.job.is_none()
+            && client.connection.is_online()
+        {
+            client.job = Some((Job::Leave, Instant::now()));
+            client.connection.close();
+            self.mark_dirty(slot);
         }
     }
 
     fn begin(&mut self, job: Job, user: u32, slot: usize, since: Instant) {
         match (job, &mut self.clients.slots[slot]) {
-            (Job::Login | Job::Register, existing) => {
+            (Job::Login | Job::Resume | Job::Register, existing) => {
                 *existing = None;
-                let purpose = if job == Job::Login {
-                    Purpose::Login
-                } else {
-                    Purpose::Register
+                let purpose = match job {
+                    Job::Register => Purpose::Register,
+                    Job::Resume => Purpose::Resume,
+                    _ => Purpose::Login,
                 };
                 match self.connect(purpose, user, slot) {
                     Ok(mut client) => {
@@ -445,6 +635,7 @@ impl Worker {
                     Err(error) => self.job_ends(Err(format!("connect: {error}")), since),
                 }
             }
+            (Job::Leave, _) => self.leave(slot),
             (Job::Logout, None) => self.job_ends(Ok(false), since),
             (Job::Befriend { .. }, None) => {
                 self.job_ends(Err("the user is not online".into()), since)
@@ -525,7 +716,12 @@ impl Worker {
                 return self.end(client, End::Failed(error.to_string()));
             }
         }
-        if event.is_readable() || event.is_read_closed() {
+        if !self.second_ones_read && slot % 2 == 1 {
+            if event.is_read_closed() || event.is_error() {
+                let reason = "the server cut one who did not read";
+                return self.end(client, End::Failed(reason.into()));
+            }
+        } else if event.is_readable() || event.is_read_closed() {
             if let Err(end) = self.read(slot, &mut client, event.is_read_closed()) {
                 return self.end(client, end);
             }
@@ -565,6 +761,11 @@ impl Worker {
                 let mut plain = std::mem::take(&mut self.plain_buffer);
                 plain.clear();
                 let open = client.socket.decrypt(&buffer[..count], &mut plain);
+                if client.connection.exporter.is_none()
+                    && matches!(self.target.mechanism, Mechanism::ScramPlus(_))
+                {
+                    client.connection.exporter = client.socket.exporter();
+                }
                 let outcome = self.consume(slot, client, &plain);
                 self.plain_buffer = plain;
                 outcome?;
@@ -634,8 +835,11 @@ impl Worker {
                 client.scanner.restart();
                 client.connection.open(&self.target);
             }
-            Effect::Done | Effect::Exists => {
+            Effect::Done | Effect::Exists | Effect::Resumed => {
                 if let Some((job, since)) = client.job.take() {
+                    if let (Effect::Resumed, Some(running)) = (&effect, &mut self.running) {
+                        running.outcome.resumed += 1;
+                    }
                     self.job_ends(Ok(matches!(effect, Effect::Exists)), since);
                     if job == Job::Register {
                         client.connection.close();
@@ -653,7 +857,7 @@ impl Worker {
                 }
                 if let Some(chat) = &mut self.chat {
                     let now = Instant::now();
-                    if let Some(sender) = chat.on_message(slot, piece, now)
+                    if let Some(sender) = chat.on_message(slot, piece, now, &mut self.recorder)
                         && let Some(out) = self.clients.output(sender)
                     {
                         chat.send_next(sender, now, out);
@@ -663,7 +867,7 @@ impl Worker {
             Effect::Acknowledged(count) => {
                 if let Some(chat) = &mut self.chat {
                     let now = Instant::now();
-                    for _ in 0..chat.on_acknowledged(slot, count, now) {
+                    for _ in 0..chat.on_acknowledged(slot, count, now, &mut self.recorder) {
                         let out = Output {
                             bytes: &mut client.connection.out,
                             stanzas: &mut client.connection.sent,
@@ -681,6 +885,7 @@ impl Worker {
     /// A client is gone: for its job that is success or failure, without a job it is a lost connection.
     fn end(&mut self, client: Box<Client>, end: End) {
         match (client.job, end) {
+            (Some((Job::Leave, _)), _) => {}
             (Some((Job::Logout, since)), _) => self.job_ends(Ok(false), since),
             (Some((_, since)), End::Failed(reason)) => self.job_ends(Err(reason), since),
             (Some((_, since)), End::Finished) => {
@@ -709,10 +914,15 @@ impl Worker {
             Ok(existed) => {
                 running.outcome.done += 1;
                 running.outcome.existed += u64::from(existed);
+                let now = Instant::now();
+                let latency = now.saturating_duration_since(since);
                 running
                     .outcome
                     .latencies
-                    .saturating_record(since.elapsed().as_nanos() as u64);
+                    .saturating_record(latency.as_nanos() as u64);
+                if let Some(kind) = running.job.kind() {
+                    self.recorder.record(kind, now, latency);
+                }
                 self.counters.done.fetch_add(1, Ordering::Relaxed);
             }
             Err(reason) => {
@@ -785,7 +995,7 @@ impl Worker {
         if self
             .running
             .as_ref()
-            .is_some_and(|running| running.in_progress == 0 && running.users.as_slice().is_empty())
+            .is_some_and(|running| running.in_progress == 0 && !running.has_more())
         {
             let mut outcome = self.running.take().expect("just seen").outcome;
             outcome.derivations = self.derivations() - outcome.derivations;
@@ -811,12 +1021,62 @@ fn closed() -> End {
 mod tests {
     use super::*;
 
+    fn running(users: u32, again: bool) -> Running {
+        Running {
+            job: Job::Login,
+            users: (0..users).collect(),
+            next: 0,
+            again,
+            pace: Pace::Parallel(1),
+            begun: 0,
+            in_progress: 0,
+            deadlines: VecDeque::new(),
+            outcome: Outcome::new(),
+        }
+    }
+
+    #[test]
+    fn who_logs_in_again_has_left_half_a_round_before() {
+        let mut again = running(10, true);
+        let mut online = std::collections::BTreeSet::new();
+        for number in 0..100 {
+            let user = again.take_next(|_| true).unwrap();
+            assert_eq!(user, number % 10);
+            let leaving = again.leaving().unwrap();
+            again.advance();
+            assert!(online.insert(user), "he has left before");
+            online.remove(&leaving);
+            assert!(online.len() <= 5, "{online:?}");
+        }
+        assert!(again.has_more());
+        again.next = usize::MAX;
+        assert!(!again.has_more() && again.take_next(|_| true).is_none());
+    }
+
+    #[test]
+    fn who_is_still_logging_in_is_passed_over_and_once_is_enough_without_again() {
+        let mut again = running(4, true);
+        assert_eq!(again.take_next(|user| user > 1), Some(2));
+        assert_eq!(again.take_next(|_| false), None);
+        assert!(again.has_more());
+        let mut once = running(2, false);
+        for user in 0..2 {
+            assert_eq!(once.take_next(|_| false), Some(user));
+            assert_eq!(once.leaving(), None);
+            once.advance();
+        }
+        assert!(!once.has_more());
+    }
+
     #[test]
     fn every_user_has_one_slot_and_pairs_stay_together() {
         let layout = Layout {
             users: 1001,
             threads: 3,
+            accounts: 2002,
+            first: 7,
         };
+        assert_eq!((layout.account(0), layout.account(1000)), (7, 2007));
         let mut seen = 0;
         for worker in 0..3 {
             for (slot, user) in layout.users_of(worker).enumerate() {

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::config::Config;
+use crate::net::TlsClientConfig;
 use crate::store::journal::{Options, floors};
 use crate::store::record::{RosterItem, ScramKeys, Subscription, UserRecord};
 use crate::store::redis::{Address, Generations};
@@ -406,6 +407,18 @@ pub fn forget_copies(config: &Config) -> Result<(), String> {
 pub fn redis_instances(config: &Config) -> Result<Vec<Address>, String> {
     let texts = config.redis.instances.iter().map(String::as_str);
     Address::parse_all(texts).map_err(|error| error.to_string())
+}
+
+/// How instances are reached over TLS, if any is. An error is a sentence.
+pub fn redis_tls(
+    config: &Config,
+    addresses: &[Address],
+) -> Result<Option<TlsClientConfig>, String> {
+    let c = &config.redis;
+    match addresses.iter().any(Address::is_tls) {
+        true => TlsClientConfig::load(&c.ca_file, &c.certificate, &c.key).map(Some),
+        false => Ok(None),
+    }
 }
 
 /// The file with the generations of the instances.

@@ -8,6 +8,7 @@
 //! | `listener` | ports: binding, sharing, accepting, running out of descriptors |
 //! | `transport` | plain or TLS behind one type: reading, writing, what the kernel did not take |
 //! | `tls` | rustls: configuration, records in and out, channel bindings |
+//! | `tls_client` | the other side of TLS, towards Redis |
 //! | `certificate` | the self-signed certificate of a first start, fingerprints |
 //! | `proxy` | PROXY protocol v2 |
 
@@ -16,6 +17,7 @@ mod listener;
 mod proxy;
 mod socket;
 mod tls;
+mod tls_client;
 mod transport;
 
 pub use certificate::{fingerprint, generate_certificate};
@@ -23,6 +25,7 @@ pub use listener::{Listener, REFUSED_NO_DESCRIPTOR, listen_shared, probe_port};
 pub use proxy::{PROXY_HEADER_MAX_BYTES, Proxied, ProxyError, parse_proxy_header};
 pub use socket::Socket;
 pub use tls::{ChannelBindings, TlsConfig, TlsVersion};
+pub use tls_client::{TlsClient, TlsClientConfig};
 pub use transport::{Read, Scratch, Transport};
 
 #[cfg(test)]

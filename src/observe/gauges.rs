@@ -89,6 +89,8 @@ snapshot! {
     gauge journal_status = "nitro_journal_status";
     /// Messages and changes refused because the journal was full.
     counter journal_refused = "nitro_journal_refused";
+    /// Subscriptions, durable at their sender, that had to wait until the recipient's full journal had room.
+    counter journal_waited = "nitro_journal_waited";
     /// Changes that the database does not have yet and the shard remembers.
     gauge overlay_items = "nitro_overlay_items";
     /// Users whose copies in Redis wait to be written or answered; the database gets their changes after that.

@@ -244,7 +244,9 @@ fn import_users(
                     Box::new(move |_, result| batch.borrow_mut().set(at, written(outcome, result)));
                 match is_new {
                     true => add(slice, &name, Record::new(&record), then),
-                    false => slice.edit(&name, |old| *old = record, then),
+                    false => {
+                        slice.edit(&name, |old| *old = record, then);
+                    }
                 }
             }),
         );

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use crate::store::journal::{Committed, Floors, State, Status, Writer};
 use crate::xmpp::slice::Slice;
 
-/// Between the begins of two commits.
+/// Between the begins of two commits. A message waits for two, one at each owner; three quarters of this made its p50 0.7
+/// instead of 0.8 ms and its p99 no better.
 const PACE: Duration = Duration::from_millis(1);
 /// The same while much waits for the database: each group fills up whole blocks, and the disk is to last.
 const PACE_WITH_BACKLOG: Duration = Duration::from_millis(4);
@@ -63,7 +64,7 @@ impl Journal {
 
     /// Hands over what waits, if it is time.
     pub fn hand_over(&self, slice: &mut Slice) {
-        slice.ledger.full = self.state.status() != Status::Open;
+        slice.journal_is_full(self.state.status() != Status::Open);
         self.tell_settled(slice);
         if slice.ledger.is_flying() || self.wait(slice).is_none_or(|wait| !wait.is_zero()) {
             return;

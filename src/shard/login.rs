@@ -21,7 +21,7 @@ use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
 use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
-use crate::xmpp::session::Session;
+use crate::xmpp::session::{Session, SessionId};
 use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
 /// A connection at the first gate: accepted, nothing read. It may move to another shard.
@@ -77,6 +77,9 @@ enum Outcome {
     /// The connection broke.
     Gone,
 }
+
+/// How often a user is loaded for one binding, when others push him out of the cache in between.
+const LOADS_MAX: u32 = 3;
 
 enum Resumed {
     Yes,
@@ -604,7 +607,7 @@ async fn run(
                 c.negotiation.registered(outcome, &mut out);
             }
             Step::Bind { resource } => {
-                let outcome = shard.bind(c, resource.as_deref(), link);
+                let outcome = shard.bind(c, resource.as_deref(), link).await;
                 let bound = outcome.is_ok();
                 c.negotiation
                     .bound(outcome.as_deref().map_err(Clone::clone), &mut out);
@@ -753,7 +756,7 @@ impl Shard {
     }
 
     /// Only the live loop gives out places: it must not sleep while somebody wants one.
-    fn wake_for_gates(&self) {
+    pub(super) fn wake_for_gates(&self) {
         if self.admission.is_wanted() && self.admission.asleep.replace(false) {
             self.nudge();
         }
@@ -937,13 +940,30 @@ impl Shard {
         }
     }
 
-    fn bind(
+    /// The session begins. Its user may have left the cache since he authenticated: he is loaded again.
+    async fn bind(
         &self,
         c: &mut Connecting,
         resource: Option<&str>,
         link: u64,
     ) -> Result<String, StanzaError> {
+        let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
+        for _ in 0..LOADS_MAX {
+            self.load(&name).await;
+            if self
+                .slice
+                .borrow()
+                .users
+                .peek(&name)
+                .is_some_and(Slot::is_known)
+            {
+                break;
+            }
+        }
         let mut slice = self.slice.borrow_mut();
+        if !slice.users.peek(&name).is_some_and(Slot::is_known) {
+            return Err(StanzaError::RESOURCE_CONSTRAINT);
+        }
         let arrival = Arrival {
             user: c.negotiation.user().unwrap_or_default(),
             resource,
@@ -978,16 +998,16 @@ impl Shard {
         let sid = sm::find(&self.slice.borrow(), &name, previd);
         if let Some(sid) = sid {
             sm::detach(&mut self.slice.borrow_mut(), sid);
-            while sm::is_settling(&mut self.slice.borrow_mut(), sid) {
-                let (setter, settled) = slot();
-                self.waiting
-                    .borrow_mut()
-                    .entry(name.clone())
-                    .or_default()
-                    .push(setter);
-                self.flush();
-                guest.away(settled.take()).await;
-            }
+        }
+        while self.is_settling(sid, previd) {
+            let (setter, settled) = slot();
+            self.waiting
+                .borrow_mut()
+                .entry(name.clone())
+                .or_default()
+                .push(setter);
+            self.flush();
+            guest.away(settled.take()).await;
         }
         let mut slice = self.slice.borrow_mut();
         let Some(sid) = sm::find(&slice, &name, previd) else {
@@ -1004,6 +1024,12 @@ impl Shard {
         }
         self.bound.borrow_mut().push((link, sid));
         Ok(Resumed::Yes)
+    }
+
+    /// Is something that was read from the session, or from one that has ended, not decided yet?
+    fn is_settling(&self, sid: Option<SessionId>, previd: &str) -> bool {
+        let mut slice = self.slice.borrow_mut();
+        sid.is_some_and(|sid| sm::is_settling(&mut slice, sid)) || slice.is_ending(previd)
     }
 
     /// The namespaces of a stream header, shared by all streams that declare the same.

@@ -369,6 +369,7 @@ impl Shard {
                 Status::DiskFull => 2,
             },
             journal_refused: c.journal_refused,
+            journal_waited: c.journal_waited,
             overlay_items: slice.overlay.items() as u64,
             ring_waiting: slice.warmth.waiting() as u64,
             logins_computing: self.admission.computing() as u64,
@@ -412,6 +413,7 @@ impl Shard {
     /// While others wait at the first gate and there is no room behind it, who is silent there has to go.
     fn tick_gates(&self, now_ms: u64) {
         self.admission.tick(now_ms);
+        self.wake_for_gates();
         let config = self.config.borrow().clone();
         let full = self.negotiating.get() >= config.storm.logins_begun_max;
         if !full || self.admission.knocks() == 0 {

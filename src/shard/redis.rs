@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFlags, SocketType};
 
 use super::{Kind, Shard};
+use crate::net::{TlsClient, TlsClientConfig};
 use crate::observe::{Table, label};
 use crate::rt;
 use crate::store::redis::hold::Hold;
@@ -165,6 +166,8 @@ pub struct RedisParts {
     pub keeper: Keeper,
     pub hold: Arc<Hold>,
     pub figures: Arc<Figures>,
+    /// There if an instance is reached over TLS.
+    pub tls: Option<TlsClientConfig>,
 }
 
 /// See the module's page.
@@ -183,6 +186,9 @@ pub struct Redis {
     /// The session that is renewed next.
     renewed: Cell<usize>,
     sessions_ttl_ms: u64,
+    tls: Option<TlsClientConfig>,
+    /// Decrypted, of one read.
+    plain: RefCell<Vec<u8>>,
 }
 
 struct Socket {
@@ -191,6 +197,71 @@ struct Socket {
     connected: bool,
     readable: bool,
     writable: bool,
+    tls: Option<Box<TlsClient>>,
+}
+
+impl Socket {
+    /// What the socket brought, decrypted where that is needed; the tier learns of the connection when it can be used.
+    fn incoming(
+        &mut self,
+        tier: &mut Tier,
+        instance: usize,
+        bytes: &[u8],
+        plain: &mut Vec<u8>,
+        now_us: u64,
+    ) {
+        let Some(tls) = &mut self.tls else {
+            return tier.incoming(instance, bytes, now_us);
+        };
+        plain.clear();
+        let was_handshaking = tls.is_handshaking();
+        let opened = tls.open(bytes, plain);
+        if was_handshaking && !tls.is_handshaking() {
+            tier.connected(instance, now_us);
+        }
+        if !plain.is_empty() {
+            tier.incoming(instance, plain, now_us);
+        }
+        if let Err(why) = opened {
+            self.readable = false;
+            // it is told why, if it takes that at once
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            let _ = rustix::net::send(&self.fd, tls.outgoing(), flags);
+            tier.untrusted(instance, &why, now_us);
+        }
+    }
+
+    /// Sends what it and the tier have, as much as the kernel takes.
+    fn write(&mut self, tier: &mut Tier, instance: usize, now_us: u64) {
+        while self.connected && self.writable {
+            if let Some(tls) = &mut self.tls
+                && tls.outgoing().is_empty()
+            {
+                let taken = tls.seal(tier.outgoing(instance));
+                tier.written(instance, taken);
+            }
+            let bytes = match &self.tls {
+                Some(tls) => tls.outgoing(),
+                None => tier.outgoing(instance),
+            };
+            if bytes.is_empty() {
+                break;
+            }
+            let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+            match rustix::net::send(&self.fd, bytes, flags) {
+                Ok(sent) => match &mut self.tls {
+                    Some(tls) => tls.sent(sent),
+                    None => tier.written(instance, sent),
+                },
+                Err(Errno::WOULDBLOCK) => self.writable = false,
+                Err(Errno::INTR) => {}
+                Err(error) => {
+                    self.writable = false;
+                    tier.lost(instance, &error.to_string(), now_us);
+                }
+            }
+        }
+    }
 }
 
 impl Redis {
@@ -222,6 +293,8 @@ impl Redis {
             restless: Cell::new(true),
             renewed: Cell::new(0),
             sessions_ttl_ms,
+            tls: parts.tls,
+            plain: RefCell::default(),
         }
     }
 
@@ -234,8 +307,24 @@ impl Redis {
         self.restless.get()
     }
 
+    /// A connection's TLS before its handshake, where the instance wants TLS.
+    fn tls_of(&self, instance: usize) -> Result<Option<Box<TlsClient>>, String> {
+        let tier = self.tier.borrow();
+        match (&tier.address(instance).endpoint, &self.tls) {
+            (
+                Endpoint::Tcp {
+                    host, tls: true, ..
+                },
+                Some(config),
+            ) => TlsClient::new(config, host).map(|tls| Some(Box::new(tls))),
+            (Endpoint::Tcp { tls: true, .. }, None) => Err("TLS was not set up".into()),
+            _ => Ok(None),
+        }
+    }
+
     fn read(&self, now_us: u64) {
         let mut buffer = self.buffer.borrow_mut();
+        let mut plain = self.plain.borrow_mut();
         let mut tier = self.tier.borrow_mut();
         for (instance, socket) in self.sockets.borrow_mut().iter_mut().enumerate() {
             let Some(socket) = socket else { continue };
@@ -248,7 +337,10 @@ impl Redis {
                         socket.readable = false;
                         tier.lost(instance, "it has closed the connection", now_us);
                     }
-                    Ok((taken, _)) => tier.incoming(instance, &buffer[..taken], now_us),
+                    Ok((taken, _)) => {
+                        let bytes = &buffer[..taken];
+                        socket.incoming(&mut tier, instance, bytes, &mut plain, now_us);
+                    }
                     Err(Errno::WOULDBLOCK) => socket.readable = false,
                     Err(Errno::INTR) => {}
                     Err(error) => {
@@ -263,22 +355,8 @@ impl Redis {
     fn write(&self, now_us: u64) {
         let mut tier = self.tier.borrow_mut();
         for (instance, socket) in self.sockets.borrow_mut().iter_mut().enumerate() {
-            let Some(socket) = socket else { continue };
-            while socket.connected && socket.writable {
-                let bytes = tier.outgoing(instance);
-                if bytes.is_empty() {
-                    break;
-                }
-                let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
-                match rustix::net::send(&socket.fd, bytes, flags) {
-                    Ok(sent) => tier.written(instance, sent),
-                    Err(Errno::WOULDBLOCK) => socket.writable = false,
-                    Err(Errno::INTR) => {}
-                    Err(error) => {
-                        socket.writable = false;
-                        tier.lost(instance, &error.to_string(), now_us);
-                    }
-                }
+            if let Some(socket) = socket {
+                socket.write(&mut tier, instance, now_us);
             }
         }
     }
@@ -417,7 +495,7 @@ impl Shard {
                         .and_then(|address| open(AddressFamily::UNIX, &address));
                     self.redis_opened(redis, instance, opened, now_us);
                 }
-                Endpoint::Tcp { host, port } => match host.parse::<IpAddr>() {
+                Endpoint::Tcp { host, port, .. } => match host.parse::<IpAddr>() {
                     Ok(ip) => {
                         let opened = open_tcp((ip, port).into());
                         self.redis_opened(redis, instance, opened, now_us);
@@ -442,13 +520,17 @@ impl Shard {
                 return redis.tier.borrow_mut().lost(instance, &why, now_us);
             }
         };
+        let tls = match redis.tls_of(instance) {
+            Ok(tls) => tls,
+            Err(why) => return redis.tier.borrow_mut().untrusted(instance, &why, now_us),
+        };
         let link = self.links.borrow_mut().insert(Kind::Redis(instance));
         if let Err(error) = self.readiness.add(&fd, link) {
             self.links.borrow_mut().remove(link);
             let why = error.to_string();
             return redis.tier.borrow_mut().lost(instance, &why, now_us);
         }
-        if connected {
+        if connected && tls.is_none() {
             redis.tier.borrow_mut().connected(instance, now_us);
         }
         redis.sockets.borrow_mut()[instance] = Some(Socket {
@@ -457,6 +539,7 @@ impl Shard {
             connected,
             readable: connected,
             writable: connected,
+            tls,
         });
     }
 
@@ -486,7 +569,9 @@ impl Shard {
             match rustix::net::sockopt::socket_error(&socket.fd) {
                 Ok(Ok(())) => {
                     socket.connected = true;
-                    tier.connected(instance, now_us);
+                    if socket.tls.is_none() {
+                        tier.connected(instance, now_us);
+                    }
                 }
                 Ok(Err(error)) | Err(error) => tier.lost(instance, &error.to_string(), now_us),
             }

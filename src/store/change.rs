@@ -53,7 +53,10 @@ impl Id {
     }
 }
 
-/// One change. All but [`Change::Marks`] concern one user.
+/// One change. All but [`Change::Marks`] and [`Change::Decided`] concern one user.
+///
+/// What a release adds comes last and is no larger than the largest there is: then everything that was written before reads
+/// as before (see [`super::journal::format::PAYLOAD_VERSIONS`]).
 #[derive(Archive, Serialize, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Change<'a> {
     Message(Message<'a>),
@@ -99,6 +102,11 @@ pub enum Change<'a> {
         status: &'a str,
     },
     Marks(Marks<'a>),
+    /// Undecided messages that were let in after all: nothing refuses them any more.
+    Decided {
+        #[rkyv(with = InlineAsBox)]
+        ids: &'a [u64],
+    },
 }
 
 /// A message at one of its owners.
@@ -137,7 +145,7 @@ impl Message<'_> {
     pub const SENT: u8 = 4;
     /// The owner received it.
     pub const RECEIVED: u8 = 8;
-    /// Nobody knew yet whether there is such an owner.
+    /// Nobody knew yet whether there is such an owner, and whether he lets it in; a mark says later what has come of it.
     pub const UNDECIDED: u8 = 16;
 }
 
@@ -201,7 +209,7 @@ impl ArchivedChange<'_> {
             | ArchivedChange::RemoveUser { name, .. }
             | ArchivedChange::PutDocument { name, .. }
             | ArchivedChange::PutLast { name, .. } => name,
-            ArchivedChange::Marks(_) => return None,
+            ArchivedChange::Marks(_) | ArchivedChange::Decided { .. } => return None,
         })
     }
 }
@@ -244,6 +252,77 @@ mod tests {
             panic!("marks were encoded");
         };
         assert_eq!(read.done.iter().map(|id| id.to_native()).sum::<u64>(), 6);
+    }
+
+    /// As the first release has written them.
+    #[test]
+    fn changes_of_the_first_release_are_read() {
+        let bytes = |hex: &str| -> Vec<u8> {
+            let byte = |at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap();
+            (0..hex.len()).step_by(2).map(byte).collect()
+        };
+        let message = Message {
+            id: 4711,
+            owner: "alice",
+            what: Message::ARCHIVE | Message::RECEIVED | Message::PENDING | Message::UNDECIDED,
+            kind: 1,
+            flags: 17,
+            peer: "bob@localhost/b",
+            twin: 4710,
+            stream: "previd",
+            count: 7,
+            stanza: b"<message/>",
+        };
+        let count = StreamCount {
+            stream: [9; 32],
+            count: 5,
+        };
+        let marks = Marks {
+            done: &[1, 2],
+            dropped: &[3],
+            settled: &[4],
+            counts: &[count],
+        };
+        let add = Change::AddUser {
+            name: "alice",
+            revision: 8,
+            record: b"record",
+        };
+        let last = Change::PutLast {
+            name: "alice",
+            revision: 9,
+            at: 10,
+            status: "gone",
+        };
+        let written = [
+            (
+                Change::Message(message),
+                "616c696365626f62406c6f63616c686f73742f627072657669643c6d6573736167652f3e006712000000000000d3ffffff\
+                 050000001b011100ccffffff0f0000006612000000000000cbffffff0600000007000000c5ffffff0a000000",
+            ),
+            (
+                Change::Marks(marks),
+                "010000000000000002000000000000000300000000000000040000000000000009090909090909090909090909090909\
+                 090909090909090909090909090909090500000006bbffffff02000000c3ffffff01000000c3ffffff01000000c3ffff\
+                 ff01000000000000000000000000000000000000000000000000000000",
+            ),
+            (
+                add,
+                "616c6963657265636f726401f4ffffff050000000800000000000000e9ffffff06000000000000000000000000000000\
+                 0000000000000000000000000000000000000000",
+            ),
+            (
+                last,
+                "616c696365676f6e6505f6ffffff0500000009000000000000000a00000000000000e3ffffff04000000000000000000\
+                 000000000000000000000000000000000000",
+            ),
+        ];
+        for (change, hex) in written {
+            let mut now = Vec::new();
+            change.encode(&mut now);
+            assert_eq!(now, bytes(hex), "{change:?}");
+            assert!(ArchivedChange::access(&bytes(hex)).is_ok());
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //! - a record is reported as drained only after its transaction is committed; after a crash, a lost connection or an
 //!   unknown end of a commit it goes on from the position that the database has;
 //! - journals are merged by the ids of their records, which grow with time: a user whose changes lie in two journals,
-//!   because the number of cores has changed, sees them in his order;
+//!   because the number of cores has changed, sees them in his order; a mark comes behind the message that it names;
 //! - records rest for a moment ([`DrainConfig::linger`]), so that a delivery that is taken soon is never written as
 //!   pending; with a backlog they do not. (So a load may show a delivery as taken whose mark is durable in the journal,
 //!   but not reached yet.);
@@ -352,7 +352,8 @@ impl Drain {
         Ok(())
     }
 
-    /// The places of the next batch: those that rested long enough, oldest ids first, each journal in its order.
+    /// The places of the next batch: those that rested long enough, oldest ids first, each journal in its order. None goes
+    /// before an older one of another journal, which may have to rest still.
     fn batch(&self, all: bool) -> Vec<Place> {
         let buffered: usize = self.feeds.iter().map(Feed::bytes).sum();
         let records: usize = self.feeds.iter().map(Feed::len).sum();
@@ -366,37 +367,39 @@ impl Drain {
                 None => return Vec::new(),
             },
         };
-        let mut heads: Vec<Option<(Place, u64)>> = (0..self.feeds.len())
-            .map(|feed| self.first(feed, ripe))
-            .collect();
+        let mut heads: Vec<Option<Place>> =
+            (0..self.feeds.len()).map(|feed| self.first(feed)).collect();
         let (mut batch, mut bytes) = (Vec::new(), 0);
         while batch.len() < self.batch_max {
-            let oldest = heads.iter().flatten().min_by_key(|(_, order)| *order);
-            let Some((at, _)) = oldest.copied() else {
+            let oldest = heads.iter().flatten();
+            let oldest = oldest.min_by_key(|at| self.record(**at).map(|record| record.order));
+            let Some(at) = oldest.copied() else { break };
+            let chunk = &self.feeds[at.feed].chunks[at.chunk];
+            let record = &chunk.records[at.record];
+            if chunk.read_at > ripe {
                 break;
-            };
-            let record = &self.feeds[at.feed].chunks[at.chunk].records[at.record];
+            }
             bytes += record.place.len();
             if bytes > self.config.bytes_max && !batch.is_empty() {
                 break;
             }
             batch.push(at);
-            heads[at.feed] = self.behind(at, ripe);
+            heads[at.feed] = self.behind(at);
         }
         batch
     }
 
-    fn first(&self, feed: usize, ripe: Instant) -> Option<(Place, u64)> {
+    fn first(&self, feed: usize) -> Option<Place> {
         let chunk = self.feeds[feed].chunks.front()?;
         let at = Place {
             feed,
             chunk: 0,
             record: chunk.next,
         };
-        self.ripe(at, ripe)
+        self.record(at).map(|_| at)
     }
 
-    fn behind(&self, at: Place, ripe: Instant) -> Option<(Place, u64)> {
+    fn behind(&self, at: Place) -> Option<Place> {
         let chunk = &self.feeds[at.feed].chunks[at.chunk];
         let next = match at.record + 1 < chunk.records.len() {
             true => Place {
@@ -409,13 +412,12 @@ impl Drain {
                 ..at
             },
         };
-        self.ripe(next, ripe)
+        self.record(next).map(|_| next)
     }
 
-    fn ripe(&self, at: Place, ripe: Instant) -> Option<(Place, u64)> {
+    fn record(&self, at: Place) -> Option<&Record> {
         let chunk = self.feeds[at.feed].chunks.get(at.chunk)?;
-        let record = chunk.records.get(at.record)?;
-        (chunk.read_at <= ripe).then_some((at, record.order))
+        chunk.records.get(at.record)
     }
 
     /// `None`: the payload is none that this release can read.
@@ -489,7 +491,7 @@ struct Chunk {
 
 struct Record {
     seq: u64,
-    /// By which journals are merged: its id or revision; that of the one before it if it has none.
+    /// See [`ArchivedChange::order`].
     order: u64,
     place: Range<usize>,
 }
@@ -554,8 +556,7 @@ impl Feed {
                 let dropped = marks.dropped.iter().map(|id| id.to_native());
                 ahead.dropped.extend(dropped);
             }
-            let order = change.ok().and_then(ArchivedChange::order);
-            self.order = order.unwrap_or(self.order);
+            self.order = change.map_or(self.order, |change| change.order(self.order));
             Record {
                 seq,
                 order: self.order,
@@ -593,17 +594,25 @@ impl Feed {
 }
 
 impl ArchivedChange<'_> {
-    /// Its id or revision, which grow with time; marks have none.
-    fn order(&self) -> Option<u64> {
-        Some(match self {
+    /// By what journals are merged: its id or revision, which grow with time; marks come with what is before them in their
+    /// journal, but behind the messages that they name, in whichever journal those are.
+    pub(crate) fn order(&self, before: u64) -> u64 {
+        let behind = |ids: &mut dyn Iterator<Item = u64>| ids.max().map_or(0, |id| id + 1);
+        match self {
             ArchivedChange::Message(message) => message.id.to_native(),
             ArchivedChange::AddUser { revision, .. }
             | ArchivedChange::PutUser { revision, .. }
             | ArchivedChange::RemoveUser { revision, .. }
             | ArchivedChange::PutDocument { revision, .. }
             | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
-            ArchivedChange::Marks(_) => return None,
-        })
+            ArchivedChange::Marks(marks) => {
+                let ids = marks.done.iter().chain(marks.dropped.iter());
+                behind(&mut ids.map(|id| id.to_native())).max(before)
+            }
+            ArchivedChange::Decided { ids } => {
+                behind(&mut ids.iter().map(|id| id.to_native())).max(before)
+            }
+        }
     }
 }
 

@@ -58,6 +58,75 @@ pub enum Item {
     },
 }
 
+impl Item {
+    /// What a change comes to; `place` is where it stands. `None`: marks, which name no user. An error: a record that this
+    /// release does not read.
+    pub fn of(change: &ArchivedChange<'_>, place: Place) -> Result<Option<Item>, String> {
+        let record = |revision: u64, bytes: &[u8], fresh| {
+            let record = Record::from_bytes(bytes).map_err(|error| error.to_string())?;
+            Ok::<_, String>(Item::Record {
+                revision,
+                record,
+                fresh,
+            })
+        };
+        Ok(Some(match change {
+            ArchivedChange::Message(message) => Item::Message {
+                id: message.id.to_native(),
+                what: message.what,
+                place,
+            },
+            ArchivedChange::AddUser {
+                revision,
+                record: bytes,
+                ..
+            } => record(revision.to_native(), bytes, true)?,
+            ArchivedChange::PutUser {
+                revision,
+                record: bytes,
+                ..
+            } => record(revision.to_native(), bytes, false)?,
+            ArchivedChange::RemoveUser { revision, .. } => Item::Removed {
+                revision: revision.to_native(),
+            },
+            ArchivedChange::PutDocument {
+                revision,
+                key,
+                value,
+                ..
+            } => Item::Document {
+                revision: revision.to_native(),
+                key: (**key).into(),
+                value: (**value).into(),
+            },
+            ArchivedChange::PutLast {
+                revision,
+                at,
+                status,
+                ..
+            } => Item::Last {
+                revision: revision.to_native(),
+                last: Last {
+                    at: at.to_native(),
+                    status: (**status).into(),
+                },
+            },
+            ArchivedChange::Marks(_) | ArchivedChange::Decided { .. } => return Ok(None),
+        }))
+    }
+
+    /// Its id or revision, or the id that a mark names.
+    pub fn id(&self) -> u64 {
+        match self {
+            Item::Message { id, .. } | Item::Done(id) | Item::Dropped(id) => *id,
+            Item::Record { revision, .. }
+            | Item::Removed { revision }
+            | Item::Document { revision, .. }
+            | Item::Last { revision, .. } => *revision,
+        }
+    }
+}
+
 /// Reads a message back from its journal: the payload is appended.
 pub type ReadBack = Rc<dyn Fn(Place, &mut Vec<u8>) -> Result<(), String>>;
 
@@ -67,6 +136,8 @@ pub struct Overlay {
     order: FnvHashMap<u16, VecDeque<(u64, Rc<str>)>>,
     /// Marks that an earlier start left, whose users are not known.
     gone: FnvHashMap<u64, Position>,
+    /// Undecided messages that were let in, whoever's they are; few, and none while the database is well.
+    decided: FnvHashMap<u64, Position>,
     read_back: ReadBack,
     items: usize,
 }
@@ -90,6 +161,7 @@ impl Overlay {
             users: FnvHashMap::default(),
             order: FnvHashMap::default(),
             gone: FnvHashMap::default(),
+            decided: FnvHashMap::default(),
             read_back,
             items: 0,
         }
@@ -154,11 +226,18 @@ impl Overlay {
         self.gone.insert(id, at);
     }
 
+    /// An undecided message was let in.
+    pub fn add_decided(&mut self, at: Position, id: u64) {
+        self.decided.insert(id, at);
+    }
+
     /// SQL has everything of that journal up to `at`.
     pub fn drained(&mut self, at: Position) {
-        if !self.gone.is_empty() && self.users.values().all(|user| user.held == 0) {
-            self.gone
-                .retain(|_, mark| mark.journal != at.journal || mark.seq > at.seq);
+        let marks = !self.gone.is_empty() || !self.decided.is_empty();
+        if marks && self.users.values().all(|user| user.held == 0) {
+            let stays = |mark: &Position| mark.journal != at.journal || mark.seq > at.seq;
+            self.gone.retain(|_, mark| stays(mark));
+            self.decided.retain(|_, mark| stays(mark));
         }
         let Some(order) = self.order.get_mut(&at.journal) else {
             return;
@@ -217,6 +296,16 @@ impl Overlay {
 
     /// The user as he is, from what SQL (or Redis) says of him. An error: the journal cannot be read.
     pub fn apply(&self, name: &str, loaded: Option<Loaded>) -> Result<Option<Loaded>, String> {
+        let mut user = self.with_changes(name, loaded)?;
+        for pending in user.iter_mut().flat_map(|user| &mut user.pending) {
+            if self.decided.contains_key(&pending.id) {
+                pending.what &= !Message::UNDECIDED;
+            }
+        }
+        Ok(user)
+    }
+
+    fn with_changes(&self, name: &str, loaded: Option<Loaded>) -> Result<Option<Loaded>, String> {
         let Some(user) = self.users.get(name).filter(|u| !u.parts.is_empty()) else {
             return Ok(loaded.map(|mut loaded| {
                 loaded.pending.retain(|p| !self.gone.contains_key(&p.id));
@@ -400,7 +489,7 @@ impl Overlay {
                 _ => {}
             }
         }
-        found.retain(|(id, _)| !self.gone.contains_key(id));
+        found.retain(|(id, _)| !self.gone.contains_key(id) && !self.decided.contains_key(id));
         found
     }
 

@@ -12,9 +12,7 @@ use fnv::{FnvHashMap, FnvHashSet};
 use super::change::{ArchivedChange, Id, Message, StreamCount};
 use super::journal::Place;
 use super::overlay::{Item, Position};
-use super::record::Record;
 use super::ring::Ring;
-use super::tier::Last;
 
 /// For one shard.
 #[derive(Default)]
@@ -22,6 +20,8 @@ pub struct Found {
     pub undrained: Vec<(Position, Box<str>, Item)>,
     /// Deliveries that are done, whoever's they are, and refused messages.
     pub gone: Vec<(Position, u64)>,
+    /// Undecided messages that were let in, whoever's they are.
+    pub decided: Vec<(Position, u64)>,
     /// Ids of sent messages that must be forwarded again, the shard that is told of their end, and their places.
     pub forward: Vec<(u64, u16, Place)>,
     /// Ids of sent messages that have a twin but no mark; of the shard that gave them, if there is one of that number.
@@ -75,7 +75,7 @@ impl<'a> Recovery<'a> {
     ) -> Result<(), String> {
         let at = Position { journal, seq };
         let drained = self.drained.get(&journal).is_some_and(|d| seq <= *d);
-        let (revision, item) = match change {
+        match change {
             ArchivedChange::Message(m) => {
                 let id = m.id.to_native();
                 if m.what & Message::SENT != 0 && m.what & Message::RECEIVED == 0 {
@@ -88,8 +88,6 @@ impl<'a> Recovery<'a> {
                 if !m.stream.is_empty() {
                     self.count(stream_key(&m.stream), m.count.to_native());
                 }
-                let what = m.what;
-                (id, Item::Message { id, what, place })
             }
             ArchivedChange::Marks(marks) => {
                 for id in marks.settled.iter().map(|id| id.to_native()) {
@@ -108,47 +106,19 @@ impl<'a> Recovery<'a> {
                         }
                     }
                 }
-                return Ok(());
             }
-            ArchivedChange::AddUser {
-                revision, record, ..
-            } => record_item(revision.to_native(), record, true)?,
-            ArchivedChange::PutUser {
-                revision, record, ..
-            } => record_item(revision.to_native(), record, false)?,
-            ArchivedChange::RemoveUser { revision, .. } => {
-                let revision = revision.to_native();
-                (revision, Item::Removed { revision })
+            ArchivedChange::Decided { ids } if !drained => {
+                for found in &mut self.found {
+                    let ids = ids.iter().map(|id| (at, id.to_native()));
+                    found.decided.extend(ids);
+                }
             }
-            ArchivedChange::PutDocument {
-                revision,
-                key,
-                value,
-                ..
-            } => {
-                let revision = revision.to_native();
-                let item = Item::Document {
-                    revision,
-                    key: (**key).into(),
-                    value: (**value).into(),
-                };
-                (revision, item)
-            }
-            ArchivedChange::PutLast {
-                revision,
-                at,
-                status,
-                ..
-            } => {
-                let revision = revision.to_native();
-                let last = Last {
-                    at: at.to_native(),
-                    status: (**status).into(),
-                };
-                (revision, Item::Last { revision, last })
-            }
+            _ => {}
+        }
+        let Some(item) = Item::of(change, place)? else {
+            return Ok(());
         };
-        self.last_id = self.last_id.max(Id(revision));
+        self.last_id = self.last_id.max(Id(item.id()));
         if let (false, Some(owner)) = (drained, change.owner()) {
             let shard = self.ring.owner(owner);
             self.found[shard].undrained.push((at, owner.into(), item));
@@ -203,14 +173,4 @@ pub fn stream_key(stream: &str) -> [u8; 32] {
     let len = stream.len().min(key.len());
     key[..len].copy_from_slice(&stream.as_bytes()[..len]);
     key
-}
-
-fn record_item(revision: u64, bytes: &[u8], fresh: bool) -> Result<(u64, Item), String> {
-    let record = Record::from_bytes(bytes).map_err(|error| error.to_string())?;
-    let item = Item::Record {
-        revision,
-        record,
-        fresh,
-    };
-    Ok((revision, item))
 }

@@ -37,6 +37,17 @@ impl Acceptance {
         }
     }
 
+    /// An error for the client waits behind other things: `h` stays where it is until the part of the stanza that is given here
+    /// is settled, so that no count covers what the error answers before the client has it. `None`: nothing is counted yet.
+    pub fn hold(&mut self) -> Option<u32> {
+        let seq = self.open.front().map_or(self.received, |(seq, _)| *seq);
+        if seq == 0 && self.open.is_empty() {
+            return None;
+        }
+        self.defer(seq);
+        Some(seq)
+    }
+
     /// A part of stanza `seq` is decided.
     pub fn settle(&mut self, seq: u32) {
         let Some(front) = self.open.front().map(|(s, _)| *s) else {
@@ -159,6 +170,28 @@ mod tests {
         assert_eq!(a.h(), 0);
         a.settle(old);
         assert_eq!(a.h(), 2);
+    }
+
+    #[test]
+    fn an_error_that_waits_holds_the_count_where_it_is() {
+        let mut a = Acceptance::default();
+        assert_eq!(a.hold(), None);
+        a.receive();
+        // of the stanza that was read last, whatever is read meanwhile
+        let held = a.hold().unwrap();
+        a.receive();
+        assert_eq!(a.h(), 0);
+        a.settle(held);
+        assert_eq!(a.h(), 2);
+        // of one that is open
+        let open = a.receive();
+        a.defer(open);
+        a.receive();
+        let held = a.hold().unwrap();
+        a.settle(open);
+        assert_eq!(a.h(), 2);
+        a.settle(held);
+        assert_eq!(a.h(), 4);
     }
 
     #[test]

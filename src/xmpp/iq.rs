@@ -23,7 +23,7 @@ pub struct Iq {
     pub set: bool,
     /// The one child.
     pub payload: Element,
-    /// XEP-0198 receipt of the request, for handlers that answer later.
+    /// XEP-0198 receipt of a change: its fate is decided when it is answered, so no count covers it before.
     pub receipt: Option<Receipt>,
 }
 
@@ -43,6 +43,13 @@ impl Iq {
 }
 
 impl Slice {
+    /// A request of type `set` that changes nothing: its fate is decided now.
+    pub fn iq_reads(&mut self, iq: &mut Iq) {
+        if let Some(receipt) = iq.receipt.take() {
+            self.settle(receipt);
+        }
+    }
+
     /// `<iq type='result'>`, empty or with a payload.
     pub fn iq_result(&mut self, iq: &Iq, payload: Option<Element>) {
         let answer = answer(iq, "result");
@@ -72,6 +79,9 @@ impl Slice {
                     .unwrap_or_default();
                 self.route_element(&iq.from, &from, &answer, meta, None);
             }
+        }
+        if let Some(receipt) = iq.receipt {
+            self.settle(receipt);
         }
     }
 }
@@ -137,6 +147,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         .next()
         .cloned()
         .expect("one child was counted");
+    let receipt = slice.current.filter(|_| kind == Kind::IqSet);
     let iq = Iq {
         session: Some(sid),
         from: Jid::parse(&session.jid)
@@ -146,8 +157,11 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         id: id.into_owned(),
         set: kind == Kind::IqSet,
         payload,
-        receipt: slice.current,
+        receipt,
     };
+    if let Some(receipt) = receipt {
+        slice.defer(receipt);
+    }
     handle(slice, iq, target);
 }
 

@@ -16,7 +16,6 @@ use super::session::SessionId;
 use super::slice::Then;
 use crate::store::change::{Change, Id, Marks, StreamCount};
 use crate::store::journal::{Group, Slot};
-use crate::store::overlay::Item;
 
 /// Marks may wait so long for other changes to go with.
 const MARKS_WAIT_MS: u64 = 50;
@@ -56,6 +55,12 @@ pub enum Act {
         meta: Meta,
         receipt: Option<Receipt>,
     },
+    /// Presence of one of the user's contacts, who may have sent him messages before.
+    Presence {
+        from: Span,
+        stanza: Span,
+        meta: Meta,
+    },
     /// A stanza of the user's that changes something of another one: it goes there until it is settled.
     Forward {
         to: Span,
@@ -65,7 +70,6 @@ pub enum Act {
     },
     /// A change of the user's data.
     Written {
-        item: Item,
         then: Then,
     },
     /// The journal knows so many stanzas of a session.
@@ -76,6 +80,8 @@ pub enum Act {
     /// Deliveries of the user's that a client took.
     Done(Vec<u64>),
     Dropped(Vec<u64>),
+    /// Messages that were accepted before their recipient was known, and are let in.
+    Decided(Vec<u64>),
 }
 
 /// Acts and the strings that they name.
@@ -107,6 +113,7 @@ pub struct Ledger {
     foreign_open: bool,
     done: Vec<(Rc<str>, u64)>,
     dropped: Vec<(Rc<str>, u64)>,
+    decided: Vec<u64>,
     settled: Vec<u64>,
     counts: Vec<StreamCount>,
     marks_since_ms: Option<u64>,
@@ -153,7 +160,7 @@ impl Ledger {
     fn put(&mut self, seq: u64, slot: Option<Slot>, user: &Rc<str>, act: Act) {
         if matches!(
             act,
-            Act::Received { .. } | Act::Sent { .. } | Act::Behind { .. }
+            Act::Received { .. } | Act::Sent { .. } | Act::Behind { .. } | Act::Presence { .. }
         ) {
             *self.behind.entry(user.clone()).or_insert(0) += 1;
         }
@@ -217,15 +224,35 @@ impl Ledger {
         self.mark(now_ms);
     }
 
+    /// A message that nobody could decide when it was accepted is let in. A later change of its recipient's (a block) is never
+    /// durable before this is.
+    pub fn decided(&mut self, id: u64, now_ms: u64) {
+        self.decided.push(id);
+        self.mark(now_ms);
+    }
+
     /// Counts of streams, to be repeated in the journal.
     pub fn count(&mut self, counts: impl Iterator<Item = StreamCount>, now_ms: u64) {
         self.counts.extend(counts);
         self.mark(now_ms);
     }
 
-    /// Is the message done, though no journal says so yet?
-    pub fn is_done(&self, id: u64) -> bool {
-        self.done.iter().chain(&self.dropped).any(|(_, d)| *d == id)
+    /// What no journal says yet, or none that was heard of: messages that are done or dropped, and decided ones.
+    pub fn marked(&self) -> (FnvHashSet<u64>, FnvHashSet<u64>) {
+        let waiting = self.done.iter().chain(&self.dropped).map(|(_, id)| *id);
+        let (mut gone, mut decided) = (
+            waiting.collect::<FnvHashSet<_>>(),
+            self.decided.iter().copied().collect::<FnvHashSet<_>>(),
+        );
+        let flying = self.flying.iter().flat_map(|(acts, ..)| &acts.entries);
+        for entry in flying {
+            match &entry.act {
+                Act::Done(ids) | Act::Dropped(ids) => gone.extend(ids),
+                Act::Decided(ids) => decided.extend(ids),
+                _ => {}
+            }
+        }
+        (gone, decided)
     }
 
     /// Marks do not wait any more.
@@ -264,7 +291,11 @@ impl Ledger {
             return Some(now_ms);
         }
         let since = self.marks_since_ms?;
-        let marks = self.done.len() + self.dropped.len() + self.settled.len() + self.counts.len();
+        let marks = self.done.len()
+            + self.dropped.len()
+            + self.decided.len()
+            + self.settled.len()
+            + self.counts.len();
         Some(match marks < MARKS_MAX {
             true => since + MARKS_WAIT_MS,
             false => now_ms,
@@ -315,6 +346,11 @@ impl Ledger {
                 let act = act(same.iter().map(|(_, id)| *id).collect());
                 self.put(seq, Some(slot), &same[0].0, act);
             }
+        }
+        if !self.decided.is_empty() {
+            let ids = std::mem::take(&mut self.decided);
+            let act = Act::Decided(ids.clone());
+            self.journal(&Rc::from(""), &Change::Decided { ids: &ids }, act);
         }
     }
 

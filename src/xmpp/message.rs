@@ -96,16 +96,17 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         slice.counters.journal_refused += 1;
         return bounce_out(slice, sid, view, &JOURNAL_FULL);
     } else {
-        let receipt = Receipt {
+        // nobody asks for the fate of what came before <enable/>, and counting begins anew there
+        let receipt = slice.current.unwrap_or(Receipt {
             shard: slice.env.shard,
-            session: sid,
-            seq: slice.seq,
+            session: SessionId::NONE,
+            seq: 0,
             twin: 0,
-        };
+        });
         // what a user sends to himself stands in his archive once
         let twin = match to.local() == Some(&user) {
             true => 0,
-            false => record_sent(slice, &user, receipt, &to, &jid, &stanza, meta),
+            false => record_sent(slice, (&user, sid), receipt, &to, &jid, &stanza, meta),
         };
         slice.route(&to, &jid, &stanza, meta, Some(Receipt { twin, ..receipt }));
     }
@@ -117,7 +118,7 @@ const JOURNAL_FULL: StanzaError = StanzaError::RESOURCE_CONSTRAINT;
 /// The sender's record of a message; its id.
 fn record_sent(
     slice: &mut Slice,
-    user: &Rc<str>,
+    (user, session): (&Rc<str>, SessionId),
     receipt: Receipt,
     to: &Jid<'_>,
     from: &str,
@@ -143,7 +144,7 @@ fn record_sent(
         stanza,
     });
     let act = Act::Sent {
-        session: receipt.session,
+        session,
         to: slice.ledger.keep(to.as_str().as_bytes()),
         from: slice.ledger.keep(from.as_bytes()),
         stanza: None,
@@ -437,7 +438,8 @@ pub fn accepted(slice: &mut Slice, to: &str, message: &ArchivedMessage<'_>, meta
     }
 }
 
-/// May a message come in that was accepted before its recipient was known? If not, it is in no archive and no queue.
+/// May a message come in that was accepted before its recipient was known? If not, it is in no archive and no queue. Either
+/// way that is said once, for good: whatever he changes later, and over crashes.
 fn admitted(
     slice: &mut Slice,
     user: &Rc<str>,
@@ -448,9 +450,10 @@ fn admitted(
     id: u64,
 ) -> bool {
     let admitted = Jid::parse(from).is_ok_and(|from| slice.admits(to, &from, stanza, meta));
-    if !admitted {
-        let ms = slice.now.ms;
-        slice.ledger.dropped(user, id, ms);
+    let ms = slice.now.ms;
+    match admitted {
+        true => slice.ledger.decided(id, ms),
+        false => slice.ledger.dropped(user, id, ms),
     }
     admitted
 }
@@ -481,10 +484,15 @@ pub fn decide(slice: &mut Slice, name: &str, undecided: Vec<Pending>) {
 /// There is no such recipient: what was accepted for him comes back.
 pub fn decide_missing(slice: &mut Slice, name: &str) {
     let user: Rc<str> = name.into();
+    let undecided = slice.overlay.undecided(name);
+    if undecided.is_empty() {
+        return;
+    }
+    let (gone, _) = slice.ledger.marked();
     let mut bytes = Vec::new();
-    for (id, place) in slice.overlay.undecided(name) {
+    for (id, place) in undecided {
         let ms = slice.now.ms;
-        if slice.ledger.is_done(id) {
+        if gone.contains(&id) {
             continue;
         }
         slice.ledger.dropped(&user, id, ms);

@@ -79,6 +79,57 @@ fn nothing_is_delivered_or_acknowledged_before_it_is_durable_and_nothing_overtak
 }
 
 #[test]
+fn who_says_goodbye_is_heard_before_he_is_seen_going() {
+    for shards in [1, 2] {
+        let (mut w, alice, bob) = two(shards);
+        w.befriend(&alice, &bob);
+        let a = managed(&mut w, &alice, "a");
+        let b = managed(&mut w, &bob, "b");
+        w.take(a);
+        w.tier.held = true;
+        w.send(a, &chat(&bob, "goodbye"));
+        w.send(a, "<presence type='unavailable'/>");
+        w.release();
+        assert_eq!(got(&mut w, b), ["goodbye", "presence"], "{shards}");
+    }
+}
+
+#[test]
+fn what_was_sent_before_stream_management_is_not_taken_for_what_comes_after() {
+    let (mut w, alice, bob) = two(2);
+    let a = w.login(&alice, "a");
+    w.tier.held = true;
+    w.send(a, &chat(&bob, "1"));
+    w.send(a, ENABLE);
+    w.send(a, &chat(&bob, "2"));
+    w.send(a, R);
+    // the first one's group is durable, the second one's is not
+    w.tier.held = false;
+    w.commit_only(a.shard);
+    assert_eq!(w.session(a).accept.h(), 0);
+    assert_eq!(w.session(a).sm.as_ref().unwrap().durable, 0);
+    w.run();
+    assert_eq!(got(&mut w, a), ["a 1"]);
+}
+
+#[test]
+fn what_an_ended_session_has_sent_is_counted_when_it_is_decided() {
+    let (mut w, alice, bob) = two(2);
+    let a = managed(&mut w, &alice, "a");
+    let previd = w.session(a).sm.as_ref().unwrap().id.clone();
+    w.tier.held = true;
+    w.send(a, &chat(&bob, "1"));
+    // the resource is taken by another connection
+    w.login(&alice, "a");
+    let slice = w.slice_of(&alice);
+    assert!(slice.is_ending(&previd));
+    w.release();
+    let slice = w.slice_of(&alice);
+    assert!(!slice.is_ending(&previd));
+    assert_eq!(slice.count_of(&previd), Some(2));
+}
+
+#[test]
 fn a_crash_brings_back_what_no_client_has_acknowledged_with_the_same_stable_id() {
     for (shards, after) in [(1, 1), (2, 2), (2, 1), (1, 2)] {
         for dry in [false, true] {
@@ -142,6 +193,67 @@ fn what_the_senders_journal_holds_alone_is_forwarded_again_once() {
 }
 
 #[test]
+fn a_delivery_to_an_inactive_client_has_an_end_whatever_it_says() {
+    let (mut w, alice, bob) = two(1);
+    let a = managed(&mut w, &alice, "a");
+    let b = managed(&mut w, &bob, "b");
+    w.send(b, "<inactive xmlns='urn:xmpp:csi:0'/>");
+    let kept = format!(
+        "<message type='chat' id='1' to='{bob}@localhost'><active xmlns='http://jabber.org/protocol/chatstates'/><store xmlns='urn:xmpp:hints'/></message>"
+    );
+    // nobody acknowledges the first one, and the second one is taken
+    for taken in [false, true] {
+        w.send(a, &kept);
+        let h = w.session(b).sm.as_ref().unwrap().waiting();
+        if taken {
+            w.send(b, &format!("<a xmlns='urn:xmpp:sm:3' h='{h}'/>"));
+        }
+    }
+    assert_eq!(w.tier.users[&bob].pending.len(), 0);
+    w.send(a, &kept);
+    w.logout(b);
+    let b = w.online_now(&bob, "b");
+    assert_eq!(
+        got(&mut w, b)
+            .iter()
+            .filter(|one| *one == "message")
+            .count(),
+        1
+    );
+}
+
+#[test]
+fn no_count_covers_a_change_before_it_is_answered() {
+    for enable in [ENABLE, "<enable xmlns='urn:xmpp:sm:3'/>"] {
+        let (mut w, alice, bob) = two(1);
+        for change in [
+            "<vCard xmlns='vcard-temp'><FN>A</FN></vCard>".to_owned(),
+            // what is stored is read before
+            "<query xmlns='jabber:iq:private'><s xmlns='urn:s'/></query>".to_owned(),
+            format!("<query xmlns='jabber:iq:roster'><item jid='{bob}@localhost'/></query>"),
+            format!("<block xmlns='urn:xmpp:blocking'><item jid='{bob}@localhost'/></block>"),
+            format!(
+                "<query xmlns='jabber:iq:register'><username>{alice}</username><password>p</password></query>"
+            ),
+        ] {
+            let a = w.login(&alice, "a");
+            w.send(a, enable);
+            w.take(a);
+            w.tier.held = true;
+            w.send(a, &format!("<iq type='set' id='i'>{change}</iq>"));
+            w.send(a, R);
+            assert_eq!(got(&mut w, a), [""; 0], "{change}");
+            w.release();
+            let mut heard = got(&mut w, a);
+            heard.retain(|one| one == "iq" || one.starts_with("a "));
+            assert_eq!(heard.last().unwrap(), "a 1", "{change}: {heard:?}");
+            assert!(heard.len() > 1, "{change}: {heard:?}");
+            w.logout(a);
+        }
+    }
+}
+
+#[test]
 fn a_delivery_is_one_for_all_resources() {
     let (mut w, alice, bob) = two(1);
     let a = managed(&mut w, &alice, "a");
@@ -172,6 +284,55 @@ fn a_delivery_is_one_for_all_resources() {
     let got = got(&mut w, third);
     assert_eq!(got.iter().filter(|n| *n == "2").count(), 1, "{got:?}");
     assert!(!got.contains(&"1".to_owned()), "{got:?}");
+}
+
+#[test]
+fn what_an_expired_session_leaves_goes_where_it_belongs() {
+    let mut w = World::with(2, |limits| limits.offline_messages_max = 1);
+    let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+    w.add(&alice);
+    w.add(&bob);
+    let a = managed(&mut w, &alice, "a");
+    let b = managed(&mut w, &bob, "b");
+    w.send(
+        b,
+        "<iq type='set' id='c'><enable xmlns='urn:xmpp:carbons:2'/></iq>",
+    );
+    let other = managed(&mut w, &bob, "other");
+    w.send(other, "<presence type='unavailable'/>");
+    w.cut(b);
+    for text in ["1", "2", "3"] {
+        w.send(a, &chat(&bob, text));
+    }
+    // of Bob's other client: a copy for this one
+    w.send(other, &chat(&alice, "copied"));
+    let to = format!("to='{bob}@localhost/b'");
+    for stanza in [
+        format!("<message type='headline' {to}><body>news</body></message>"),
+        format!("<message type='groupchat' {to}><body>room</body></message>"),
+        format!("<message type='error' {to}><body>error</body></message>"),
+        format!("<iq type='get' id='i' {to}><ping xmlns='urn:xmpp:ping'/></iq>"),
+    ] {
+        w.send(a, &stanza);
+    }
+    assert!(w.session(b).sm.as_ref().unwrap().waiting() >= 8);
+    w.take(a);
+    w.logout(other);
+    w.advance(400_000);
+    let mut bounced = w.take(a);
+    bounced.retain(|xml| !xml.starts_with("<r "));
+    assert!(
+        bounced.len() == 1 && bounced[0].starts_with("<iq") && bounced[0].contains("type='error'"),
+        "{bounced:?}"
+    );
+    let b = w.online_now(&bob, "b");
+    let mut heard = got(&mut w, b);
+    heard.retain(|one| one != "presence");
+    assert_eq!(
+        heard,
+        ["1", "2", "3"],
+        "beyond the limit, once, and nothing else"
+    );
 }
 
 #[test]
@@ -222,6 +383,73 @@ fn a_message_for_somebody_who_cannot_be_loaded_is_accepted_and_decided_when_he_c
 }
 
 #[test]
+fn what_was_delivered_after_its_recipient_was_known_is_not_decided_again() {
+    // carried over into SQL before the crash, in between, or not at all
+    for (dry_before, dry_after) in [(false, false), (true, false), (true, true)] {
+        let (mut w, alice, bob) = two(2);
+        let a = managed(&mut w, &alice, "a");
+        (w.tier.gone, w.tier.dry) = (true, dry_before);
+        w.send(a, &chat(&bob, "1"));
+        w.tier.gone = false;
+        w.advance(2_000);
+        let b = managed(&mut w, &bob, "b");
+        assert!(w.session(b).sm.as_ref().unwrap().waiting() > 0);
+        w.tier.dry = dry_after;
+        let block = format!(
+            "<iq type='set' id='b'><block xmlns='urn:xmpp:blocking'><item jid='{alice}@localhost'/></block></iq>"
+        );
+        w.send(b, &block);
+        assert!(w.take(b).iter().any(|s| s.contains("type='result'")));
+        for (after, waits) in [(2, true), (1, false)] {
+            w.crash(after);
+            let b = w.online_now(&bob, "b");
+            assert_eq!(got(&mut w, b).contains(&"1".to_owned()), waits, "{after}");
+            let archive = "<iq type='set' id='m'><query xmlns='urn:xmpp:mam:2'/></iq>";
+            w.send(b, archive);
+            let found = w.take(b).concat();
+            assert!(found.contains("<body>1</body>"), "{after}: {found}");
+        }
+    }
+}
+
+#[test]
+fn no_count_covers_a_stanza_before_its_error_is_told() {
+    // one that can be resumed, and one that cannot
+    for enable in [ENABLE, "<enable xmlns='urn:xmpp:sm:3'/>"] {
+        let (mut w, alice, bob) = two(2);
+        let (carol, dave) = (w.on(0, "carol"), w.on(0, "dave"));
+        w.add(&carol);
+        w.add(&dave);
+        let a = w.login(&alice, "a");
+        w.send(a, enable);
+        w.send(a, "<presence/>");
+        w.take(a);
+        let block = format!(
+            "<iq type='set' id='b'><block xmlns='urn:xmpp:blocking'><item jid='{alice}@localhost'/></block></iq>"
+        );
+        for name in [&bob, &carol] {
+            let client = w.online(name, "x");
+            w.send(client, &block);
+        }
+        let d = w.online(&dave, "d");
+        // the other shard refuses the first one, while the second is on its way to the disk
+        w.tier.held = true;
+        w.element(a, &chat(&bob, "1")).unwrap();
+        w.send(a, &chat(&dave, "2"));
+        w.send(a, R);
+        w.release();
+        assert_eq!(got(&mut w, a), ["1", "a 3"], "{enable}");
+        // her own shard refuses one, while somebody else's to her is on its way to the disk
+        w.tier.held = true;
+        w.send(d, &chat(&alice, "3"));
+        w.send(a, &chat(&carol, "4"));
+        w.send(a, R);
+        w.release();
+        assert_eq!(got(&mut w, a), ["3", "4", "a 4"], "{enable}");
+    }
+}
+
+#[test]
 fn a_subscription_reaches_the_other_owner_whatever_happens_between() {
     let (mut w, alice, bob) = two(2);
     let a = managed(&mut w, &alice, "a");
@@ -234,6 +462,56 @@ fn a_subscription_reaches_the_other_owner_whatever_happens_between() {
     w.commit_only(shard);
     assert!(w.stored(&alice).roster[0].ask);
     w.crash(2);
+    assert_eq!(w.stored(&bob).requests.len(), 1);
+}
+
+#[test]
+fn the_other_half_of_a_durable_subscription_waits_until_the_journal_has_room() {
+    let (mut w, alice, bob) = two(2);
+    let say = |kind: &str| format!("<presence type='{kind}' to='{bob}@localhost'/>");
+    let a = managed(&mut w, &alice, "a");
+    w.slice_of(&bob).journal_is_full(true);
+    w.send(a, &say("subscribe"));
+    assert!(w.stored(&alice).roster[0].ask && w.stored(&bob).requests.is_empty());
+    assert!(!w.take(a).concat().contains("type='error'"));
+    // what she says later does not overtake it
+    w.send(a, &chat(&alice, "1"));
+    let before = w.slice_of(&alice).fx.floor;
+    w.send(a, &say("unsubscribe"));
+    w.slice_of(&bob).journal_is_full(false);
+    w.run();
+    assert!(w.stored(&bob).requests.is_empty() && !w.stored(&alice).roster[0].ask);
+    w.send(a, &chat(&alice, "2"));
+    assert!(w.slice_of(&alice).fx.floor > before, "both are settled");
+    // and a crash does not lose it
+    w.slice_of(&bob).journal_is_full(true);
+    w.send(a, &say("subscribe"));
+    w.crash(2);
+    assert_eq!(w.stored(&bob).requests.len(), 1);
+}
+
+#[test]
+fn changes_that_wait_for_their_other_halves_are_bounded_where_they_begin() {
+    let mut w = World::with(2, |limits| limits.mesh_backlog_bytes_max = 1 << 10);
+    let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+    w.add(&alice);
+    w.add(&bob);
+    let a = managed(&mut w, &alice, "a");
+    w.slice_of(&bob).journal_is_full(true);
+    let text = "x".repeat(600);
+    let say = |kind: &str| {
+        format!("<presence type='{kind}' to='{bob}@localhost'><status>{text}</status></presence>")
+    };
+    w.send(a, &say("subscribe"));
+    w.send(a, &say("unsubscribe"));
+    assert!(!w.take(a).concat().contains("type='error'"));
+    w.send(a, &say("subscribe"));
+    let refused = w.take(a).concat();
+    assert!(refused.contains("resource-constraint"), "{refused}");
+    assert!(!w.stored(&alice).roster[0].ask, "the last one was not made");
+    w.slice_of(&bob).journal_is_full(false);
+    w.run();
+    w.send(a, &say("subscribe"));
     assert_eq!(w.stored(&bob).requests.len(), 1);
 }
 

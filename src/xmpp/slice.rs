@@ -13,6 +13,7 @@ use std::rc::Rc;
 use fnv::FnvHashMap;
 use smallvec::SmallVec;
 
+use super::accept::Acceptance;
 use super::batch::{Batch, Item, Receipt};
 use super::error::{StanzaError, StreamError};
 use super::feature::offline::Offline;
@@ -165,6 +166,13 @@ pub enum Slot {
     /// No such user; remembered like a user, so that the two cost the same.
     Missing,
     Present(Box<User>),
+}
+
+impl Slot {
+    /// Is it known who he is, or that he is not?
+    pub fn is_known(&self) -> bool {
+        !matches!(self, Slot::Loading { .. })
+    }
 }
 
 /// What waits for a user to be loaded.
@@ -353,6 +361,8 @@ pub struct Counters {
     pub load_queue_full: u64,
     pub mesh_refused: u64,
     pub journal_refused: u64,
+    /// Halves of changes that had to wait for room in the journal.
+    pub journal_waited: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -372,14 +382,19 @@ pub struct Slice {
     pub hooks: Hooks,
     /// The inbound stanza at work, when its session has stream management.
     pub current: Option<Receipt>,
-    /// Its number.
-    pub seq: u32,
     pub parked: usize,
     pub ledger: Ledger,
     pub overlay: Overlay,
     pub warmth: Warmth,
+    /// Sessions that have ended while stanzas of theirs were not decided: `<failed/>` waits for that.
+    ended: FnvHashMap<SessionId, Ended>,
     /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
     counts: FnvHashMap<Box<str>, (u32, u64)>,
+    /// Halves of changes that are durable at the other side already: they wait until the journal has room.
+    halves: Vec<Waiting>,
+    /// Stanzas of [`Slice::forward`] that are not settled, and their bytes together.
+    forwards: FnvHashMap<u64, usize>,
+    forwarded_bytes: usize,
     /// Users whom the tier could not load and for whom messages wait: when to ask again.
     reload: Vec<(u64, Rc<str>)>,
     /// Changes of private storage at work.
@@ -419,6 +434,13 @@ impl Start {
     }
 }
 
+/// What is left of a session that could have been resumed.
+struct Ended {
+    user: Rc<str>,
+    stream: Box<str>,
+    accept: Acceptance,
+}
+
 /// How long after a failure a user for whom messages wait is asked for again.
 const RELOAD_MS: u64 = 1000;
 /// How often SQL is asked again because the journal does not have any more what was to be added to its answer.
@@ -446,12 +468,15 @@ impl Slice {
             counters: Counters::default(),
             hooks: Hooks::collect(),
             current: None,
-            seq: 0,
             parked: 0,
             ledger,
             overlay,
             warmth: Warmth::default(),
+            ended: FnvHashMap::default(),
             counts: FnvHashMap::default(),
+            halves: Vec::new(),
+            forwards: FnvHashMap::default(),
+            forwarded_bytes: 0,
             reload: Vec::new(),
             private: Default::default(),
             passwords: Default::default(),
@@ -496,7 +521,6 @@ impl Slice {
             seq,
             twin: 0,
         });
-        self.seq = seq;
         match view.name() {
             "message" => message::outbound(self, sid, &view),
             "presence" => presence::outbound(self, sid, &view),
@@ -725,6 +749,15 @@ impl Slice {
         if let Some(mut sm) = session.sm.take() {
             if sm.resume_ms > 0 {
                 self.remember_count(&sm.id, session.accept.h());
+                let room = self.ended.len() < self.env.limits.parked_max.max(1) * 2;
+                if session.accept.waiting() > 0 && room {
+                    let ended = Ended {
+                        user: name.clone(),
+                        stream: sm.id.clone(),
+                        accept: std::mem::take(&mut session.accept),
+                    };
+                    self.ended.insert(sid, ended);
+                }
             }
             left.extend(sm.unacknowledged());
         }
@@ -737,6 +770,12 @@ impl Slice {
             let until = self.now.ms + 2 * self.env.limits.resume_ms_max;
             self.counts.insert(stream.into(), (count, until));
         }
+    }
+
+    /// Is something that was read from a stream that is no more not decided yet? Then its user is in [`Effects::loaded`] when all
+    /// is.
+    pub fn is_ending(&self, stream: &str) -> bool {
+        self.ended.values().any(|ended| *ended.stream == *stream)
     }
 
     /// How many stanzas of a stream that is no more were durable.
@@ -827,7 +866,13 @@ impl Slice {
             return;
         };
         if session.csi.inactive
-            && feature::csi::hold(session, parts, meta, self.env.limits.deferred_stanzas_max)
+            && feature::csi::hold(
+                session,
+                parts,
+                meta,
+                id,
+                self.env.limits.deferred_stanzas_max,
+            )
         {
             return;
         }
@@ -1098,10 +1143,12 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) -> Fate {
-        if self.ledger.bytes() > self.env.limits.mesh_backlog_bytes_max {
+        let full = self.ledger.bytes() > self.env.limits.mesh_backlog_bytes_max;
+        if full && !is_forwarded(meta, receipt) {
             self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
             return Fate::Decided;
         }
+        let receipt = receipt.or_else(|| self.hold_for_error(user, to, meta));
         let act = Act::Behind {
             to: self.ledger.keep(to.as_str().as_bytes()),
             from: self.ledger.keep(from.as_bytes()),
@@ -1111,6 +1158,26 @@ impl Slice {
         };
         self.ledger.queue(user, act);
         Fate::Open
+    }
+
+    /// The error with which this server answers a stanza of a session of this slice waits: no count may cover that stanza before.
+    fn hold_for_error(&mut self, user: &str, to: &Jid<'_>, meta: Meta) -> Option<Receipt> {
+        let error = matches!(
+            meta.kind,
+            Kind::MessageError | Kind::PresenceError | Kind::IqError
+        );
+        if !error || !meta.has(Meta::SERVER) {
+            return None;
+        }
+        let sid = self.find_session(user, to.resource()?)?;
+        let session = self.sessions.get_mut(sid)?;
+        session.sm.as_ref()?;
+        Some(Receipt {
+            shard: self.env.shard,
+            session: sid,
+            seq: session.accept.hold()?,
+            twin: 0,
+        })
     }
 
     /// Sends a stanza that changes something of another user as soon as the journal has it, and again after a crash, until
@@ -1161,7 +1228,40 @@ impl Slice {
         self.ledger.journal(&user, &change, act);
         // it has no twin, wherever it goes: its end is told by a mark
         self.ledger.opened(id);
+        self.forwards.insert(id, stanza.len());
+        self.forwarded_bytes += stanza.len();
         self.defer(receipt);
+    }
+
+    /// Do too many changes of this slice's users wait for their other halves? Then no new one is made: what is durable at one
+    /// side is never refused at the other, so it is here that they are bounded.
+    pub fn forwards_full(&self) -> bool {
+        self.forwarded_bytes > self.env.limits.mesh_backlog_bytes_max
+    }
+
+    /// The other half of a change (see [`Slice::forward`]) comes in: if the journal has no room for it, or others wait, it waits
+    /// and [`Slice::journal_is_full`] goes on with it. `true`: somebody will settle its receipt.
+    pub(super) fn waits_for_room(
+        &mut self,
+        to: &Jid<'_>,
+        from: &Jid<'_>,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) -> bool {
+        let full = self.ledger.full || !self.halves.is_empty();
+        if !full || !is_forwarded(meta, receipt) {
+            return false;
+        }
+        self.counters.journal_waited += 1;
+        self.halves.push(Waiting {
+            to: to.as_str().into(),
+            from: from.as_str().into(),
+            stanza: stanza.into(),
+            meta,
+            receipt,
+        });
+        true
     }
 
     fn wait_for_load(
@@ -1186,8 +1286,6 @@ impl Slice {
 
     // ---- the journal -------------------------------------------------------------------------------------------
 
-    /// The next group for the journal, when `due`; none while one is being committed. A group without changes is acted
-    /// on at once.
     /// A new segment begins: what the journal must say anew is said (see [`StreamCount`]).
     pub fn new_segment(&mut self) {
         let live = self.sessions.iter().filter_map(|session| {
@@ -1204,6 +1302,18 @@ impl Slice {
         self.ledger.count(live.chain(past), self.now.ms);
     }
 
+    /// Does the journal take new messages and changes? What waited for room goes on as soon as there is some, before anybody
+    /// else takes it.
+    pub fn journal_is_full(&mut self, full: bool) {
+        self.ledger.full = full;
+        if !full && !self.halves.is_empty() {
+            let halves = std::mem::take(&mut self.halves);
+            self.run_queue(halves.into_iter().map(Queued::Stanza).collect());
+        }
+    }
+
+    /// The next group for the journal, when it is due; none while one is being committed. A group without changes is acted on at
+    /// once.
     pub fn seal(&mut self) -> Option<Group> {
         if self.ledger.is_flying() || self.ledger.due_ms(self.now.ms)? > self.now.ms {
             return None;
@@ -1247,10 +1357,8 @@ impl Slice {
         match act {
             Act::Received { to, meta, receipt } => {
                 let message = message_of(group, slot);
-                let place = place(slot.expect("it was journalled"));
                 let (id, what) = (message.id.to_native(), message.what);
-                self.overlay
-                    .add(at, &user, Undrained::Message { id, what, place });
+                self.overlay.add(at, &user, item_of(group, slot, place));
                 if what & Message::PENDING != 0 {
                     self.warmth.accepted(seq, &user, id, self.now.ms);
                 }
@@ -1274,12 +1382,8 @@ impl Slice {
                 let bytes = match stanza {
                     Some(stanza) => strings.get(stanza),
                     None => {
-                        let message = message_of(group, slot);
-                        let place = place(slot.expect("it was journalled"));
-                        let (id, what) = (message.id.to_native(), message.what);
-                        self.overlay
-                            .add(at, &user, Undrained::Message { id, what, place });
-                        &message.stanza
+                        self.overlay.add(at, &user, item_of(group, slot, place));
+                        &message_of(group, slot).stanza
                     }
                 };
                 self.ledger.release(&user);
@@ -1321,6 +1425,12 @@ impl Slice {
                     self.settle(receipt);
                 }
             }
+            Act::Presence { from, stanza, meta } => {
+                self.ledger.release(&user);
+                if let Ok(from) = Jid::parse(strings.text(from)) {
+                    presence::tell_now(self, &user, &from, strings.get(stanza), meta);
+                }
+            }
             Act::Forward {
                 to,
                 from,
@@ -1340,7 +1450,8 @@ impl Slice {
                 let whole = Receipt { twin: 0, ..receipt };
                 self.settle(whole);
             }
-            Act::Written { item, then } => {
+            Act::Written { then } => {
+                let item = item_of(group, slot, place);
                 match &item {
                     Undrained::Record {
                         revision, record, ..
@@ -1363,6 +1474,11 @@ impl Slice {
             Act::Dropped(ids) => {
                 for id in ids {
                     self.overlay.add(at, &user, Undrained::Dropped(id));
+                }
+            }
+            Act::Decided(ids) => {
+                for id in ids {
+                    self.overlay.add_decided(at, id);
                 }
             }
         }
@@ -1398,6 +1514,9 @@ impl Slice {
         }
         for (at, id) in found.gone {
             self.overlay.add_gone(at, id);
+        }
+        for (at, id) in found.decided {
+            self.overlay.add_decided(at, id);
         }
         let undecided: Vec<Box<str>> = self
             .overlay
@@ -1549,8 +1668,13 @@ impl Slice {
     }
 
     pub fn defer(&mut self, receipt: Receipt) {
+        if receipt.shard != self.env.shard {
+            return;
+        }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
             session.accept.defer(receipt.seq);
+        } else if let Some(ended) = self.ended.get_mut(&receipt.session) {
+            ended.accept.defer(receipt.seq);
         }
     }
 
@@ -1564,6 +1688,9 @@ impl Slice {
         }
         if receipt.twin != 0 {
             self.ledger.settled(receipt.twin, self.now.ms);
+            if let Some(bytes) = self.forwards.remove(&receipt.twin) {
+                self.forwarded_bytes -= bytes;
+            }
         }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
             session.accept.settle(receipt.seq);
@@ -1572,6 +1699,15 @@ impl Slice {
                 self.fx.loaded.push(name);
             }
             feature::sm::answer_asked(self, receipt.session);
+        } else if let Some(ended) = self.ended.get_mut(&receipt.session) {
+            ended.accept.settle(receipt.seq);
+            let (h, stream) = (ended.accept.h(), ended.stream.clone());
+            if ended.accept.waiting() == 0
+                && let Some(ended) = self.ended.remove(&receipt.session)
+            {
+                self.fx.loaded.push(ended.user);
+            }
+            self.remember_count(&stream, h);
         }
     }
 
@@ -1659,11 +1795,15 @@ impl Slice {
         let by = format!("{name}@{}", self.env.domain);
         let mut offline = Offline::default();
         let mut undecided = Vec::new();
+        let (gone, decided) = match loaded.pending.is_empty() {
+            true => Default::default(),
+            false => self.ledger.marked(),
+        };
         for pending in std::mem::take(&mut loaded.pending) {
-            if self.ledger.is_done(pending.id) {
+            if gone.contains(&pending.id) {
                 continue;
             }
-            if pending.what & Message::UNDECIDED != 0 {
+            if pending.what & Message::UNDECIDED != 0 && !decided.contains(&pending.id) {
                 undecided.push(pending.clone());
             }
             let meta = Meta::from_numbers(pending.kind, pending.flags);
@@ -1765,25 +1905,30 @@ impl Slice {
         }
     }
 
-    /// Changes a user's record, here at once and in the journal; `then` runs when it is durable, or at once if it is not made.
-    pub fn edit(&mut self, name: &str, change: impl FnOnce(&mut UserRecord), then: Then) {
+    /// Changes a user's record, here at once and in the journal; `then` runs when it is durable, or at once if it is not made:
+    /// `false`.
+    pub fn edit(&mut self, name: &str, change: impl FnOnce(&mut UserRecord), then: Then) -> bool {
+        let refused = |slice: &mut Slice, then: Then, why| {
+            then(slice, Err(why));
+            false
+        };
         if self.ledger.full {
             self.counters.journal_refused += 1;
-            return then(self, Err(WriteError::Full));
+            return refused(self, then, WriteError::Full);
         }
         self.release_user(name);
         let Some(user) = self.user(name) else {
-            return then(self, Err(WriteError::Missing));
+            return refused(self, then, WriteError::Missing);
         };
         let mut record = user.record.to_owned();
         change(&mut record);
         let record = Record::new(&record);
         if record.bytes().len() > self.env.limits.record_bytes_max {
-            return then(self, Err(WriteError::TooLarge));
+            return refused(self, then, WriteError::TooLarge);
         }
         let revision = self.next_id();
         let Some(user) = self.user_mut(name) else {
-            return then(self, Err(WriteError::Missing));
+            return refused(self, then, WriteError::Missing);
         };
         user.record = record.clone();
         user.revision = revision;
@@ -1794,14 +1939,9 @@ impl Slice {
             revision,
             record: record.bytes(),
         };
-        let item = Undrained::Record {
-            revision,
-            record: record.clone(),
-            fresh: false,
-        };
         self.users.pin(name);
-        self.ledger
-            .journal(&who, &change, Act::Written { item, then });
+        self.ledger.journal(&who, &change, Act::Written { then });
+        true
     }
 
     /// Changes something of a user; `then` runs when it is durable, or at once if it is not made. The user stays in the
@@ -1839,60 +1979,31 @@ impl Slice {
         }
         let revision = self.next_id();
         self.users.pin(name);
-        match op {
+        let change = match &op {
             Op::AddUser { record } => {
                 // known from now on, so that nobody adds it again; told when it is durable
                 self.set_user(name, Some((record.clone(), revision)));
-                let change = Change::AddUser {
+                Change::AddUser {
                     name,
                     revision,
                     record: record.bytes(),
-                };
-                let item = Undrained::Record {
-                    revision,
-                    record: record.clone(),
-                    fresh: true,
-                };
-                self.ledger
-                    .journal(&who, &change, Act::Written { item, then });
+                }
             }
-            Op::RemoveUser => {
-                let change = Change::RemoveUser { name, revision };
-                let item = Undrained::Removed { revision };
-                self.ledger
-                    .journal(&who, &change, Act::Written { item, then });
-            }
-            Op::PutDocument { key, value } => {
-                let value = value.unwrap_or_default();
-                let change = Change::PutDocument {
-                    name,
-                    revision,
-                    key: &key,
-                    value: &value,
-                };
-                let item = Undrained::Document {
-                    revision,
-                    key: key.clone(),
-                    value: value.clone(),
-                };
-                self.ledger
-                    .journal(&who, &change, Act::Written { item, then });
-            }
-            Op::PutLast { last } => {
-                let change = Change::PutLast {
-                    name,
-                    revision,
-                    at: last.at,
-                    status: &last.status,
-                };
-                let item = Undrained::Last {
-                    revision,
-                    last: last.clone(),
-                };
-                self.ledger
-                    .journal(&who, &change, Act::Written { item, then });
-            }
-        }
+            Op::RemoveUser => Change::RemoveUser { name, revision },
+            Op::PutDocument { key, value } => Change::PutDocument {
+                name,
+                revision,
+                key,
+                value: value.as_deref().unwrap_or_default(),
+            },
+            Op::PutLast { last } => Change::PutLast {
+                name,
+                revision,
+                at: last.at,
+                status: &last.status,
+            },
+        };
+        self.ledger.journal(&who, &change, Act::Written { then });
     }
 
     /// Reads a document of a user.
@@ -1988,15 +2099,31 @@ fn user_bytes(user: &User) -> usize {
     USER_BYTES + user.record.bytes().len() + user.offline.bytes() + 32 * user.offline.len()
 }
 
-/// The message that a group holds at `slot`, which was appended by [`Ledger::journal`].
+/// The change that a group holds at `slot`, which was appended by [`Ledger::journal`].
 #[allow(unsafe_code)]
-fn message_of(group: Option<&Group>, slot: Option<GroupSlot>) -> &ArchivedMessage<'static> {
+fn change_of(group: Option<&Group>, slot: Option<GroupSlot>) -> &ArchivedChange<'static> {
     let payload = group
         .zip(slot)
         .map(|(group, slot)| group.payload(slot))
-        .expect("a message stands in its group");
+        .expect("a change stands in its group");
     // SAFETY: the slot is what the group gave for exactly one encoded change, and its buffer is not written after.
-    match unsafe { ArchivedChange::access_unchecked(payload) } {
+    unsafe { ArchivedChange::access_unchecked(payload) }
+}
+
+/// What SQL does not have of it.
+fn item_of(
+    group: Option<&Group>,
+    slot: Option<GroupSlot>,
+    place: &dyn Fn(GroupSlot) -> Place,
+) -> Undrained {
+    let place = place(slot.expect("it was journalled"));
+    let item = Undrained::of(change_of(group, slot), place);
+    item.expect("this release has written it")
+        .expect("an act's change is a user's")
+}
+
+fn message_of(group: Option<&Group>, slot: Option<GroupSlot>) -> &ArchivedMessage<'static> {
+    match change_of(group, slot) {
         ArchivedChange::Message(message) => message,
         _ => unreachable!("the act was put together with a message"),
     }

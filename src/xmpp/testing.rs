@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Mutex;
 
-use fnv::{FnvHashMap, FnvHashSet};
+use fnv::FnvHashMap;
 
 use super::bind::{Arrival, bind};
 use super::error::StreamError;
@@ -20,6 +20,7 @@ use crate::store::overlay::Position;
 use crate::store::record::{Record, RosterItem, Subscription, UserRecord};
 use crate::store::recovery::{Found, Recovery};
 use crate::store::ring::Ring;
+use crate::store::sql::Ahead;
 use crate::store::tier::{
     Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request,
 };
@@ -120,8 +121,8 @@ pub struct Tier {
     removed: BTreeMap<String, u64>,
     /// The highest id or revision that was carried over.
     pub last_id: u64,
-    /// Marks that are read and not carried over yet, as [`crate::store::sql::Ahead`] has them: done, dropped.
-    pub ahead: (FnvHashSet<u64>, FnvHashSet<u64>),
+    /// Marks that are read and not carried over yet.
+    pub ahead: Ahead,
     /// Of the journals, not carried over yet.
     undrained: VecDeque<(Position, Vec<u8>)>,
     queue: VecDeque<(usize, Request)>,
@@ -309,8 +310,10 @@ impl World {
 
     /// The client sends one element; nothing is carried out yet.
     pub fn element(&mut self, client: Client, xml: &str) -> Result<(), StreamError> {
-        for slice in &mut self.slices {
-            slice.ledger.full = self.tier.broken;
+        if self.tier.broken != self.slices[client.shard].ledger.full {
+            for slice in &mut self.slices {
+                slice.journal_is_full(self.tier.broken);
+            }
         }
         self.slices[client.shard].element(client.sid, xml.as_bytes())
     }
@@ -548,7 +551,7 @@ impl Tier {
     pub fn apply(&mut self, change: &ArchivedChange<'_>) {
         if !matches!(
             change,
-            ArchivedChange::Message(_) | ArchivedChange::Marks(_)
+            ArchivedChange::Message(_) | ArchivedChange::Marks(_) | ArchivedChange::Decided { .. }
         ) {
             self.changes += 1;
         }
@@ -561,6 +564,16 @@ impl Tier {
             | ArchivedChange::PutDocument { revision, .. }
             | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
             ArchivedChange::Marks(marks) => return self.apply_marks(marks),
+            ArchivedChange::Decided { ids } => {
+                for user in self.users.values_mut() {
+                    for pending in user.pending.values_mut() {
+                        if ids.iter().any(|id| *id == pending.id) {
+                            pending.what &= !Message::UNDECIDED;
+                        }
+                    }
+                }
+                return;
+            }
         };
         self.last_id = self.last_id.max(id);
         let name = change.owner().unwrap_or_default();
@@ -604,9 +617,9 @@ impl Tier {
                 });
             }
             (ArchivedChange::Message(m), Some(user))
-                if id > user.added && !self.ahead.1.contains(&id) =>
+                if id > user.added && !self.ahead.dropped.contains(&id) =>
             {
-                user.put(m, self.ahead.0.contains(&id));
+                user.put(m, &self.ahead);
             }
             _ => {}
         }
@@ -653,9 +666,9 @@ impl Stored {
         self.revisions.get(key).copied().unwrap_or(self.added) < revision
     }
 
-    fn put(&mut self, m: &crate::store::change::ArchivedMessage<'_>, done: bool) {
+    fn put(&mut self, m: &crate::store::change::ArchivedMessage<'_>, ahead: &Ahead) {
         let id = m.id.to_native();
-        if m.what & Message::PENDING != 0 && !done {
+        if m.what & Message::PENDING != 0 && !ahead.done.contains(&id) {
             let pending = Pending {
                 id,
                 what: m.what,

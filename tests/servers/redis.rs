@@ -3,8 +3,9 @@
 #![allow(dead_code)] // every test uses its own part
 
 use std::io::{Read, Write};
+use std::net::TcpListener;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ const WITHIN: Duration = Duration::from_secs(10);
 pub struct Redis {
     folder: TempDir,
     options: Vec<String>,
+    tls_port: u16,
     child: Option<Child>,
 }
 
@@ -44,10 +46,37 @@ impl Redis {
         let mut redis = Redis {
             folder,
             options,
+            tls_port: 0,
             child: None,
         };
         redis.restart();
         Some(redis)
+    }
+
+    /// One that also speaks TLS on a port of 127.0.0.1, with the certificate that [`certify`] has put into `folder`. Clients
+    /// must show one of the same authority.
+    pub fn start_with_tls(folder: &Path, options: &[&str]) -> Option<Redis> {
+        // The kernel gives nobody else this number soon; if somebody takes it, the server does not start and says so.
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("its number").port();
+        drop(listener);
+        let file = |name: &str| folder.join(name).display().to_string();
+        let (port_text, ca) = (port.to_string(), file("ca.pem"));
+        let (certificate, key) = (file("certificate.pem"), file("key.pem"));
+        let tls = [
+            ["--tls-port", &port_text],
+            ["--tls-cert-file", &certificate],
+            ["--tls-key-file", &key],
+            ["--tls-ca-cert-file", &ca],
+        ];
+        let mut redis = Redis::start_with(&[tls.as_flattened(), options].concat())?;
+        redis.tls_port = port;
+        Some(redis)
+    }
+
+    /// Host and port of the TLS of one that has it.
+    pub fn tls_address(&self) -> String {
+        format!("127.0.0.1:{}", self.tls_port)
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -127,6 +156,27 @@ impl Drop for Redis {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Makes an authority and a certificate of it for 127.0.0.1, as server and as client: `ca.pem`, `certificate.pem`, `key.pem`.
+pub fn certify(folder: &Path) {
+    use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+    let write = |name: &str, pem: String| {
+        std::fs::write(folder.join(name), pem).expect("a file in a temporary folder");
+    };
+    let ca_key = KeyPair::generate().expect("a key");
+    let mut ca = CertificateParams::new(Vec::new()).expect("no names are good names");
+    // a certificate of the same name as its issuer would count as self-signed
+    ca.distinguished_name
+        .push(DnType::CommonName, "a test's authority");
+    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let own = ca.self_signed(&ca_key).expect("a certificate");
+    write("ca.pem", own.pem());
+    let key = KeyPair::generate().expect("a key");
+    let leaf = CertificateParams::new(vec!["127.0.0.1".into()]).expect("an address is a name");
+    let leaf = leaf.signed_by(&key, &Issuer::new(ca, ca_key));
+    write("certificate.pem", leaf.expect("a certificate").pem());
+    write("key.pem", key.serialize_pem());
 }
 
 fn signal(pid: u32, signal: Signal) {

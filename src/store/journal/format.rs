@@ -27,7 +27,7 @@
 //!           12  4  records
 //!           16  8  number: grows by one from group to group, over all segments
 //!           24  8  sequence number of the first record; the others follow one by one
-//!           32  2  what the payloads are: 1, `store::change::Change`
+//!           32  2  what the payloads are: 2, `store::change::Change`; 1, the same without its last kind
 //!           34  6  zero
 //!           40     records
 //!
@@ -47,6 +47,8 @@
 //! and is cut; any other is damage. A group of no records stands for groups that `nitro journal repair` could not read:
 //! its number is that of the last of them. Sequence numbers only grow; one that is missing was lost to a repair.
 
+use std::ops::RangeInclusive;
+
 use thiserror::Error;
 
 /// What groups begin on, and what is never torn by a disk that tears nothing smaller.
@@ -54,7 +56,9 @@ pub const BLOCK: u32 = 4096;
 /// The version of the format that is written and read.
 pub const VERSION: u16 = 1;
 /// What the payloads of written groups are.
-pub const PAYLOAD_VERSION: u16 = 1;
+pub const PAYLOAD_VERSION: u16 = 2;
+/// What is read: 1 had no [`Change::Decided`](crate::store::change::Change::Decided).
+pub const PAYLOAD_VERSIONS: RangeInclusive<u16> = 1..=PAYLOAD_VERSION;
 /// The longest payload.
 pub const PAYLOAD_BYTES_MAX: u32 = 16 << 20;
 /// Bytes before a group's records.

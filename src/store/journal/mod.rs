@@ -134,8 +134,9 @@ pub enum JournalError {
     )]
     Version { file: String, found: u16 },
     #[error(
-        "{file}: the journal's records have version {found}, this nitro reads {}: they were written by another release; start that one",
-        format::PAYLOAD_VERSION
+        "{file}: the journal's records have version {found}, this nitro reads {} to {}: they were written by another release; start that one",
+        format::PAYLOAD_VERSIONS.start(),
+        format::PAYLOAD_VERSIONS.end()
     )]
     PayloadVersion { file: String, found: u16 },
     #[error(

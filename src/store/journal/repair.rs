@@ -362,7 +362,7 @@ fn segment(
         });
         let why = match checked {
             Ok((head, bytes)) => {
-                if head.payload_version != format::PAYLOAD_VERSION {
+                if !format::PAYLOAD_VERSIONS.contains(&head.payload_version) {
                     return Err(JournalError::PayloadVersion {
                         file: live.path(),
                         found: head.payload_version,

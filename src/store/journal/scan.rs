@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::JournalError;
 use super::disk::{Disk, DiskFile, read_full};
 use super::format::{
-    BLOCK, BadGroup, BadHeader, GROUP_HEAD, GroupHead, Header, PAYLOAD_VERSION, Records,
+    BLOCK, BadGroup, BadHeader, GROUP_HEAD, GroupHead, Header, PAYLOAD_VERSIONS, Records,
 };
 
 const WINDOW_BYTES: u64 = 256 << 10;
@@ -238,7 +238,7 @@ pub(super) fn walk(
         });
         match checked {
             Ok((head, bytes)) => {
-                if head.payload_version != PAYLOAD_VERSION {
+                if !PAYLOAD_VERSIONS.contains(&head.payload_version) {
                     return Err(JournalError::PayloadVersion {
                         file: live.path(),
                         found: head.payload_version,

@@ -1,7 +1,8 @@
 //! Where an instance of Redis is, as the operator wrote it.
 //!
-//! In: `unix:///run/redis/1.sock?db=1&user=nitro&pass=secret`, `redis://user:secret@host:6379/1`; both may carry
-//! `weight=` (its share of the keys, default 1) and `name=` (its name on the ring) behind `?`. Out: an [`Address`].
+//! In: `unix:///run/redis/1.sock?db=1&user=nitro&pass=secret`, `redis://user:secret@host:6379/1`, or `rediss://` for the
+//! same over TLS; each may carry `weight=` (its share of the keys, default 1) and `name=` (its name on the ring) behind
+//! `?`. Out: an [`Address`].
 //! Promises: the password is in no `Debug` and no log; what is not understood is refused with a sentence, so that a
 //! slip of the pen never becomes a default.
 //!
@@ -11,6 +12,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use redis::{ConnectionAddr, IntoConnectionInfo};
+use rustls::pki_types::ServerName;
 
 /// See the module's page.
 #[derive(Clone, PartialEq, Eq)]
@@ -33,6 +35,8 @@ pub enum Endpoint {
     Tcp {
         host: Box<str>,
         port: u16,
+        /// `rediss://`: with TLS, and a certificate for `host`.
+        tls: bool,
     },
 }
 
@@ -46,9 +50,9 @@ pub enum AddressError {
     )]
     Malformed(String),
     #[error(
-        "`redis.instances`: rediss:// (TLS) is not supported yet: use a unix socket, or redis:// through a tunnel"
+        "`redis.instances`: nothing may stand behind `#`: a certificate is always verified, see `redis.ca_file`"
     )]
-    Tls,
+    Fragment,
     #[error(
         "`redis.instances`: `{0}` is not known behind `?`: db, user, pass, weight and name are"
     )]
@@ -64,11 +68,19 @@ pub enum AddressError {
 impl Address {
     pub fn parse(text: &str) -> Result<Address, AddressError> {
         let malformed = |why: &str| AddressError::Malformed(why.into());
-        let url = redis::parse_redis_url(text).ok_or_else(|| malformed("it is no such URL"))?;
-        match url.scheme() {
-            "rediss" => return Err(AddressError::Tls),
-            "redis" | "unix" => {}
-            _ => return Err(malformed("it begins with neither unix: nor redis:")),
+        let mut url = redis::parse_redis_url(text).ok_or_else(|| malformed("it is no such URL"))?;
+        let tls = match url.scheme() {
+            "redis" | "unix" => false,
+            // the crate would want its own TLS for it
+            "rediss" => url.set_scheme("redis").is_ok(),
+            _ => {
+                return Err(malformed(
+                    "it begins with neither unix: nor redis: nor rediss:",
+                ));
+            }
+        };
+        if url.fragment().is_some() {
+            return Err(AddressError::Fragment);
         }
         let unix = url.scheme() == "unix";
         let (mut name, mut weight) = (None, 1);
@@ -88,9 +100,15 @@ impl Address {
             ConnectionAddr::Unix(path) if path.file_name().is_some() => {
                 Endpoint::Unix(path.clone())
             }
+            ConnectionAddr::Tcp(host, _) if tls && ServerName::try_from(&**host).is_err() => {
+                return Err(malformed(
+                    "its host is no name that a certificate could be for",
+                ));
+            }
             ConnectionAddr::Tcp(host, port) => Endpoint::Tcp {
                 host: host.as_str().into(),
                 port: *port,
+                tls,
             },
             _ => return Err(malformed("the path of the socket is missing")),
         };
@@ -99,7 +117,7 @@ impl Address {
             .map_err(|_| AddressError::Range("the database number", 0, u32::MAX))?;
         let name = name.unwrap_or_else(|| match &endpoint {
             Endpoint::Unix(path) => format!("{}#{database}", path.display()).into(),
-            Endpoint::Tcp { host, port } => format!("{host}:{port}#{database}").into(),
+            Endpoint::Tcp { host, port, .. } => format!("{host}:{port}#{database}").into(),
         });
         Ok(Address {
             name,
@@ -109,6 +127,11 @@ impl Address {
             database,
             weight,
         })
+    }
+
+    /// Is it reached over TLS?
+    pub fn is_tls(&self) -> bool {
+        matches!(self.endpoint, Endpoint::Tcp { tls: true, .. })
     }
 
     /// The whole list, whose names must differ.
@@ -159,7 +182,8 @@ mod tests {
             tcp.endpoint,
             Endpoint::Tcp {
                 host: "::1".into(),
-                port: 7000
+                port: 7000,
+                tls: false
             }
         );
         assert_eq!((tcp.database, tcp.weight, &*tcp.name), (2, 1, "east"));
@@ -167,12 +191,19 @@ mod tests {
         assert!(!format!("{tcp:?}{unix:?}").contains("crt"));
         let plain = Address::parse("redis://cache.example").unwrap();
         assert_eq!((&*plain.name, plain.user), ("cache.example:6379#0", None));
+
+        let secure = Address::parse("rediss://me:s%40crt@cache.example:7001/2?weight=3").unwrap();
+        assert!(secure.is_tls() && !tcp.is_tls() && !unix.is_tls());
+        assert_eq!((secure.database, secure.weight), (2, 3));
+        assert_eq!(secure.password.as_deref(), Some("s@crt"));
+        assert_eq!(&*secure.name, "cache.example:7001#2");
     }
 
     #[test]
     fn what_is_not_understood_is_refused_with_a_sentence_without_the_password() {
         for (text, says) in [
-            ("rediss://:hunter2@host", "TLS"),
+            ("rediss://:hunter2@host#insecure", "always verified"),
+            ("rediss://:hunter2@a..b", "certificate"),
             ("http://:hunter2@host", "must look like"),
             ("redis://:hunter2@host/x", "database number"),
             ("redis://:hunter2@host/-1", "database number"),

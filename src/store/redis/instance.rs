@@ -145,6 +145,9 @@ enum Fault {
     Login(String),
     #[error("it answered {0} with something else than expected")]
     Unexpected(&'static str),
+    /// TLS, before or while it is used.
+    #[error("{0}")]
+    Untrusted(String),
     #[error("it is a replica, which may be behind: name its master in `redis.instances`")]
     Replica,
     #[error(
@@ -468,6 +471,12 @@ impl Instance {
     pub fn lost(&mut self, why: &str, now_us: u64, events: &mut Events) {
         if !matches!(self.link, Link::Waiting { .. }) {
             self.fault(Fault::Lost(why.into()), now_us, events);
+        }
+    }
+
+    pub fn untrusted(&mut self, why: &str, now_us: u64, events: &mut Events) {
+        if !matches!(self.link, Link::Waiting { .. }) {
+            self.fault(Fault::Untrusted(why.into()), now_us, events);
         }
     }
 

@@ -311,6 +311,11 @@ impl Tier {
         self.instances[instance].lost(why, now_us, &mut self.events);
     }
 
+    /// It is not who it should be, or breaks TLS: given up at once.
+    pub fn untrusted(&mut self, instance: usize, why: &str, now_us: u64) {
+        self.instances[instance].untrusted(why, now_us, &mut self.events);
+    }
+
     /// What is to be written to this instance's socket.
     pub fn outgoing(&self, instance: usize) -> &[u8] {
         self.instances[instance].outgoing()

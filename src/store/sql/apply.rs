@@ -375,6 +375,9 @@ impl Sql {
                 statements::id,
             )
             .await?;
+        outcome.rows += conn
+            .run_for(&statements::DECIDE, &plan.decided, statements::id)
+            .await?;
         self.put_positions(&plan.positions).await?;
         Ok(outcome)
     }
@@ -521,6 +524,8 @@ struct Plan<'a> {
     /// All marks of the batch.
     done: Vec<u64>,
     dropped: Vec<u64>,
+    /// Undecided messages that were let in: their rows are there, or in this batch.
+    decided: Vec<u64>,
     /// Rows to be deleted for them.
     dropped_rows: Vec<u64>,
     pending_rows: Vec<u64>,
@@ -610,6 +615,9 @@ impl<'a> Plan<'a> {
                 self.done.extend(marks.done.iter().map(|id| id.to_native()));
                 self.dropped
                     .extend(marks.dropped.iter().map(|id| id.to_native()));
+            }
+            ArchivedChange::Decided { ids } => {
+                self.decided.extend(ids.iter().map(|id| id.to_native()));
             }
         }
     }

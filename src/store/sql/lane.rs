@@ -30,6 +30,9 @@ const BACKOFF_MIN: Duration = Duration::from_millis(10);
 /// How long the drain goes on when the lane is stopped.
 const STOP_WITHIN: Duration = Duration::from_secs(2);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
+/// Between the begins of two load statements, unless a full one waits: a lonely load goes at once, those of a storm share
+/// statements. Below `sasl.answer_ms_min`, so that no log-in waits longer for it.
+const LOADS_PACE: Duration = Duration::from_millis(2);
 
 /// How the lane runs; see [`LaneConfig::new`] for the defaults.
 #[derive(Debug, Clone)]
@@ -362,7 +365,11 @@ impl Desk {
         sql.set_deadline(self.retry_max * 2 / 5);
         let mut attempts = Attempts::default();
         let mut names_max = Sql::LOADS_MAX;
+        let mut next = Instant::now();
         loop {
+            if self.waiting.borrow().are_few(names_max) && Instant::now() < next {
+                tokio::time::sleep_until(next).await;
+            }
             let loads = self.waiting.borrow_mut().take_loads(names_max);
             let Some(oldest) = loads.first() else {
                 if self.waiting.borrow().stopping {
@@ -371,6 +378,7 @@ impl Desk {
                 self.loads_wake.notified().await;
                 continue;
             };
+            next = Instant::now() + LOADS_PACE;
             let mut names: Vec<&str> = loads.iter().map(|load| &*load.name).collect();
             names.sort_unstable();
             names.dedup();
@@ -662,6 +670,11 @@ impl Waiting {
                 });
             }
         }
+    }
+
+    /// Some wait, but not enough for a full statement.
+    fn are_few(&self, names_max: usize) -> bool {
+        !self.stopping && (1..names_max).contains(&self.loads.len())
     }
 
     /// The oldest, up to so many different names; who asks for one of them is among them.

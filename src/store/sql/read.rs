@@ -184,6 +184,30 @@ impl Sql {
         Ok(page)
     }
 
+    /// What the database says of the way to a page: a line for each table.
+    #[cfg(test)]
+    pub(super) async fn explain_page(
+        &mut self,
+        query: &ArchiveQuery,
+    ) -> Result<Vec<String>, SqlError> {
+        let dialect = self.conn.dialect();
+        let (text, values) = PageStatement::of(query, dialect);
+        let (explain, columns) = match dialect {
+            Dialect::Sqlite => ("EXPLAIN QUERY PLAN ", &[3][..]),
+            // table, key, ref, Extra
+            Dialect::MySql => ("EXPLAIN ", &[2, 5, 7, 9][..]),
+        };
+        let rows = self
+            .conn
+            .ask(AssertSqlSafe(explain.to_owned() + &text), &values)
+            .await?;
+        let line = |row: &Row| {
+            let texts: Result<Vec<&str>, _> = columns.iter().map(|at| row.text(*at)).collect();
+            Ok(texts?.join(" "))
+        };
+        rows.iter().map(line).collect()
+    }
+
     /// Up to where each journal is applied.
     pub async fn positions(&mut self) -> Result<Vec<Position>, SqlError> {
         let rows = self.conn.ask(statements::POSITIONS, &[]).await?;
@@ -351,8 +375,8 @@ impl<'q> PageStatement<'q> {
         );
         let page = cut(filter, query.after, query.before);
         let mut text = format!(
-            "SELECT 0, (SELECT max(id) FROM {} WHERE owner = {OWNER}), ",
-            statements::archive(self.dialect)
+            "SELECT 0, (SELECT max(k.id) FROM {} WHERE k.owner = {OWNER}), ",
+            statements::archive(self.dialect, false).0
         );
         self.values.push(Value::Text(&query.name));
         if query.count {
@@ -366,12 +390,14 @@ impl<'q> PageStatement<'q> {
         } else {
             text += "0, 0";
         }
-        text += ", NULL, NULL UNION ALL SELECT * FROM (SELECT 1 AS part, id, meta, 0 AS unused, peer, stanza FROM ";
-        text += statements::archive(self.dialect);
+        let (_, row) = statements::archive(self.dialect, query.with.is_some());
+        text += &format!(
+            ", NULL, NULL UNION ALL SELECT * FROM (SELECT 1 AS part, k.id, {row}.meta, 0 AS unused, {row}.peer, {row}.stanza FROM "
+        );
         text += &self.matches(page);
         text += match query.backwards {
-            true => " ORDER BY id DESC LIMIT ?) AS page",
-            false => " ORDER BY id LIMIT ?) AS page",
+            true => " ORDER BY k.id DESC LIMIT ?) AS page",
+            false => " ORDER BY k.id LIMIT ?) AS page",
         };
         self.values.push(Value::Int(i64::from(query.most) + 1));
         let mentioned = query.mentioned();
@@ -386,44 +412,40 @@ impl<'q> PageStatement<'q> {
     }
 
     fn count(&mut self, range: Range) -> String {
-        let conditions = self.matches(range);
-        format!(
-            "SELECT count(*) FROM {}{conditions}",
-            statements::archive(self.dialect)
-        )
+        let matches = self.matches(range);
+        format!("SELECT count(*) FROM {matches}")
     }
 
-    /// The filter's conditions within a range of ids.
+    /// The archive and the filter's conditions within a range of ids.
     fn matches(&mut self, (first, last): Range) -> String {
-        let mut text = format!(" WHERE owner = {OWNER} AND id >= ? AND id <= ?");
+        let (archive, row) = statements::archive(self.dialect, self.query.with.is_some());
+        let mut text = format!("{archive} WHERE k.owner = {OWNER} AND k.id >= ? AND k.id <= ?");
         self.values.extend([
             Value::Text(&self.query.name),
             Value::from(first),
             Value::from(last),
         ]);
         if let Some(with) = &self.query.with {
-            text += " AND peer_key = ?";
+            text += " AND k.peer_key = ?";
             self.values.push(Value::Int(peer_key(with)));
             match split_jid(with) {
-                (_, Some(_)) => text += " AND peer = ?",
+                (_, Some(_)) => text += &format!(" AND {row}.peer = ?"),
                 // '0' is the byte behind '/': all that begins with the bare JID and a slash.
                 (_, None) => {
-                    text += match self.dialect {
-                        Dialect::Sqlite => {
-                            " AND (peer = ?1 OR (peer > ?1 || '/' AND peer < ?1 || '0'))"
-                        }
-                        Dialect::MySql => {
-                            " AND (peer = ?1 OR (peer > CONCAT(?1, '/') AND peer < CONCAT(?1, '0')))"
-                        }
+                    let (slash, behind) = match self.dialect {
+                        Dialect::Sqlite => ("? || '/'", "? || '0'"),
+                        Dialect::MySql => ("CONCAT(?, '/')", "CONCAT(?, '0')"),
                     };
-                    text = text.replace("?1", "?");
+                    text += &format!(
+                        " AND ({row}.peer = ? OR ({row}.peer > {slash} AND {row}.peer < {behind}))"
+                    );
                     self.values.extend([Value::Text(with), Value::Text(with)]);
                 }
             }
             self.values.push(Value::Text(with));
         }
         if !self.query.ids.is_empty() {
-            text += " AND id IN (";
+            text += " AND k.id IN (";
             self.list(&self.query.ids, &mut text);
         }
         text

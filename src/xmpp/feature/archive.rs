@@ -87,7 +87,8 @@ struct PageQuery {
     flipped: bool,
 }
 
-fn query(slice: &mut Slice, iq: Iq) {
+fn query(slice: &mut Slice, mut iq: Iq) {
+    slice.iq_reads(&mut iq);
     if !iq.own() {
         return slice.iq_error(&iq, &StanzaError::FORBIDDEN);
     }

@@ -206,7 +206,7 @@ fn item(jid: &str) -> Element {
 fn change(slice: &mut Slice, iq: Iq, change: Change) {
     let name = iq.account().to_owned();
     let Some(user) = slice.user(&name) else {
-        return;
+        return slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
     };
     let record = user.record.get();
     let mut after = user.record.to_owned().blocked;

@@ -42,8 +42,10 @@ pub struct Csi {
 }
 
 /// Keeps the stanza back, if it may wait and no more than `most` do. `false`: the caller sends it; what waited was sent before.
-pub fn hold(session: &mut Session, parts: &[&[u8]], meta: Meta, most: usize) -> bool {
-    let lazy = meta.has(Meta::LAZY) || matches!(meta.kind, Kind::Available | Kind::Unavailable);
+/// A pending delivery (`id`) never waits, whatever it says: its end must be known.
+pub fn hold(session: &mut Session, parts: &[&[u8]], meta: Meta, id: u64, most: usize) -> bool {
+    let lazy = id == 0
+        && (meta.has(Meta::LAZY) || matches!(meta.kind, Kind::Available | Kind::Unavailable));
     let bytes: usize = parts.iter().map(|part| part.len()).sum();
     if !lazy || bytes > HELD_STANZA_BYTES_MAX || session.csi.held.len() >= most {
         release(session);

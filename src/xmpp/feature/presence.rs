@@ -17,6 +17,7 @@ use crate::xmpp::NS_CLIENT;
 use crate::xmpp::batch::{Item, Receipt};
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::jid::Jid;
+use crate::xmpp::ledger::Act;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::pace::Shared;
@@ -492,6 +493,33 @@ fn tell(
     let Some(user) = slice.user(name).filter(|u| !u.sessions.is_empty()) else {
         return;
     };
+    // it must not overtake a message that the contact sent before and that is on its way into the journal
+    if slice.ledger.holds(name) && slice.ledger.bytes() <= slice.env.limits.mesh_backlog_bytes_max {
+        let user = user.name.clone();
+        let act = Act::Presence {
+            from: slice.ledger.keep(from.as_str().as_bytes()),
+            stanza: slice.ledger.keep(stanza),
+            meta,
+        };
+        return slice.ledger.queue(&user, act);
+    }
+    show_to(slice, name, from, stanza, meta, shared);
+}
+
+/// Nothing that is older waits.
+pub fn tell_now(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: Meta) {
+    show_to(slice, name, from, stanza, meta, &mut None);
+}
+
+fn show_to(
+    slice: &mut Slice,
+    name: &str,
+    from: &Jid<'_>,
+    stanza: &[u8],
+    meta: Meta,
+    shared: &mut Option<Shared>,
+) {
+    let Some(user) = slice.user(name) else { return };
     // the sender's side may lag behind: what counts is what the recipient's own roster says
     let item = user.record.get().roster_item(from.bare());
     if !item.is_some_and(|i| i.subscription().to()) {

@@ -196,7 +196,11 @@ fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) {
     let version = next_version(slice, &user);
     let old = item.clone();
     let query = removal_query(slice, &user, jid.as_str(), version);
-    slice.edit(
+    let dissolves = old.subscription != Subscription::None || old.ask;
+    if dissolves && slice.forwards_full() {
+        return slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
+    }
+    let made = slice.edit(
         &user,
         |record| {
             record.remove_roster_item(jid.as_str());
@@ -213,7 +217,7 @@ fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) {
             Err(error) => slice.iq_error(&iq, &error.into()),
         }),
     );
-    if !slice.ledger.full {
+    if made {
         subscription::dissolve(slice, &user, &old);
     }
 }

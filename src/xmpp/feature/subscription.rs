@@ -214,6 +214,9 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
         }
         return;
     }
+    if slice.forwards_full() {
+        return bounce_out(slice, sid, view, &StanzaError::RESOURCE_CONSTRAINT);
+    }
     let Some(change) = Change::new(slice, &user, to.as_str(), before, step.state, None) else {
         return bounce_out(slice, sid, view, &roster::FULL);
     };
@@ -223,7 +226,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
     let then_user = user.clone();
     let (forwarded, forwarded_to) = (stanza.clone(), to.clone());
     let forwarded_from = own.clone();
-    change.make(slice, &user, move |slice, result, push| {
+    let made = change.make(slice, &user, move |slice, result, push| {
         match result {
             Ok(()) => {
                 if kind == Kind::Unsubscribed && before.subscription.from() {
@@ -243,7 +246,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
             slice.settle(receipt);
         }
     });
-    if let Some(stanza) = forwarded.filter(|_| !slice.ledger.full) {
+    if let Some(stanza) = forwarded.filter(|_| made) {
         slice.forward(&forwarded_to, &forwarded_from, &stanza, meta, receipt);
     }
 }
@@ -273,6 +276,9 @@ pub fn inbound(
     meta: Meta,
     receipt: Option<Receipt>,
 ) -> Fate {
+    if slice.waits_for_room(to, from, stanza, meta, receipt) {
+        return Fate::Open;
+    }
     let user: Box<str> = to.local().expect("only users are routed to").into();
     let Some(record) = slice.user(&user).map(|u| u.record.get()) else {
         return Fate::Decided;
@@ -487,13 +493,13 @@ impl Change {
         })
     }
 
-    /// Makes it; `then` gets the push, when the change is durable or has failed.
+    /// Makes it; `then` gets the push, when the change is durable or has failed. `false`: it has failed.
     fn make(
         self,
         slice: &mut Slice,
         user: &str,
         then: impl FnOnce(&mut Slice, Result<(), StanzaError>, Option<Vec<u8>>) + 'static,
-    ) {
+    ) -> bool {
         let Change {
             contact,
             item,
@@ -517,7 +523,7 @@ impl Change {
         let then = move |slice: &mut Slice, result: Result<(), WriteError>| {
             then(slice, result.map_err(WriteError::into), push);
         };
-        slice.edit(user, change, Box::new(then));
+        slice.edit(user, change, Box::new(then))
     }
 }
 

@@ -219,7 +219,7 @@ fn connect(endpoint: &Endpoint) -> std::io::Result<Box<dyn Stream>> {
             stream.set_nonblocking(true)?;
             Box::new(stream)
         }
-        Endpoint::Tcp { host, port } => {
+        Endpoint::Tcp { host, port, .. } => {
             let stream = TcpStream::connect((&**host, *port))?;
             stream.set_nonblocking(true)?;
             Box::new(stream)

@@ -138,6 +138,66 @@ fn a_large_journal_does_not_overtake_an_old_one() {
 }
 
 #[test]
+fn a_mark_in_another_journal_comes_behind_its_message() {
+    for place in places() {
+        let first = record(1);
+        let journals: Vec<Arc<Journal>> = vec![Arc::default(), Arc::default()];
+        // As after a start with another number of cores: what has become of messages stands in the new journal.
+        journals[0].push(&[
+            Change::Marks(Marks {
+                done: &[215],
+                dropped: &[216],
+                ..Marks::default()
+            }),
+            Change::Decided { ids: &[217] },
+        ]);
+        journals[1].push(&[add("romeo", 100, &first)]);
+        let old: Vec<_> = (200..220)
+            .map(|id| Change::Message(message("romeo", id, BOTH | Message::UNDECIDED, "x@y")))
+            .collect();
+        journals[1].push(&old);
+        let bench = Bench::try_with(&place.database, journals, |config| {
+            config.drain.records_max = 3;
+        })
+        .unwrap();
+        bench.all_drained(1);
+        let pending = bench.load("romeo").unwrap().unwrap().pending;
+        let decided = |id| {
+            let found = pending.iter().find(|one| one.id == id);
+            found.map(|one| one.what & Message::UNDECIDED == 0)
+        };
+        assert_eq!(pending.len(), 18);
+        assert_eq!(
+            [214, 215, 216, 217].map(decided),
+            [Some(false), None, None, Some(true)]
+        );
+    }
+}
+
+#[test]
+fn a_mark_that_has_rested_waits_for_a_message_that_has_not() {
+    let place = sqlite();
+    let first = record(1);
+    let bench = Bench::start(&place.database, 2, |_| {});
+    bench.journals[1].push(&[add("romeo", 100, &first)]);
+    bench.all_drained(1);
+    bench.journals[0].push(&[Change::Marks(Marks {
+        done: &[215],
+        ..Marks::default()
+    })]);
+    let counters = bench.sender.counters();
+    while counters.drain_waiting.load(Relaxed) == 0 {
+        std::thread::yield_now();
+    }
+    bench.journals[1].push(&[Change::Message(message("romeo", 215, BOTH, "x@y"))]);
+    bench.all_drained(0);
+    while *bench.journals[1].drained.lock().unwrap() < 2 {
+        std::thread::yield_now();
+    }
+    assert_eq!(bench.load("romeo").unwrap().unwrap().pending, []);
+}
+
+#[test]
 fn nothing_beyond_the_limit_is_drained() {
     let place = sqlite();
     let bench = Bench::start(&place.database, 1, |_| {});

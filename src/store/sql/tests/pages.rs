@@ -190,6 +190,61 @@ fn a_page_is_what_the_filters_say_in_both_directions() {
 }
 
 #[test]
+fn whoever_seldom_wrote_is_found_in_the_index_alone() {
+    for place in places() {
+        run(async {
+            let mut sql = open(&place).await;
+            let record = record(0);
+            let mut changes = vec![add("romeo", 1, &record)];
+            changes.extend((10..2_010).map(|id| {
+                let peer = if id == 20 {
+                    "paris@x.y/z"
+                } else {
+                    "juliet@x.y"
+                };
+                Change::Message(message("romeo", id, BOTH, peer))
+            }));
+            apply(&mut sql, &changes).await.unwrap();
+            for (with, count) in [
+                (Some("paris@x.y"), false),
+                (Some("paris@x.y"), true),
+                (Some("paris@x.y/z"), true),
+                (None, false),
+                (None, true),
+            ] {
+                let query = ArchiveQuery {
+                    name: "romeo".into(),
+                    with: with.map(Into::into),
+                    most: 50,
+                    backwards: true,
+                    count,
+                    ..ArchiveQuery::default()
+                };
+                let page = sql.archive_page(&query).await.unwrap();
+                assert_eq!(page.entries.len(), if with.is_some() { 1 } else { 50 });
+                let plan = sql.explain_page(&query).await.unwrap();
+                let archive = |line: &&String| line.starts_with("k ") || line.contains(" k ");
+                let scans: Vec<&String> = plan.iter().filter(archive).collect();
+                // the highest id, the page, and two counts
+                let parts = 2 + 2 * usize::from(count);
+                // MySQL knows the highest id while it plans
+                assert!(scans.len() >= parts - 1, "{plan:?}");
+                for line in &scans {
+                    assert!(line.contains("archive_owner"), "{plan:?}");
+                }
+                // MySQL's rows are looked at only where the index says so: behind it, by their key
+                let covered = scans.iter().filter(|line| line.contains("Using index"));
+                if place.server.is_some() && with.is_some() {
+                    assert!(covered.count() >= parts - 1, "{plan:?}");
+                    let rows = plan.iter().filter(|line| line.starts_with("a PRIMARY"));
+                    assert_eq!(rows.count(), parts - 1, "{plan:?}");
+                }
+            }
+        });
+    }
+}
+
+#[test]
 fn many_ids_are_found_by_one_statement() {
     for place in places() {
         run(async {
