@@ -794,7 +794,7 @@ impl Shard {
     }
 
     /// Only the live loop gives out places: it must not sleep while somebody wants one.
-    fn wake_for_gates(&self) {
+    pub(super) fn wake_for_gates(&self) {
         if self.admission.is_wanted() && self.admission.asleep.replace(false) {
             self.nudge();
         }

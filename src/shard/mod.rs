@@ -450,6 +450,7 @@ impl Shard {
     /// While others wait at the first gate and there is no room behind it, who is silent there has to go.
     fn tick_gates(&self, now_ms: u64) {
         self.admission.tick(now_ms);
+        self.wake_for_gates();
         let config = self.config.borrow().clone();
         let full = self.negotiating.get() >= config.storm.logins_begun_max;
         if !full || self.admission.knocks() == 0 {

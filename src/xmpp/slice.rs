@@ -1457,7 +1457,7 @@ impl Slice {
             Act::Presence { from, stanza, meta } => {
                 self.ledger.release(&user);
                 if let Ok(from) = Jid::parse(strings.text(from)) {
-                    presence::tell_now(self, &user, &from, strings.get(stanza), meta, &mut None);
+                    presence::tell_now(self, &user, &from, strings.get(stanza), meta);
                 }
             }
             Act::Forward {

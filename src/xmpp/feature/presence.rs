@@ -507,11 +507,15 @@ fn tell(
         };
         return slice.ledger.queue(&user, act);
     }
-    tell_now(slice, name, from, stanza, meta, shared);
+    show_to(slice, name, from, stanza, meta, shared);
 }
 
 /// Nothing that is older waits.
-pub fn tell_now(
+pub fn tell_now(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: Meta) {
+    show_to(slice, name, from, stanza, meta, &mut None);
+}
+
+fn show_to(
     slice: &mut Slice,
     name: &str,
     from: &Jid<'_>,
