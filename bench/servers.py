@@ -32,7 +32,7 @@ class Server:
     def start(self):
         log = self.folder / f"{self.name}.log"
         with open(log, "ab") as out:
-            self.process = subprocess.Popen(self.command, stdout=out, stderr=out, env=self.environment)
+            self.process = subprocess.Popen(self.command, stdout=out, stderr=out, env=self.environment, cwd=self.folder)
         deadline = time.monotonic() + WITHIN
         while not reaches(self.family, self.address):
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -151,6 +151,15 @@ class Blade(XmppServer):
         text = urllib.request.urlopen(f"http://127.0.0.1:{self.ports[2]}/metrics", timeout=10).read().decode()
         lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name}_total{{", f"{name} "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def rest(self):
+        """Waits until the database has what was changed (the last log-outs, say): no statement for two seconds."""
+        deadline, before = time.monotonic() + WITHIN, None
+        while (now := self.sum("nitro_sql_statements")) != before:
+            if time.monotonic() > deadline:
+                sys.exit("nitro's database did not come to rest")
+            before = now
+            time.sleep(2)
 
     def journal(self):
         """Figures of the journals of all shards: backlog in bytes, bytes of files on the disk, commits, bytes of groups,

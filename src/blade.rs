@@ -21,6 +21,7 @@ use crate::net::{self, TlsConfig};
 use crate::observe::{self, Gauges, IntervalLog, IntervalLogConfig, Observer, Recorder};
 use crate::rt::{self, InboxSender};
 use crate::shard::admin::Call;
+use crate::shard::admission::Loads;
 use crate::shard::doors::Doors;
 use crate::shard::figures::{Pages, Sources};
 use crate::shard::journal::Foreign;
@@ -103,8 +104,20 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let folder = Arc::new(Folder::open(&config.journal_dir())?);
     let mut journals = journal::open(folder, &options).map_err(|error| error.to_string())?;
     let positions = accounts.if_there(Store::positions);
-    let (found, last_id) = recover(&journals, &ring, positions.as_deref())?;
+    let (mut found, last_id) = recover(&journals, &ring, positions.as_deref())?;
     let last_id = last_id.max(accounts.if_there(Store::highest_id).unwrap_or_default());
+    let owners = crate::admin::owners(&config);
+    let since = crate::store::owners::since(&owners, shards, last_id).map_err(|error| {
+        format!(
+            "{}: {error}; make the data folder writable",
+            owners.display()
+        )
+    })?;
+    if positions.is_none() {
+        for found in &mut found {
+            found.doubtful = Some(since);
+        }
+    }
     if accounts.is_missing() {
         tracing::error!(
             %database,
@@ -148,6 +161,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let pages = Pages { sources, observer };
     let helpers = Helpers::start(config.limits.password_checks_waiting_max);
     let doors = Arc::new(Doors::default());
+    let loads = Arc::new(Loads::new(shards));
     let id_key = [
         u64::from_le_bytes(secret[0..8].try_into().expect("eight bytes")),
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
@@ -187,6 +201,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 helpers: helpers.clone(),
                 own_inbox: senders[n].clone(),
                 doors: doors.clone(),
+                loads: loads.clone(),
                 started,
                 gauges: gauges.clone(),
                 pages: pages.clone(),
@@ -533,7 +548,7 @@ fn start_observer(
         })?));
     }
     // behind the shards: whoever looks can wait
-    Observer::start(recorders, followers, || rt::step_back(10))
+    Observer::start(recorders, followers, rt::step_back)
         .map_err(|e| format!("a thread cannot start: {e}"))
 }
 
@@ -719,7 +734,7 @@ impl Helpers {
             let jobs = jobs.clone();
             let work = move || {
                 // behind live traffic: a password is checked in milliseconds anyway
-                rt::step_back(10);
+                rt::step_back();
                 loop {
                     let job = jobs.lock().ok().and_then(|jobs| jobs.recv().ok());
                     let Some((inbox, ticket, job)) = job else {

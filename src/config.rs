@@ -229,6 +229,38 @@ keys! {
         restart admin_connections_max: usize = 8 => 1..=1000;
     }
 
+    /// Many logins at once: who is in must not notice (see "Storms" in README.md).
+    storm: Storm {
+        /// Microseconds that a turn of a shard's loop should take at most, and so what a message waits for logins: the number
+        /// of logins that compute at a time is lowered while turns take longer and raised while they do not.
+        live lag_us_target: u64 = 300 => 20..=100_000;
+        /// Logins of one shard that may compute at a time even when turns take too long.
+        live logins_computing_min: usize = 1 => 1..=1000;
+        /// Logins of one shard that may compute at a time when turns are short.
+        live logins_computing_max: usize = 64 => 1..=1000;
+        /// Connections of one shard that are past the first gate and have not begun a session yet. The others wait unread.
+        live logins_begun_max: usize = 4096 => 1..=10_000_000;
+        /// Seconds that a connection waits at a gate at most; then it is refused with `<resource-constraint/>` and
+        /// `<retry-after/>`. Time that it waits there does not count for `limits.auth_seconds_max`.
+        live wait_seconds_max: u64 = 20 => 1..=600;
+        /// Seconds that a client may be silent during its login while `storm.logins_begun_max` connections are past the first
+        /// gate and others wait there; then it ends with `<connection-timeout/>`.
+        live silent_seconds_max: u64 = 5 => 1..=600;
+        /// Seconds since a user's last log-out in which he goes before strangers.
+        live recent_seconds: u64 = 600 => 0..=86_400;
+        /// Logins of one account in a minute, as many of them at once; then they are held back to come evenly, and refused when
+        /// that takes more than ten seconds. Other accounts at the same address are not.
+        live account_logins_per_minute: u64 = 240 => 1..=60_000;
+        /// Accounts of one shard whose logins are remembered; beyond it those that are not known yet are not held back.
+        live accounts_remembered_max: usize = 100_000 => 100..=10_000_000;
+        /// Sessions of one shard for which presence of others waits; while there are more, nobody new is let in.
+        live presence_waiting_max: usize = 1000 => 1..=10_000_000;
+        /// The least that `<retry-after/>` says, in seconds; up to twice as much, by chance.
+        live retry_seconds_min: u64 = 5 => 1..=3600;
+        /// The most, by chance up to twice as much.
+        live retry_seconds_max: u64 = 120 => 1..=3600;
+    }
+
     /// Stream management (XEP-0198).
     stream_management: StreamManagement {
         /// Seconds that a session whose connection was cut can be resumed.
@@ -1060,6 +1092,18 @@ impl Loading {
                 c.stream_management.unacked_bytes_max,
                 "limits.stanza_bytes_max",
                 "stream_management.unacked_bytes_max",
+            ),
+            (
+                c.storm.logins_computing_min,
+                c.storm.logins_computing_max,
+                "storm.logins_computing_min",
+                "storm.logins_computing_max",
+            ),
+            (
+                c.storm.retry_seconds_min as usize,
+                c.storm.retry_seconds_max as usize,
+                "storm.retry_seconds_min",
+                "storm.retry_seconds_max",
             ),
         ] {
             if small > large {

@@ -429,6 +429,13 @@ pub fn import_roster(record: &mut UserRecord, items: &[ImportItem], items_max: u
 pub fn open_store(config: &Config) -> Result<Store, String> {
     let database = database(config)?;
     forget_copies(config)?;
+    let owners = owners(config);
+    crate::store::owners::forget(&owners).map_err(|error| {
+        format!(
+            "{}: {error}; it must be removed before the database is changed by hand",
+            owners.display()
+        )
+    })?;
     settle::open(&database, &config.journal_dir(), &journal_options(config))
 }
 
@@ -464,6 +471,11 @@ pub fn redis_tls(
 /// The file with the generations of the instances.
 pub fn generations(config: &Config) -> PathBuf {
     config.data_dir.join("redis.json")
+}
+
+/// The file that says since when users have had the same owners.
+pub fn owners(config: &Config) -> PathBuf {
+    config.data_dir.join("owners")
 }
 
 /// The database that the configuration names.

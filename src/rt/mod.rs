@@ -7,6 +7,7 @@ mod bell;
 mod inbox;
 mod local;
 mod mesh;
+mod priority;
 mod probe;
 mod readiness;
 mod turn;
@@ -14,6 +15,7 @@ mod turn;
 pub use inbox::{Inbox, InboxSender, SendError, inbox};
 pub use local::{Notify, Slot, SlotSetter, slot};
 pub use mesh::{Mesh, MeshEnd, mesh};
+pub use priority::{be_prompt, step_back};
 pub use probe::{cores_online, probe, raise_open_files};
 pub use readiness::{Readiness, Ready};
 
@@ -81,6 +83,7 @@ where
                     let _ = standing.send(Ok(()));
                     // A dropped sender means that another shard could not stand: end quietly.
                     if started.recv().is_ok() {
+                        priority::be_a_shard();
                         run(&ex, shard, async move { main(shard).await });
                     }
                 }
@@ -174,20 +177,6 @@ pub async fn sleep(duration: Duration) {
 pub fn thread_cpu_us() -> u64 {
     let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     used.tv_sec as u64 * 1_000_000 + used.tv_nsec as u64 / 1000
-}
-
-/// Puts the calling thread behind all others: what it does may wait. `nice`: 0 to 19. Failing costs latency only.
-pub fn step_back(nice: i32) {
-    // SAFETY: plain system calls on the calling thread (0) with values of our own; `param` is only read.
-    let stepped_back = unsafe {
-        let param: libc::sched_param = std::mem::zeroed();
-        libc::sched_setscheduler(0, libc::SCHED_BATCH, &param) == 0
-            && libc::setpriority(libc::PRIO_PROCESS, 0, nice) == 0
-    };
-    if !stepped_back {
-        let error = std::io::Error::last_os_error();
-        tracing::warn!(%error, "cannot lower a thread's priority");
-    }
 }
 
 /// The time given to [`timeout`] went by.

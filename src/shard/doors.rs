@@ -38,6 +38,50 @@ struct Failures {
     last: Instant,
 }
 
+/// How often the accounts of one shard log in. Each has so many logins at once as it has a minute, then they come evenly; what
+/// is too often is held back, whatever address it comes from, so that nobody else behind that address notices. Only
+/// who has proved to be its owner counts: nobody can use up another one's logins.
+#[derive(Default)]
+pub struct Frequency {
+    /// When, in ms of the monotonic clock, an account's logins would be even again. Who is not here is.
+    even_ms: HashMap<Box<str>, u64>,
+    swept_ms: u64,
+}
+
+/// Somebody is held back so long at most; then he is told to come back later.
+const HELD_BACK_MS_MAX: u64 = 10_000;
+
+impl Frequency {
+    /// An account logs in: how long that is to be held back, or in how many seconds it may try again.
+    pub fn login(&mut self, account: &str, now_ms: u64, config: &Config) -> Result<Duration, u64> {
+        let storm = &config.storm;
+        let pause_ms = 60_000 / storm.account_logins_per_minute.clamp(1, 60_000);
+        if self.even_ms.len() >= storm.accounts_remembered_max {
+            if now_ms.saturating_sub(self.swept_ms) >= 1000 {
+                self.swept_ms = now_ms;
+                self.even_ms.retain(|_, even| *even > now_ms);
+            }
+            // so many are there that log in often: a known one is slowed, a new one is not
+            if self.even_ms.len() >= storm.accounts_remembered_max
+                && !self.even_ms.contains_key(account)
+            {
+                return Ok(Duration::ZERO);
+            }
+        }
+        let even = match self.even_ms.get_mut(account) {
+            Some(even) => even,
+            None => self.even_ms.entry(account.into()).or_insert(0),
+        };
+        let next = now_ms.max(*even) + pause_ms;
+        let wait_ms = next.saturating_sub(now_ms + 60_000);
+        if wait_ms > HELD_BACK_MS_MAX {
+            return Err(wait_ms.div_ceil(1000));
+        }
+        *even = next;
+        Ok(Duration::from_millis(wait_ms))
+    }
+}
+
 /// Why a connection is not let in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shut {
@@ -315,6 +359,38 @@ mod tests {
             );
         }
         assert!(doors.tables().failures.len() <= 100 && doors.tables().order.len() <= 100);
+    }
+
+    #[test]
+    fn an_account_in_a_loop_is_slowed_then_refused_and_no_other_is() {
+        let config = config(&["storm.account_logins_per_minute=60"]);
+        let mut frequency = Frequency::default();
+        let mut login = |account: &str, now_ms| frequency.login(account, now_ms, &config);
+        for _ in 0..60 {
+            assert_eq!(login("alice", 0), Ok(Duration::ZERO));
+        }
+        assert_eq!(login("alice", 0), Ok(Duration::from_secs(1)));
+        assert_eq!(login("bob", 0), Ok(Duration::ZERO));
+        for seconds in 2..=10 {
+            assert_eq!(login("alice", 0), Ok(Duration::from_secs(seconds)));
+        }
+        // what is refused is not held against it
+        assert_eq!((login("alice", 0), login("alice", 0)), (Err(11), Err(11)));
+        assert_eq!(login("alice", 80_000), Ok(Duration::ZERO));
+    }
+
+    #[test]
+    fn what_is_remembered_of_logins_is_bounded() {
+        let config = config(&["storm.accounts_remembered_max=100"]);
+        let mut frequency = Frequency::default();
+        for n in 0..1000 {
+            let name = format!("user{n}");
+            assert_eq!(frequency.login(&name, n, &config), Ok(Duration::ZERO));
+            assert!(frequency.even_ms.len() <= 100);
+        }
+        // and forgotten when it does not matter any more
+        frequency.login("late", 100_000, &config).unwrap();
+        assert_eq!(frequency.even_ms.len(), 1);
     }
 
     #[test]

@@ -4,8 +4,9 @@
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use super::admission::Next;
 use super::moves::Parcel;
-use super::{Inbound, Kind, Shard, give_job, limits, login};
+use super::{Begins, Inbound, Kind, Shard, give_job, limits, login};
 use crate::net::{Read, Transport};
 use crate::observe::{Stage, exchange};
 use crate::rt;
@@ -18,6 +19,8 @@ use crate::xmpp::slice::{Computed, Slice};
 const NAP: Duration = Duration::from_millis(1);
 /// How long a full way to another shard is given.
 const CONGESTED_PAUSE: Duration = Duration::from_micros(100);
+/// Presences that go out in one turn for each login that may compute: each costs a fraction of a login's step.
+const PRESENCES_PER_PLACE: usize = 2;
 /// Reads of one connection in one turn.
 const READS_MAX: usize = 4;
 /// How long a connection may take to hear its last words.
@@ -31,7 +34,11 @@ impl Shard {
         let mut looked = Instant::now();
         loop {
             events.clear();
-            let busy = !self.unread.borrow().is_empty() || rt::others_runnable();
+            self.turned();
+            let busy = !self.unread.borrow().is_empty()
+                || rt::others_runnable()
+                || self.admission.is_wanted()
+                || self.slice.borrow().pace.waiting() > 0;
             let commit = self.journal.wait(&self.slice.borrow());
             let mut slept = None;
             let harvested = match busy {
@@ -47,6 +54,7 @@ impl Shard {
             }
             self.clock();
             self.looked(slept, !events.is_empty());
+            self.turn_began.set(Instant::now());
             for event in &events {
                 self.ready(event);
                 self.breathe().await;
@@ -74,6 +82,7 @@ impl Shard {
                 self.breathe().await;
             }
             self.flush();
+            self.admit();
             if self.stopping.get() && self.all_closed() && self.all_durable() {
                 return;
             }
@@ -82,11 +91,14 @@ impl Shard {
                 self.ways.borrow_mut().retry();
             } else if events.is_empty() && !busy && self.may_sleep() {
                 // nothing for a whole nap: sleep in the ring
+                self.admission.asleep.set(true);
                 let from_us = self.now_us();
                 self.readiness.wait().await;
                 let now_us = self.now_us();
                 self.lag.borrow_mut().slept(from_us, now_us, now_us);
+                self.admission.asleep.set(false);
                 looked = Instant::now();
+                self.turn_began.set(looked);
                 continue;
             }
             rt::others_first().await;
@@ -105,6 +117,79 @@ impl Shard {
             Some((from_us, _)) if woken => lag.slept(from_us, now_us, now_us),
             Some((from_us, most)) => lag.slept(from_us, from_us + most.as_micros() as u64, now_us),
             None => lag.looked(now_us),
+        }
+    }
+
+    /// The sockets are looked at again: what has become ready since the turn began has waited for so long. Control steers by
+    /// each turn; what people look at is sampled by [`Shard::looked`], where turns weigh by their length.
+    fn turned(&self) {
+        let took = self.turn_began.get().elapsed();
+        self.admission
+            .turn(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    /// Live traffic has had its turn: those who log in have theirs.
+    fn admit(self: &Rc<Self>) {
+        let now_ms = self.now_ms();
+        let places = self.admission.open();
+        self.loads.publish(self.number, self.admission.knocks());
+        let (mut wrote, waiting) = {
+            let mut slice = self.slice.borrow_mut();
+            let waited = slice.pace.waiting() > 0;
+            slice.release(places * PRESENCES_PER_PLACE);
+            let waiting = slice.pace.waiting();
+            if !waited && !self.admission.is_wanted() {
+                return;
+            }
+            (waited, waiting)
+        };
+        // those who are told of others first: they are in
+        let begun = match waiting > self.config.borrow().storm.presence_waiting_max {
+            true => usize::MAX,
+            false => self.negotiating.get(),
+        };
+        if waiting > 0 {
+            self.admission.limit();
+        }
+        while let Some(next) = self.admission.next(now_ms, begun) {
+            match next {
+                Next::Told => {}
+                Next::Begin(knock) => login::let_in(self.clone(), *knock),
+                Next::Late(knock) => login::too_late(self.clone(), *knock),
+                Next::Read(link) => {
+                    self.read_beginning(link, now_ms);
+                    self.admission.done();
+                    wrote = true;
+                }
+            }
+        }
+        if wrote {
+            self.flush();
+        }
+    }
+
+    /// Reads a session that has just begun.
+    fn read_beginning(&self, link: u64, now_ms: u64) {
+        let mut to_the_end = false;
+        if let Some(Kind::Live(live)) = self.links.borrow_mut().get_mut(link)
+            && let Begins::Until { queued, closed, .. } = &mut live.begins
+        {
+            *queued = false;
+            to_the_end = *closed;
+        }
+        if self.ways.borrow().congested() {
+            self.unread.borrow_mut().push_back(link);
+            return;
+        }
+        self.read(link, to_the_end);
+        if let Some(Kind::Live(live)) = self.links.borrow_mut().get_mut(link)
+            && let Begins::Until { ms, .. } = live.begins
+        {
+            let slice = self.slice.borrow();
+            let session = slice.sessions.get(live.session);
+            if now_ms >= ms || session.is_none_or(|session| session.presence.is_some()) {
+                live.begins = Begins::No;
+            }
         }
     }
 
@@ -133,6 +218,7 @@ impl Shard {
 
     fn ready(&self, event: &rt::Ready) {
         let link = event.token;
+        let mut begins = false;
         let live = {
             let mut links = self.links.borrow_mut();
             match links.get_mut(link) {
@@ -143,7 +229,31 @@ impl Shard {
                     waits.ready.notify();
                     false
                 }
-                Some(Kind::Live(_)) => true,
+                Some(Kind::Login(login)) => {
+                    if event.closed {
+                        login.closed.set(true);
+                    }
+                    // room to write is news only for who waits for it
+                    if event.readable || event.closed || login.blocked.get() {
+                        self.admission.ready(login, self.now_ms());
+                    }
+                    false
+                }
+                Some(Kind::Listener(notify)) => {
+                    self.admission.accept(notify, self.now_ms());
+                    false
+                }
+                Some(Kind::Live(live)) => match &mut live.begins {
+                    Begins::No => true,
+                    Begins::Until { queued, closed, .. } => {
+                        *closed |= event.closed;
+                        if (event.readable || event.closed) && !std::mem::replace(queued, true) {
+                            self.admission.begins(link, self.now_ms());
+                        }
+                        begins = true;
+                        true
+                    }
+                },
                 Some(Kind::Closing { .. }) => {
                     drop(links);
                     self.go_on_closing(link);
@@ -164,7 +274,7 @@ impl Shard {
         if event.writable {
             self.write_rest(link);
         }
-        if event.readable || event.closed {
+        if (event.readable || event.closed) && !begins {
             if self.ways.borrow().congested() {
                 self.unread.borrow_mut().push_back(link);
             } else {
@@ -253,9 +363,11 @@ impl Shard {
         match live.transport.flush() {
             Ok(_) => {
                 let unsent = live.transport.pending();
-                if let Some(session) = self.slice.borrow_mut().sessions.get_mut(sid) {
+                let mut slice = self.slice.borrow_mut();
+                if let Some(session) = slice.sessions.get_mut(sid) {
                     session.unsent = unsent;
                 }
+                slice.requeue(sid);
             }
             Err(_) => {
                 drop(links);
@@ -271,7 +383,7 @@ impl Shard {
         }
     }
 
-    fn inbound(&self, message: Inbound) {
+    fn inbound(self: &Rc<Self>, message: Inbound) {
         match message {
             Inbound::Answers(answers) => self.slice.borrow_mut().answers(answers),
             Inbound::Committed(committed) => {
@@ -285,6 +397,7 @@ impl Shard {
             Inbound::Decoy(decoy) => *self.decoy.borrow_mut() = decoy,
             Inbound::Reload(config, tls) => {
                 self.slice.borrow_mut().env.limits = limits(&config);
+                self.admission.configure(&config);
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
             }
@@ -298,10 +411,14 @@ impl Shard {
                 self.stopping.set(true);
                 // listeners and those who are logging in look again, and hear that it is over
                 for (_, link) in &self.links.borrow().slab {
-                    if let Kind::Waits(waits) = &link.kind {
-                        waits.ready.notify();
+                    match &link.kind {
+                        Kind::Waits(waits) => waits.ready.notify(),
+                        Kind::Login(login) => login.told.notify(),
+                        Kind::Listener(notify) => notify.notify(),
+                        _ => {}
                     }
                 }
+                login::turn_all_away(self);
                 let mut slice = self.slice.borrow_mut();
                 slice.end_all(&StreamError::text("system-shutdown", "the server stops"));
             }
@@ -313,6 +430,13 @@ impl Shard {
         match parcel {
             Parcel::Batch(batch) => self.slice.borrow_mut().batch(&batch),
             Parcel::Moved(moved) => login::arrived(self.clone(), *moved),
+            Parcel::Knock(knock) => {
+                let arrived_ms = knock.arrived_ms;
+                self.admission.knock(knock, arrived_ms);
+                if self.stopping.get() {
+                    login::turn_all_away(self);
+                }
+            }
         }
     }
 

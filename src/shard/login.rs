@@ -1,17 +1,20 @@
-//! A connection from accept to its session: a task in the login queue that drives [`Negotiation`] and waits for what that
-//! needs. When a user is named, the task ends here and goes on at the user's owner, with socket, TLS state and unread bytes.
+//! A connection from accept to its session. It waits at two gates ([`super::admission`]); from the first one on it is a task in
+//! the login queue that drives [`Negotiation`] and waits for what that needs. When a user is named, the task ends here and goes
+//! on at the user's owner, with socket, TLS state and unread bytes.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use super::admission::{Class, Login, overloaded};
 use super::doors::{Pass, Shut};
 use super::moves::Parcel;
-use super::{Door, Kind, LiveLink, Shard, Waits, http};
-use crate::config::Registration;
+use super::{Begins, Door, Kind, LiveLink, Shard, Waits, http};
+use crate::config::{Config, Registration};
 use crate::net::{Listener, Proxied, Read, Socket, Transport, parse_proxy_header};
 use crate::observe::{Stage, record};
-use crate::rt::{self, Queue, slot};
+use crate::rt::{self, Notify, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::xml::{Framer, StreamNs};
 use crate::xmpp::bind::{self, Arrival};
@@ -19,10 +22,23 @@ use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
 use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
-use crate::xmpp::session::SessionId;
+use crate::xmpp::session::{Session, SessionId};
 use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
-/// A connection that has no session yet. It may move to another shard.
+/// A connection at the first gate: accepted, nothing read. It may move to another shard.
+pub struct Knock {
+    socket: Socket,
+    peer: SocketAddr,
+    tls_first: bool,
+    /// None yet for one that comes through a proxy: whose place it takes stands in its first bytes.
+    pass: Option<Pass>,
+    /// Monotonic milliseconds of the blade.
+    pub arrived_ms: u64,
+    /// The same in microseconds.
+    arrived_us: u64,
+}
+
+/// A connection past the first gate that has no session yet. It may move to another shard.
 pub struct Connecting {
     transport: Transport,
     framer: Framer,
@@ -34,8 +50,10 @@ pub struct Connecting {
     /// The client, as a believed proxy names it.
     peer: SocketAddr,
     pass: Pass,
-    /// Monotonic milliseconds of the blade.
+    /// Monotonic milliseconds of the blade, time at the gates not counted.
     deadline_ms: u64,
+    /// What its client hears as soon as it can hear anything.
+    refusal: Option<StreamError>,
     times: Times,
 }
 
@@ -86,103 +104,212 @@ enum Resumed {
 
 /// How long to wait for descriptors when there are none left (EMFILE).
 const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
+/// How often somebody who is held back looks whether the shard stops.
+const HOLD_BACK_PIECE: Duration = Duration::from_millis(500);
+/// Accepts in one turn.
+const ACCEPTS_MAX: usize = 8;
+/// How long a session that sends no presence counts as one that begins.
+const BEGINS_MS: u64 = 5000;
+/// TLS alert, fatal, internal_error (RFC 8446 6.2): what can be said in the clear to who expects a handshake.
+const ALERT_INTERNAL_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 80];
+
+/// A login's dealings with the gates. Its place is given back however its task ends.
+struct Guest {
+    shard: Rc<Shard>,
+    login: Rc<Login>,
+}
+
+impl Guest {
+    fn new(shard: &Rc<Shard>) -> Guest {
+        Guest {
+            shard: shard.clone(),
+            login: Rc::default(),
+        }
+    }
+
+    /// Waits for the client.
+    async fn client(&self) {
+        self.shard.admission.rest(&self.login, self.shard.now_ms());
+        self.shard.wake_for_gates();
+        self.login.told.wait().await;
+    }
+
+    /// Waits for `other` without a place, then for one.
+    async fn away<T>(&self, other: impl Future<Output = T>) -> T {
+        let admission = &self.shard.admission;
+        admission.away(&self.login, self.shard.now_ms());
+        let outcome = other.await;
+        let has = admission.back(&self.login, self.shard.now_ms());
+        if !has && !self.shard.stopping.get() {
+            self.shard.wake_for_gates();
+            self.login.told.wait().await;
+        }
+        outcome
+    }
+
+    /// Waits at the second gate.
+    async fn name(&self, class: Class) -> Result<(), StreamError> {
+        let admission = &self.shard.admission;
+        if !admission.name(&self.login, class, self.shard.now_ms()) {
+            self.shard.wake_for_gates();
+            self.login.told.wait().await;
+        }
+        match self.login.is_late() {
+            true => Err(self.shard.overloaded()),
+            false => Ok(()),
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.shard.admission.leave(&self.login);
+    }
+}
 
 /// Accepts what comes in at one port.
 pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
-    let notify = Rc::new(Waits::default());
-    let link = shard.links.borrow_mut().insert(Kind::Waits(notify.clone()));
+    let notify = Rc::new(Notify::new());
+    let link = shard
+        .links
+        .borrow_mut()
+        .insert(Kind::Listener(notify.clone()));
     if let Err(error) = shard.readiness.add(&listener, link) {
         tracing::error!(%error, "a listener cannot be watched");
         return;
     }
-    loop {
+    'open: loop {
         // what is queued in the kernel would be reset when the listener closes: take it all before
-        match listener.accept() {
-            Ok(Some((socket, peer))) => {
-                shard.clock();
-                match door {
+        for _ in 0..ACCEPTS_MAX {
+            match listener.accept() {
+                Ok(Some((socket, peer))) => match door {
                     Door::Http => rt::spawn(Queue::House, http::serve(shard.clone(), socket)),
-                    _ => {
-                        let accepted_us = shard.slice.borrow().now.us;
-                        let tls_first = door == Door::XmppTls;
-                        rt::spawn(
-                            Queue::Login,
-                            begin(shard.clone(), socket, peer, tls_first, accepted_us),
-                        );
-                    }
+                    _ => knocks(&shard, socket, peer, door == Door::XmppTls),
+                },
+                // that the server stops is told by HTTP to the end (see [`http`]): load balancers ask
+                Ok(None) if shard.stopping.get() && door != Door::Http => break 'open,
+                Ok(None) => {
+                    notify.wait().await;
+                    continue 'open;
+                }
+                Err(error) => {
+                    shard.gauges.accept_failures.one();
+                    tracing::warn!(%error, "connections cannot be accepted for the moment");
+                    rt::sleep(EXHAUSTED_PAUSE).await;
                 }
             }
-            // that the server stops is told by HTTP to the end (see [`http`]): load balancers ask
-            Ok(None) if shard.stopping.get() && door != Door::Http => break,
-            Ok(None) => notify.ready.wait().await,
-            Err(error) => {
-                shard.gauges.accept_failures.one();
-                tracing::warn!(%error, "connections cannot be accepted for the moment");
-                rt::sleep(EXHAUSTED_PAUSE).await;
-            }
         }
-        rt::yield_if_needed().await;
+        if !shard.stopping.get() {
+            // the rest in the next turn
+            shard.admission.accept(&notify, shard.now_ms());
+            shard.wake_for_gates();
+            notify.wait().await;
+        }
     }
     shard.links.borrow_mut().remove(link);
     shard.readiness.remove(&listener);
 }
 
-async fn begin(
-    shard: Rc<Shard>,
-    socket: Socket,
-    peer: SocketAddr,
-    tls_first: bool,
-    accepted_us: u64,
-) {
+/// A connection was accepted: it waits at the first gate, here or where fewer wait.
+fn knocks(shard: &Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bool) {
     let config = shard.config.borrow().clone();
-    let mut transport = Transport::plain(socket);
-    let deadline_ms = shard.slice.borrow().now.ms + config.limits.auth_seconds_max * 1000;
-    let mut rest = Vec::new();
-    let mut client = peer;
-    let mut proxied = false;
-    if config.is_trusted_proxy(peer.ip()) {
-        let named = shard.with_readiness(
-            &mut transport,
-            deadline_ms,
-            async |shard, transport, notify| proxy_header(shard, transport, notify).await,
-        );
-        match named.await {
-            Some(Some((source, unread))) => {
-                proxied = true;
-                client = source.unwrap_or(peer);
-                rest = unread;
-            }
-            _ => return,
+    let mut pass = None;
+    let mut shut = None;
+    if shard.stopping.get() {
+        let error = StreamError::text("system-shutdown", "the server stops");
+        return turn_away(shard, Transport::plain(socket), tls_first, &error);
+    }
+    if shard.negotiating.get() + shard.admission.knocks() >= config.limits.logins_in_progress_max {
+        shut = Some(Shut::Logins);
+    } else if !config.is_trusted_proxy(peer.ip()) {
+        match shard.doors.enter(peer.ip(), false, &config) {
+            Ok(entered) => pass = Some(entered),
+            Err(why) => shut = Some(why),
         }
     }
-    if shard.negotiating.get() >= config.limits.logins_in_progress_max {
-        return turn_away(&shard, transport, tls_first, Shut::Logins);
+    if let Some(shut) = shut {
+        return shard.turn_away(Transport::plain(socket), tls_first, shut);
     }
-    let pass = match shard.doors.enter(client.ip(), proxied, &config) {
-        Ok(pass) => pass,
-        Err(shut) => return turn_away(&shard, transport, tls_first, shut),
-    };
-    let loopback = !proxied && client.ip().to_canonical().is_loopback();
-    let mechanisms = &config.sasl.mechanisms;
-    let policy = Policy {
-        tls_offered: !tls_first,
-        tls_required: config.c2s.require_tls,
-        mechanisms: Mechanism::ALL
-            .into_iter()
-            .filter(|m| mechanisms.iter().any(|name| name == m.name()))
-            .collect(),
-        register: match config.registration {
-            Registration::Off => false,
-            Registration::Loopback => loopback,
-            Registration::On => true,
-        },
-        attempts_max: config.limits.auth_attempts_max as u32,
-        xml: crate::xml::Limits {
-            stanza_bytes_max: config.limits.unauthenticated_stanza_bytes_max,
-            ..shard.slice.borrow().env.limits.xml
-        },
+    let knock = Box::new(Knock {
+        socket,
+        peer,
+        tls_first,
+        pass,
+        arrived_ms: shard.now_ms(),
+        arrived_us: shard.now_us(),
+    });
+    if let Some(other) = shard.loads.better(shard.number, shard.admission.knocks()) {
+        shard.knocks_moved.set(shard.knocks_moved.get() + 1);
+        return shard
+            .ways
+            .borrow_mut()
+            .send(other, Parcel::Knock(knock), shard.now_us());
+    }
+    let arrived_ms = knock.arrived_ms;
+    shard.admission.knock(knock, arrived_ms);
+    shard.wake_for_gates();
+}
+
+/// A connection has a place.
+pub fn let_in(shard: Rc<Shard>, knock: Knock) {
+    let guest = Guest::new(&shard);
+    shard.admission.begun(&guest.login);
+    rt::spawn(Queue::Login, begin(shard, knock, guest, None));
+}
+
+/// A connection has waited too long, and holds a place to be told so.
+pub fn too_late(shard: Rc<Shard>, knock: Knock) {
+    let error = shard.overloaded();
+    if knock.tls_first {
+        let guest = Guest::new(&shard);
+        shard.admission.begun(&guest.login);
+        rt::spawn(Queue::Login, begin(shard, knock, guest, Some(error)));
+    } else {
+        turn_away(&shard, Transport::plain(knock.socket), false, &error);
+        shard.admission.done();
+    }
+}
+
+/// The shard stops.
+pub fn turn_all_away(shard: &Rc<Shard>) {
+    let error = StreamError::text("system-shutdown", "the server stops");
+    for knock in shard.admission.drain_knocks() {
+        let transport = Transport::plain(knock.socket);
+        turn_away(shard, transport, knock.tls_first, &error);
+    }
+}
+
+async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<StreamError>) {
+    let config = shard.config.borrow().clone();
+    let mut transport = Transport::plain(knock.socket);
+    let deadline_ms = shard.now_ms() + config.limits.auth_seconds_max * 1000;
+    let mut rest = Vec::new();
+    let mut client = knock.peer;
+    let tls_first = knock.tls_first;
+    let proxied = knock.pass.is_none();
+    let pass = match knock.pass {
+        Some(pass) => pass,
+        None => {
+            let named = shard.with_readiness(
+                &mut transport,
+                deadline_ms,
+                async |shard, transport, notify| proxy_header(shard, transport, notify).await,
+            );
+            match guest.away(named).await {
+                Some(Some((source, unread))) => {
+                    client = source.unwrap_or(knock.peer);
+                    rest = unread;
+                }
+                _ => return,
+            }
+            match shard.doors.enter(client.ip(), proxied, &config) {
+                Ok(pass) => pass,
+                Err(shut) => return shard.turn_away(transport, tls_first, shut),
+            }
+        }
     };
     let tls_us = shard.now_us();
+    let policy = policy(&shard, &config, client, proxied, tls_first);
     if tls_first {
         if let Err(error) = transport.start_tls(&shard.tls.borrow(), &rest) {
             tracing::error!(%error, "TLS cannot be started");
@@ -199,71 +326,90 @@ async fn begin(
         peer: client,
         pass,
         deadline_ms,
+        refusal,
         times: Times {
-            accepted_us,
+            accepted_us: knock.arrived_us,
             tls_us,
             sasl_us: None,
         },
     };
-    negotiate(shard, connecting, None).await;
+    negotiate(shard, connecting, None, guest).await;
+}
+
+/// What this connection may do.
+fn policy(
+    shard: &Shard,
+    config: &Config,
+    client: SocketAddr,
+    proxied: bool,
+    tls_first: bool,
+) -> Policy {
+    let loopback = !proxied && client.ip().to_canonical().is_loopback();
+    let mechanisms = &config.sasl.mechanisms;
+    Policy {
+        tls_offered: !tls_first,
+        tls_required: config.c2s.require_tls,
+        mechanisms: Mechanism::ALL
+            .into_iter()
+            .filter(|m| mechanisms.iter().any(|name| name == m.name()))
+            .collect(),
+        register: match config.registration {
+            Registration::Off => false,
+            Registration::Loopback => loopback,
+            Registration::On => true,
+        },
+        attempts_max: config.limits.auth_attempts_max as u32,
+        xml: crate::xml::Limits {
+            stanza_bytes_max: config.limits.unauthenticated_stanza_bytes_max,
+            ..shard.slice.borrow().env.limits.xml
+        },
+    }
 }
 
 /// A connection comes to this shard because its user lives here.
 pub fn arrived(shard: Rc<Shard>, moved: Moved) {
     shard.hand_overs.set(shard.hand_overs.get() + 1);
+    let guest = Guest::new(&shard);
     rt::spawn(
         Queue::Login,
-        negotiate(shard, moved.connecting, Some(moved.wish)),
+        negotiate(shard, moved.connecting, Some(moved.wish), guest),
     );
 }
 
-/// Too many connections: said in plain text where that is possible.
-fn turn_away(shard: &Shard, mut transport: Transport, tls_first: bool, shut: Shut) {
+/// Says why a connection is not let in: in words where it expects plain text, else by a TLS alert.
+fn turn_away(shard: &Shard, mut transport: Transport, tls_first: bool, error: &StreamError) {
     shard.gauges.turned_away.one();
-    tracing::debug!(?shut, "turned away");
+    let mut out = Vec::new();
     if tls_first {
-        return;
-    }
-    let config = shard.config.borrow().clone();
-    let negotiation = Negotiation::new(
-        &config.domain,
-        Policy {
+        out.extend_from_slice(&ALERT_INTERNAL_ERROR);
+    } else {
+        let config = shard.config.borrow().clone();
+        let policy = Policy {
             tls_offered: false,
             tls_required: false,
             mechanisms: Vec::new(),
             register: false,
             attempts_max: 1,
             xml: Default::default(),
-        },
-    );
-    let mut out = Vec::new();
-    negotiation.refuse(
-        &StreamError::text("resource-constraint", "too many connections"),
-        &mut out,
-    );
+        };
+        Negotiation::new(&config.domain, policy).refuse(error, &mut out);
+    }
     let _ = transport.write(&out, &mut shard.scratch.borrow_mut());
     shard.close_transport(transport);
 }
 
-async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
+async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, guest: Guest) {
     shard.negotiating.set(shard.negotiating.get() + 1);
-    let notify = Rc::new(Waits::default());
-    let link = shard.links.borrow_mut().insert(Kind::Waits(notify.clone()));
+    let link = shard
+        .links
+        .borrow_mut()
+        .insert(Kind::Login(guest.login.clone()));
     let outcome = match shard.readiness.add(c.transport.socket(), link) {
         Err(_) => Outcome::Gone,
-        Ok(()) => {
-            let left = c.deadline_ms.saturating_sub(shard.slice.borrow().now.ms);
-            let run = run(&shard, &mut c, wish, &notify, link);
-            match rt::timeout(Duration::from_millis(left), run).await {
-                Ok(outcome) => outcome,
-                Err(_) => Outcome::Refuse(StreamError::text(
-                    "connection-timeout",
-                    "too slow to authenticate",
-                )),
-            }
-        }
+        Ok(()) => in_time(&shard, &mut c, wish, &guest, link).await,
     };
     shard.negotiating.set(shard.negotiating.get() - 1);
+    c.deadline_ms += guest.login.queued_ms(shard.now_ms());
     if let Outcome::Bound = outcome {
         let Connecting {
             transport,
@@ -277,6 +423,15 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
         let Some(sid) = shard.take_bound(link) else {
             return;
         };
+        let shown = |session: &Session| session.presence.is_some();
+        let begins = match shard.slice.borrow().sessions.get(sid).is_some_and(shown) {
+            true => Begins::No,
+            false => Begins::Until {
+                ms: shard.now_ms() + BEGINS_MS,
+                queued: false,
+                closed: false,
+            },
+        };
         if let Some(kind) = shard.links.borrow_mut().get_mut(link) {
             *kind = Kind::Live(Box::new(LiveLink {
                 transport,
@@ -284,8 +439,10 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
                 rest,
                 session: sid,
                 _pass: pass,
+                begins,
             }));
         }
+        shard.admission.bound();
         // what came behind the binding, and edges that nobody saw meanwhile
         shard.read(link, true);
         shard.flush();
@@ -320,12 +477,38 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>) {
     }
 }
 
+/// [`run`], within the time that the client has; what it waits at the gates is not its fault.
+async fn in_time(
+    shard: &Rc<Shard>,
+    c: &mut Connecting,
+    wish: Option<Wish>,
+    guest: &Guest,
+    link: u64,
+) -> Outcome {
+    let deadline_ms = c.deadline_ms;
+    let mut run = pin!(run(shard, c, wish, guest, link));
+    loop {
+        let now_ms = shard.now_ms();
+        let left = (deadline_ms + guest.login.queued_ms(now_ms)).saturating_sub(now_ms);
+        match rt::timeout(Duration::from_millis(left), run.as_mut()).await {
+            Ok(outcome) => return outcome,
+            Err(_) if left > 0 => {}
+            Err(_) => {
+                return Outcome::Refuse(StreamError::text(
+                    "connection-timeout",
+                    "too slow to authenticate",
+                ));
+            }
+        }
+    }
+}
+
 /// Negotiates until the session stands or there is nothing more to say.
 async fn run(
     shard: &Rc<Shard>,
     c: &mut Connecting,
     wish: Option<Wish>,
-    notify: &Waits,
+    guest: &Guest,
     link: u64,
 ) -> Outcome {
     let mut out = Vec::new();
@@ -337,11 +520,17 @@ async fn run(
         if shard.stopping.get() {
             return Outcome::Refuse(StreamError::text("system-shutdown", "the server stops"));
         }
+        if guest.login.is_cut() {
+            return Outcome::Refuse(StreamError::text("connection-timeout", "silent too long"));
+        }
+        if let Some(error) = c.refusal.take_if(|_| !c.transport.handshaking()) {
+            return Outcome::Refuse(error);
+        }
         let step = match next.take() {
             Some(step) => step,
             None => match c.framer.next(&c.rest, c.negotiation.limits()) {
                 Err(error) => return Outcome::Refuse(error.into()),
-                Ok(None) => match fill(shard, c, notify).await {
+                Ok(None) => match fill(shard, c, guest).await {
                     Ok(()) => continue,
                     Err(()) => return Outcome::Gone,
                 },
@@ -370,6 +559,15 @@ async fn run(
                 c.framer.restart();
                 if let Some(name) = c.negotiation.user() {
                     shard.doors.succeeded(name);
+                    match shard.often(name) {
+                        Ok(Duration::ZERO) => {}
+                        Ok(pause) => {
+                            guest.away(shard.hold_back(pause)).await;
+                            // what was reported meanwhile is not reported again
+                            c.drained = false;
+                        }
+                        Err(seconds) => return Outcome::Refuse(overloaded(seconds)),
+                    }
                 }
             }
             Step::StartTls => {
@@ -394,10 +592,13 @@ async fn run(
                 if owner != shard.number {
                     return Outcome::Move(owner, Wish::Login(name));
                 }
-                next = Some(shard.credentials(c, &name, &mut out).await);
+                if let Err(error) = guest.name(shard.class_of(&name)).await {
+                    return Outcome::Refuse(error);
+                }
+                next = Some(shard.credentials(c, guest, &name, &mut out).await);
             }
             Step::CheckPassword(check) => {
-                let right = match shard.compute(Job::Check(check)).await {
+                let right = match guest.away(shard.compute(Job::Check(check))).await {
                     Some(Computed::Checked(right)) => Some(right),
                     _ => None,
                 };
@@ -418,7 +619,9 @@ async fn run(
                 );
                 let config = shard.config.borrow().clone();
                 let pause = shard.doors.failed(c.peer.ip(), name.as_deref(), &config);
-                shard.hold_back(c, notify, pause).await;
+                guest.away(shard.hold_back(pause)).await;
+                // what was reported meanwhile is not reported again
+                c.drained = false;
                 if close {
                     let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
                     return Outcome::Close;
@@ -429,7 +632,10 @@ async fn run(
                 if owner != shard.number {
                     return Outcome::Move(owner, Wish::Register(name, password));
                 }
-                let outcome = shard.register(c, &name, password).await;
+                if let Err(error) = guest.name(Class::Stranger).await {
+                    return Outcome::Refuse(error);
+                }
+                let outcome = guest.away(shard.register(c, &name, password)).await;
                 c.negotiation.registered(outcome, &mut out);
             }
             Step::Bind { resource } => {
@@ -450,7 +656,7 @@ async fn run(
                     };
                 }
             }
-            Step::Resume { previd, h } => match shard.resume(c, &previd, h, link).await {
+            Step::Resume { previd, h } => match shard.resume(c, guest, &previd, h, link).await {
                 Ok(Resumed::Yes) => {
                     record(Stage::Resume, shard.now_us() - c.times.accepted_us);
                     return Outcome::Bound;
@@ -476,15 +682,16 @@ async fn run(
 }
 
 /// Reads until there is something new in `rest`, with the handshake on the way.
-async fn fill(shard: &Shard, c: &mut Connecting, notify: &Waits) -> Result<(), ()> {
+async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()> {
     loop {
-        if std::mem::take(&mut c.drained) && !notify.closed.get() {
+        if std::mem::take(&mut c.drained) && !guest.login.closed.get() {
             // the last read took all that was there: an edge tells when there is more
-            notify.ready.wait().await;
+            guest.login.blocked.set(c.transport.pending() > 0);
+            guest.client().await;
             if c.transport.pending() > 0 && c.transport.flush().is_err() {
                 return Err(());
             }
-            if shard.stopping.get() {
+            if shard.stopping.get() || guest.login.is_cut() {
                 return Ok(());
             }
         }
@@ -515,7 +722,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, notify: &Waits) -> Result<(), (
                 server_end_point: bound.end_point.map(Into::into),
             });
         }
-        if read {
+        if read || (handshake_done && c.refusal.is_some()) {
             return Ok(());
         }
         if handshake_done {
@@ -587,27 +794,95 @@ impl Shard {
         outcome
     }
 
+    /// Only the live loop gives out places: it must not sleep while somebody wants one.
+    fn wake_for_gates(&self) {
+        if self.admission.is_wanted() && self.admission.asleep.replace(false) {
+            self.nudge();
+        }
+    }
+
     /// Waits for `pause`, or until the shard stops.
-    async fn hold_back(&self, c: &mut Connecting, notify: &Waits, pause: Duration) {
+    async fn hold_back(&self, pause: Duration) {
         let until = Instant::now() + pause;
         while !self.stopping.get()
             && let Some(left) = until.checked_duration_since(Instant::now())
         {
-            let _ = rt::timeout(left, notify.ready.wait()).await;
+            rt::sleep(left.min(HOLD_BACK_PIECE)).await;
         }
-        // what was reported meanwhile is not reported again
-        c.drained = false;
+    }
+
+    /// What somebody hears who cannot log in now.
+    fn overloaded(&self) -> StreamError {
+        let mut chance = [0];
+        aws_lc_rs::rand::fill(&mut chance).expect("the system gives random bytes");
+        overloaded(self.admission.retry_seconds(chance[0]))
+    }
+
+    /// How long the login of an account is held back that logs in too often, or when it may try again.
+    fn often(&self, name: &str) -> Result<Duration, u64> {
+        let config = self.config.borrow().clone();
+        let often = self
+            .frequency
+            .borrow_mut()
+            .login(name, self.now_ms(), &config);
+        if often != Ok(Duration::ZERO) {
+            self.logins_slowed.set(self.logins_slowed.get() + 1);
+        }
+        often
+    }
+
+    fn turn_away(&self, transport: Transport, tls_first: bool, shut: Shut) {
+        tracing::debug!(?shut, "turned away");
+        let error = match shut {
+            Shut::Logins | Shut::Blade => self.overloaded(),
+            Shut::Address | Shut::Unauthenticated => {
+                StreamError::text("resource-constraint", "too many connections")
+            }
+        };
+        turn_away(self, transport, tls_first, &error);
+    }
+
+    /// Whom the second gate lets in first: who has a session that can be resumed (whether he will is not known before he says
+    /// so), then who is on line or was a moment ago.
+    fn class_of(&self, name: &str) -> Class {
+        let slice = self.slice.borrow();
+        let Some(user) = slice.user(name) else {
+            return Class::Stranger;
+        };
+        let resumable = |sid| {
+            let sm = slice.sessions.get(sid).and_then(|s| s.sm.as_ref());
+            sm.is_some_and(|sm| sm.resume_ms > 0)
+        };
+        let since = |at| slice.now.unix.saturating_sub(at);
+        if user.sessions.iter().any(|sid| resumable(*sid)) {
+            return Class::Resumable;
+        }
+        let recent = self.config.borrow().storm.recent_seconds;
+        match &user.last {
+            _ if !user.sessions.is_empty() => Class::Recent,
+            Some(last) if since(last.at) <= recent => Class::Recent,
+            _ => Class::Stranger,
+        }
     }
 
     /// Waits until the user is loaded, then goes on with his keys.
-    async fn credentials(&self, c: &mut Connecting, name: &str, out: &mut Vec<u8>) -> Step {
+    async fn credentials(
+        &self,
+        c: &mut Connecting,
+        guest: &Guest,
+        name: &str,
+        out: &mut Vec<u8>,
+    ) -> Step {
         let begun = Instant::now();
-        self.load(name).await;
         // known or not, cached or not: the time of the answer does not tell
         let least = Duration::from_millis(self.config.borrow().sasl.answer_ms_min);
-        if let Some(left) = least.checked_sub(begun.elapsed()) {
-            rt::sleep(left).await;
-        }
+        let known = async {
+            self.load(name).await;
+            if let Some(left) = least.checked_sub(begun.elapsed()) {
+                rt::sleep(left).await;
+            }
+        };
+        guest.away(known).await;
         let slice = self.slice.borrow();
         let decoy = self.decoy.borrow().clone();
         match slice.users.peek(name) {
@@ -762,6 +1037,7 @@ impl Shard {
     async fn resume(
         &self,
         c: &mut Connecting,
+        guest: &Guest,
         previd: &str,
         h: u32,
         link: u64,
@@ -779,7 +1055,7 @@ impl Shard {
                 .or_default()
                 .push(setter);
             self.flush();
-            settled.take().await;
+            guest.away(settled.take()).await;
         }
         let mut slice = self.slice.borrow_mut();
         let Some(sid) = sm::find(&slice, &name, previd) else {

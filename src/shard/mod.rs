@@ -6,6 +6,7 @@
 //! |---|---|
 //! | `live` | the readiness task: ready sockets, answers, output; connections of sessions |
 //! | `login` | a connection from accept to its session, a task in the login queue; hand-over to the owner |
+//! | `admission` | storm control: who of those who log in may compute now |
 //! | `journal` | groups of changes on their way to the disk |
 //! | `redis` | its end of the Redis ring |
 //! | `doors` | who may connect, how often, and how fast after failures |
@@ -15,6 +16,7 @@
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
 
 pub mod admin;
+pub mod admission;
 pub mod doors;
 pub mod figures;
 mod http;
@@ -50,7 +52,8 @@ use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
 
-use doors::Doors;
+use admission::{Admission, Loads, Login};
+use doors::{Doors, Frequency};
 use journal::{Foreign, Journal};
 use moves::Ways;
 use redis::{Redis, RedisParts};
@@ -117,6 +120,7 @@ pub struct Parts {
     pub helpers: crate::blade::Helpers,
     pub own_inbox: InboxSender<Inbound>,
     pub doors: Arc<Doors>,
+    pub loads: Arc<Loads>,
     pub started: Instant,
     pub gauges: Arc<crate::observe::Gauges>,
     pub pages: figures::Pages,
@@ -139,14 +143,22 @@ pub struct Shard {
     tls: RefCell<TlsConfig>,
     decoy: RefCell<Arc<Decoy>>,
     doors: Arc<Doors>,
+    loads: Arc<Loads>,
+    frequency: RefCell<Frequency>,
+    logins_slowed: Cell<u64>,
+    /// Connections that were only accepted here.
+    knocks_moved: Cell<u64>,
     /// Live connections that have more to read than one turn allows, or bytes left from their login.
     unread: RefCell<VecDeque<u64>>,
     /// Log-ins that wait for a user to be loaded.
     waiting: RefCell<FnvHashMap<Box<str>, Vec<SlotSetter<()>>>>,
     started: Instant,
     stopping: Cell<bool>,
-    /// Connections of the login phase.
+    /// Connections that are past the first gate and have no session yet.
     negotiating: Cell<usize>,
+    admission: Admission<Box<login::Knock>>,
+    /// When the turn of the live loop began that is at work.
+    turn_began: Cell<Instant>,
     /// Connections that came from other shards.
     hand_overs: Cell<u64>,
     http_open: Cell<usize>,
@@ -174,8 +186,12 @@ struct Link {
 }
 
 enum Kind {
-    /// Somebody waits for readiness: a listener, a login, an HTTP request.
+    /// Somebody waits for readiness: an HTTP request, a PROXY header.
     Waits(Rc<Waits>),
+    /// A port: told when it may accept.
+    Listener(Rc<Notify>),
+    /// A connection that logs in: told when it may compute.
+    Login(Rc<Login>),
     Live(Box<LiveLink>),
     /// Says its last words.
     Closing {
@@ -205,6 +221,22 @@ struct LiveLink {
     rest: Vec<u8>,
     session: SessionId,
     _pass: doors::Pass,
+    /// Until its client has asked for what clients ask for at their start it counts as a login.
+    begins: Begins,
+}
+
+/// What is left of a login when the session has begun.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Begins {
+    /// Nothing.
+    No,
+    /// It is read when there is a place: until its presence comes, or until `ms` of the monotonic clock.
+    Until {
+        ms: u64,
+        queued: bool,
+        /// The peer sends no more; that edge does not come again.
+        closed: bool,
+    },
 }
 
 #[derive(Default)]
@@ -280,11 +312,17 @@ impl Shard {
             tls: RefCell::new(parts.tls),
             decoy: RefCell::new(parts.decoy),
             doors: parts.doors,
+            loads: parts.loads,
+            frequency: RefCell::default(),
+            logins_slowed: Cell::new(0),
+            knocks_moved: Cell::new(0),
             unread: RefCell::default(),
             waiting: RefCell::default(),
             started: parts.started,
             stopping: Cell::new(false),
             negotiating: Cell::new(0),
+            admission: Admission::new(&config),
+            turn_began: Cell::new(Instant::now()),
             hand_overs: Cell::new(0),
             http_open: Cell::new(0),
             bound: RefCell::default(),
@@ -369,6 +407,17 @@ impl Shard {
             journal_waited: c.journal_waited,
             overlay_items: slice.overlay.items() as u64,
             ring_waiting: slice.warmth.waiting() as u64,
+            logins_computing: self.admission.computing() as u64,
+            logins_computing_bound: self.admission.places() as u64,
+            gate_first: self.admission.knocks() as u64,
+            gate_second: self.admission.at_second_gate() as u64,
+            gate_waits: self.admission.waits.get().0,
+            gate_wait_ms: self.admission.waits.get().1,
+            gate_late: self.admission.late.get(),
+            logins_slowed: self.logins_slowed.get(),
+            knocks_moved: self.knocks_moved.get(),
+            presence_waiting: slice.pace.waiting() as u64,
+            presence_merged: slice.pace.merged,
         };
         self.gauges.publish(self.number, snapshot);
     }
@@ -377,6 +426,11 @@ impl Shard {
     fn nudge(&self) {
         // a full inbox makes it turn anyway
         let _ = self.own_inbox.try_send(Inbound::Nudge);
+    }
+
+    /// Monotonic milliseconds, as the clock was read last.
+    fn now_ms(&self) -> u64 {
+        self.slice.borrow().now.ms
     }
 
     /// Reads the clock for everything that this turn does.
@@ -398,6 +452,24 @@ impl Shard {
         self.started.elapsed().as_micros() as u64
     }
 
+    /// While others wait at the first gate and there is no room behind it, who is silent there has to go.
+    fn tick_gates(&self, now_ms: u64) {
+        self.admission.tick(now_ms);
+        let config = self.config.borrow().clone();
+        let full = self.negotiating.get() >= config.storm.logins_begun_max;
+        if !full || self.admission.knocks() == 0 {
+            return;
+        }
+        for (_, link) in &self.links.borrow().slab {
+            if let Kind::Login(login) = &link.kind
+                && login.silent_ms(now_ms) > config.storm.silent_seconds_max * 1000
+            {
+                login.cut();
+                self.gauges.logins_silent.one();
+            }
+        }
+    }
+
     /// Seconds and slow things: timers of sessions, farewells that take too long, figures for whoever looks.
     async fn tick_forever(self: Rc<Self>) {
         loop {
@@ -413,6 +485,7 @@ impl Shard {
                 slice.now.ms
             };
             self.confirm_deliveries();
+            self.tick_gates(now_ms);
             self.publish();
             self.end_closing(now_ms);
             self.flush();

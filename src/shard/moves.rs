@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 
-use super::login::Moved;
+use super::login::{Knock, Moved};
 use crate::observe::{HighWater, Stage, Stamp, record};
 use crate::rt::Mesh;
 use crate::xmpp::batch::{Batch, Item};
@@ -16,6 +16,8 @@ pub enum Parcel {
     Batch(Batch),
     /// A connection comes to its user's owner.
     Moved(Box<Moved>),
+    /// A connection that was only accepted comes to a shard where fewer wait.
+    Knock(Box<Knock>),
 }
 
 impl Parcel {
@@ -23,6 +25,7 @@ impl Parcel {
         match self {
             Parcel::Batch(batch) => batch.len() + batch.items.len() * size_of::<Item>(),
             Parcel::Moved(_) => size_of::<Moved>(),
+            Parcel::Knock(_) => size_of::<Knock>(),
         }
     }
 }

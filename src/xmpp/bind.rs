@@ -69,6 +69,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         presence: None,
         directed: Default::default(),
         csi: Default::default(),
+        paced: None,
         sm: None,
         accept: Default::default(),
         heard_ms: now.ms,

@@ -14,6 +14,7 @@ pub mod ledger;
 pub mod message;
 pub mod meta;
 pub mod negotiation;
+pub mod pace;
 #[cfg(test)]
 mod promise;
 pub mod sasl;

@@ -11,6 +11,7 @@ use super::accept::Acceptance;
 use super::feature::csi::Csi;
 use super::feature::sm::{Kept, Sm};
 use super::meta::Meta;
+use super::pace::Paced;
 use crate::observe::Stamp;
 use crate::xml::StreamNs;
 
@@ -69,6 +70,8 @@ pub struct Session {
     /// Those who got directed presence (RFC 6121 4.6.3) and will get the unavailable presence.
     pub directed: SmallVec<[Box<str>; 0]>,
     pub csi: Csi,
+    /// Presence of others that waits for a turn with room.
+    pub paced: Option<Box<Paced>>,
     pub sm: Option<Box<Sm>>,
     pub accept: Acceptance,
     /// A client that wants to resume waits until all that was read is decided.

@@ -21,6 +21,7 @@ use super::feature::{self, Hooks, Refusal, presence, stable_id};
 use super::jid::Jid;
 use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
+use super::pace::Pace;
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
 use super::warmth::{Behind, Waits, Warmth};
@@ -391,6 +392,7 @@ pub struct Slice {
     pub users: Cache<Slot>,
     pub sessions: Sessions,
     pub fx: Effects,
+    pub pace: Pace,
     pub counters: Counters,
     pub hooks: Hooks,
     /// The inbound stanza at work, when its session has stream management.
@@ -477,6 +479,7 @@ impl Slice {
             users: Cache::new(cache_bytes_max),
             sessions: Sessions::default(),
             fx,
+            pace: Pace::default(),
             counters: Counters::default(),
             hooks: Hooks::collect(),
             current: None,
@@ -880,6 +883,14 @@ impl Slice {
 
     /// The same for a message that is a pending delivery of the user's, by its id.
     pub fn hand(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta, id: u64) {
+        if self.sessions.get(sid).is_some_and(|s| s.paced.is_some()) {
+            self.release_sender(sid, parts, meta);
+        }
+        self.give(sid, parts, meta, id);
+    }
+
+    /// [`Slice::hand`], whatever waits.
+    pub(super) fn give(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta, id: u64) {
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
@@ -1446,7 +1457,7 @@ impl Slice {
             Act::Presence { from, stanza, meta } => {
                 self.ledger.release(&user);
                 if let Ok(from) = Jid::parse(strings.text(from)) {
-                    presence::tell_now(self, &user, &from, strings.get(stanza), meta);
+                    presence::tell_now(self, &user, &from, strings.get(stanza), meta, &mut None);
                 }
             }
             Act::Forward {
@@ -1529,6 +1540,9 @@ impl Slice {
         for (at, name, item) in found.undrained {
             let name: Rc<str> = (*name).into();
             self.overlay.add(at, &name, item);
+        }
+        if let Some(up_to) = found.doubtful {
+            self.overlay.doubt(up_to);
         }
         for (at, id) in found.gone {
             self.overlay.add_gone(at, id);
@@ -1936,6 +1950,7 @@ impl Slice {
             self.counters.journal_refused += 1;
             return refused(self, then, WriteError::Full);
         }
+        self.release_user(name);
         let Some(user) = self.user(name) else {
             return refused(self, then, WriteError::Missing);
         };
@@ -2027,8 +2042,10 @@ impl Slice {
 
     /// Reads a document of a user.
     pub fn read(&mut self, name: &str, key: &str, then: ThenRead) {
-        if let Some(found) = self.overlay.document(name, key) {
-            return then(self, Ok(found));
+        match self.overlay.document(name, key) {
+            Ok(None) => {}
+            Ok(Some(found)) => return then(self, Ok(found)),
+            Err(error) => return then(self, Err(error)),
         }
         let query = Query::Document {
             name: name.into(),

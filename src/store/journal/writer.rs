@@ -20,6 +20,7 @@ use crossbeam_channel::{Receiver, Sender};
 use super::group::{Committed, Group};
 use super::segments::{Appender, CommitError, Journal, Kept, SPARES_WANTED};
 use super::state::State;
+use crate::rt;
 
 /// After which what failed for want of room is tried again, and floors are looked at.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -127,6 +128,7 @@ struct Committer {
 
 impl Committer {
     fn run(mut self, groups: &Receiver<(Group, Instant)>) {
+        rt::be_prompt();
         while let Ok((mut group, submitted)) = groups.recv() {
             while let Err(why) = self.appender.commit(&mut group) {
                 let stops = self.shared.stop.load(Acquire);
@@ -235,6 +237,8 @@ impl Bell {
 }
 
 fn keep(bell: &Bell, journals: &Mutex<Vec<Arc<Journal>>>) {
+    // zeros for a new segment are as much as a second of commits
+    rt::step_back();
     let mut again = None;
     while bell.wait(again) {
         again = None;

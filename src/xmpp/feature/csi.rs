@@ -6,6 +6,7 @@ use super::{Feature, NONE, NonzaRoute};
 use crate::xml::view::View;
 use crate::xmpp::error::StreamError;
 use crate::xmpp::meta::{Kind, Meta};
+use crate::xmpp::pace::from_of;
 use crate::xmpp::session::{Session, SessionId};
 use crate::xmpp::slice::Slice;
 
@@ -74,16 +75,6 @@ fn release(session: &mut Session) {
     for (stanza, meta) in std::mem::take(&mut session.csi.held) {
         session.push(&[&stanza], meta, 0);
     }
-}
-
-/// The value of `from` as it stands in the start tag of a stanza that the server wrote: behind all that the client wrote, whose
-/// values may hold anything.
-fn from_of(stanza: &[u8]) -> Option<&[u8]> {
-    let end = memchr::memchr(b'>', stanza)?;
-    let tag = &stanza[..end];
-    let start = memchr::memmem::rfind(tag, b" from='")? + 7;
-    let len = memchr::memchr(b'\'', &tag[start..])?;
-    Some(&tag[start..start + len])
 }
 
 fn active(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {

@@ -21,6 +21,7 @@ use crate::xmpp::jid::Jid;
 use crate::xmpp::ledger::Act;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
+use crate::xmpp::pace::Shared;
 use crate::xmpp::session::{Presence, Session, SessionId};
 use crate::xmpp::slice::Op;
 use crate::xmpp::slice::{Fate, Slice, Slot, User};
@@ -351,10 +352,11 @@ fn broadcast_here(
     let Ok(from) = Jid::parse(from) else {
         return;
     };
+    let mut shared = None;
     for place in places {
         let name = text_of(place, names);
         if place.key & 3 != GIVES {
-            tell(slice, name, &from, stanza, meta);
+            tell(slice, name, &from, stanza, meta, &mut shared);
         }
         if place.key & 3 != GETS {
             asked(slice, name, &from);
@@ -426,9 +428,33 @@ fn others_to(slice: &mut Slice, sid: SessionId, name: &str) {
 
 /// Splices `to` in and sends.
 fn to_sessions(slice: &mut Slice, sessions: &[SessionId], name: &str, stanza: &[u8], meta: Meta) {
+    let Some((head, rest)) = spliced(slice, name, stanza) else {
+        return;
+    };
+    for sid in sessions {
+        slice.send(*sid, &[&head, rest], meta);
+    }
+}
+
+/// The same for one session, past what waits for it ([`crate::xmpp::pace`]).
+pub fn write_to(slice: &mut Slice, sid: SessionId, stanza: &[u8], meta: Meta) {
+    let Some(name) = slice.sessions.get(sid).map(|s| s.user.clone()) else {
+        return;
+    };
+    if let Some((head, rest)) = spliced(slice, &name, stanza) {
+        slice.give(sid, &[&head, rest], meta, 0);
+    }
+}
+
+/// The beginning of the stanza with `to`, and the rest.
+fn spliced<'s>(
+    slice: &Slice,
+    name: &str,
+    stanza: &'s [u8],
+) -> Option<(SmallVec<[u8; 256]>, &'s [u8])> {
     let Some(rest) = stanza.strip_prefix(START) else {
         debug_assert!(false, "presence begins with its name");
-        return;
+        return None;
     };
     let mut head: SmallVec<[u8; 256]> = SmallVec::new();
     // neither part of a bare JID may hold a character that needs escaping (RFC 7622 3.2, 3.3.1)
@@ -442,9 +468,7 @@ fn to_sessions(slice: &mut Slice, sessions: &[SessionId], name: &str, stanza: &[
     ] {
         head.extend_from_slice(part);
     }
-    for sid in sessions {
-        slice.send(*sid, &[&head, rest], meta);
-    }
+    Some((head, rest))
 }
 
 // ---- from others -------------------------------------------------------------------------------------------------
@@ -455,13 +479,21 @@ pub fn broadcast_in(slice: &mut Slice, names: &str, from: &str, stanza: &[u8], m
     let Ok(from) = Jid::parse(from) else {
         return;
     };
+    let mut shared = None;
     for name in names.lines() {
-        tell(slice, name, &from, stanza, meta);
+        tell(slice, name, &from, stanza, meta, &mut shared);
     }
 }
 
 /// [`broadcast_in`] for one.
-fn tell(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: Meta) {
+fn tell(
+    slice: &mut Slice,
+    name: &str,
+    from: &Jid<'_>,
+    stanza: &[u8],
+    meta: Meta,
+    shared: &mut Option<Shared>,
+) {
     let Some(user) = slice.user(name).filter(|u| !u.sessions.is_empty()) else {
         return;
     };
@@ -475,11 +507,18 @@ fn tell(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: Meta
         };
         return slice.ledger.queue(&user, act);
     }
-    tell_now(slice, name, from, stanza, meta);
+    tell_now(slice, name, from, stanza, meta, shared);
 }
 
 /// Nothing that is older waits.
-pub fn tell_now(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: Meta) {
+pub fn tell_now(
+    slice: &mut Slice,
+    name: &str,
+    from: &Jid<'_>,
+    stanza: &[u8],
+    meta: Meta,
+    shared: &mut Option<Shared>,
+) {
     let Some(user) = slice.user(name) else { return };
     // the sender's side may lag behind: what counts is what the recipient's own roster says
     let item = user.record.get().roster_item(from.bare());
@@ -488,7 +527,9 @@ pub fn tell_now(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], me
     }
     let sessions = available_of(slice, user);
     if !sessions.is_empty() && admit(slice, name, from, meta) {
-        to_sessions(slice, &sessions, name, stanza, meta);
+        for sid in sessions {
+            slice.pace(sid, stanza, meta, shared);
+        }
     }
     if meta.kind == Kind::Unavailable {
         forget_directed(slice, name, from);
@@ -541,7 +582,7 @@ fn answer_probe(slice: &mut Slice, name: &str, from: &Jid<'_>) {
             let mut stanza = slice.buffer();
             if let Some(presence) = slice.sessions.get(sid).and_then(|s| s.presence.as_ref()) {
                 stanza.extend_from_slice(&presence.stanza);
-                to_sessions(slice, &[asking], asker, &stanza, meta);
+                slice.pace(asking, &stanza, meta, &mut None);
             }
             slice.reuse(stanza);
         }

@@ -456,6 +456,7 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
     let user = session.user.clone();
     slice.counters.resumptions += 1;
     slice.touched(sid);
+    slice.requeue(sid);
     for id in taken {
         slice.taken(&user, id);
     }
