@@ -68,7 +68,7 @@ stages! {
     /// is durable by then. When it grows, look at nitro_journal_commit_seconds (stored messages) and nitro_loop_lag_seconds.
     Shard Message = "message";
     /// From reading a client's stanza to its being decided on both sides, so that it may be acknowledged (XEP-0198); of
-    /// those that had to wait for it. When it grows, look at nitro_journal_commit_seconds and nitro_mesh_queue_seconds.
+    /// streams with stream management, and of stanzas that had to wait for it. When it grows, look at nitro_journal_commit_seconds and nitro_mesh_queue_seconds.
     Shard MessageSettled = "message_settled";
     /// From handing a group of changes to the journal to its being durable. When it grows, the disk is at its limit: give
     /// journal.dir a disk of its own, and look what else writes.
