@@ -55,6 +55,8 @@ const DRAIN_PATIENCE: Duration = Duration::from_secs(5);
 const DECOY_PAUSE: Duration = Duration::from_secs(5);
 /// And at least that often, for the accounts that are made in-band.
 const DECOY_IDLE: Duration = Duration::from_secs(300);
+/// How far the threads that compute passwords and figures step back behind the shards.
+const BEHIND_NICE: i32 = 10;
 
 /// Runs the server until it is told to stop. A mistake of the operator is one sentence on standard error.
 pub fn serve(config: Config, load: impl Fn() -> Result<Config, String>) -> ExitCode {
@@ -548,7 +550,7 @@ fn start_observer(
         })?));
     }
     // behind the shards: whoever looks can wait
-    Observer::start(recorders, followers, || rt::step_back(10))
+    Observer::start(recorders, followers, || rt::step_back(BEHIND_NICE))
         .map_err(|e| format!("a thread cannot start: {e}"))
 }
 
@@ -734,7 +736,7 @@ impl Helpers {
             let jobs = jobs.clone();
             let work = move || {
                 // behind live traffic: a password is checked in milliseconds anyway
-                rt::step_back(10);
+                rt::step_back(BEHIND_NICE);
                 loop {
                     let job = jobs.lock().ok().and_then(|jobs| jobs.recv().ok());
                     let Some((inbox, ticket, job)) = job else {

@@ -129,30 +129,35 @@ snapshot! {
     /// Users whose copies in Redis wait to be written or answered; the database gets their changes after that. When they
     /// grow, look at nitro_redis_state.
     gauge ring_waiting = "nitro_redis_waiting";
-    /// Logins that compute at the moment.
+    /// Logins that compute at the moment. When they stay at nitro_logins_computing_bound, logins wait: that is usual in a storm.
     gauge logins_computing = "nitro_logins_computing";
-    /// Logins that may compute at a time, as control has found (storm.lag_us_target). At its floor
-    /// (storm.logins_computing_min) the shard is at its limit, or something else takes its core.
+    /// Logins that may compute at a time, as control has found (storm.lag_us_target). When it is at its floor
+    /// (storm.logins_computing_min), the shard is at its limit, or something else takes its core.
     gauge logins_computing_bound = "nitro_logins_computing_bound";
-    /// Accepted connections that wait unread for their turn to log in. It grows in a storm; when it does not shrink again, see
+    /// Accepted connections that wait unread for their turn to log in; they grow in a storm. When they do not shrink again, see
     /// nitro_gate_refused.
     gauge gate_first = "nitro_gate_first_waiting";
-    /// Logins that have named their user and wait for their turn.
+    /// Logins that have named their user and wait for their turn. When they do not shrink again after a storm, look at
+    /// nitro_user_read_seconds.
     gauge gate_second = "nitro_gate_second_waiting";
-    /// Waits at the gates that ended.
+    /// Waits at the gates that ended. When the rate is far below that of nitro_binds, few had to wait.
     counter gate_waits = "nitro_gate_waits";
-    /// Milliseconds of these waits together: divide by nitro_gate_waits.
+    /// Milliseconds of these waits together: divide by nitro_gate_waits. When that grows beyond what clients bear, see
+    /// nitro_gate_refused.
     counter gate_wait_ms = "nitro_gate_wait_milliseconds";
-    /// Connections refused because they waited longer than storm.wait_seconds_max: more cores are needed, or a higher
-    /// storm.lag_us_target.
+    /// Connections refused because they waited longer than storm.wait_seconds_max. When it rises, more cores are needed, or a
+    /// higher storm.lag_us_target.
     counter gate_late = "nitro_gate_refused";
-    /// Logins held back or refused because their account logs in too often (storm.account_logins_per_minute).
+    /// Logins held back or refused because their account logs in too often (storm.account_logins_per_minute). When it rises, a
+    /// client reconnects in a loop: the log says which.
     counter logins_slowed = "nitro_logins_slowed";
-    /// Connections that were accepted here and went to a shard where fewer waited.
+    /// Connections that were accepted here and went to a shard where fewer waited. When one shard has most of them, the kernel
+    /// spreads connects unevenly: that is evened out here.
     counter knocks_moved = "nitro_gate_moved";
-    /// Sessions for which presence of others waits for a turn with room.
+    /// Sessions for which presence of others waits for a turn with room. When they stay many, look at nitro_loop_lag_seconds.
     gauge presence_waiting = "nitro_presence_waiting";
-    /// Presences that were never sent because a newer one of the same full JID came while they waited.
+    /// Presences that were never sent because a newer one of the same full JID came while they waited. When it rises without a
+    /// storm, clients change their presence in a loop.
     counter presence_merged = "nitro_presence_merged";
 }
 
@@ -164,10 +169,10 @@ pub struct Gauges {
     pub accept_failures: Counter,
     /// Connections turned away by a limit.
     pub turned_away: Counter,
-    /// Logins cut because their clients were silent while others waited.
-    pub logins_silent: Counter,
     /// Attempts to authenticate that were refused.
     pub auth_failures: Counter,
+    /// Logins cut because their clients were silent while others waited.
+    pub logins_silent: Counter,
 }
 
 /// Of the blade.
@@ -183,8 +188,8 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Attempts to authenticate that were refused. When the rate is far above the usual, somebody guesses passwords: the log has
     /// the addresses, config/fail2ban a filter for them.
     counter "nitro_auth_failures" => |g| g.auth_failures.get();
-    /// Logins cut because their clients were silent while others waited. When it rises in a storm, clients connect and do not
-    /// go on: look at their addresses in the log, or lower storm.silent_seconds_max.
+    /// Logins cut because their clients were silent while others waited (storm.silent_seconds_max). When it rises without a storm,
+    /// somebody opens connections and says nothing: look at their addresses.
     counter "nitro_logins_silent" => |g| g.logins_silent.get();
     /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
     counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
@@ -197,8 +202,8 @@ impl Gauges {
             shards: (0..shards).map(|_| Mutex::default()).collect(),
             accept_failures: Counter::new(),
             turned_away: Counter::new(),
-            logins_silent: Counter::new(),
             auth_failures: Counter::new(),
+            logins_silent: Counter::new(),
         }
     }
 

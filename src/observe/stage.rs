@@ -46,8 +46,8 @@ pub enum Place {
 }
 
 stages! {
-    /// From accepting a connection to its bound session, the client's own time included. When it grows, look which of its
-    /// parts does: TLS, SASL, the read of the user.
+    /// From accepting a connection to its bound session, waits at the gates and the client's own time included. When it grows,
+    /// look whether many wait (nitro_gate_first_waiting), then which of its parts grows: TLS, SASL, the read of the user.
     Shard Login = "login";
     /// From accepting a connection to its resumed session (XEP-0198). When it grows while nitro_login_seconds does not,
     /// clients come back while what they sent before is still being decided: look at nitro_journal_commit_seconds.
@@ -55,8 +55,8 @@ stages! {
     /// From the begin of a TLS handshake to its end, the client's own time included. When it grows with nitro_loop_lag_seconds,
     /// the cores are busy: log-ins are to be spread or slowed; when it grows alone, look at the network.
     Shard TlsHandshake = "tls_handshake";
-    /// From the first element that names a user to his being authenticated, held-back failures included. When it grows, look at
-    /// nitro_user_read_seconds, then at the clients.
+    /// From the first element that names a user to his being authenticated, held-back failures and the wait at the second gate
+    /// included. When it grows, look at nitro_gate_second_waiting and nitro_user_read_seconds, then at the clients.
     Shard Sasl = "sasl";
     /// How long a log-in waits for a user who is not cached: Redis, else SQL. When it grows, look at the tier that is slow:
     /// nitro_redis_round_trip_seconds, nitro_sql_load_seconds.
@@ -68,7 +68,7 @@ stages! {
     /// is durable by then. When it grows, look at nitro_journal_commit_seconds (stored messages) and nitro_loop_lag_seconds.
     Shard Message = "message";
     /// From reading a client's stanza to its being decided on both sides, so that it may be acknowledged (XEP-0198); of
-    /// those that had to wait for it. When it grows, look at nitro_journal_commit_seconds and nitro_mesh_queue_seconds.
+    /// streams with stream management, and of stanzas that had to wait for it. When it grows, look at nitro_journal_commit_seconds and nitro_mesh_queue_seconds.
     Shard MessageSettled = "message_settled";
     /// From handing a group of changes to the journal to its being durable. When it grows, the disk is at its limit: give
     /// journal.dir a disk of its own, and look what else writes.

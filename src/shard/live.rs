@@ -53,8 +53,8 @@ impl Shard {
                 tracing::error!(%error, "epoll_wait failed");
             }
             self.clock();
-            self.turn_began.set(Instant::now());
             self.looked(slept, !events.is_empty());
+            self.turn_began.set(Instant::now());
             for event in &events {
                 self.ready(event);
                 self.breathe().await;
@@ -97,6 +97,7 @@ impl Shard {
                 self.admission.asleep.set(false);
                 let now_us = self.now_us();
                 self.lag.borrow_mut().slept(from_us, now_us, now_us);
+                self.admission.asleep.set(false);
                 looked = Instant::now();
                 self.turn_began.set(looked);
                 continue;
@@ -109,8 +110,19 @@ impl Shard {
         }
     }
 
-    /// The sockets are looked at again: what has become ready since the turn began has waited for so long. The one place
-    /// where the lag of the event loop is measured.
+    /// Measures how late this turn is. `slept`: since when, and for how long at most.
+    fn looked(&self, slept: Option<(u64, Duration)>, woken: bool) {
+        let now_us = self.slice.borrow().now.us;
+        let mut lag = self.lag.borrow_mut();
+        match slept {
+            Some((from_us, _)) if woken => lag.slept(from_us, now_us, now_us),
+            Some((from_us, most)) => lag.slept(from_us, from_us + most.as_micros() as u64, now_us),
+            None => lag.looked(now_us),
+        }
+    }
+
+    /// The sockets are looked at again: what has become ready since the turn began has waited for so long. Control steers by
+    /// each turn; what people look at is sampled by [`Shard::looked`], where turns weigh by their length.
     fn turned(&self) {
         let took = self.turn_began.get().elapsed();
         self.admission
@@ -179,17 +191,6 @@ impl Shard {
             if now_ms >= ms || session.is_none_or(|session| session.presence.is_some()) {
                 live.begins = Begins::No;
             }
-        }
-    }
-
-    /// Measures how late this turn is. `slept`: since when, and for how long at most.
-    fn looked(&self, slept: Option<(u64, Duration)>, woken: bool) {
-        let now_us = self.slice.borrow().now.us;
-        let mut lag = self.lag.borrow_mut();
-        match slept {
-            Some((from_us, _)) if woken => lag.slept(from_us, now_us, now_us),
-            Some((from_us, most)) => lag.slept(from_us, from_us + most.as_micros() as u64, now_us),
-            None => lag.looked(now_us),
         }
     }
 

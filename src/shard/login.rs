@@ -35,7 +35,7 @@ pub struct Knock {
     /// Monotonic milliseconds of the blade.
     pub arrived_ms: u64,
     /// The same in microseconds.
-    accepted_us: u64,
+    arrived_us: u64,
 }
 
 /// A connection past the first gate that has no session yet. It may move to another shard.
@@ -236,13 +236,14 @@ fn knocks(shard: &Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bool) 
         tls_first,
         pass,
         arrived_ms: shard.now_ms(),
-        accepted_us: shard.slice.borrow().now.us,
+        arrived_us: shard.now_us(),
     });
     if let Some(other) = shard.loads.better(shard.number, shard.admission.knocks()) {
         shard.knocks_moved.set(shard.knocks_moved.get() + 1);
-        let now_us = knock.accepted_us;
-        let mut ways = shard.ways.borrow_mut();
-        return ways.send(other, Parcel::Knock(knock), now_us);
+        return shard
+            .ways
+            .borrow_mut()
+            .send(other, Parcel::Knock(knock), shard.now_us());
     }
     let arrived_ms = knock.arrived_ms;
     shard.admission.knock(knock, arrived_ms);
@@ -307,8 +308,8 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
             }
         }
     };
-    let policy = policy(&shard, &config, client, proxied, tls_first);
     let tls_us = shard.now_us();
+    let policy = policy(&shard, &config, client, proxied, tls_first);
     if tls_first {
         if let Err(error) = transport.start_tls(&shard.tls.borrow(), &rest) {
             tracing::error!(%error, "TLS cannot be started");
@@ -327,7 +328,7 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
         deadline_ms,
         refusal,
         times: Times {
-            accepted_us: knock.accepted_us,
+            accepted_us: knock.arrived_us,
             tls_us,
             sasl_us: None,
         },

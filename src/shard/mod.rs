@@ -447,6 +447,11 @@ impl Shard {
         };
     }
 
+    /// Monotonic microseconds of the blade: comparable between shards.
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+
     /// While others wait at the first gate and there is no room behind it, who is silent there has to go.
     fn tick_gates(&self, now_ms: u64) {
         self.admission.tick(now_ms);
@@ -464,11 +469,6 @@ impl Shard {
                 self.gauges.logins_silent.one();
             }
         }
-    }
-
-    /// Monotonic microseconds of the blade: comparable between shards.
-    fn now_us(&self) -> u64 {
-        self.started.elapsed().as_micros() as u64
     }
 
     /// Seconds and slow things: timers of sessions, farewells that take too long, figures for whoever looks.
