@@ -540,12 +540,12 @@ fn the_drain_goes_on_where_it_was_and_begins_anew_with_a_new_journal() {
 
 #[test]
 fn archive_pages_do_not_delay_those_who_log_in() {
-    const PAGES: u64 = 200;
+    const PAGES: u64 = 100;
     for place in places() {
         let bench = Bench::start(&place.database, 1, |_| {});
         let record = record(50);
         bench.journals[0].push(&[add("romeo", 1, &record)]);
-        let messages: Vec<_> = (10..20_010)
+        let messages: Vec<_> = (10..10_010)
             .map(|id| Change::Message(message("romeo", id, Message::ARCHIVE, "x@y")))
             .collect();
         bench.journals[0].push(&messages);
