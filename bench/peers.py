@@ -5,11 +5,12 @@ already is used from there. They run as the user who calls, on folders of their 
 Settings are those of production by each server's guide, as far as they concern speed, and what a comparison needs:
 
 ejabberd: `+K true` (kernel poll), `+P 250000`, `+Q 65536` (processes and sockets), listen backlog 4096 (its default of 5
-  drops the connects of a storm), no traffic shaper, passwords as SCRAM keys, Mnesia for accounts and rosters, its caches
-  on, log level warning. Archive: `mod_mam` with `default: always` into SQLite (its guide advises SQL for archives).
+  drops the connects of a storm), no traffic shaper, passwords as SCRAM keys, Mnesia for accounts and rosters, caches
+  large enough for all users (`cache_size`), log level warning. Archive: `mod_mam` with `default: always` into SQLite
+  (its guide advises SQL for archives): a commit for each copy of a message.
 Prosody: epoll, generational garbage collector, `tcp_backlog` 4096, `limits` off (a rate limit by connection), passwords
   as SCRAM keys (`internal_hashed`), storage `internal` for accounts and rosters, log level warn. Archive: `mod_mam` with
-  policy `true` into SQLite (its guide advises SQL for archives).
+  policy `true` into SQLite (its guide advises SQL for archives): a commit for each copy of a message.
 Both: stream management with resumption for 10 minutes, carbons, ping, offline messages; an ECDSA P-256 certificate.
 """
 import base64, hashlib, hmac, json, os, pathlib, re, resource, shutil, socket, sqlite3, subprocess, sys, time
@@ -129,6 +130,7 @@ auth_method: [internal]
 auth_password_format: scram
 auth_scram_hash: sha
 max_fsm_queue: 10000
+cache_size: 100000
 {sql}
 listen:
   -

@@ -32,7 +32,7 @@ class Server:
     def start(self):
         log = self.folder / f"{self.name}.log"
         with open(log, "ab") as out:
-            self.process = subprocess.Popen(self.command, stdout=out, stderr=out, env=self.environment)
+            self.process = subprocess.Popen(self.command, stdout=out, stderr=out, env=self.environment, cwd=self.folder)
         deadline = time.monotonic() + WITHIN
         while not reaches(self.family, self.address):
             if time.monotonic() > deadline or self.process.poll() is not None:

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::mpsc::{self, SyncSender, TrySendError};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -15,13 +16,14 @@ use signal_hook::iterator::Signals;
 use crate::admin::lock::DataLock;
 use crate::admin::server::AdminServer;
 use crate::admin::{AdminReply, AdminRequest, JournalLine, Outcome, UserLine};
-use crate::config::{Config, reloadable_diff};
+use crate::config::{Config, LogFormat, reloadable_diff};
 use crate::net::{self, TlsConfig};
-use crate::observe::Gauges;
+use crate::observe::{self, Gauges, IntervalLog, IntervalLogConfig, Observer, Recorder};
 use crate::rt::{self, InboxSender};
 use crate::shard::admin::Call;
 use crate::shard::admission::Loads;
 use crate::shard::doors::Doors;
+use crate::shard::figures::{Pages, Sources};
 use crate::shard::journal::Foreign;
 use crate::shard::redis::RedisParts;
 use crate::shard::{Door, Inbound, Parts, Shard};
@@ -66,7 +68,10 @@ pub fn serve(config: Config, load: impl Fn() -> Result<Config, String>) -> ExitC
 }
 
 fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), String> {
-    start_log(&config);
+    observe::start_log(
+        config.log.level.as_str(),
+        config.log.format == LogFormat::Json,
+    );
     rt::probe()?;
     let files = rt::raise_open_files()?;
     if files < 4096 {
@@ -99,8 +104,20 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let folder = Arc::new(Folder::open(&config.journal_dir())?);
     let mut journals = journal::open(folder, &options).map_err(|error| error.to_string())?;
     let positions = accounts.if_there(Store::positions);
-    let (found, last_id) = recover(&journals, &ring, positions.as_deref())?;
+    let (mut found, last_id) = recover(&journals, &ring, positions.as_deref())?;
     let last_id = last_id.max(accounts.if_there(Store::highest_id).unwrap_or_default());
+    let owners = crate::admin::owners(&config);
+    let since = crate::store::owners::since(&owners, shards, last_id).map_err(|error| {
+        format!(
+            "{}: {error}; make the data folder writable",
+            owners.display()
+        )
+    })?;
+    if positions.is_none() {
+        for found in &mut found {
+            found.doubtful = Some(since);
+        }
+    }
     if accounts.is_missing() {
         tracing::error!(
             %database,
@@ -134,6 +151,14 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         shards,
     });
     let mut found: Vec<Option<Found>> = found.into_iter().map(Some).collect();
+    let sources = Arc::new(Sources {
+        gauges: gauges.clone(),
+        sql: lane.counters(),
+        redis: redis.as_ref().map(|redis| redis.figures.clone()),
+        started_us: unix_us(),
+    });
+    let (observer, observing) = start_observer(&config, &senders, lane.counters())?;
+    let pages = Pages { sources, observer };
     let helpers = Helpers::start(config.limits.password_checks_waiting_max);
     let doors = Arc::new(Doors::default());
     let loads = Arc::new(Loads::new(shards));
@@ -179,6 +204,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 loads: loads.clone(),
                 started,
                 gauges: gauges.clone(),
+                pages: pages.clone(),
             })
         })
         .collect();
@@ -201,6 +227,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         states,
         feeds,
         changed: follow_accounts(&shared, &database, secret, &senders)?,
+        pages: pages.clone(),
     };
     let admin = AdminServer::start(
         &config.data_dir,
@@ -224,6 +251,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                     let _ =
                         sender.send(Inbound::Reload(shared.clone(), tls.clone()), INBOX_PATIENCE);
                 }
+                observe::set_log_level(config.log.level.as_str());
                 current = config;
                 tracing::info!("{sentence}");
             }
@@ -248,18 +276,11 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         std::thread::sleep(Duration::from_millis(2));
     }
     lane.stop();
+    pages.observer.stop();
+    // it has as long as is left, see above
+    let _ = observing.join();
     tracing::info!("stopped");
     Ok(())
-}
-
-fn start_log(config: &Config) {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::new(format!("{},sqlx=warn", config.log.level.as_str()));
-    let _ = tracing_subscriber::fmt()
-        .with_writer(std::io::stderr)
-        .with_ansi(false)
-        .with_env_filter(filter)
-        .try_init();
 }
 
 /// Claims every port, so that a second process is refused; an address family that the machine lacks is left out, and port
@@ -493,6 +514,49 @@ fn start_lane(
     Ok((lane, feeds))
 }
 
+/// The thread that collects what shards and lane have recorded.
+fn start_observer(
+    config: &Config,
+    senders: &[InboxSender<Inbound>],
+    lane: Arc<sql::Counters>,
+) -> Result<(Observer, JoinHandle<()>), String> {
+    let shards = senders.iter().cloned().enumerate().map(|(n, inbox)| {
+        let ask: observe::Ask = Box::new(move |number, empty, reply| {
+            let question = Inbound::Histograms(number, empty, reply.clone());
+            inbox.try_send(question).is_ok()
+        });
+        Recorder {
+            shard: Some(n),
+            ask,
+        }
+    });
+    let lane = Recorder {
+        shard: None,
+        ask: Box::new(move |number, empty, reply| {
+            reply.send((number, lane.timings.exchange(empty))).is_ok()
+        }),
+    };
+    let recorders = shards.chain([lane]).collect();
+    let mut followers = vec![observe::repeats()];
+    let log = &config.histograms;
+    if !log.dir.as_os_str().is_empty() {
+        followers.push(Box::new(IntervalLog::new(IntervalLogConfig {
+            dir: log.dir.clone(),
+            interval: Duration::from_secs(log.interval_seconds),
+            file_bytes_max: log.file_bytes_max as u64,
+            files_max: log.files_max,
+        })?));
+    }
+    // behind the shards: whoever looks can wait
+    Observer::start(recorders, followers, || rt::step_back(10))
+        .map_err(|e| format!("a thread cannot start: {e}"))
+}
+
+fn unix_us() -> u64 {
+    let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    unix.unwrap_or_default().as_micros() as u64
+}
+
 /// A journal that is drained.
 struct Feed {
     shard: u16,
@@ -670,8 +734,7 @@ impl Helpers {
             let jobs = jobs.clone();
             let work = move || {
                 // behind live traffic: a password is checked in milliseconds anyway
-                // SAFETY: changes the priority of the calling thread only; no memory is touched.
-                unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, 10) };
+                rt::step_back(10);
                 loop {
                     let job = jobs.lock().ok().and_then(|jobs| jobs.recv().ok());
                     let Some((inbox, ticket, job)) = job else {
@@ -710,6 +773,7 @@ struct Operators {
     feeds: Vec<Feed>,
     /// Accounts have changed.
     changed: SyncSender<()>,
+    pages: Pages,
 }
 
 impl Operators {
@@ -727,6 +791,7 @@ impl Operators {
             } => self.list(&prefix, &after, limit),
             UsersKnown { names } => self.known(&names),
             Journals => self.journals(),
+            Figures => self.figures(),
             SessionList {
                 name: None,
                 after,
@@ -888,6 +953,19 @@ impl Operators {
         AdminReply::Journals {
             release: env!("CARGO_PKG_VERSION").into(),
             journals: self.feeds.iter().map(line).collect(),
+        }
+    }
+
+    fn figures(&self) -> AdminReply {
+        let (reply, answer) = mpsc::channel();
+        let asked = self.pages.figures(move |figures| {
+            let _ = reply.send(figures);
+        });
+        match answer.recv_timeout(ADMIN_PATIENCE) {
+            Ok(figures) if asked => AdminReply::Figures {
+                figures: Box::new(figures),
+            },
+            _ => AdminReply::refused("too many look at figures at once; repeat the command"),
         }
     }
 

@@ -19,13 +19,14 @@ use crate::admin::client::Accounts;
 use crate::admin::lock::DataLock;
 use crate::admin::{AdminReply, AdminRequest, Existing, Keys, LIST_MAX, SessionLine, UserDetail};
 use crate::config::Config;
+use crate::observe::Stage;
 use crate::store::change::ArchivedChange;
 use crate::store::journal::disk::{Disk, Folder};
 use crate::store::journal::repair;
 use crate::store::record::ScramKeys;
 use crate::user_import::{self, Sources};
 use crate::xmpp::{jid, sasl};
-use crate::{backup, migrate};
+use crate::{backup, migrate, top};
 
 /// An instant-messaging (XMPP) server for trading floors.
 ///
@@ -57,6 +58,24 @@ enum Command {
     /// Look at the sessions of the running server, or end them.
     #[command(subcommand, after_help = "Example:\n  nitro session list alice")]
     Session(Session),
+    /// Watch the running server, core by core: sessions, rates, latencies, lag, queues, tiers.
+    ///
+    /// A row is a core. Quantiles are those of the interval; h shows what the columns mean, q quits.
+    #[command(after_help = "Example:\n  nitro top --once --json --interval 5")]
+    Top {
+        /// Between two looks.
+        #[arg(long, value_name = "SECONDS", default_value_t = 2.0, value_parser = seconds)]
+        interval: f64,
+        /// Print what happens in one interval, then end.
+        #[arg(long)]
+        once: bool,
+        /// As one JSON object.
+        #[arg(long, requires = "once")]
+        json: bool,
+        /// The stage whose quantiles the rows of the cores show at first.
+        #[arg(long, value_name = "NAME", default_value = "message", value_parser = stage)]
+        stage: Stage,
+    },
     /// Look at the journals of a stopped server, or mend them.
     #[command(subcommand, after_help = "Example:\n  nitro journal verify")]
     Journal(Journal),
@@ -104,6 +123,9 @@ enum Command {
         /// Print the configuration file with every key and its default instead.
         #[arg(long)]
         print_defaults: bool,
+        /// Print the list of all metrics (config/metrics.md) instead.
+        #[arg(long, conflicts_with = "print_defaults")]
+        print_metrics: bool,
     },
     /// Print the completions of a shell.
     #[command(after_help = "Example:\n  nitro completions bash > /etc/bash_completion.d/nitro")]
@@ -234,6 +256,22 @@ struct PasswordArgs {
     password_stdin: bool,
 }
 
+/// Between a fifth of a second and an hour.
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.2..=3600.0).contains(&seconds) => Ok(seconds),
+        _ => Err("write a number of seconds from 0.2 to 3600".into()),
+    }
+}
+
+fn stage(text: &str) -> Result<Stage, String> {
+    let names: Vec<&str> = Stage::ALL.iter().map(|stage| stage.name()).collect();
+    match Stage::ALL.iter().find(|stage| stage.name() == text) {
+        Some(stage) => Ok(*stage),
+        None => Err(format!("choose from {}", names.join(", "))),
+    }
+}
+
 /// Carries out the command line of this process.
 pub fn run() -> ExitCode {
     let (cli, options) = match parse(std::env::args_os()) {
@@ -245,7 +283,12 @@ pub fn run() -> ExitCode {
         Command::Completions { shell } => completions(shell),
         Command::CheckConfig {
             print_defaults: true,
+            ..
         } => print(&Config::default_file()),
+        Command::CheckConfig {
+            print_metrics: true,
+            ..
+        } => print(&crate::shard::figures::list()),
         command => {
             let config = match Config::load(options.config.as_deref(), &options.sets) {
                 Ok(config) => config,
@@ -280,6 +323,21 @@ pub fn run() -> ExitCode {
                 }
                 Command::User(command) => user(&config, command),
                 Command::Session(command) => session(&config, command),
+                Command::Top {
+                    interval,
+                    once,
+                    json,
+                    stage,
+                } => {
+                    let interval = Duration::from_secs_f64(interval);
+                    let options = top::Options {
+                        interval,
+                        once,
+                        json,
+                        stage,
+                    };
+                    top::run(&config, &options)
+                }
                 Command::Journal(command) => journal(&config, command),
                 Command::Backup { folder, wait } => {
                     backup::backup(&config, &folder, Duration::from_secs(wait))

@@ -356,6 +356,20 @@ keys! {
     log: Log {
         /// "error", "warn", "info", "debug" or "trace".
         live level: LogLevel = LogLevel::Info;
+        /// "text", or "json" for one JSON object a line.
+        restart format: LogFormat = LogFormat::Text;
+    }
+
+    /// Histogram logs: every stage's durations, interval by interval, in HdrHistogram's own format (V2), for its tools.
+    histograms: Histograms {
+        /// Their folder; it is made. Empty: no such logs.
+        restart dir: PathBuf = PathBuf::new();
+        /// Seconds of one interval.
+        restart interval_seconds: u64 = 10 => 1..=3600;
+        /// Bytes after which a new file is begun.
+        restart file_bytes_max: usize = 67_108_864 => 65_536..=1_073_741_824;
+        /// Files in the folder; the oldest are removed.
+        restart files_max: usize = 10 => 2..=100_000;
     }
 }
 
@@ -666,6 +680,16 @@ choice! {
         Debug = "debug",
         /// Stanzas.
         Trace = "trace",
+    }
+}
+
+choice! {
+    /// How a line of the log looks.
+    LogFormat {
+        /// For people and fail2ban.
+        Text = "text",
+        /// For collectors of logs.
+        Json = "json",
     }
 }
 

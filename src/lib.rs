@@ -11,6 +11,7 @@ pub mod observe;
 pub mod rt;
 pub mod shard;
 pub mod store;
+pub mod top;
 pub mod user_import;
 pub mod xml;
 pub mod xmpp;

@@ -157,9 +157,6 @@ fn attack_until_over(shared: &Shared, attack: Attack) {
     while !shared.over.load(Ordering::Relaxed) {
         let start = Instant::now();
         let end = one_connection(shared, attack);
-        if shared.over.load(Ordering::Relaxed) && end == STILL_OPEN {
-            return;
-        }
         shared.connections.fetch_add(1, Ordering::Relaxed);
         let mut answers = shared.answers.lock().expect("nobody panics");
         let ends = &mut answers.entry(attack).or_default().ends;
@@ -174,6 +171,7 @@ fn attack_until_over(shared: &Shared, attack: Attack) {
     }
 }
 
+/// When the attacker gave it up, or at the end of the flood.
 const STILL_OPEN: &str = "still open";
 
 /// How it ended.

@@ -131,6 +131,7 @@ impl Page<'_> {
         let start = bands
             .first()
             .map_or(0.0, |band| band.from - self.interval_s);
+        let end = bands.last().map_or(f64::INFINITY, |band| band.to);
         let shown = |points: &[Point], value: &dyn Fn(&Point) -> f64| -> Vec<(f64, f64)> {
             points
                 .iter()
@@ -172,7 +173,11 @@ impl Page<'_> {
                 .enumerate()
                 .map(|(number, (kind, points))| Series {
                     label: title(*kind).into(),
-                    points: shown(points, &|point| point.count as f64 / self.interval_s),
+                    // an interval that was not over says nothing about a rate
+                    points: shown(points, &|point| point.count as f64 / self.interval_s)
+                        .into_iter()
+                        .filter(|(middle, _)| middle + self.interval_s / 2.0 <= end)
+                        .collect(),
                     dashed: false,
                     colour: number,
                 })

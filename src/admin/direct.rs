@@ -90,6 +90,9 @@ impl Direct {
                 release: env!("CARGO_PKG_VERSION").into(),
                 journals: Vec::new(),
             },
+            Figures => AdminReply::Figures {
+                figures: Box::default(),
+            },
             UsersKnown { names } => {
                 let records = self.records(names.iter())?;
                 AdminReply::Known {

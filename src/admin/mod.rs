@@ -12,6 +12,7 @@ pub mod direct;
 pub mod lock;
 pub mod server;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -78,6 +79,8 @@ pub enum AdminRequest {
     ImportRosters { rosters: Vec<ImportRoster> },
     /// How far the database has what was accepted. -> `Journals`.
     Journals,
+    /// The figures of this moment, as `nitro top` shows them. -> `Figures`.
+    Figures,
 }
 
 /// The answer to a request.
@@ -111,6 +114,9 @@ pub enum AdminReply {
         /// Of the nitro that answers.
         release: String,
         journals: Vec<JournalLine>,
+    },
+    Figures {
+        figures: Box<Figures>,
     },
     /// A sentence for the operator that says why not.
     Refused {
@@ -165,6 +171,40 @@ impl UserDetail {
             sessions: None,
         }
     }
+}
+
+/// Figures by the names of their metrics (without `_total`; seconds are in microseconds), and all that was recorded of each
+/// stage since the start: whoever asks twice has the figures of the time between.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Figures {
+    /// Of the nitro that answers.
+    pub release: String,
+    /// When they were taken, unix microseconds.
+    pub unix_us: u64,
+    /// By shard.
+    pub shards: Vec<BTreeMap<String, u64>>,
+    /// Of the whole blade: SQL lane, process.
+    pub blade: BTreeMap<String, u64>,
+    /// Of the Redis instances, as each shard sees them.
+    pub instances: Vec<InstanceFigures>,
+    pub stages: Vec<StageFigures>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InstanceFigures {
+    pub shard: usize,
+    pub instance: String,
+    pub numbers: BTreeMap<String, u64>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StageFigures {
+    /// Its short name.
+    pub stage: String,
+    /// `None`: the SQL lane.
+    pub shard: Option<usize>,
+    /// Microseconds: HdrHistogram V2, in base64.
+    pub histogram: String,
 }
 
 /// How far a journal is.
@@ -389,6 +429,13 @@ pub fn import_roster(record: &mut UserRecord, items: &[ImportItem], items_max: u
 pub fn open_store(config: &Config) -> Result<Store, String> {
     let database = database(config)?;
     forget_copies(config)?;
+    let owners = owners(config);
+    crate::store::owners::forget(&owners).map_err(|error| {
+        format!(
+            "{}: {error}; it must be removed before the database is changed by hand",
+            owners.display()
+        )
+    })?;
     settle::open(&database, &config.journal_dir(), &journal_options(config))
 }
 
@@ -424,6 +471,11 @@ pub fn redis_tls(
 /// The file with the generations of the instances.
 pub fn generations(config: &Config) -> PathBuf {
     config.data_dir.join("redis.json")
+}
+
+/// The file that says since when users have had the same owners.
+pub fn owners(config: &Config) -> PathBuf {
+    config.data_dir.join("owners")
 }
 
 /// The database that the configuration names.

@@ -1,11 +1,13 @@
 //! Figures of the blade, for whoever looks from outside. In: each shard's figures, a few times a second; events that no
-//! shard counts. Out: the OpenMetrics text of `GET /metrics`. Promise: a reader never touches what a shard works with.
+//! shard counts. Out: tables for the page of `GET /metrics`. Promise: a reader never touches what a shard works with.
 
-use std::fmt::Write;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use super::Counter;
+use super::log::LEFT_OUT;
+use super::table::{About, Kind, Row};
+use crate::rows;
 
 /// A shard's row: declares each metric once, with its kind and what it means.
 macro_rules! snapshot {
@@ -14,86 +16,118 @@ macro_rules! snapshot {
         #[derive(Clone, Debug, Default)]
         pub struct Snapshot { $( $(#[doc = $help])+ pub $field: u64, )* }
 
-        const ROWS: &[Row] = &[ $( Row {
-            name: $name, kind: stringify!($kind), help: concat!($($help),+), get: |s| s.$field,
+        /// Of each shard.
+        pub static SNAPSHOT: &[Row<Snapshot>] = &[ $( Row {
+            about: About {
+                name: $name,
+                kind: Kind::$kind,
+                help: concat!($($help),+),
+                labels: &["shard"],
+            },
+            get: |s| s.$field,
         }, )* ];
     };
 }
 
-struct Row {
-    name: &'static str,
-    kind: &'static str,
-    help: &'static str,
-    get: fn(&Snapshot) -> u64,
-}
-
 snapshot! {
-    /// Sessions, those that wait to be resumed included.
+    /// Sessions, those that wait to be resumed included. When they fall at once, a network is gone: look where the clients are.
     gauge sessions = "nitro_sessions";
-    /// Sessions whose connection was cut and that can be resumed.
+    /// Sessions whose connection was cut and that can be resumed. When they rise at once, clients have lost their network; a
+    /// storm of resumptions will follow.
     gauge parked = "nitro_sessions_parked";
-    /// Connections that have not begun a session yet.
+    /// Connections that have not begun a session yet. When they come near limits.logins_in_progress_max, more are turned away:
+    /// look at nitro_login_seconds and its parts.
     gauge negotiating = "nitro_connections_negotiating";
-    /// Sessions begun.
+    /// Sessions begun. When the rate is far above the usual, clients reconnect: look at nitro_disconnects_total.
     counter binds = "nitro_binds";
-    /// Sessions resumed.
+    /// Sessions resumed (XEP-0198). When they are few beside nitro_binds after an outage, clients do not resume: see
+    /// stream_management.resume_seconds_max.
     counter resumptions = "nitro_resumptions";
-    /// Connections that came from another shard because their user lives here.
+    /// Sessions that ended, for whatever reason; the log has a line with address and reason for each. When the rate is far
+    /// above the usual, look for the reason that is most frequent there.
+    counter disconnects = "nitro_disconnects";
+    /// Connections that came from another shard because their user lives here. When it is near nitro_binds, most connects
+    /// arrive at the wrong core, which is usual with two shards or more and no harm.
     counter hand_overs = "nitro_hand_overs";
-    /// Messages from clients.
+    /// Messages from clients. When one shard has far more than the others, a few users make most of the traffic.
     counter messages_in = "nitro_messages_in";
-    /// Messages handed to sessions.
+    /// Messages handed to sessions. When it falls behind nitro_messages_in, look at nitro_messages_offline and nitro_bounces.
     counter messages_delivered = "nitro_messages_delivered";
-    /// Messages for the offline queue.
+    /// Messages for the offline queue. When the rate is far above the usual, many recipients are off line.
     counter messages_offline = "nitro_messages_offline";
-    /// Presence stanzas from clients.
+    /// Presence stanzas from clients. When it rises without logins, clients flap: look at the network.
     counter presences_in = "nitro_presences_in";
-    /// IQ stanzas from clients.
+    /// IQ stanzas from clients. When one shard has far more than the others, a client asks in a loop: `nitro session list`.
     counter iqs_in = "nitro_iqs_in";
-    /// Stanzas answered by an error.
+    /// Stanzas answered by an error. When the rate is far above the usual, look at the counters of refusals beside it.
     counter bounces = "nitro_bounces";
-    /// Clients cut because they did not read (limits.send_queue_bytes_max, stream_management.unacked_*).
+    /// Clients cut because they did not read (limits.send_queue_bytes_max, stream_management.unacked_*). When it rises, look for
+    /// clients that hang, or raise the limit.
     counter overflows = "nitro_slow_readers_cut";
-    /// Stanzas refused because too much waits for one user to be loaded.
+    /// Stanzas refused because too much waits for one user to be loaded. When it rises, the tiers are slow or gone: look at
+    /// nitro_user_read_seconds and nitro_sql_up.
     counter load_queue_full = "nitro_load_queue_full";
-    /// Mesh messages sent to other shards.
+    /// Mesh messages sent to other shards. When it is far above nitro_messages_in, fan-out of presence is the traffic.
     counter mesh_sent = "nitro_mesh_messages";
-    /// Mesh messages that found their way full: reading from clients stops until they are gone.
+    /// Mesh messages that found their way full: reading from clients stops until they are gone. When it rises, a shard is too
+    /// busy: look at nitro_loop_lag_seconds of each.
     counter mesh_full = "nitro_mesh_full";
-    /// Stanzas refused because too much waits for another shard (limits.mesh_backlog_bytes_max).
+    /// Stanzas refused because too much waits for another shard (limits.mesh_backlog_bytes_max). When it rises, that shard
+    /// stands still: look at its nitro_loop_lag_seconds.
     counter mesh_refused = "nitro_mesh_refused";
-    /// Lookups that found the user in the cache.
+    /// The most mesh messages that waited at once for a full way, of the last minute. When it is not 0 often, see
+    /// nitro_mesh_full_total.
+    gauge mesh_kept_max = "nitro_mesh_kept_max";
+    /// The most answers, commits and requests that waited at once for this shard, of the last minute. When it comes near 4096,
+    /// the shard does not keep up: look at nitro_loop_lag_seconds.
+    gauge inbox_max = "nitro_inbox_max";
+    /// The most connections that had more to read than one turn allows, of the last minute. When it stays high, clients flood:
+    /// look at nitro_messages_in_total.
+    gauge unread_max = "nitro_unread_connections_max";
+    /// The most acts (messages, changes) that waited at once for a commit of the journal, of the last minute. When it is high,
+    /// look at nitro_journal_commit_seconds.
+    gauge journal_waiting_max = "nitro_journal_waiting_max";
+    /// Processor time of the shard's thread. When its rate is near 1 second a second, the core is full: more cores, or fewer users.
+    counter cpu_us = "nitro_shard_cpu_seconds";
+    /// Lookups that found the user in the cache. When their share falls, cache.bytes_max is too small for the users of a day.
     counter cache_hits = "nitro_cache_hits";
-    /// Lookups that did not.
+    /// Lookups that did not. When they rise beside nitro_cache_evictions, raise cache.bytes_max.
     counter cache_misses = "nitro_cache_misses";
-    /// Users evicted from the cache.
+    /// Users evicted from the cache. When it rises steadily, raise cache.bytes_max.
     counter cache_evictions = "nitro_cache_evictions";
-    /// Bytes of the cache.
+    /// Bytes of the cache. When they stay at the share of cache.bytes_max, users are evicted: look at nitro_cache_evictions.
     gauge cache_bytes = "nitro_cache_bytes";
-    /// Groups of changes that the journal has synced.
+    /// Groups of changes that the journal has synced. When it stands still while nitro_journal_waiting_max rises, the disk hangs.
     counter journal_commits = "nitro_journal_commits";
-    /// Changes in them.
+    /// Changes in them. When it rises without messages, clients change rosters or documents in a loop.
     counter journal_records = "nitro_journal_records";
-    /// Their bytes, before whole blocks are filled up.
+    /// Their bytes, before whole blocks are filled up. When the rate comes near what the disk can sync, give journal.dir a disk
+    /// of its own.
     counter journal_bytes = "nitro_journal_bytes";
-    /// Microseconds from handing groups over to their being durable, all together: divide by nitro_journal_commits.
+    /// Microseconds from handing groups over to their being durable, all together; nitro_journal_commit_seconds says more.
+    /// When it grows faster than nitro_journal_commits, the disk gets slower.
     counter journal_commit_us = "nitro_journal_commit_microseconds";
-    /// The slowest of them. When it grows, the disk is at its limit: clients wait as long for their acknowledgements.
+    /// The slowest of them since the start. When it grows, the disk is at its limit: clients wait as long for their
+    /// acknowledgements.
     gauge journal_commit_us_max = "nitro_journal_commit_microseconds_max";
     /// Bytes that the database does not have yet. When it grows, the database is away or too slow; at
     /// journal.backlog_bytes_max new messages are refused.
     gauge journal_backlog = "nitro_journal_backlog_bytes";
-    /// Files of the journal that hold changes.
+    /// Files of the journal that hold changes. When they grow, see nitro_journal_backlog_bytes; they need disk.
     gauge journal_segments = "nitro_journal_segments";
-    /// 0: open; 1: full, the backlog's bound is reached; 2: full, the disk is. New messages and changes are refused.
+    /// 0: open; 1: full, the backlog's bound is reached; 2: full, the disk is. When it is not 0, new messages and changes are
+    /// refused: bring the database back, or make room on the disk.
     gauge journal_status = "nitro_journal_status";
-    /// Messages and changes refused because the journal was full.
+    /// Messages and changes refused because the journal was full. When it rises, see nitro_journal_status.
     counter journal_refused = "nitro_journal_refused";
-    /// Subscriptions, durable at their sender, that had to wait until the recipient's full journal had room.
+    /// Subscriptions, durable at their sender, that had to wait until the recipient's full journal had room. When it rises, see
+    /// nitro_journal_status.
     counter journal_waited = "nitro_journal_waited";
-    /// Changes that the database does not have yet and the shard remembers.
+    /// Changes that the database does not have yet and the shard remembers. When they grow, see nitro_journal_backlog_bytes; each
+    /// is about 48 bytes of memory.
     gauge overlay_items = "nitro_overlay_items";
-    /// Users whose copies in Redis wait to be written or answered; the database gets their changes after that.
+    /// Users whose copies in Redis wait to be written or answered; the database gets their changes after that. When they
+    /// grow, look at nitro_redis_state.
     gauge ring_waiting = "nitro_redis_waiting";
     /// Logins that compute at the moment.
     gauge logins_computing = "nitro_logins_computing";
@@ -122,24 +156,6 @@ snapshot! {
     counter presence_merged = "nitro_presence_merged";
 }
 
-/// A metric with labels of its own.
-pub struct Table {
-    pub name: &'static str,
-    /// `counter` or `gauge`.
-    pub kind: &'static str,
-    pub help: &'static str,
-    /// Labels as in `shard="0",instance="a"` (values escaped by [`label`]), and the value.
-    pub rows: Vec<(String, u64)>,
-}
-
-/// A label's value as OpenMetrics wants it.
-pub fn label(value: &str) -> String {
-    value
-        .replace('\\', r"\\")
-        .replace('"', "\\\"")
-        .replace('\n', r"\n")
-}
-
 /// Figures of the whole blade.
 pub struct Gauges {
     ready: AtomicUsize,
@@ -150,7 +166,29 @@ pub struct Gauges {
     pub turned_away: Counter,
     /// Logins cut because their clients were silent while others waited.
     pub logins_silent: Counter,
+    /// Attempts to authenticate that were refused.
+    pub auth_failures: Counter,
 }
+
+/// Of the blade.
+pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
+    /// Shards that listen. When they are fewer than the cores in use, the server is starting, or a shard has died: look into
+    /// the log.
+    gauge "nitro_shards_ready" => |g| g.shards_ready() as u64;
+    /// Accepts that failed for lack of descriptors or memory. When it rises, raise the hard limit on open files (ulimit -Hn).
+    counter "nitro_accept_failures" => |g| g.accept_failures.get();
+    /// Connections turned away by a limit of connections. When it rises, look which address has too many, or raise the limits
+    /// of connections in the section `limits`.
+    counter "nitro_turned_away" => |g| g.turned_away.get();
+    /// Attempts to authenticate that were refused. When the rate is far above the usual, somebody guesses passwords: the log has
+    /// the addresses, config/fail2ban a filter for them.
+    counter "nitro_auth_failures" => |g| g.auth_failures.get();
+    /// Logins cut because their clients were silent while others waited. When it rises in a storm, clients connect and do not
+    /// go on: look at their addresses in the log, or lower storm.silent_seconds_max.
+    counter "nitro_logins_silent" => |g| g.logins_silent.get();
+    /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
+    counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
+};
 
 impl Gauges {
     pub fn new(shards: usize) -> Gauges {
@@ -160,6 +198,7 @@ impl Gauges {
             accept_failures: Counter::new(),
             turned_away: Counter::new(),
             logins_silent: Counter::new(),
+            auth_failures: Counter::new(),
         }
     }
 
@@ -172,109 +211,20 @@ impl Gauges {
         self.ready.load(Relaxed)
     }
 
+    /// Do all shards listen?
+    pub fn all_ready(&self) -> bool {
+        self.shards_ready() >= self.shards.len()
+    }
+
     pub fn publish(&self, shard: usize, snapshot: Snapshot) {
         if let Ok(mut place) = self.shards[shard].lock() {
             *place = snapshot;
         }
     }
 
-    /// OpenMetrics text, with `more` (name, help, value) counters of the blade, and `tables`.
-    pub fn render(&self, more: &[(&str, &str, u64)], tables: &[Table]) -> String {
-        let shards: Vec<Snapshot> = self
-            .shards
-            .iter()
-            .map(|s| s.lock().map(|s| s.clone()).unwrap_or_default())
-            .collect();
-        let mut out = String::with_capacity(8 * 1024);
-        for row in ROWS {
-            let (name, kind) = (row.name, row.kind);
-            let total = if kind == "counter" { "_total" } else { "" };
-            let _ = writeln!(
-                out,
-                "# TYPE {name} {kind}\n# HELP {name} {}",
-                row.help.trim()
-            );
-            for (n, shard) in shards.iter().enumerate() {
-                let _ = writeln!(out, "{name}{total}{{shard=\"{n}\"}} {}", (row.get)(shard));
-            }
-        }
-        let own = [
-            (
-                "nitro_accept_failures",
-                "Accepts that failed for lack of descriptors or memory.",
-                self.accept_failures.get(),
-            ),
-            (
-                "nitro_turned_away",
-                "Connections turned away by a limit of connections.",
-                self.turned_away.get(),
-            ),
-            (
-                "nitro_logins_silent",
-                "Logins cut because their clients were silent while others waited (storm.silent_seconds_max).",
-                self.logins_silent.get(),
-            ),
-        ];
-        for (name, help, value) in own.iter().chain(more) {
-            let _ = writeln!(
-                out,
-                "# TYPE {name} counter\n# HELP {name} {help}\n{name}_total {value}"
-            );
-        }
-        for table in tables {
-            let (name, kind) = (table.name, table.kind);
-            let total = if kind == "counter" { "_total" } else { "" };
-            let _ = writeln!(out, "# TYPE {name} {kind}\n# HELP {name} {}", table.help);
-            for (labels, value) in &table.rows {
-                let _ = writeln!(out, "{name}{total}{{{labels}}} {value}");
-            }
-        }
-        out.push_str("# EOF\n");
-        out
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn labels_are_escaped_and_tables_stand_before_the_end() {
-        let table = Table {
-            name: "nitro_x",
-            kind: "counter",
-            help: "X.",
-            rows: vec![(format!("a=\"{}\"", label("b\"\\\n")), 3)],
-        };
-        let text = Gauges::new(1).render(&[], &[table]);
-        assert!(
-            text.ends_with("nitro_x_total{a=\"b\\\"\\\\\\n\"} 3\n# EOF\n"),
-            "{text}"
-        );
-    }
-
-    #[test]
-    fn every_metric_is_there_once_for_each_shard_with_type_and_help() {
-        let gauges = Gauges::new(2);
-        gauges.publish(
-            1,
-            Snapshot {
-                sessions: 7,
-                ..Snapshot::default()
-            },
-        );
-        let text = gauges.render(&[("nitro_sql_statements", "Statements.", 3)], &[]);
-        assert!(
-            text.contains("nitro_sessions{shard=\"1\"} 7\n")
-                && text.contains("nitro_sql_statements_total 3\n")
-        );
-        assert_eq!(text.matches("# TYPE ").count(), ROWS.len() + 4);
-        assert_eq!(text.matches("# HELP ").count(), ROWS.len() + 4);
-        assert_eq!(text.matches("{shard=\"0\"}").count(), ROWS.len());
-        assert!(text.ends_with("# EOF\n"));
-        let mut names: Vec<&str> = ROWS.iter().map(|r| r.name).collect();
-        names.sort_unstable();
-        names.dedup();
-        assert_eq!(names.len(), ROWS.len());
+    /// The newest figures of each shard.
+    pub fn snapshots(&self) -> Vec<Snapshot> {
+        let of = |place: &Mutex<Snapshot>| place.lock().map(|s| s.clone()).unwrap_or_default();
+        self.shards.iter().map(of).collect()
     }
 }

@@ -1,9 +1,44 @@
-//! What an SRE counts. In: single increments from the core that saw the thing. Out: the sum, whenever somebody reads.
-//! Promise: recording takes no lock and never waits; the module knows nobody else in the house.
+//! What an SRE sees. In: increments and durations from the core that saw the thing. Out: sums and histograms, whenever somebody
+//! reads. Promise: recording takes no lock and never waits; the module knows nobody else in the house.
+//!
+//! | file | what it does |
+//! |---|---|
+//! | `stage` | what is measured: name, help, who records |
+//! | `histogram` | durations of each recording thread, handed over by exchange |
+//! | `lag` | how late a loop is |
+//! | `collect` | the thread that collects and adds up, and everybody who looks |
+//! | `gauges`, `high` | figures of the shards and the blade; how deep queues were |
+//! | `interval_log` | histogram logs in HdrHistogram's own format |
+//! | `log` | the log's lines, and how often the same is said |
+//! | `process` | the process as the kernel sees it |
+//! | `table`, `page` | metrics as tables, and the text of `GET /metrics` |
 
+mod collect;
 mod gauges;
+mod high;
+mod histogram;
+mod interval_log;
+mod lag;
+mod log;
+mod page;
+mod process;
+mod stage;
+mod table;
 
-pub use gauges::{Gauges, Snapshot, Table, label};
+pub use collect::{Ask, Collected, Follow, HALF, Observer, Recorder, Series};
+pub use gauges::{GAUGES, Gauges, SNAPSHOT, Snapshot};
+pub use high::HighWater;
+pub use histogram::{
+    Histograms, Recorded, SharedHistograms, Stamp, Stamps, US_MAX, begin_recording, exchange,
+    histogram, record, record_n,
+};
+pub use interval_log::{IntervalLog, IntervalLogConfig};
+pub use lag::{Lag, LoopLag};
+pub use log::{LEFT_OUT, repeats, set_log_level, start_log};
+pub use page::{BUCKETS_US, Format, render};
+pub use process::{PROCESS, Process};
+pub use stage::{Place, Stage};
+pub use table::{About, Family, Kind, Labels, Row, Unit, Value, families};
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 

@@ -173,6 +173,12 @@ pub async fn sleep(duration: Duration) {
     glommio::timer::sleep(duration).await;
 }
 
+/// Processor time that this thread has used, microseconds.
+pub fn thread_cpu_us() -> u64 {
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    used.tv_sec as u64 * 1_000_000 + used.tv_nsec as u64 / 1000
+}
+
 /// The time given to [`timeout`] went by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("timed out")]

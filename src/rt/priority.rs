@@ -12,20 +12,22 @@ const PROMPT: Duration = Duration::from_micros(100);
 /// The slice of a shard: longer than that, shorter than what anybody has who did not ask.
 const SHARD: Duration = Duration::from_micros(400);
 
-const BACKGROUND_NICE: i32 = 5;
-
 /// The calling thread wakes up for a moment, and others wait for what it does then: the journal's committer.
 pub fn be_prompt() {
     ask_for_slice(PROMPT);
 }
 
-/// The calling thread does what nobody waits for: it runs when the shards leave it something.
-pub fn step_back() {
+/// Puts the calling thread behind all others: what it does may wait. `nice`: 0 to 19. Failing costs latency only.
+pub fn step_back(nice: i32) {
     // SAFETY: plain system calls on the calling thread (0) with values of our own; `param` is only read.
-    unsafe {
+    let stepped_back = unsafe {
         let param: libc::sched_param = std::mem::zeroed();
-        libc::sched_setscheduler(0, libc::SCHED_BATCH, &param);
-        libc::setpriority(libc::PRIO_PROCESS, 0, BACKGROUND_NICE);
+        libc::sched_setscheduler(0, libc::SCHED_BATCH, &param) == 0
+            && libc::setpriority(libc::PRIO_PROCESS, 0, nice) == 0
+    };
+    if !stepped_back {
+        let error = std::io::Error::last_os_error();
+        tracing::warn!(%error, "cannot lower a thread's priority");
     }
 }
 

@@ -112,7 +112,7 @@ pub fn call(slice: &mut Slice, call: Call) {
         }
         ImportUsers { existing, users } => import_users(slice, existing, users, reply),
         ImportRosters { rosters } => import_rosters(slice, rosters, reply),
-        UserList { .. } | UsersKnown { .. } | Journals => {
+        UserList { .. } | UsersKnown { .. } | Journals | Figures => {
             answer(&reply, AdminReply::refused("this request is not a shard's"))
         }
     }

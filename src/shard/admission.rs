@@ -190,6 +190,8 @@ pub struct Admission<K> {
     control: RefCell<Control>,
     queues: RefCell<[Queue<K>; CLASSES]>,
     waiting: Cell<usize>,
+    /// Those of them for whom there is no room behind the first gate.
+    held_back: Cell<usize>,
     computing: Cell<usize>,
     /// The live loop sleeps: nobody but logins has anything to do.
     pub asleep: Cell<bool>,
@@ -215,6 +217,7 @@ impl<K> Admission<K> {
             control: RefCell::new(Control::new(config)),
             queues: RefCell::new(std::array::from_fn(|_| VecDeque::new())),
             waiting: Cell::new(0),
+            held_back: Cell::new(0),
             computing: Cell::new(0),
             asleep: Cell::new(false),
             left: Cell::new(0),
@@ -359,6 +362,7 @@ impl<K> Admission<K> {
     pub fn leave(&self, login: &Login) {
         self.give_back(login);
         login.state.set(State::Gone);
+        self.held_back.set(0);
     }
 
     /// A place is free again.
@@ -391,6 +395,9 @@ impl<K> Admission<K> {
     /// in this turn.
     pub fn next(&self, now_ms: u64, begun: usize) -> Option<Next<K>> {
         let full = begun >= self.begun_max.get();
+        if !full {
+            self.held_back.set(0);
+        }
         loop {
             if self.waiting.get() == 0 {
                 return None;
@@ -399,7 +406,10 @@ impl<K> Admission<K> {
                 self.control.borrow_mut().limited = true;
                 return None;
             }
-            let (class, since_ms, waiting) = self.pick(full, now_ms)?;
+            let Some((class, since_ms, waiting)) = self.pick(full, now_ms) else {
+                self.held_back.set(self.waiting.get());
+                return None;
+            };
             if let Waiting::Login(login) = &waiting {
                 if login.state.get() != State::Queued {
                     continue;
@@ -473,6 +483,8 @@ impl<K> Admission<K> {
         let class = *class?;
         let (since_ms, waiting) = queues[class as usize].pop_front()?;
         self.waiting.set(self.waiting.get() - 1);
+        self.held_back
+            .set(self.held_back.get().min(self.waiting.get()));
         Some((class, since_ms, waiting))
     }
 
@@ -480,6 +492,7 @@ impl<K> Admission<K> {
     pub fn drain_knocks(&self) -> Vec<K> {
         let knocks = std::mem::take(&mut self.queues.borrow_mut()[Class::Knocks as usize]);
         self.waiting.set(self.waiting.get() - knocks.len());
+        self.held_back.set(0);
         let knocks = knocks.into_iter().filter_map(|(_, waiting)| match waiting {
             Waiting::Knock(knock) => Some(knock),
             _ => None,
@@ -489,9 +502,9 @@ impl<K> Admission<K> {
 
     // ---- figures -----------------------------------------------------------------------------------------------
 
-    /// Does anybody wait for a place?
+    /// Does anybody wait for a place who may have one?
     pub fn is_wanted(&self) -> bool {
-        self.waiting.get() > 0
+        self.waiting.get() > self.held_back.get()
     }
 
     /// Connections at the first gate.
@@ -525,6 +538,8 @@ impl<K> Admission<K> {
 
     /// A few times a second: how many begin a session in a second.
     pub fn tick(&self, now_ms: u64) {
+        // some may have waited too long by now
+        self.held_back.set(0);
         let elapsed_ms = now_ms - self.ticked_ms.replace(now_ms);
         let now = self.bound.replace(0) as f64 * 1000.0 / elapsed_ms.max(1) as f64;
         self.per_second
@@ -805,6 +820,10 @@ mod tests {
         gates.knock("new", 0);
         gates.open();
         assert!(gates.next(0, 5).is_none());
+        assert!(!gates.is_wanted(), "nothing to turn for");
+        let gone = idle(&gates);
+        gates.leave(&gone);
+        assert!(gates.is_wanted());
         assert_eq!(begun(gates.next(0, 4)), "new");
         gates.done();
         gates.open();

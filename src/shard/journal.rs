@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Release};
 use std::time::{Duration, Instant};
 
+use crate::observe::{HighWater, Stage, record};
 use crate::store::journal::{Committed, Floors, State, Status, Writer};
 use crate::xmpp::slice::Slice;
 
@@ -34,6 +35,8 @@ pub struct Journal {
     foreign: Arc<Foreign>,
     /// This shard holds nothing foreign open any more, and has said so.
     settled: Cell<bool>,
+    /// The most acts that waited.
+    pub waiting: HighWater,
 }
 
 /// What shards have taken over from others of an earlier start: until nobody holds anything of it open, no floor may rise,
@@ -55,6 +58,7 @@ impl Journal {
             file: Cell::new(0),
             foreign,
             settled: Cell::new(false),
+            waiting: HighWater::default(),
         }
     }
 
@@ -65,6 +69,7 @@ impl Journal {
     /// Hands over what waits, if it is time.
     pub fn hand_over(&self, slice: &mut Slice) {
         slice.journal_is_full(self.state.status() != Status::Open);
+        self.waiting.saw(slice.ledger.waiting() as u64);
         self.tell_settled(slice);
         if slice.ledger.is_flying() || self.wait(slice).is_none_or(|wait| !wait.is_zero()) {
             return;
@@ -101,6 +106,7 @@ impl Journal {
 
     /// A group is durable.
     pub fn landed(&self, slice: &mut Slice, committed: Committed) {
+        record(Stage::JournalCommit, committed.took.as_micros() as u64);
         slice.committed(Some(&committed.group), &|slot| committed.place(slot));
         let file = committed.file();
         if self.file.replace(file) != file {

@@ -8,6 +8,7 @@ use super::admission::Next;
 use super::moves::Parcel;
 use super::{Begins, Inbound, Kind, Shard, give_job, limits, login};
 use crate::net::{Read, Transport};
+use crate::observe::{Stage, exchange};
 use crate::rt;
 use crate::xml::{FrameKind, Framer};
 use crate::xmpp::error::StreamError;
@@ -39,10 +40,12 @@ impl Shard {
                 || self.admission.is_wanted()
                 || self.slice.borrow().pace.waiting() > 0;
             let commit = self.journal.wait(&self.slice.borrow());
+            let mut slept = None;
             let harvested = match busy {
                 true => self.readiness.harvest(&mut events),
                 false => {
                     let most = commit.map_or(NAP, |wait| wait.min(NAP));
+                    slept = Some((self.now_us(), most));
                     self.readiness.nap(&mut events, most)
                 }
             };
@@ -51,20 +54,23 @@ impl Shard {
             }
             self.clock();
             self.turn_began.set(Instant::now());
+            self.looked(slept, !events.is_empty());
             for event in &events {
                 self.ready(event);
                 self.breathe().await;
             }
-            self.inbox.drain(&mut inbound);
+            self.inbox_depth.saw(self.inbox.drain(&mut inbound) as u64);
             for message in inbound.drain(..) {
                 self.inbound(message);
             }
-            self.ways.borrow().receive(&mut parcels);
+            let now_us = self.slice.borrow().now.us;
+            self.ways.borrow_mut().receive(&mut parcels, now_us);
             for parcel in parcels.drain(..) {
                 self.parcel(parcel);
                 self.breathe().await;
             }
             let again = self.unread.borrow().len();
+            self.unread_depth.saw(again as u64);
             for _ in 0..again {
                 if self.ways.borrow().congested() {
                     break;
@@ -86,8 +92,11 @@ impl Shard {
             } else if events.is_empty() && !busy && self.may_sleep() {
                 // nothing for a whole nap: sleep in the ring
                 self.admission.asleep.set(true);
+                let from_us = self.now_us();
                 self.readiness.wait().await;
                 self.admission.asleep.set(false);
+                let now_us = self.now_us();
+                self.lag.borrow_mut().slept(from_us, now_us, now_us);
                 looked = Instant::now();
                 self.turn_began.set(looked);
                 continue;
@@ -170,6 +179,17 @@ impl Shard {
             if now_ms >= ms || session.is_none_or(|session| session.presence.is_some()) {
                 live.begins = Begins::No;
             }
+        }
+    }
+
+    /// Measures how late this turn is. `slept`: since when, and for how long at most.
+    fn looked(&self, slept: Option<(u64, Duration)>, woken: bool) {
+        let now_us = self.slice.borrow().now.us;
+        let mut lag = self.lag.borrow_mut();
+        match slept {
+            Some((from_us, _)) if woken => lag.slept(from_us, now_us, now_us),
+            Some((from_us, most)) => lag.slept(from_us, from_us + most.as_micros() as u64, now_us),
+            None => lag.looked(now_us),
         }
     }
 
@@ -381,6 +401,11 @@ impl Shard {
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
             }
+            Inbound::Histograms(n, empty, reply) => {
+                // nobody waits any more: the next one gets them
+                let _ = reply.send((n, exchange(empty)));
+            }
+            Inbound::Page(ticket, page) => self.page(ticket, page),
             Inbound::Nudge => {}
             Inbound::Stop => {
                 self.stopping.set(true);
@@ -471,9 +496,15 @@ impl Shard {
         }
         let mut ways = self.ways.borrow_mut();
         ways.retry();
-        for (shard, batch) in slice.fx.mesh.iter_mut().enumerate() {
-            if !batch.is_empty() {
-                ways.send(shard, Parcel::Batch(std::mem::take(batch)));
+        // the clock is read again only where something is measured that ends or begins here
+        let sends = slice.fx.mesh.iter().any(|batch| !batch.is_empty());
+        if sends || !slice.fx.delivered.is_empty() {
+            let now_us = self.now_us();
+            slice.fx.delivered.record(Stage::Message, now_us);
+            for (shard, batch) in slice.fx.mesh.iter_mut().enumerate() {
+                if !batch.is_empty() {
+                    ways.send(shard, Parcel::Batch(std::mem::take(batch)), now_us);
+                }
             }
         }
         let backlog_max = slice.env.limits.mesh_backlog_bytes_max;

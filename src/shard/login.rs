@@ -13,6 +13,7 @@ use super::moves::Parcel;
 use super::{Begins, Door, Kind, LiveLink, Shard, Waits, http};
 use crate::config::{Config, Registration};
 use crate::net::{Listener, Proxied, Read, Socket, Transport, parse_proxy_header};
+use crate::observe::{Stage, record};
 use crate::rt::{self, Notify, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::xml::{Framer, StreamNs};
@@ -33,6 +34,8 @@ pub struct Knock {
     pass: Option<Pass>,
     /// Monotonic milliseconds of the blade.
     pub arrived_ms: u64,
+    /// The same in microseconds.
+    accepted_us: u64,
 }
 
 /// A connection past the first gate that has no session yet. It may move to another shard.
@@ -51,6 +54,16 @@ pub struct Connecting {
     deadline_ms: u64,
     /// What its client hears as soon as it can hear anything.
     refusal: Option<StreamError>,
+    times: Times,
+}
+
+/// Since when, in monotonic microseconds of the blade: for [`Stage`]s. They go with the connection to its owner.
+struct Times {
+    accepted_us: u64,
+    /// The begin of the TLS handshake.
+    tls_us: u64,
+    /// The first element that named a user.
+    sasl_us: Option<u64>,
 }
 
 /// A connection on its way to its user's owner, and what it wanted there.
@@ -173,7 +186,8 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
                     Door::Http => rt::spawn(Queue::House, http::serve(shard.clone(), socket)),
                     _ => knocks(&shard, socket, peer, door == Door::XmppTls),
                 },
-                Ok(None) if shard.stopping.get() => break 'open,
+                // that the server stops is told by HTTP to the end (see [`http`]): load balancers ask
+                Ok(None) if shard.stopping.get() && door != Door::Http => break 'open,
                 Ok(None) => {
                     notify.wait().await;
                     continue 'open;
@@ -222,10 +236,13 @@ fn knocks(shard: &Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bool) 
         tls_first,
         pass,
         arrived_ms: shard.now_ms(),
+        accepted_us: shard.slice.borrow().now.us,
     });
     if let Some(other) = shard.loads.better(shard.number, shard.admission.knocks()) {
         shard.knocks_moved.set(shard.knocks_moved.get() + 1);
-        return shard.ways.borrow_mut().send(other, Parcel::Knock(knock));
+        let now_us = knock.accepted_us;
+        let mut ways = shard.ways.borrow_mut();
+        return ways.send(other, Parcel::Knock(knock), now_us);
     }
     let arrived_ms = knock.arrived_ms;
     shard.admission.knock(knock, arrived_ms);
@@ -291,6 +308,7 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
         }
     };
     let policy = policy(&shard, &config, client, proxied, tls_first);
+    let tls_us = shard.now_us();
     if tls_first {
         if let Err(error) = transport.start_tls(&shard.tls.borrow(), &rest) {
             tracing::error!(%error, "TLS cannot be started");
@@ -308,6 +326,11 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
         pass,
         deadline_ms,
         refusal,
+        times: Times {
+            accepted_us: knock.accepted_us,
+            tls_us,
+            sasl_us: None,
+        },
     };
     negotiate(shard, connecting, None, guest).await;
 }
@@ -437,6 +460,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
                     connecting: c,
                     wish,
                 })),
+                shard.now_us(),
             );
         }
         Outcome::Refuse(error) => {
@@ -528,6 +552,9 @@ async fn run(
             Step::Authenticated => {
                 // before the client hears of it: its next connection counts on it
                 c.pass.authenticated();
+                if let Some(since_us) = c.times.sasl_us.take() {
+                    record(Stage::Sasl, shard.now_us() - since_us);
+                }
                 c.framer.restart();
                 if let Some(name) = c.negotiation.user() {
                     shard.doors.succeeded(name);
@@ -552,12 +579,14 @@ async fn run(
                 out.clear();
                 // RFC 6120 5.4.3.3: nothing may follow <starttls/> in the clear
                 c.rest.clear();
+                c.times.tls_us = shard.now_us();
                 if c.transport.start_tls(&shard.tls.borrow(), &[]).is_err() {
                     return Outcome::Gone;
                 }
                 c.framer.restart();
             }
             Step::Login { name } => {
+                c.times.sasl_us.get_or_insert_with(|| shard.now_us());
                 let owner = shard.slice.borrow().env.owner(&name) as usize;
                 if owner != shard.number {
                     return Outcome::Move(owner, Wish::Login(name));
@@ -579,8 +608,10 @@ async fn run(
                 condition,
                 close,
             } => {
+                shard.gauges.auth_failures.one();
+                // what the client has chosen is quoted and comes behind the address: see config/fail2ban
                 tracing::info!(
-                    peer = %c.peer.ip(),
+                    address = %c.peer.ip(),
                     user = name.as_deref().unwrap_or_default(),
                     condition,
                     "authentication failed"
@@ -613,7 +644,10 @@ async fn run(
                     .bound(outcome.as_deref().map_err(Clone::clone), &mut out);
                 if bound {
                     return match c.transport.write(&out, &mut shard.scratch.borrow_mut()) {
-                        Ok(()) => Outcome::Bound,
+                        Ok(()) => {
+                            record(Stage::Login, shard.now_us() - c.times.accepted_us);
+                            Outcome::Bound
+                        }
                         Err(_) => {
                             shard.abandon(link);
                             Outcome::Gone
@@ -622,7 +656,10 @@ async fn run(
                 }
             }
             Step::Resume { previd, h } => match shard.resume(c, guest, &previd, h, link).await {
-                Ok(Resumed::Yes) => return Outcome::Bound,
+                Ok(Resumed::Yes) => {
+                    record(Stage::Resume, shard.now_us() - c.times.accepted_us);
+                    return Outcome::Bound;
+                }
                 Ok(Resumed::No { count }) => c.negotiation.not_resumed(count, &mut out),
                 Err(error) => return Outcome::Refuse(error),
             },
@@ -669,7 +706,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()
                 Ok(Read::HandshakeDone | Read::WouldBlock) => false,
                 Ok(Read::Eof) => return Err(()),
                 Err(error) => {
-                    tracing::debug!(peer = %c.peer, %error, "a connection broke before its session");
+                    tracing::debug!(address = %c.peer.ip(), %error, "a connection broke before its session");
                     return Err(());
                 }
             }
@@ -677,6 +714,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()
         // not only when the read says so: data may come together with the handshake's last message
         let handshake_done = handshaking && !c.transport.handshaking();
         if handshake_done {
+            record(Stage::TlsHandshake, shard.now_us() - c.times.tls_us);
             let bound = c.transport.channel_bindings();
             c.negotiation.encrypted(ChannelBindings {
                 exporter: bound.exporter,
@@ -756,7 +794,7 @@ impl Shard {
     }
 
     /// Only the live loop gives out places: it must not sleep while somebody wants one.
-    fn wake_for_gates(&self) {
+    pub(super) fn wake_for_gates(&self) {
         if self.admission.is_wanted() && self.admission.asleep.replace(false) {
             self.nudge();
         }
@@ -870,6 +908,7 @@ impl Shard {
         if known {
             return;
         }
+        let since_us = self.now_us();
         let (setter, loaded) = slot();
         self.waiting
             .borrow_mut()
@@ -878,6 +917,7 @@ impl Shard {
             .push(setter);
         self.flush();
         loaded.take().await;
+        record(Stage::UserRead, self.now_us() - since_us);
     }
 
     /// Has a slow job done by a helper thread.
@@ -932,7 +972,7 @@ impl Shard {
         self.flush();
         match done.take().await {
             Some(Ok(())) => {
-                tracing::info!(user = name, peer = %c.peer.ip(), "account registered in-band");
+                tracing::info!(address = %c.peer.ip(), user = name, "account registered in-band");
                 Ok(())
             }
             Some(Err(WriteError::Conflict)) => Err(StanzaError::CONFLICT),
@@ -980,7 +1020,14 @@ impl Shard {
             .map(|s| s.jid.to_string())
             .unwrap_or_default();
         self.bound.borrow_mut().push((link, sid));
-        tracing::info!(jid, peer = %c.peer.ip(), tls = c.negotiation.encrypted, "logged in");
+        let (bare, resource) = jid.split_once('/').unwrap_or((&jid, ""));
+        tracing::info!(
+            address = %c.peer.ip(),
+            user = bare,
+            resource,
+            tls = c.negotiation.encrypted,
+            "logged in"
+        );
         Ok(jid)
     }
 
@@ -1020,7 +1067,13 @@ impl Shard {
             session.stream_ns = stream_ns;
             session.tls = c.negotiation.encrypted;
             session.peer = c.peer.to_string().into();
-            tracing::info!(jid = &*session.jid, peer = %c.peer.ip(), "resumed");
+            tracing::info!(
+                address = %c.peer.ip(),
+                user = session.bare(),
+                resource = session.resource(),
+                tls = c.negotiation.encrypted,
+                "resumed"
+            );
         }
         self.bound.borrow_mut().push((link, sid));
         Ok(Resumed::Yes)

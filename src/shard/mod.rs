@@ -11,12 +11,14 @@
 //! | `redis` | its end of the Redis ring |
 //! | `doors` | who may connect, how often, and how fast after failures |
 //! | `moves` | what travels between shards, and what happens when a way is full |
-//! | `http` | `/healthz` |
+//! | `http` | `/healthz`, `/readyz` and `/metrics` |
+//! | `figures` | the metrics of the whole blade, put together |
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
 
 pub mod admin;
 pub mod admission;
 pub mod doors;
+pub mod figures;
 mod http;
 pub mod journal;
 mod live;
@@ -36,7 +38,7 @@ use slab::Slab;
 
 use crate::config::Config;
 use crate::net::{Scratch, TlsConfig, Transport};
-use crate::observe::Snapshot;
+use crate::observe::{HighWater, Histograms, LoopLag, Snapshot, begin_recording, exchange};
 use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
 use crate::store::change::Id;
 use crate::store::journal::{Committed, Files, Floors, Status, Writer};
@@ -53,7 +55,7 @@ use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
 use admission::{Admission, Loads, Login};
 use doors::{Doors, Frequency};
 use journal::{Foreign, Journal};
-use moves::{Parcel, Ways};
+use moves::Ways;
 use redis::{Redis, RedisParts};
 
 /// From other threads into a shard.
@@ -71,6 +73,14 @@ pub enum Inbound {
     Reload(Arc<Config>, TlsConfig),
     /// What challenges of unknown users must look like has changed.
     Decoy(Arc<Decoy>),
+    /// Hand over what was recorded, go on with the empty set, send it with the number given.
+    Histograms(
+        usize,
+        Histograms,
+        crossbeam_channel::Sender<(usize, Histograms)>,
+    ),
+    /// The page that an HTTP request of this shard has asked for.
+    Page(u64, String),
     /// There is something unread: turn once more.
     Nudge,
     /// Say farewell to everybody and end.
@@ -95,7 +105,7 @@ pub struct Parts {
     pub decoy: Arc<Decoy>,
     pub id_key: [u64; 2],
     pub listen: Vec<(SocketAddr, Door)>,
-    pub mesh: MeshEnd<Parcel>,
+    pub mesh: MeshEnd<moves::Sent>,
     pub inbox: Inbox<Inbound>,
     pub lane: LaneSender,
     pub journal: Writer,
@@ -113,6 +123,7 @@ pub struct Parts {
     pub loads: Arc<Loads>,
     pub started: Instant,
     pub gauges: Arc<crate::observe::Gauges>,
+    pub pages: figures::Pages,
 }
 
 pub struct Shard {
@@ -156,6 +167,16 @@ pub struct Shard {
     /// The namespaces that most stream headers declare.
     usual_ns: RefCell<Rc<StreamNs>>,
     gauges: Arc<crate::observe::Gauges>,
+    /// Of the live loop.
+    lag: RefCell<LoopLag>,
+    /// The most that came at once by the inbox.
+    inbox_depth: HighWater,
+    /// The most connections that waited to be read on.
+    unread_depth: HighWater,
+    pages: figures::Pages,
+    /// HTTP requests that wait for their page.
+    pages_waiting: RefCell<FnvHashMap<u64, SlotSetter<String>>>,
+    page_tickets: Cell<u64>,
 }
 
 /// A place in the readiness set. A link is its slot and generation, as one number.
@@ -307,7 +328,14 @@ impl Shard {
             bound: RefCell::default(),
             usual_ns: RefCell::new(Rc::new(StreamNs::client())),
             gauges: parts.gauges,
+            lag: RefCell::new(LoopLag::new(parts.started.elapsed().as_micros() as u64)),
+            inbox_depth: HighWater::default(),
+            unread_depth: HighWater::default(),
+            pages: parts.pages,
+            pages_waiting: RefCell::default(),
+            page_tickets: Cell::new(0),
         });
+        begin_recording();
         shard.clock();
         let bell = shard.links.borrow_mut().insert(Kind::Inbox);
         shard
@@ -326,7 +354,8 @@ impl Shard {
         let ticking = shard.clone();
         rt::spawn(Queue::House, async move { ticking.tick_forever().await });
         shard.gauges.shard_is_ready();
-        shard.live().await;
+        shard.clone().live().await;
+        shard.pages.last(number, exchange(Histograms::new()));
         Ok(())
     }
 
@@ -339,6 +368,7 @@ impl Shard {
             parked: slice.parked as u64,
             negotiating: self.negotiating.get() as u64,
             binds: c.binds,
+            disconnects: c.disconnects,
             resumptions: c.resumptions,
             hand_overs: self.hand_overs.get(),
             messages_in: c.messages_in,
@@ -352,6 +382,11 @@ impl Shard {
             mesh_sent: ways.sent,
             mesh_full: ways.full,
             mesh_refused: c.mesh_refused,
+            mesh_kept_max: ways.kept_most.get(slice.now.ms),
+            inbox_max: self.inbox_depth.get(slice.now.ms),
+            unread_max: self.unread_depth.get(slice.now.ms),
+            journal_waiting_max: self.journal.waiting.get(slice.now.ms),
+            cpu_us: rt::thread_cpu_us(),
             cache_hits: cache.hits,
             cache_misses: cache.misses,
             cache_evictions: cache.evictions,
@@ -403,8 +438,10 @@ impl Shard {
         let unix = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .unwrap_or_default();
+        let us = self.now_us();
         self.slice.borrow_mut().now = Now {
-            ms: self.started.elapsed().as_millis() as u64,
+            ms: us / 1000,
+            us,
             unix: unix.as_secs(),
             unix_ms: unix.as_millis() as u64,
         };
@@ -413,6 +450,7 @@ impl Shard {
     /// While others wait at the first gate and there is no room behind it, who is silent there has to go.
     fn tick_gates(&self, now_ms: u64) {
         self.admission.tick(now_ms);
+        self.wake_for_gates();
         let config = self.config.borrow().clone();
         let full = self.negotiating.get() >= config.storm.logins_begun_max;
         if !full || self.admission.knocks() == 0 {
@@ -426,6 +464,11 @@ impl Shard {
                 self.gauges.logins_silent.one();
             }
         }
+    }
+
+    /// Monotonic microseconds of the blade: comparable between shards.
+    fn now_us(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
     }
 
     /// Seconds and slow things: timers of sessions, farewells that take too long, figures for whoever looks.

@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 
 use super::login::{Knock, Moved};
+use crate::observe::{HighWater, Stage, Stamp, record};
 use crate::rt::Mesh;
 use crate::xmpp::batch::{Batch, Item};
 
@@ -29,57 +30,75 @@ impl Parcel {
     }
 }
 
+/// A parcel, and since when it is on its way.
+pub struct Sent {
+    parcel: Parcel,
+    at: Stamp,
+}
+
 /// Parcels taken in one turn; more stay for the next.
 const PARCELS_MAX: usize = 256;
 
 /// The ways to all shards.
 pub struct Ways {
-    mesh: Mesh<Parcel>,
-    kept: Vec<VecDeque<Parcel>>,
+    mesh: Mesh<Sent>,
+    kept: Vec<VecDeque<Sent>>,
     kept_count: usize,
     kept_bytes: Vec<usize>,
+    received: Vec<Sent>,
+    /// The most parcels that were kept.
+    pub kept_most: HighWater,
     /// How often a way was full.
     pub full: u64,
     pub sent: u64,
 }
 
 impl Ways {
-    pub fn new(mesh: Mesh<Parcel>) -> Ways {
+    pub fn new(mesh: Mesh<Sent>) -> Ways {
         let kept: Vec<_> = (0..mesh.shards()).map(|_| VecDeque::new()).collect();
         Ways {
             mesh,
             kept_bytes: vec![0; kept.len()],
             kept,
             kept_count: 0,
+            received: Vec::new(),
+            kept_most: HighWater::default(),
             full: 0,
             sent: 0,
         }
     }
 
     /// What the readiness set watches.
-    pub fn mesh(&self) -> &Mesh<Parcel> {
+    pub fn mesh(&self) -> &Mesh<Sent> {
         &self.mesh
     }
 
-    /// What has come from other shards, a bounded number of parcels.
-    pub fn receive(&self, into: &mut Vec<Parcel>) {
-        self.mesh.receive(into, PARCELS_MAX);
+    /// What has come from other shards, a bounded number of parcels, at this moment.
+    pub fn receive(&mut self, into: &mut Vec<Parcel>, now_us: u64) {
+        self.mesh.receive(&mut self.received, PARCELS_MAX);
+        for Sent { parcel, at } in self.received.drain(..) {
+            record(Stage::MeshQueue, at.until(now_us));
+            into.push(parcel);
+        }
     }
 
-    /// Sends a parcel, behind those that are kept for the same shard.
-    pub fn send(&mut self, shard: usize, parcel: Parcel) {
+    /// Sends a parcel at this moment, behind those that are kept for the same shard.
+    pub fn send(&mut self, shard: usize, parcel: Parcel, now_us: u64) {
         self.sent += 1;
-        let parcel = match self.kept[shard].is_empty() {
-            true => match self.mesh.try_send(shard, parcel) {
+        let at = Stamp::at(now_us);
+        let sent = Sent { parcel, at };
+        let sent = match self.kept[shard].is_empty() {
+            true => match self.mesh.try_send(shard, sent) {
                 Ok(()) => return,
                 Err(back) => back,
             },
-            false => parcel,
+            false => sent,
         };
-        self.kept_bytes[shard] += parcel.bytes();
-        self.kept[shard].push_back(parcel);
+        self.kept_bytes[shard] += sent.parcel.bytes();
+        self.kept[shard].push_back(sent);
         self.full += 1;
         self.kept_count += 1;
+        self.kept_most.saw(self.kept_count as u64);
     }
 
     /// Tries again what is kept.
@@ -88,9 +107,9 @@ impl Ways {
             return;
         }
         for (shard, kept) in self.kept.iter_mut().enumerate() {
-            while let Some(parcel) = kept.pop_front() {
-                let bytes = parcel.bytes();
-                if let Err(back) = self.mesh.try_send(shard, parcel) {
+            while let Some(sent) = kept.pop_front() {
+                let bytes = sent.parcel.bytes();
+                if let Err(back) = self.mesh.try_send(shard, sent) {
                     kept.push_front(back);
                     break;
                 }

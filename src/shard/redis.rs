@@ -8,7 +8,6 @@
 use std::cell::{Cell, RefCell};
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::OwnedFd;
-use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
 use rustix::io::Errno;
@@ -16,7 +15,6 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketAddrUnix, SocketFla
 
 use super::{Kind, Shard};
 use crate::net::{TlsClient, TlsClientConfig};
-use crate::observe::{Table, label};
 use crate::rt;
 use crate::store::redis::hold::Hold;
 use crate::store::redis::keeper::{Keeper, Reply};
@@ -47,110 +45,20 @@ pub struct Figure {
     pub counters: Arc<Counters>,
 }
 
-type Read = fn(&Counters) -> u64;
-
-/// Name, kind, meaning, figure.
-const ROWS: [(&str, &str, &str, Read); 15] = [
-    ("nitro_redis_reads", "counter", "Users asked for.", |c| {
-        c.reads.get()
-    }),
-    ("nitro_redis_hits", "counter", "Users found.", |c| {
-        c.hits.get()
-    }),
-    (
-        "nitro_redis_misses",
-        "counter",
-        "Users not found: the database was asked.",
-        |c| c.misses.get(),
-    ),
-    (
-        "nitro_redis_unavailable",
-        "counter",
-        "Users not asked for, or without answer, because of the instance's state: the database was asked.",
-        |c| c.unavailable.get(),
-    ),
-    (
-        "nitro_redis_stores",
-        "counter",
-        "Changes to be written.",
-        |c| c.stores.get(),
-    ),
-    ("nitro_redis_stored", "counter", "Changes written.", |c| {
-        c.stored.get()
-    }),
-    (
-        "nitro_redis_stores_missed",
-        "counter",
-        "Changes not written: what the instance held before is not used any more.",
-        |c| c.missed_stores.get(),
-    ),
-    (
-        "nitro_redis_offers",
-        "counter",
-        "Copies of what the database said.",
-        |c| c.offers.get(),
-    ),
-    (
-        "nitro_redis_errors",
-        "counter",
-        "Lost connections, deadlines, refusals, garbage.",
-        |c| c.errors.get(),
-    ),
-    (
-        "nitro_redis_renewals",
-        "counter",
-        "Generations asked for: the copies began anew.",
-        |c| c.renewals.get(),
-    ),
-    (
-        "nitro_redis_breaker_opened",
-        "counter",
-        "Times that the instance was given up for a while.",
-        |c| c.breaker_opened.get(),
-    ),
-    (
-        "nitro_redis_state",
-        "gauge",
-        "0: connecting, 1: in use, 2: given up for a while.",
-        |c| c.state() as u64,
-    ),
-    (
-        "nitro_redis_in_flight",
-        "gauge",
-        "Commands without answer.",
-        |c| c.in_flight.load(Relaxed) as u64,
-    ),
-    ("nitro_redis_round_trips", "counter", "Answers.", |c| {
-        c.round_trips.get()
-    }),
-    (
-        "nitro_redis_round_trip_microseconds",
-        "counter",
-        "Their time from sending to answer, together.",
-        |c| c.round_trip_us_sum.get(),
-    ),
-];
-
 impl Figures {
-    /// For `/metrics`.
-    pub fn tables(&self) -> Vec<Table> {
-        let all = self.0.lock().map(|all| all.clone()).unwrap_or_default();
-        let rows = |read: Read| {
-            let row = |figure: &Figure| {
-                let instance = label(&figure.instance);
-                let labels = format!("shard=\"{}\",instance=\"{instance}\"", figure.shard);
-                (labels, read(&figure.counters))
-            };
-            all.iter().map(row).collect()
-        };
-        ROWS.iter()
-            .map(|(name, kind, help, read)| Table {
-                name,
-                kind,
-                help,
-                rows: rows(*read),
-            })
-            .collect()
+    /// One more, for good.
+    pub fn add(&self, shard: usize, instance: &str, counters: Arc<Counters>) {
+        if let Ok(mut all) = self.0.lock() {
+            all.push(Figure {
+                shard,
+                instance: instance.into(),
+                counters,
+            });
+        }
+    }
+
+    pub fn all(&self) -> Vec<Figure> {
+        self.0.lock().map(|all| all.clone()).unwrap_or_default()
     }
 }
 
@@ -178,7 +86,6 @@ pub struct Redis {
     buffer: RefCell<Vec<u8>>,
     keeper: Keeper,
     hold: Arc<Hold>,
-    figures: Arc<Figures>,
     has_started: Cell<bool>,
     drainable: Cell<u64>,
     /// There is more to do than readiness will tell of.
@@ -273,12 +180,9 @@ impl Redis {
             parts.placement,
             parts.generations[shard].clone(),
         );
-        if let Ok(mut figures) = parts.figures.0.lock() {
-            figures.extend((0..tier.instances()).map(|instance| Figure {
-                shard,
-                instance: tier.address(instance).name.clone(),
-                counters: tier.counters(instance),
-            }));
+        for instance in 0..tier.instances() {
+            let name = &tier.address(instance).name;
+            parts.figures.add(shard, name, tier.counters(instance));
         }
         Redis {
             shard,
@@ -287,7 +191,6 @@ impl Redis {
             buffer: RefCell::new(vec![0; READ_BYTES]),
             keeper: parts.keeper,
             hold: parts.hold,
-            figures: parts.figures,
             has_started: Cell::new(false),
             drainable: Cell::new(0),
             restless: Cell::new(true),
@@ -296,10 +199,6 @@ impl Redis {
             tls: parts.tls,
             plain: RefCell::default(),
         }
-    }
-
-    pub fn figures(&self) -> &Figures {
-        &self.figures
     }
 
     /// Must the shard look again soon, whatever its sockets say?
@@ -440,10 +339,6 @@ impl Redis {
 }
 
 impl Shard {
-    fn now_us(&self) -> u64 {
-        self.started.elapsed().as_micros() as u64
-    }
-
     /// The begin of a turn's end: what the instances have said.
     pub(super) fn redis_hear(&self, slice: &mut Slice) {
         let Some(redis) = &self.redis else { return };

@@ -24,6 +24,7 @@ use tokio::time::Instant;
 
 use super::change::ArchivedChange;
 use super::sql::{Ahead, Counters, Entry, Position, Sql, SqlError, Trouble};
+use crate::observe::Stage;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -239,7 +240,13 @@ impl Drain {
         let done = match entries.len() {
             // Not even the drain can read the first one.
             0 => Err(SqlError::refused("the record cannot be read")),
-            _ => sql.apply(&entries, &self.ahead).await,
+            _ => {
+                let begun = Instant::now();
+                let done = sql.apply(&entries, &self.ahead).await;
+                let timings = &self.counters.timings;
+                timings.record(Stage::SqlBatch, begun.elapsed());
+                done
+            }
         };
         let count = entries.len();
         drop(entries);

@@ -8,6 +8,7 @@ pub mod change;
 pub mod drain;
 pub mod journal;
 pub mod overlay;
+pub mod owners;
 pub mod record;
 pub mod recovery;
 pub mod redis;

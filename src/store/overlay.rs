@@ -16,7 +16,7 @@ use smallvec::SmallVec;
 use super::change::{ArchivedChange, Id, Message};
 use super::journal::Place;
 use super::record::Record;
-use super::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending};
+use super::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending, ReadError};
 
 /// Where a change stands: the number of its journal and its place in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,8 +138,18 @@ pub struct Overlay {
     gone: FnvHashMap<u64, Position>,
     /// Undecided messages that were let in, whoever's they are; few, and none while the database is well.
     decided: FnvHashMap<u64, Position>,
+    doubt: Doubt,
     read_back: ReadBack,
     items: usize,
+}
+
+/// What was found without knowing what SQL has of it: it may be old, and what was newer gone with another journal.
+#[derive(Default)]
+struct Doubt {
+    /// Up to this id or revision.
+    up_to: u64,
+    /// Journals of which SQL has not told yet what it has.
+    journals: FnvHashSet<u16>,
 }
 
 /// What one journal has of a user, by position.
@@ -162,6 +172,7 @@ impl Overlay {
             order: FnvHashMap::default(),
             gone: FnvHashMap::default(),
             decided: FnvHashMap::default(),
+            doubt: Doubt::default(),
             read_back,
             items: 0,
         }
@@ -231,8 +242,23 @@ impl Overlay {
         self.decided.insert(id, at);
     }
 
+    /// What was added so far was found while SQL could not be asked. Only what is newer than `up_to` is surely the newest, until
+    /// [`Overlay::drained`] has been told of all journals.
+    pub fn doubt(&mut self, up_to: Id) {
+        let journals = self.order.keys().copied().collect();
+        self.doubt = Doubt {
+            up_to: up_to.0,
+            journals,
+        };
+    }
+
+    fn is_doubtful(&self, revision: u64) -> bool {
+        revision <= self.doubt.up_to && !self.doubt.journals.is_empty()
+    }
+
     /// SQL has everything of that journal up to `at`.
     pub fn drained(&mut self, at: Position) {
+        self.doubt.journals.remove(&at.journal);
         let marks = !self.gone.is_empty() || !self.decided.is_empty();
         if marks && self.users.values().all(|user| user.held == 0) {
             let stays = |mark: &Position| mark.journal != at.journal || mark.seq > at.seq;
@@ -367,6 +393,9 @@ impl Overlay {
             (_, Some((_, None))) => return Ok(None),
             // SQL has the removal already
             (None, Some(_)) if added == 0 => return Ok(None),
+            (None, Some((revision, _))) if self.is_doubtful(revision) => {
+                return Err("it is not known yet what the database has of the journals".into());
+            }
             (old, Some((revision, Some(record)))) => {
                 let old = old.filter(|old| old.revision > floor || floor == 0);
                 let (pending, last) = old.map(|o| (o.pending, o.last)).unwrap_or_default();
@@ -416,8 +445,18 @@ impl Overlay {
         Ok(Some(loaded))
     }
 
-    /// A document that SQL may not have; `Some(None)`: there is none any more.
-    pub fn document(&self, name: &str, key: &str) -> Option<Option<Box<[u8]>>> {
+    /// A document that SQL may not have; `Some(None)`: there is none any more. An error: it is not known whether SQL has a newer
+    /// one.
+    pub fn document(&self, name: &str, key: &str) -> Result<Option<Option<Box<[u8]>>>, ReadError> {
+        match self.newest_document(name, key) {
+            Some((revision, _)) if self.is_doubtful(revision) => Err(ReadError(
+                "it is not known yet what the database has of the journals".into(),
+            )),
+            newest => Ok(newest.map(|(_, value)| value.map(Into::into))),
+        }
+    }
+
+    fn newest_document(&self, name: &str, key: &str) -> Option<(u64, Option<&[u8]>)> {
         let user = self.users.get(name)?;
         let mut newest: Option<(u64, Option<&[u8]>)> = None;
         for item in user.items() {
@@ -439,7 +478,7 @@ impl Overlay {
                 newest = Some((revision, value));
             }
         }
-        newest.map(|(_, value)| value.map(Into::into))
+        newest
     }
 
     /// Ids of archive entries behind `last_id` (what SQL has up to there it gives itself), ascending.
@@ -506,11 +545,14 @@ impl Overlay {
     /// Does the overlay know all about the user, so that SQL has nothing to add?
     pub fn is_whole(&self, name: &str) -> bool {
         self.users.get(name).is_some_and(|user| {
-            user.items().any(|item| {
-                matches!(
-                    item,
-                    Item::Removed { .. } | Item::Record { fresh: true, .. }
-                )
+            user.items().any(|item| match item {
+                Item::Removed { revision }
+                | Item::Record {
+                    revision,
+                    fresh: true,
+                    ..
+                } => !self.is_doubtful(*revision),
+                _ => false,
             })
         })
     }

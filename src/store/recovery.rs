@@ -30,6 +30,8 @@ pub struct Found {
     /// into the journal that holds the message.
     pub open: Vec<u64>,
     pub counts: Vec<StreamCount>,
+    /// The database could not be asked what it has: of users, only what is newer than this is surely the newest.
+    pub doubtful: Option<Id>,
 }
 
 /// Collects what records say.

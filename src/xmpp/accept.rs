@@ -6,14 +6,25 @@
 
 use std::collections::VecDeque;
 
+use crate::observe::Stamp;
+
 #[derive(Debug, Default)]
 pub struct Acceptance {
     /// Stanzas read, modulo 2^32 (XEP-0198 section 4).
     received: u32,
-    /// Those without a decided fate, oldest first, and how many parts of it are open.
-    open: VecDeque<(u32, u16)>,
+    /// Those without a decided fate, oldest first.
+    open: VecDeque<Open>,
     /// The client asked (`<r/>`) when it had sent that many; not answered yet.
     asked: VecDeque<u32>,
+}
+
+/// A stanza without a decided fate.
+#[derive(Debug)]
+struct Open {
+    seq: u32,
+    /// How many parts of it are open.
+    parts: u16,
+    read: Stamp,
 }
 
 impl Acceptance {
@@ -23,54 +34,57 @@ impl Acceptance {
         self.received
     }
 
-    /// One more part of stanza `seq` is open.
-    pub fn defer(&mut self, seq: u32) {
+    /// One more part of stanza `seq` is open; the first part is so since it was read, `now`.
+    pub fn defer(&mut self, seq: u32, now: Stamp) {
         match self.open.back_mut() {
-            Some((last, parts)) if *last == seq => *parts += 1,
+            Some(last) if last.seq == seq => last.parts += 1,
             // a part that ends in a further one: younger stanzas may wait already, but this one still has its entry
-            Some((last, _)) if (seq.wrapping_sub(*last) as i32) < 0 => {
-                if let Some((_, parts)) = self.open.iter_mut().find(|(s, _)| *s == seq) {
-                    *parts += 1;
+            Some(last) if (seq.wrapping_sub(last.seq) as i32) < 0 => {
+                if let Some(open) = self.open.iter_mut().find(|open| open.seq == seq) {
+                    open.parts += 1;
                 }
             }
-            _ => self.open.push_back((seq, 1)),
+            _ => self.open.push_back(Open {
+                seq,
+                parts: 1,
+                read: now,
+            }),
         }
     }
 
     /// An error for the client waits behind other things: `h` stays where it is until the part of the stanza that is given here
     /// is settled, so that no count covers what the error answers before the client has it. `None`: nothing is counted yet.
-    pub fn hold(&mut self) -> Option<u32> {
-        let seq = self.open.front().map_or(self.received, |(seq, _)| *seq);
+    pub fn hold(&mut self, now: Stamp) -> Option<u32> {
+        let seq = self.open.front().map_or(self.received, |open| open.seq);
         if seq == 0 && self.open.is_empty() {
             return None;
         }
-        self.defer(seq);
+        self.defer(seq, now);
         Some(seq)
     }
 
-    /// A part of stanza `seq` is decided.
-    pub fn settle(&mut self, seq: u32) {
-        let Some(front) = self.open.front().map(|(s, _)| *s) else {
-            return;
-        };
+    /// A part of stanza `seq` is decided. If it was the last one: when the stanza was read.
+    pub fn settle(&mut self, seq: u32) -> Option<Stamp> {
+        let front = self.open.front()?.seq;
         // numbers ascend, but a stanza without open parts has no entry
         let guess = (seq.wrapping_sub(front) as usize).min(self.open.len().saturating_sub(1));
-        let Some(at) = (0..=guess).rev().find(|i| self.open[*i].0 == seq) else {
-            return;
-        };
-        self.open[at].1 = self.open[at].1.saturating_sub(1);
-        while self.open.front().is_some_and(|(_, parts)| *parts == 0) {
+        let at = (0..=guess).rev().find(|i| self.open[*i].seq == seq)?;
+        let open = &mut self.open[at];
+        open.parts = open.parts.saturating_sub(1);
+        let read = (open.parts == 0).then_some(open.read);
+        while self.open.front().is_some_and(|open| open.parts == 0) {
             self.open.pop_front();
         }
         if self.open.is_empty() {
             self.open.shrink_to_fit();
         }
+        read
     }
 
     /// The count that may be acknowledged: the longest prefix of decided stanzas.
     pub fn h(&self) -> u32 {
         match self.open.front() {
-            Some((seq, _)) => seq.wrapping_sub(1),
+            Some(open) => open.seq.wrapping_sub(1),
             None => self.received,
         }
     }
@@ -123,14 +137,16 @@ pub fn is_behind(a: u32, b: u32) -> bool {
 mod tests {
     use super::*;
 
+    const NOW: Stamp = Stamp::FIRST;
+
     #[test]
     fn h_is_the_longest_decided_prefix() {
         let mut a = Acceptance::default();
         for _ in 0..5 {
             let seq = a.receive();
             if seq == 2 || seq == 4 {
-                a.defer(seq);
-                a.defer(seq);
+                a.defer(seq, NOW);
+                a.defer(seq, NOW);
             }
         }
         assert_eq!(a.h(), 1);
@@ -147,11 +163,11 @@ mod tests {
     fn an_answer_waits_for_what_was_asked_about_and_no_longer() {
         let mut a = Acceptance::default();
         let seq = a.receive();
-        a.defer(seq);
+        a.defer(seq, NOW);
         assert!(a.ask(8));
         assert_eq!(a.due(), None);
         let later = a.receive();
-        a.defer(later);
+        a.defer(later, NOW);
         a.settle(seq);
         assert_eq!(a.due(), Some((1, 1)));
         a.answered();
@@ -162,9 +178,9 @@ mod tests {
     fn a_part_may_end_in_a_further_part_while_younger_stanzas_wait() {
         let mut a = Acceptance::default();
         let (old, young) = (a.receive(), a.receive());
-        a.defer(old);
-        a.defer(young);
-        a.defer(old);
+        a.defer(old, NOW);
+        a.defer(young, NOW);
+        a.defer(old, NOW);
         a.settle(old);
         a.settle(young);
         assert_eq!(a.h(), 0);
@@ -175,19 +191,19 @@ mod tests {
     #[test]
     fn an_error_that_waits_holds_the_count_where_it_is() {
         let mut a = Acceptance::default();
-        assert_eq!(a.hold(), None);
+        assert_eq!(a.hold(NOW), None);
         a.receive();
         // of the stanza that was read last, whatever is read meanwhile
-        let held = a.hold().unwrap();
+        let held = a.hold(NOW).unwrap();
         a.receive();
         assert_eq!(a.h(), 0);
         a.settle(held);
         assert_eq!(a.h(), 2);
         // of one that is open
         let open = a.receive();
-        a.defer(open);
+        a.defer(open, NOW);
         a.receive();
-        let held = a.hold().unwrap();
+        let held = a.hold(NOW).unwrap();
         a.settle(open);
         assert_eq!(a.h(), 2);
         a.settle(held);
@@ -202,7 +218,7 @@ mod tests {
         };
         let seq = a.receive();
         assert_eq!(seq, 0);
-        a.defer(seq);
+        a.defer(seq, NOW);
         assert_eq!(a.h(), u32::MAX);
         a.settle(0);
         assert_eq!(a.h(), 0);
@@ -213,7 +229,7 @@ mod tests {
         let mut a = Acceptance::default();
         a.settle(7);
         let seq = a.receive();
-        a.defer(seq);
+        a.defer(seq, NOW);
         a.settle(99);
         assert_eq!(a.h(), 0);
     }

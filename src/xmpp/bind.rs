@@ -6,6 +6,7 @@ use super::error::{StanzaError, StreamError};
 use super::random_id;
 use super::session::{Session, SessionId};
 use super::slice::Slice;
+use crate::observe::Stamp;
 use crate::xml::StreamNs;
 
 /// What a connection brings into its session.
@@ -73,6 +74,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         accept: Default::default(),
         heard_ms: now.ms,
         pinged: false,
+        bound: Some(Stamp::at(now.us)),
         since: now.unix,
         peer: arrival.peer,
         tls: arrival.tls,

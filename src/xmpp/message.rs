@@ -18,6 +18,7 @@ use super::ledger::Act;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
 use super::slice::{Fate, Slice, Slot};
+use crate::observe::Stamp;
 use crate::store::change::{ArchivedMessage, Change, Message};
 use crate::store::tier::Pending;
 use crate::xml::dom::Element;
@@ -53,7 +54,10 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     if let Err(error) = may_send(slice, sid, &to) {
         return bounce_out(slice, sid, view, &error);
     }
-    let meta = hints::meta(view);
+    let meta = Meta {
+        read: Some(Stamp::at(slice.now.us)),
+        ..hints::meta(view)
+    };
     let Some(session) = slice.sessions.get(sid) else {
         return;
     };
@@ -413,6 +417,7 @@ pub fn accepted(slice: &mut Slice, to: &str, message: &ArchivedMessage<'_>, meta
     match choose(slice, &to, meta, &mut taken) {
         Rule::Sessions => {
             slice.counters.messages_delivered += 1;
+            slice.fx.delivered(meta);
             offline::hold(slice, &user, id, taken.len());
             for sid in &taken {
                 slice.hand(*sid, &[stanza], meta, id);
@@ -528,6 +533,7 @@ pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta:
         }
         Rule::Sessions => {
             slice.counters.messages_delivered += 1;
+            slice.fx.delivered(meta);
             for sid in &taken {
                 slice.send(*sid, &[stanza], meta);
             }

@@ -1,5 +1,7 @@
 //! What routing must know of a stanza, found once where it entered and carried beside its bytes, so that nobody parses it again.
 
+use crate::observe::Stamp;
+
 /// Stanza kind and type (RFC 6121 sections 5.2.2 and 4.7.1, RFC 6120 section 8.2.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -109,6 +111,9 @@ impl Kind {
 pub struct Meta {
     pub kind: Kind,
     pub flags: u16,
+    /// When a message was read from its sender: for [`Stage::Message`](crate::observe::Stage::Message). `None`: it was not just
+    /// now, or it is no message of a client's.
+    pub read: Option<Stamp>,
 }
 
 impl Meta {
@@ -135,7 +140,11 @@ impl Meta {
     pub const NO_ARCHIVE: u16 = 512;
 
     pub fn new(kind: Kind) -> Meta {
-        Meta { kind, flags: 0 }
+        Meta {
+            kind,
+            flags: 0,
+            read: None,
+        }
     }
 
     pub fn with(mut self, flags: u16) -> Meta {
@@ -168,6 +177,7 @@ impl Meta {
         Meta {
             kind: kind.unwrap_or(Kind::Normal),
             flags,
+            read: None,
         }
     }
 

@@ -1,7 +1,9 @@
 //! The promise, held against the slices: what is accepted is durable, what is durable is delivered once, in order, over
 //! crashes too.
 
+use super::slice::{Op, Slice};
 use super::testing::{Client, World};
+use crate::store::record::{Record, UserRecord};
 
 const ENABLE: &str = "<enable xmlns='urn:xmpp:sm:3' resume='true'/>";
 const R: &str = "<r xmlns='urn:xmpp:sm:3'/>";
@@ -447,6 +449,60 @@ fn no_count_covers_a_stanza_before_its_error_is_told() {
         w.release();
         assert_eq!(got(&mut w, a), ["3", "4", "a 4"], "{enable}");
     }
+}
+
+#[test]
+fn what_an_old_journal_says_is_not_taken_for_the_newest_while_the_database_is_away() {
+    let mut w = World::new(2);
+    // of a shard that is no more after the next start
+    let carol = w.on(1, "carol");
+    let add = |w: &mut World, name: &str, password: &str| {
+        let record = Record::new(&UserRecord {
+            created_at: password.len() as u64,
+            ..UserRecord::default()
+        });
+        let slice = w.slice_of(name);
+        slice.want(name);
+        w.run();
+        let then = Box::new(|_: &mut Slice, result: Result<(), _>| result.unwrap());
+        w.slice_of(name).write(name, Op::AddUser { record }, then);
+        w.run();
+    };
+    add(&mut w, &carol, "old");
+    let vcard = |n: u32| {
+        format!("<iq type='set' id='v'><vCard xmlns='vcard-temp'><FN>card {n}</FN></vCard></iq>")
+    };
+    let c = w.login(&carol, "c");
+    w.send(c, &vcard(1));
+    w.crash(1);
+    let c = w.login(&carol, "c");
+    w.send(c, &vcard(2));
+    let edit = |record: &mut UserRecord| record.created_at = 17;
+    w.slice_of(&carol)
+        .edit(&carol, edit, Box::new(|_, result| result.unwrap()));
+    w.run();
+    w.advance(100);
+    add(&mut w, "newborn", "new");
+    // the database has all, and is away when the next start finds only what is oldest
+    w.recycle(0);
+    w.tier.gone = true;
+    for shards in [1, 2] {
+        w.crash(shards);
+        for name in [&*carol, "newborn"] {
+            w.slice_of(name).want(name);
+        }
+        w.run();
+        assert!(w.slice_of(&carol).user(&carol).is_none(), "{shards}");
+        // of him the journal surely has all, as long as the owners are the same
+        let known = w.slice_of("newborn").user("newborn").is_some();
+        assert_eq!(known, shards == 1, "{shards}");
+    }
+    w.tier.gone = false;
+    w.drain();
+    let c = w.login(&carol, "c");
+    assert_eq!(w.user(&carol).record.to_owned().created_at, 17);
+    w.send(c, "<iq type='get' id='v'><vCard xmlns='vcard-temp'/></iq>");
+    assert!(w.take(c).concat().contains("card 2"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! A live session: one bound resource (full JID). A small value in the slice's slab, not a task. What it has to say is
 //! collected in [`Session::out`] and written once per turn of the loop; what stream management must keep is kept in `sm`.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::rc::Rc;
 
 use slab::Slab;
@@ -11,6 +12,7 @@ use super::feature::csi::Csi;
 use super::feature::sm::{Kept, Sm};
 use super::meta::Meta;
 use super::pace::Paced;
+use crate::observe::Stamp;
 use crate::xml::StreamNs;
 
 /// Slot and generation: a slot is reused, its generation never is.
@@ -80,6 +82,8 @@ pub struct Session {
     pub heard_ms: u64,
     /// A ping is on its way since then.
     pub pinged: bool,
+    /// When it was bound, until its first available presence.
+    pub bound: Option<Stamp>,
     /// Connected since, unix seconds.
     pub since: u64,
     /// Remote address, for operators.
@@ -98,6 +102,20 @@ impl Session {
     pub fn resource(&self) -> &str {
         let slash = self.jid.find('/').expect("a session's JID is full");
         &self.jid[slash + 1..]
+    }
+
+    /// The line in the log that says that the connection of the session ended, and why. Whatever a client may have chosen is
+    /// quoted and comes behind the address.
+    pub(super) fn log_end(&self, reason: &str, resumable: bool) {
+        let address = self.peer.parse::<SocketAddr>().map(|peer| peer.ip());
+        tracing::info!(
+            address = %address.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED)),
+            user = self.bare(),
+            resource = self.resource(),
+            reason,
+            resumable,
+            "disconnected"
+        );
     }
 
     /// RFC 6121 8.5: may a message to the bare JID go here?

@@ -246,6 +246,8 @@ struct Simulation {
     requests: Vec<(usize, Request)>,
     answers: Vec<(usize, Answer)>,
     news: Vec<VecDeque<Position>>,
+    /// The drain of this life has told what the tier had at its begin.
+    told: bool,
     /// The tier takes part in nothing.
     away: bool,
     accounts: Vec<Account>,
@@ -287,6 +289,7 @@ impl Simulation {
             requests: Vec::new(),
             answers: Vec::new(),
             news: Vec::new(),
+            told: false,
             away: false,
             accounts: Vec::new(),
             peers: Vec::new(),
@@ -427,6 +430,7 @@ impl Simulation {
         self.pages.borrow_mut().clear();
         self.written.borrow_mut().clear();
         self.orders.clear();
+        self.told = false;
         self.world.tier.ahead = Default::default();
         self.news = (0..shards).map(|_| VecDeque::new()).collect();
         self.floors = floors();
@@ -459,9 +463,13 @@ impl Simulation {
             recovery.record(shard, seq, place, change).unwrap();
         });
         replayed.map_err(text)?;
-        let (recovered, mut last_id) = recovery.finish();
+        let (mut recovered, mut last_id) = recovery.finish();
         if !away {
             last_id = last_id.max(Id(self.world.tier.last_id));
+        }
+        let since = self.world.owners_since(shards, last_id);
+        for found in recovered.iter_mut().filter(|_| away) {
+            found.doubtful = Some(since);
         }
         let firsts: BTreeMap<u16, u64> = found.iter().map(|f| (f.shard, f.first_seq)).collect();
         let next = journals.start(shards as u16, |shard, id| {
@@ -755,6 +763,16 @@ impl Simulation {
         if failed.is_some() {
             self.look(Err(failed.unwrap_or_default()));
             return true;
+        }
+        if !std::mem::replace(&mut self.told, true) {
+            for (key, _) in &feeds {
+                let seq = self.positions.get(key).copied().unwrap_or(0);
+                let at = Position {
+                    journal: key.0,
+                    seq,
+                };
+                self.news.iter_mut().for_each(|news| news.push_back(at));
+            }
         }
         for range in feeds
             .iter()

@@ -26,6 +26,7 @@ use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
 use super::warmth::{Behind, Waits, Warmth};
 use super::{NS_CLIENT, iq, message};
+use crate::observe::{Stage, Stamp, Stamps, record};
 use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
 use crate::store::journal::{Group, Place, Slot as GroupSlot};
@@ -114,6 +115,8 @@ pub struct Limits {
 pub struct Now {
     /// Monotonic milliseconds.
     pub ms: u64,
+    /// The same, in microseconds: for what is measured.
+    pub us: u64,
     /// Unix time in seconds.
     pub unix: u64,
     /// Unix time in milliseconds.
@@ -250,8 +253,19 @@ pub struct Effects {
     pub unconfirmed: Vec<SessionId>,
     /// Sent messages below this are settled for good.
     pub floor: u64,
+    /// When those messages were read that go out at the end of this turn.
+    pub delivered: Stamps,
     /// Sessions that have more to get than a slow reader may have.
     overflown: Vec<SessionId>,
+}
+
+impl Effects {
+    /// A message goes to sessions.
+    pub fn delivered(&mut self, meta: Meta) {
+        if let Some(read) = meta.read {
+            self.delivered.push(read);
+        }
+    }
 }
 
 /// A change of a user's data.
@@ -356,6 +370,7 @@ pub struct Counters {
     pub iqs_in: u64,
     pub bounces: u64,
     pub binds: u64,
+    pub disconnects: u64,
     pub resumptions: u64,
     pub overflows: u64,
     pub load_queue_full: u64,
@@ -717,6 +732,11 @@ impl Slice {
             return;
         };
         if let Some(link) = session.link.take() {
+            self.counters.disconnects += 1;
+            let reason = error.as_ref().map_or("closed by the client", |error| {
+                error.text.unwrap_or(error.condition)
+            });
+            session.log_end(reason, false);
             let mut bytes = std::mem::take(&mut session.out);
             match error {
                 Some(error) => error.write(&mut bytes),
@@ -785,11 +805,20 @@ impl Slice {
 
     /// The connection is gone without a farewell: the session waits for its client, or ends.
     pub fn link_lost(&mut self, sid: SessionId) {
+        self.cut(sid, "connection lost");
+    }
+
+    /// The same, for this reason.
+    pub(super) fn cut(&mut self, sid: SessionId, reason: &str) {
         let room = self.parked < self.env.limits.parked_max;
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
-        session.link = None;
+        if session.link.take().is_some() {
+            let resumable = session.sm.as_ref().is_some_and(|sm| sm.resume_ms > 0);
+            session.log_end(reason, resumable && room);
+            self.counters.disconnects += 1;
+        }
         session.unsent = 0;
         let out = std::mem::take(&mut session.out);
         match &session.sm {
@@ -829,7 +858,7 @@ impl Slice {
             let mut bytes = Vec::new();
             StreamError::text("connection-timeout", "no answer to a ping").write(&mut bytes);
             self.fx.closing.push(Closing { link, bytes });
-            return self.link_lost(sid);
+            return self.cut(sid, "no answer to a ping");
         }
         session.pinged = true;
         feature::ping::ask(self, sid);
@@ -979,7 +1008,7 @@ impl Slice {
                 let mut bytes = Vec::new();
                 error.write(&mut bytes);
                 self.fx.closing.push(Closing { link, bytes });
-                self.link_lost(sid);
+                self.cut(sid, "the client does not read what it is sent");
             }
         }
     }
@@ -1175,7 +1204,7 @@ impl Slice {
         Some(Receipt {
             shard: self.env.shard,
             session: sid,
-            seq: session.accept.hold()?,
+            seq: session.accept.hold(Stamp::at(self.now.us))?,
             twin: 0,
         })
     }
@@ -1428,7 +1457,7 @@ impl Slice {
             Act::Presence { from, stanza, meta } => {
                 self.ledger.release(&user);
                 if let Ok(from) = Jid::parse(strings.text(from)) {
-                    presence::tell_now(self, &user, &from, strings.get(stanza), meta, &mut None);
+                    presence::tell_now(self, &user, &from, strings.get(stanza), meta);
                 }
             }
             Act::Forward {
@@ -1511,6 +1540,9 @@ impl Slice {
         for (at, name, item) in found.undrained {
             let name: Rc<str> = (*name).into();
             self.overlay.add(at, &name, item);
+        }
+        if let Some(up_to) = found.doubtful {
+            self.overlay.doubt(up_to);
         }
         for (at, id) in found.gone {
             self.overlay.add_gone(at, id);
@@ -1672,9 +1704,9 @@ impl Slice {
             return;
         }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
-            session.accept.defer(receipt.seq);
+            session.accept.defer(receipt.seq, Stamp::at(self.now.us));
         } else if let Some(ended) = self.ended.get_mut(&receipt.session) {
-            ended.accept.defer(receipt.seq);
+            ended.accept.defer(receipt.seq, Stamp::at(self.now.us));
         }
     }
 
@@ -1693,7 +1725,9 @@ impl Slice {
             }
         }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
-            session.accept.settle(receipt.seq);
+            if let Some(read) = session.accept.settle(receipt.seq) {
+                record(Stage::MessageSettled, read.until(self.now.us));
+            }
             if session.settling && session.accept.waiting() == 0 {
                 let name = session.user.clone();
                 self.fx.loaded.push(name);
@@ -2008,8 +2042,10 @@ impl Slice {
 
     /// Reads a document of a user.
     pub fn read(&mut self, name: &str, key: &str, then: ThenRead) {
-        if let Some(found) = self.overlay.document(name, key) {
-            return then(self, Ok(found));
+        match self.overlay.document(name, key) {
+            Ok(None) => {}
+            Ok(Some(found)) => return then(self, Ok(found)),
+            Err(error) => return then(self, Err(error)),
         }
         let query = Query::Document {
             name: name.into(),

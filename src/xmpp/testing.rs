@@ -14,7 +14,7 @@ use super::feature;
 use super::parse_stanza;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Limits, Now, Slice, Start, User};
-use crate::store::change::{ArchivedChange, ArchivedMarks, Message};
+use crate::store::change::{ArchivedChange, ArchivedMarks, Id, Message};
 use crate::store::journal::{Group, Place, Slot};
 use crate::store::overlay::Position;
 use crate::store::record::{Record, RosterItem, Subscription, UserRecord};
@@ -78,6 +78,8 @@ pub struct World {
     records: Vec<(Position, Place)>,
     /// Groups that are being committed.
     flying: Vec<Option<Group>>,
+    /// Since when users have had the same owners, as [`crate::store::owners`] keeps it: number of shards, id.
+    owners: (usize, Id),
     pub now: Now,
     /// Presences that may go out in a turn of a slice.
     pub room: usize,
@@ -153,6 +155,7 @@ impl World {
         change(&mut limits);
         let now = Now {
             ms: 1_000_000,
+            us: 1_000_000_000,
             unix: 1_790_000_000,
             unix_ms: 1_790_000_000_000,
         };
@@ -162,6 +165,7 @@ impl World {
             journals: Vec::new(),
             records: Vec::new(),
             flying: Vec::new(),
+            owners: (0, Id(0)),
             now,
             room: usize::MAX,
             confirms: true,
@@ -186,14 +190,23 @@ impl World {
         let most = self.journals.len().max(shards);
         self.journals.resize_with(most, Rc::default);
         let journals = self.journals.clone();
-        let mut recovery = Recovery::new(&ring, self.tier.drained.clone());
+        let unknown = self.tier.gone || self.tier.broken;
+        let drained = match unknown {
+            true => FnvHashMap::default(),
+            false => self.tier.drained.clone(),
+        };
+        let mut recovery = Recovery::new(&ring, drained);
         for (at, place) in &self.records {
             let journal = journals[place.file as usize].borrow();
             let payload = &journal[place.offset as usize..][..place.len as usize];
             let change = ArchivedChange::access(payload).unwrap();
             recovery.record(at.journal, at.seq, *place, change).unwrap();
         }
-        let (found, last_id) = recovery.finish();
+        let (mut found, last_id) = recovery.finish();
+        let since = self.owners_since(shards, last_id);
+        for found in found.iter_mut().filter(|_| unknown) {
+            found.doubtful = Some(since);
+        }
         let start = |(shard, found): (usize, Found)| {
             let journals = journals.clone();
             let read_back = move |place: Place, into: &mut Vec<u8>| {
@@ -213,6 +226,22 @@ impl World {
         let starts = found.into_iter().enumerate().map(start).collect();
         self.begin(limits, 64 << 20, starts);
         self.flying = (0..shards).map(|_| None).collect();
+    }
+
+    /// As [`crate::store::owners::since`].
+    pub fn owners_since(&mut self, shards: usize, last_id: Id) -> Id {
+        if self.owners.0 != shards {
+            self.owners = (shards, last_id);
+        }
+        self.owners.1
+    }
+
+    /// All but the last record of a journal, which the tier must have, are gone from it.
+    pub fn recycle(&mut self, journal: u16) {
+        let last = self.records.iter().rev();
+        let last = last.map(|(at, _)| *at).find(|at| at.journal == journal);
+        self.records
+            .retain(|(at, _)| at.journal != journal || Some(*at) == last);
     }
 
     /// New slices take the place of all.
@@ -389,6 +418,7 @@ impl World {
 
     pub fn advance(&mut self, ms: u64) {
         self.now.ms += ms;
+        self.now.us += ms * 1000;
         self.now.unix_ms += ms;
         self.now.unix = self.now.unix_ms / 1000;
         for slice in &mut self.slices {
@@ -515,6 +545,18 @@ impl World {
 
     /// Carries over what the journals hold.
     pub fn drain(&mut self) {
+        if !self.tier.gone {
+            // as the drain does it at its begin
+            for (journal, seq) in &self.tier.drained {
+                let at = Position {
+                    journal: *journal,
+                    seq: *seq,
+                };
+                for slice in &mut self.slices {
+                    slice.drained(at);
+                }
+            }
+        }
         while let Some((at, payload)) = self.tier.undrained.pop_front() {
             self.tier.apply(ArchivedChange::access(&payload).unwrap());
             self.tier.drained.insert(at.journal, at.seq);

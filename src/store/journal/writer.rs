@@ -25,6 +25,9 @@ use crate::rt;
 /// After which what failed for want of room is tried again, and floors are looked at.
 const PAUSE: Duration = Duration::from_secs(1);
 
+/// How far the thread that makes spares steps back behind the shards.
+const KEEPER_NICE: i32 = 5;
+
 /// A shard's end of its journal. Dropping it waits for the group that is under way.
 pub struct Writer {
     groups: Option<Sender<(Group, Instant)>>,
@@ -238,7 +241,7 @@ impl Bell {
 
 fn keep(bell: &Bell, journals: &Mutex<Vec<Arc<Journal>>>) {
     // zeros for a new segment are as much as a second of commits
-    rt::step_back();
+    rt::step_back(KEEPER_NICE);
     let mut again = None;
     while bell.wait(again) {
         again = None;

@@ -28,7 +28,7 @@ use super::address::Address;
 use super::connection::{Broken, Connection};
 use super::generations::Generation;
 use super::tier::{Config, Event, Later, Session};
-use crate::observe::Counter;
+use crate::observe::{Counter, Stage, record};
 use crate::store::ring;
 
 /// All that is written, in one script; KEYS: fence[, user], ARGV: incarnation, time to live[, value].
@@ -884,6 +884,7 @@ impl Instance {
     }
 
     fn count_round_trip(&self, micros: u64) {
+        record(Stage::RedisRoundTrip, micros);
         self.counters.round_trips.one();
         self.counters.round_trip_us_sum.add(micros);
         self.counters.round_trip_us_max.fetch_max(micros, Relaxed);

@@ -68,6 +68,7 @@
 
 pub mod address;
 pub mod connection;
+pub mod figures;
 pub mod generations;
 pub mod hold;
 pub mod instance;

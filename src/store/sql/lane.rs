@@ -23,6 +23,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::time::Instant;
 
 use super::{Counters, Database, SetUpError, Sql, SqlError, Trouble};
+use crate::observe::Stage;
 use crate::store::drain::{Drain, DrainConfig, DrainHandle, DrainedSink, Source};
 use crate::store::tier::{Answer, Loaded, Page, Query, ReadError, Request, Ticket};
 
@@ -385,7 +386,10 @@ impl Desk {
             let count = names.len();
             let found = attempts
                 .until(oldest.until, &self, &mut sql, async |sql| {
+                    let begun = Instant::now();
                     let found = sql.load(&names).await?;
+                    let timings = &self.counters.timings;
+                    timings.record(Stage::SqlLoad, begun.elapsed());
                     Ok(loads
                         .iter()
                         .map(|load| {
@@ -438,7 +442,11 @@ impl Desk {
             let count = reads.len();
             let found = attempts
                 .until(oldest.until, &self, &mut sql, async |sql| {
-                    find(sql, &reads).await
+                    let begun = Instant::now();
+                    let found = find(sql, &reads).await;
+                    let timings = &self.counters.timings;
+                    timings.record(Stage::SqlRead, begun.elapsed());
+                    found
                 })
                 .await;
             match found {
@@ -726,14 +734,5 @@ fn step_back(config: &LaneConfig) {
             tracing::warn!(%error, ?cores, "cannot pin the SQL thread");
         }
     }
-    // SAFETY: plain system calls on the calling thread (0) with values of our own; `param` is only read.
-    let stepped_back = unsafe {
-        let param: libc::sched_param = std::mem::zeroed();
-        libc::sched_setscheduler(0, libc::SCHED_BATCH, &param) == 0
-            && libc::setpriority(libc::PRIO_PROCESS, 0, config.nice) == 0
-    };
-    if !stepped_back {
-        let error = std::io::Error::last_os_error();
-        tracing::warn!(%error, "cannot lower the SQL thread's priority");
-    }
+    crate::rt::step_back(config.nice);
 }

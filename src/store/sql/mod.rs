@@ -26,6 +26,7 @@ pub mod admin;
 mod apply;
 mod connection;
 pub mod copy;
+pub mod figures;
 pub mod lane;
 mod read;
 mod schema;
@@ -35,6 +36,7 @@ pub use apply::{Ahead, Applied, Entry, Outcome, Position, UserChange, UserOp};
 pub use connection::{SqlError, Trouble};
 pub use read::{Found, KeyShape, Listed};
 
+use crate::observe::SharedHistograms;
 use apply::Known;
 use connection::{Connection, Options};
 
@@ -151,6 +153,8 @@ pub struct Counters {
     pub drain_waiting: AtomicUsize,
     /// Whether the last statement was answered.
     pub up: AtomicBool,
+    /// How long statements take.
+    pub timings: SharedHistograms,
 }
 
 /// One connection, with what it needs to be made again.

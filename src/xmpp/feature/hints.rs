@@ -78,7 +78,7 @@ pub fn meta(view: &View<'_>) -> Meta {
     if room && !invitation {
         flags |= Meta::ROOM;
     }
-    Meta { kind, flags }
+    Meta::new(kind).with(flags)
 }
 
 fn invites(x: &Child<'_>) -> bool {

@@ -11,6 +11,7 @@
 use smallvec::SmallVec;
 
 use super::{Feature, NONE, blocking, subscription};
+use crate::observe::{Stage, record};
 use crate::store::tier::Last;
 use crate::xml::view::View;
 use crate::xmpp::NS_CLIENT;
@@ -107,6 +108,9 @@ fn available(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     };
     let before = session.presence.replace(Box::new(kept)).map(|p| p.priority);
     let initial = before.is_none();
+    if let Some(bound) = session.bound.take() {
+        record(Stage::LoginPresence, bound.until(slice.now.us));
+    }
     let (name, jid) = (session.user.clone(), session.jid.clone());
     let meta = Meta::new(Kind::Available).with(Meta::LAZY);
     to_own(slice, &name, &stanza, meta);
@@ -503,11 +507,15 @@ fn tell(
         };
         return slice.ledger.queue(&user, act);
     }
-    tell_now(slice, name, from, stanza, meta, shared);
+    show_to(slice, name, from, stanza, meta, shared);
 }
 
 /// Nothing that is older waits.
-pub fn tell_now(
+pub fn tell_now(slice: &mut Slice, name: &str, from: &Jid<'_>, stanza: &[u8], meta: Meta) {
+    show_to(slice, name, from, stanza, meta, &mut None);
+}
+
+fn show_to(
     slice: &mut Slice,
     name: &str,
     from: &Jid<'_>,

@@ -385,7 +385,7 @@ pub fn detach(slice: &mut Slice, sid: SessionId) {
             .fx
             .closing
             .push(crate::xmpp::slice::Closing { link, bytes });
-        slice.link_lost(sid);
+        slice.cut(sid, "resumed by another connection");
     }
 }
 
@@ -466,7 +466,9 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
 
 /// Nobody came back in time: the session ends, and what it was not known to have goes where it would go now.
 pub fn expire(slice: &mut Slice, sid: SessionId) {
-    if slice.sessions.get(sid).is_some_and(|s| s.link.is_none()) {
+    let waiting = slice.sessions.get(sid).filter(|s| s.link.is_none());
+    if let Some(session) = waiting {
+        session.log_end("not resumed in time", false);
         slice.end(sid, None);
     }
 }

@@ -1,0 +1,266 @@
+//! The log: one line an event, to standard error. In: events of `tracing`. Out: lines of text or of JSON.
+//!
+//! Promises: the same warning or error is written at most [`REPEATS_MAX`] times in [`SPAN`], and how many were left out is
+//! written then; a login, a refused login and a disconnect are one line each with address, reason and bare JID, always; what
+//! a client has chosen stands in quotes, escaped, and behind the address, so that it can forge neither a line nor an
+//! address (config/fail2ban).
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use tracing::callsite::Identifier;
+use tracing::field::{Field, Visit};
+use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+use tracing_subscriber::util::SubscriberInitExt as _;
+use tracing_subscriber::{EnvFilter, Registry, fmt as lines, reload};
+
+use super::collect::Follow;
+use super::{Counter, Recorded, Stage};
+
+/// Lines of one kind in [`SPAN`]; beyond, they are counted.
+const REPEATS_MAX: u32 = 10;
+/// How long the same counts as a repeat.
+const SPAN: Duration = Duration::from_secs(10);
+/// Of this module's own lines, which are never left out.
+const TARGET: &str = "nitro::log";
+
+/// Lines left out since the start.
+pub static LEFT_OUT: Counter = Counter::new();
+
+static REPEATS: OnceLock<Arc<Repeats>> = OnceLock::new();
+
+static LEVEL: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+
+/// Starts the log of this process, from this level on ("info", ...), as text or as JSON. Only the first call counts.
+pub fn start_log(level: &str, json: bool) {
+    let (filter, handle) = reload::Layer::new(filter(level));
+    let repeats = REPEATS.get_or_init(Arc::default).clone();
+    let lines = lines::layer().with_writer(std::io::stderr).with_ansi(false);
+    let lines = match json {
+        false => lines.boxed(),
+        true => lines.json().flatten_event(true).boxed(),
+    };
+    let _ = LEVEL.set(handle);
+    // an error: there is one already
+    let _ = tracing_subscriber::registry()
+        .with(filter)
+        .with(lines)
+        .with(Limit(repeats))
+        .try_init();
+}
+
+/// Another level, from now on.
+pub fn set_log_level(level: &str) {
+    if let Some(handle) = LEVEL.get() {
+        // an error: the log has ended
+        let _ = handle.reload(filter(level));
+    }
+}
+
+fn filter(level: &str) -> EnvFilter {
+    EnvFilter::new(format!("{level},sqlx=warn"))
+}
+
+/// Tells now and then how many lines were left out.
+pub fn repeats() -> Box<dyn Follow> {
+    Box::new(Tell(REPEATS.get_or_init(Arc::default).clone()))
+}
+
+/// What was said how often, by the place in the program that says it: few, so their number needs no bound.
+#[derive(Default)]
+struct Repeats(Mutex<HashMap<Identifier, Said>>);
+
+struct Said {
+    since: Instant,
+    count: u32,
+    left_out: u64,
+    /// The newest of those that were left out.
+    like: String,
+}
+
+impl Repeats {
+    /// May it be said again? `like` tells what it says.
+    fn say(&self, of: &Metadata<'_>, like: impl FnOnce() -> String) -> bool {
+        let Ok(mut all) = self.0.lock() else {
+            return true;
+        };
+        let said = all.entry(of.callsite()).or_insert_with(|| Said {
+            since: Instant::now(),
+            count: 0,
+            left_out: 0,
+            like: String::new(),
+        });
+        if said.left_out == 0 && said.since.elapsed() >= SPAN {
+            (said.since, said.count) = (Instant::now(), 0);
+        }
+        said.count += 1;
+        if said.count <= REPEATS_MAX {
+            return true;
+        }
+        said.left_out += 1;
+        said.like = like();
+        LEFT_OUT.one();
+        false
+    }
+
+    /// What was left out in spans that are over.
+    fn over(&self, span: Duration) -> Vec<(u64, String)> {
+        let Ok(mut all) = self.0.lock() else {
+            return Vec::new();
+        };
+        let mut over = Vec::new();
+        for said in all.values_mut() {
+            if said.left_out > 0 && said.since.elapsed() >= span {
+                over.push((said.left_out, std::mem::take(&mut said.like)));
+                (said.since, said.count, said.left_out) = (Instant::now(), 0, 0);
+            }
+        }
+        over
+    }
+}
+
+/// Lets warnings and errors through as often as they may be said.
+struct Limit(Arc<Repeats>);
+
+impl<S: Subscriber> Layer<S> for Limit {
+    fn event_enabled(&self, event: &Event<'_>, _: Context<'_, S>) -> bool {
+        let of = event.metadata();
+        let limited = matches!(*of.level(), Level::WARN | Level::ERROR) && of.target() != TARGET;
+        !limited
+            || self.0.say(of, || {
+                let mut message = Message::default();
+                event.record(&mut message);
+                message.0
+            })
+    }
+}
+
+/// The text of an event, without its fields.
+#[derive(Default)]
+struct Message(String);
+
+impl Visit for Message {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        if field.name() == "message" {
+            self.0 = format!("{value:?}");
+        }
+    }
+}
+
+struct Tell(Arc<Repeats>);
+
+impl Tell {
+    fn tell(&self, span: Duration) {
+        for (left_out, like) in self.0.over(span) {
+            tracing::warn!(target: TARGET, left_out, like, "repeated lines were left out");
+        }
+    }
+}
+
+impl Follow for Tell {
+    fn piece(&mut self, _: Option<usize>, _: Stage, _: &Recorded) {}
+
+    fn turn(&mut self) -> Duration {
+        self.tell(SPAN);
+        SPAN
+    }
+
+    fn end(&mut self) {
+        self.tell(Duration::ZERO);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Written {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Written {
+        fn lines(&self) -> Vec<String> {
+            let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            text.lines().map(String::from).collect()
+        }
+    }
+
+    /// What is written while `log` runs.
+    fn written(log: impl FnOnce(&Arc<Repeats>)) -> Vec<String> {
+        let (repeats, written) = (Arc::new(Repeats::default()), Written::default());
+        let writer = written.clone();
+        let lines = lines::layer()
+            .with_writer(move || writer.clone())
+            .with_ansi(false);
+        let subscriber = tracing_subscriber::registry()
+            .with(lines)
+            .with(Limit(repeats.clone()));
+        tracing::subscriber::with_default(subscriber, || log(&repeats));
+        written.lines()
+    }
+
+    #[test]
+    fn the_same_warning_is_written_a_few_times_and_then_counted() {
+        let lines = written(|repeats| {
+            let mut tell = Tell(repeats.clone());
+            for n in 0..REPEATS_MAX + 25 {
+                tracing::warn!(n, "the disk is slow");
+                tracing::info!(n, "logged in");
+            }
+            tracing::error!("something else");
+            assert_eq!(tell.turn(), SPAN);
+            tell.end();
+            tracing::warn!("what else");
+        });
+        let of = |text: &str| lines.iter().filter(|l| l.contains(text)).count();
+        // one more is the line that tells of them
+        assert_eq!(of("the disk is slow"), REPEATS_MAX as usize + 1);
+        assert_eq!(of("logged in"), REPEATS_MAX as usize + 25);
+        assert_eq!(of("something else"), 1);
+        assert_eq!(of("what else"), 1);
+        let told = lines.iter().find(|l| l.contains("were left out")).unwrap();
+        assert!(told.contains("left_out=25"), "{told}");
+        assert!(told.contains("like=\"the disk is slow\""), "{told}");
+    }
+
+    #[test]
+    fn after_its_span_a_warning_is_written_again() {
+        let lines = written(|repeats| {
+            for _ in 0..2 {
+                for _ in 0..=REPEATS_MAX {
+                    tracing::warn!("the disk is slow");
+                }
+                assert_eq!(repeats.over(Duration::ZERO).len(), 1);
+            }
+        });
+        assert_eq!(lines.len(), 2 * REPEATS_MAX as usize);
+    }
+
+    #[test]
+    fn what_a_client_has_chosen_stays_in_its_quotes() {
+        let lines = written(|_| {
+            let user = "x\" address=6.6.6.6\n2026-11-28T00:00:00Z  INFO nitro::shard::login: authentication failed address=6.6.6.6 user=\"";
+            tracing::info!(address = %"10.0.0.1", user, "authentication failed");
+        });
+        assert_eq!(lines.len(), 1, "{lines:?}");
+        assert!(
+            lines[0].contains(r#"authentication failed address=10.0.0.1 user="x\" address=6"#),
+            "{lines:?}"
+        );
+    }
+}
