@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use nitro::store::cache::Cache;
 use nitro::store::change::{Change, Message};
-use nitro::store::journal::Group;
+use nitro::store::journal::{Group, format};
 use nitro::store::record::{Record, RosterItem, ScramKeys, Subscription, UserRecord};
 use nitro::store::ring::Ring;
 use nitro::store::sql::Database;
@@ -120,6 +120,17 @@ fn group(c: &mut Criterion) {
                 black_box(collected.append(seq, black_box(&change)));
             }
         });
+    });
+    // what the committer does before it writes: checksums of a group of 100 records of 300 bytes
+    let mut bytes = vec![0; format::GROUP_HEAD as usize];
+    for _ in 0..100 {
+        bytes.extend(300_u32.to_le_bytes());
+        bytes.extend([0; format::RECORD_HEAD as usize - 4]);
+        bytes.extend([b'x'; 300]);
+    }
+    bench.throughput(Throughput::Bytes(bytes.len() as u64));
+    bench.bench_function("a group of 100 records sealed", |b| {
+        b.iter(|| format::seal(black_box(&mut bytes), 7, 1, 1, 100));
     });
     bench.finish();
 }

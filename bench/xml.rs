@@ -1,10 +1,15 @@
 //! What XML costs per stanza: framing and the checked view of a usual chat message, each alone and together, and for
-//! comparison the same message as an owned tree. Run: `cargo bench --bench xml`.
+//! comparison the same message as an owned tree; and what all that is done with it costs, from read to written: its start
+//! tag is stamped, both sides are put into the group for the journal, it is delivered. Run: `cargo bench --bench xml`.
 
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use nitro::xml::{Element, Framer, Limits, StreamNs, View};
+
+#[path = "house.rs"]
+mod house;
+use house::House;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -80,5 +85,24 @@ fn long_body(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, chat, long_body);
+/// Through the slice of one shard, without sockets, TLS and disk.
+fn slice(c: &mut Criterion) {
+    let mut group = c.benchmark_group("slice");
+    group.throughput(Throughput::Elements(1));
+    let mut house = House::new();
+    for (name, stanza) in [
+        ("message, archived on both sides", house::CHAT),
+        ("message, not stored", house::FLEETING),
+    ] {
+        group.bench_function(name, |b| b.iter(|| house.chat(black_box(stanza))));
+    }
+    // with the client's side of SCRAM, and the log-out
+    let mut house = House::new();
+    for (name, user) in [("login", "carol"), ("login, 20 contacts on line", "alice")] {
+        group.bench_function(name, |b| b.iter(|| house.log_in(black_box(user))));
+    }
+    group.finish();
+}
+
+criterion_group!(benches, chat, long_body, slice);
 criterion_main!(benches);

@@ -767,7 +767,7 @@ fn an_instance_is_found_by_the_name_of_its_host_and_asks_for_a_password() {
 #[test]
 fn a_wrong_address_is_a_sentence_and_nothing_starts() {
     for (urls, says) in [
-        ("[\"rediss://host:6379\"]", "TLS"),
+        ("[\"rediss://host:6379#insecure\"]", "always verified"),
         ("[\"redis://a\", \"redis://a\"]", "the name a:6379#0"),
     ] {
         let blade = Blade::prepare(&[("redis.instances", urls)]);

@@ -539,6 +539,39 @@ fn the_drain_goes_on_where_it_was_and_begins_anew_with_a_new_journal() {
 }
 
 #[test]
+fn archive_pages_do_not_delay_those_who_log_in() {
+    const PAGES: u64 = 100;
+    for place in places() {
+        let bench = Bench::start(&place.database, 1, |_| {});
+        let record = record(50);
+        bench.journals[0].push(&[add("romeo", 1, &record)]);
+        let messages: Vec<_> = (10..10_010)
+            .map(|id| Change::Message(message("romeo", id, Message::ARCHIVE, "x@y")))
+            .collect();
+        bench.journals[0].push(&messages);
+        bench.all_drained(0);
+        // counted: each goes through all of it
+        let page = |ticket| {
+            let query = Query::Archive(ArchiveQuery {
+                name: "romeo".into(),
+                most: 50,
+                count: true,
+                ..ArchiveQuery::default()
+            });
+            Request::Read { ticket, query }
+        };
+        bench.send((0..PAGES).map(page).collect());
+        bench.send(vec![Request::Load {
+            name: "romeo".into(),
+        }]);
+        let answers = bench.answers(PAGES as usize + 1);
+        let is_load = |answer: &Answer| matches!(answer, Answer::Loaded { user: Some(_), .. });
+        let before = answers.iter().position(is_load).unwrap();
+        assert!(before < PAGES as usize / 2, "{before} pages came before it");
+    }
+}
+
+#[test]
 fn a_reader_is_not_delayed_by_the_drain_on_sqlite() {
     let place = sqlite();
     let bench = Bench::start(&place.database, 1, |config| {
