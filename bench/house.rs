@@ -92,6 +92,7 @@ impl House {
             ms: 1_000_000,
             unix: 1_790_000_000,
             unix_ms: 1_790_000_000_000,
+            ..Now::default()
         };
         let mut house = House {
             slice,
