@@ -124,7 +124,7 @@ snapshot! {
     /// nitro_journal_status.
     counter journal_waited = "nitro_journal_waited";
     /// Changes that the database does not have yet and the shard remembers. When they grow, see nitro_journal_backlog_bytes; each
-    /// is about 48 bytes of memory.
+    /// takes about 140 bytes of memory.
     gauge overlay_items = "nitro_overlay_items";
     /// Users whose copies in Redis wait to be written or answered; the database gets their changes after that. When they
     /// grow, look at nitro_redis_state.

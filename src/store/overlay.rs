@@ -4,7 +4,7 @@
 //! really is, undrained documents, undrained archive entries. Promise: SQL's view with the overlay on it is the newest state,
 //! whichever part the drain has carried over meanwhile: applying a change twice changes nothing.
 //!
-//! A message costs about 48 bytes here, its text stays in the journal. While something of a user is being read from SQL
+//! An entry costs about 140 bytes here with its tables (measured), its text stays in the journal. While something of a user is being read from SQL
 //! ([`Overlay::hold`]) nothing of his is forgotten, so an answer never falls between SQL and overlay.
 
 use std::collections::{BTreeMap, VecDeque};
