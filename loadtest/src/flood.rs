@@ -57,10 +57,7 @@ pub fn run(global: &Global, options: &FloodOptions) -> Result<Report, String> {
         ..global.clone()
     };
     let fleet = Fleet::start(&watch, global.target()?)?;
-    let mut live = Live::start(global, &options.live)?;
-    if let Some(live) = &mut live {
-        live.quiet_time(&mut report)?;
-    }
+    let live = Live::start(global, &options.live, &mut report)?;
     if report.is_failure() {
         fleet.stop(&mut report)?;
         return Ok(report);

@@ -44,8 +44,12 @@ pub fn others_priority() -> Priority {
 }
 
 impl Live {
-    /// Logs the live users in, if there are to be any.
-    pub fn start(global: &Global, options: &LiveOptions) -> Result<Option<Live>, String> {
+    /// Logs the live users in, if there are to be any, and lets them chat for the quiet time; what failed is in the report.
+    pub fn start(
+        global: &Global,
+        options: &LiveOptions,
+        report: &mut Report,
+    ) -> Result<Option<Live>, String> {
         if options.live_users == 0 {
             return Ok(None);
         }
@@ -67,14 +71,15 @@ impl Live {
             ..global.clone()
         };
         let fleet = Fleet::start_as(&global, global.target()?, "live", Priority::First)?;
-        Ok(Some(Live {
+        let live = Live {
             fleet,
             options: options.clone(),
-        }))
+        };
+        live.quiet_time(report)?;
+        Ok(Some(live))
     }
 
-    /// Logs in, and chats for the quiet time.
-    pub fn quiet_time(&mut self, report: &mut Report) -> Result<(), String> {
+    fn quiet_time(&self, report: &mut Report) -> Result<(), String> {
         let login = self.fleet.login_all("live users")?;
         report.note_failures(&login.failures);
         if report.is_failure() {

@@ -116,10 +116,7 @@ pub fn run(global: &Global, options: &ReplayOptions) -> Result<Report, String> {
         report.note_failures(&logout.failures);
         fleet.wait_until_quiet();
     }
-    let mut live = Live::start(global, &options.live)?;
-    if let Some(live) = &mut live {
-        live.quiet_time(&mut report)?;
-    }
+    let live = Live::start(global, &options.live, &mut report)?;
     if report.is_failure() {
         fleet.stop(&mut report)?;
         return Ok(report);

@@ -27,10 +27,7 @@ pub fn run(global: &Global, options: &SlowReadersOptions) -> Result<Report, Stri
     let fleet = Fleet::start_as(global, target, "storm", live::others_priority())?;
     let login = fleet.login_all("log in")?;
     report.note_failures(&login.failures);
-    let mut live = Live::start(global, &options.live)?;
-    if let Some(live) = &mut live {
-        live.quiet_time(&mut report)?;
-    }
+    let live = Live::start(global, &options.live, &mut report)?;
     if report.is_failure() {
         fleet.stop(&mut report)?;
         return Ok(report);

@@ -38,8 +38,7 @@ pub fn run(global: &Global, options: &SoakOptions) -> Result<Report, String> {
     report.note_failures(&warm.failures);
     let logout = fleet.run(Job::Logout, &fleet.everyone(), None, "log out")?;
     report.note_failures(&logout.failures);
-    let mut live = Live::start(global, &options.live)?.expect("there are live users");
-    live.quiet_time(&mut report)?;
+    let live = Live::start(global, &options.live, &mut report)?.expect("there are live users");
     if report.is_failure() {
         fleet.stop(&mut report)?;
         return Ok(report);

@@ -60,10 +60,7 @@ fn run_for(global: &Global, options: &StormOptions, duration: Duration) -> Resul
         fleet.stop(&mut report)?;
         return Ok(report);
     }
-    let mut live = Live::start(global, &options.live)?;
-    if let Some(live) = &mut live {
-        live.quiet_time(&mut report)?;
-    }
+    let live = Live::start(global, &options.live, &mut report)?;
     if report.is_failure() {
         fleet.stop(&mut report)?;
         return Ok(report);

@@ -54,7 +54,7 @@ impl Shard {
             }
             self.clock();
             self.looked(slept, !events.is_empty());
-            self.turn_began.set(Instant::now());
+            self.turn_began_us.set(self.slice.borrow().now.us);
             for event in &events {
                 self.ready(event);
                 self.breathe().await;
@@ -97,9 +97,8 @@ impl Shard {
                 self.admission.asleep.set(false);
                 let now_us = self.now_us();
                 self.lag.borrow_mut().slept(from_us, now_us, now_us);
-                self.admission.asleep.set(false);
                 looked = Instant::now();
-                self.turn_began.set(looked);
+                self.turn_began_us.set(now_us);
                 continue;
             }
             rt::others_first().await;
@@ -124,9 +123,8 @@ impl Shard {
     /// The sockets are looked at again: what has become ready since the turn began has waited for so long. Control steers by
     /// each turn; what people look at is sampled by [`Shard::looked`], where turns weigh by their length.
     fn turned(&self) {
-        let took = self.turn_began.get().elapsed();
-        self.admission
-            .turn(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+        let took_us = self.now_us().saturating_sub(self.turn_began_us.get());
+        self.admission.turn(took_us);
     }
 
     /// Live traffic has had its turn: those who log in have theirs.

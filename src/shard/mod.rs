@@ -157,8 +157,8 @@ pub struct Shard {
     /// Connections that are past the first gate and have no session yet.
     negotiating: Cell<usize>,
     admission: Admission<Box<login::Knock>>,
-    /// When the turn of the live loop began that is at work.
-    turn_began: Cell<Instant>,
+    /// When the turn of the live loop began that is at work; monotonic microseconds of the blade.
+    turn_began_us: Cell<u64>,
     /// Connections that came from other shards.
     hand_overs: Cell<u64>,
     http_open: Cell<usize>,
@@ -322,7 +322,7 @@ impl Shard {
             stopping: Cell::new(false),
             negotiating: Cell::new(0),
             admission: Admission::new(&config),
-            turn_began: Cell::new(Instant::now()),
+            turn_began_us: Cell::new(parts.started.elapsed().as_micros() as u64),
             hand_overs: Cell::new(0),
             http_open: Cell::new(0),
             bound: RefCell::default(),
