@@ -132,6 +132,9 @@ enum Command {
         /// Print the list of all metrics (config/metrics.md) instead.
         #[arg(long, conflicts_with = "print_defaults")]
         print_metrics: bool,
+        /// Print the description of what is implemented for machines (DOAP, XEP-0453) instead.
+        #[arg(long, conflicts_with_all = ["print_defaults", "print_metrics"])]
+        print_doap: bool,
     },
     /// Print the completions of a shell.
     #[command(after_help = "Example:\n  nitro completions bash > /etc/bash_completion.d/nitro")]
@@ -314,6 +317,9 @@ pub fn run() -> ExitCode {
             print_metrics: true,
             ..
         } => print(&crate::shard::figures::list()),
+        Command::CheckConfig {
+            print_doap: true, ..
+        } => print(&crate::xmpp::feature::table::doap()),
         command => {
             let config = match Config::load(options.config.as_deref(), &options.sets) {
                 Ok(config) => config,
