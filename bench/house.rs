@@ -389,5 +389,8 @@ fn limits() -> Limits {
         registration: true,
         iterations: 4096,
         archive_page_max: 250,
+        archive_prefs_max: 200,
+        archive_keep_ms: 0,
+        archive_recent_bytes_max: 32 << 20,
     }
 }

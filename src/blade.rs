@@ -507,6 +507,7 @@ fn start_lane(
         affinity: config.sql.core.pick(cores).map(|core| vec![core]),
         drain: DrainConfig {
             linger: Duration::from_millis(config.journal.drain_after_ms),
+            keep_days: config.archive.keep_days,
             ..DrainConfig::default()
         },
         ..LaneConfig::new(database.clone())
@@ -794,6 +795,14 @@ impl Operators {
             UsersKnown { names } => self.known(&names),
             Journals => self.journals(),
             Figures => self.figures(),
+            ArchivePurged => {
+                let replies = self.ask_all(|_| Some(ArchivePurged));
+                let refused = |(_, reply): &(_, AdminReply)| *reply != AdminReply::Done;
+                match replies.into_iter().find(refused) {
+                    Some((_, reply)) => reply,
+                    None => AdminReply::Done,
+                }
+            }
             SessionList {
                 name: None,
                 after,

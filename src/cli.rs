@@ -26,7 +26,7 @@ use crate::store::journal::repair;
 use crate::store::record::ScramKeys;
 use crate::user_import::{self, Sources};
 use crate::xmpp::{jid, sasl};
-use crate::{backup, migrate, top};
+use crate::{backup, migrate, purge, top};
 
 /// An instant-messaging (XMPP) server for trading floors.
 ///
@@ -79,6 +79,12 @@ enum Command {
     /// Look at the journals of a stopped server, or mend them.
     #[command(subcommand, after_help = "Example:\n  nitro journal verify")]
     Journal(Journal),
+    /// Delete old messages from the archives, whether the server runs or not.
+    #[command(
+        subcommand,
+        after_help = "Example:\n  nitro archive purge --older-than 365 --dry-run"
+    )]
+    Archive(Archive),
     /// Back up accounts, rosters, messages and secrets into a new folder, while the server runs or not.
     ///
     /// Everything that the server had accepted before the command began is in the backup: the command waits until the
@@ -126,12 +132,34 @@ enum Command {
         /// Print the list of all metrics (config/metrics.md) instead.
         #[arg(long, conflicts_with = "print_defaults")]
         print_metrics: bool,
+        /// Print the description of what is implemented for machines (DOAP, XEP-0453) instead.
+        #[arg(long, conflicts_with_all = ["print_defaults", "print_metrics"])]
+        print_doap: bool,
     },
     /// Print the completions of a shell.
     #[command(after_help = "Example:\n  nitro completions bash > /etc/bash_completion.d/nitro")]
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Archive {
+    /// Delete what was accepted more than so many days ago; what waits for its recipient stays.
+    ///
+    /// The key archive.keep_days does the same all the time.
+    #[command(after_help = "Example:\n  nitro archive purge --older-than 365 --user alice")]
+    Purge {
+        /// Messages that are older.
+        #[arg(long, value_name = "DAYS", value_parser = clap::value_parser!(u64).range(1..=36_500))]
+        older_than: u64,
+        /// Of this user only: alice or alice@domain.
+        #[arg(long, value_name = "NAME")]
+        user: Option<String>,
+        /// Delete nothing, only count.
+        #[arg(long)]
+        dry_run: bool,
     },
 }
 
@@ -289,6 +317,9 @@ pub fn run() -> ExitCode {
             print_metrics: true,
             ..
         } => print(&crate::shard::figures::list()),
+        Command::CheckConfig {
+            print_doap: true, ..
+        } => print(&crate::xmpp::feature::table::doap()),
         command => {
             let config = match Config::load(options.config.as_deref(), &options.sets) {
                 Ok(config) => config,
@@ -339,6 +370,14 @@ pub fn run() -> ExitCode {
                     top::run(&config, &options)
                 }
                 Command::Journal(command) => journal(&config, command),
+                Command::Archive(Archive::Purge {
+                    older_than,
+                    user,
+                    dry_run,
+                }) => user
+                    .map(|user| user_name(&user, &config.domain))
+                    .transpose()
+                    .and_then(|user| purge::run(&config, older_than, user, dry_run)),
                 Command::Backup { folder, wait } => {
                     backup::backup(&config, &folder, Duration::from_secs(wait))
                 }
@@ -854,6 +893,10 @@ fn change_text(shard: u16, seq: u64, change: &ArchivedChange) -> String {
             marks.counts.len()
         ),
         ArchivedChange::Decided { ids } => format!("marks, {} decided", ids.len()),
+        ArchivedChange::Unarchived { ids } => format!("marks, {} not archived", ids.len()),
+        ArchivedChange::Retract(retract) => {
+            revision("retract", &retract.owner, retract.id.to_native())
+        }
     };
     format!("{shard} {seq} {text}\n")
 }

@@ -347,6 +347,18 @@ keys! {
         restart drain_after_ms: u64 = 500 => 0..=60_000;
     }
 
+    /// Archives of messages (XEP-0313).
+    archive: Archive {
+        /// Days after which a message is taken out of the archives, a little at a time; what waits for its recipient stays. 0:
+        /// never.
+        restart keep_days: u64 = 0 => 0..=36_500;
+        /// Bytes, of the whole blade, for the newest messages of archives that are being read: a page of them costs no SQL. 0:
+        /// none are kept.
+        restart recent_bytes_max: usize = 67_108_864 => 0..=1_099_511_627_776;
+        /// Addresses in both lists of a user's preferences together (XEP-0441).
+        live preferences_max: usize = 200 => 0..=10_000;
+    }
+
     /// Stopping.
     shutdown: Shutdown {
         /// Seconds from SIGTERM to the end of the process.

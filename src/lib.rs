@@ -8,6 +8,7 @@ pub mod config;
 pub mod migrate;
 pub mod net;
 pub mod observe;
+pub mod purge;
 pub mod rt;
 pub mod shard;
 pub mod store;

@@ -256,6 +256,104 @@ fn sessions_are_listed_and_kicked() {
     assert!(why.contains("no session"), "{why}");
 }
 
+/// Alice, whose account and one message in its archive are 40 days old; no server runs.
+fn add_old_account(blade: &Blade) {
+    use nitro::store::change::{ArchivedChange, Change, Id, Message};
+    use nitro::store::record::{Record, UserRecord};
+    use nitro::store::sql::{Ahead, Database, Entry, Position, Sql};
+    let database = Database::Sqlite(blade.data_dir().join("nitro.db"));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let then_ms = now.unwrap().as_millis() as u64 - 40 * 24 * 3_600_000;
+    let (sha1, sha256) = nitro::xmpp::sasl::new_keys(PASSWORD, 4096).unwrap();
+    let record = Record::new(&UserRecord {
+        sha1: Some(sha1.into()),
+        sha256: Some(sha256.into()),
+        ..UserRecord::default()
+    });
+    let account = Change::AddUser {
+        name: "alice",
+        revision: Id::at(then_ms).0,
+        record: record.bytes(),
+    };
+    let message = Change::Message(Message {
+        id: Id::at(then_ms + 1).0,
+        owner: "alice",
+        what: Message::ARCHIVE | Message::RECEIVED,
+        kind: 0,
+        flags: 1,
+        peer: "bob@localhost/x",
+        twin: 0,
+        stream: "",
+        count: 0,
+        stanza:
+            b"<message to='alice@localhost' from='bob@localhost/x' type='chat'><body>old</body></message>",
+    });
+    let payloads = [account, message].map(|change| {
+        let mut payload = Vec::new();
+        change.encode(&mut payload);
+        payload
+    });
+    let entry = |(seq, payload): (u64, &'static [u8])| Entry {
+        at: Position {
+            identity: 1,
+            journal: 999,
+            seq,
+        },
+        change: ArchivedChange::access(payload).unwrap(),
+    };
+    // for the test's process: an entry borrows for ever
+    let payloads = payloads.map(|payload| &*payload.leak());
+    let entries: Vec<_> = (1..).zip(payloads).map(entry).collect();
+    let runtime = tokio::runtime::Builder::new_current_thread();
+    let runtime = { runtime }.enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut sql = Sql::open(&database, 1 << 20, Default::default())
+            .await
+            .unwrap();
+        let outcome = sql.apply(&entries, &Ahead::default()).await.unwrap();
+        assert_eq!(outcome.skipped, 0);
+        sql.close().await;
+    });
+}
+
+#[test]
+fn what_was_purged_is_shown_no_more_by_the_running_server() {
+    let mut blade = client::blade(&[]);
+    blade.terminate();
+    add_old_account(&blade);
+    blade.restart();
+    let mut alice = Client::online(&blade, "alice", "a");
+    let shown = |client: &mut Client| {
+        let last = "<set xmlns='http://jabber.org/protocol/rsm'><before/></set>";
+        let query =
+            format!("<iq type='set' id='{{id}}'><query xmlns='urn:xmpp:mam:2'>{last}</query></iq>");
+        let answer = client.connection.request(&query).expect("an answer");
+        let text = answer.to_string();
+        let count = text
+            .split("count>")
+            .nth(1)
+            .and_then(|rest| rest.split('<').next());
+        count.and_then(|n| n.parse::<u32>().ok()).expect(&text)
+    };
+    // the second one comes from memory
+    assert_eq!((shown(&mut alice), shown(&mut alice)), (1, 1));
+    let purge = |more: &[&str]| done(&blade, &[&["archive", "purge"], more].concat(), "");
+    let said = purge(&["--older-than", "30", "--dry-run"]);
+    assert!(
+        said.starts_with("1 entries would be deleted, 0 stay"),
+        "{said}"
+    );
+    let said = purge(&["--older-than", "50"]);
+    assert!(said.starts_with("0 entries deleted"), "{said}");
+    let nobody = ["archive", "purge", "--older-than", "30", "--user", "nobody"];
+    let why = refused(&blade, &nobody, 1);
+    assert!(why.contains("there is no user nobody"), "{why}");
+    assert_eq!(shown(&mut alice), 1);
+    let said = purge(&["--older-than", "30", "--user", "alice@localhost"]);
+    assert!(said.starts_with("1 entries deleted"), "{said}");
+    assert_eq!(shown(&mut alice), 0);
+}
+
 #[test]
 fn an_import_names_the_line_of_every_bad_row_and_takes_all_others() {
     let mut blade = client::blade(&[]);

@@ -125,6 +125,7 @@ pub struct Connection {
     pub exporter: Option<[u8; 32]>,
     /// Contacts whose presence we may see; kept when [`Target::track_contacts`] asks for it.
     pub contacts: Vec<String>,
+    pub archive: crate::archive::Place,
     purpose: Purpose,
     state: State,
     secure: bool,
@@ -150,6 +151,7 @@ impl Connection {
             presences: 0,
             exporter: None,
             contacts: Vec::new(),
+            archive: Default::default(),
             purpose,
             state: State::Features,
             secure: target.tls == TlsMode::Direct,

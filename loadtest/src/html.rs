@@ -277,6 +277,7 @@ fn title(kind: Kind) -> &'static str {
         Kind::Acknowledgement => "acknowledgements",
         Kind::Presence => "presence",
         Kind::Resumption => "resumptions",
+        Kind::Page => "page of an archive",
         Kind::Lag => "the generator's own lag",
     }
 }

@@ -1,5 +1,5 @@
 //! A lean load generator for any XMPP server, by its public port: `register`, `storm`, `chat`, `presence`, `soak`, `slow-readers`, `flood`,
-//! `reconnect`, `replay`, `memory`.
+//! `reconnect`, `replay`, `memory`, `archive`.
 //!
 //! One thread polls many connections ([`worker`]); each is a state machine without input or output of its own
 //! ([`connection`]) behind a scanner that only looks for the ends of stanzas ([`scanner`]). The scenarios drive all
@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+mod archive;
 mod chat;
 mod connection;
 mod element;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
         Command::Presence(options) => presence::run(&global, options),
         Command::Reconnect(options) => reconnect::run(&global, options),
         Command::Replay(options) => replay::run(&global, options),
+        Command::Archive(options) => archive::run(&global, options),
         Command::Memory(options) => memory::run(&global, options),
     };
     let published =

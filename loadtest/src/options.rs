@@ -80,6 +80,12 @@ pub enum Command {
                       Example:\n  loadtest replay --curve open.csv --users 20000 --live-users 100 --html open.html"
     )]
     Replay(ReplayOptions),
+    /// Users on line read their archives (XEP-0313): the last page, with one peer, everything page by page.
+    #[command(
+        after_help = "Example:\n  loadtest archive --users 200 --messages 500 --server-pid $(pidof nitro) \
+                      --metrics http://127.0.0.1:5280/metrics --metric nitro_sql_pages"
+    )]
+    Archive(ArchiveOptions),
     /// Resident memory of the server per idle user.
     #[command(
         after_help = "Example:\n  loadtest memory --from 500 --to 5000 --server-pid $(pidof nitro)"
@@ -324,6 +330,27 @@ pub struct ChatOptions {
     /// its CPU time is counted until it has been at rest for so long, and divided by all messages.
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", require_equals = true)]
     pub settle: Option<f64>,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug, Clone)]
+pub struct ArchiveOptions {
+    /// Messages that each user sends to the other one of his pair before, so that both archives have twice as many.
+    #[arg(long, default_value_t = 200)]
+    pub messages: u32,
+    /// Bytes of each body.
+    #[arg(long, default_value_t = 100)]
+    pub body: u32,
+    /// Entries of a page.
+    #[arg(long, default_value_t = 50, value_parser = clap::value_parser!(u32).range(1..))]
+    pub page: u32,
+    /// Times that each user reads the last page of each kind.
+    #[arg(long, default_value_t = 10)]
+    pub rounds: u32,
+    /// Pages per second of all users together, open loop [default: --parallel at a time].
+    #[arg(long, value_parser = positive)]
+    pub rate: Option<f64>,
     #[command(flatten)]
     pub metrics: MetricsOptions,
 }

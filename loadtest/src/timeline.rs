@@ -29,12 +29,14 @@ pub enum Kind {
     Acknowledgement,
     Presence,
     Resumption,
+    /// Of an archive.
+    Page,
     /// From due to written: the generator's own.
     Lag,
 }
 
 impl Kind {
-    const ALL: [Kind; 8] = [
+    const ALL: [Kind; 9] = [
         Kind::Login,
         Kind::Logout,
         Kind::Registration,
@@ -42,6 +44,7 @@ impl Kind {
         Kind::Acknowledgement,
         Kind::Presence,
         Kind::Resumption,
+        Kind::Page,
         Kind::Lag,
     ];
 
@@ -54,6 +57,7 @@ impl Kind {
             Kind::Acknowledgement => "ack",
             Kind::Presence => "presence",
             Kind::Resumption => "resumption",
+            Kind::Page => "page",
             Kind::Lag => "lag",
         }
     }

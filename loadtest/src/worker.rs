@@ -20,6 +20,7 @@ use rustix::time::{
     timerfd_settime,
 };
 
+use crate::archive::Ask;
 use crate::chat::{self, Engine, Output, Outputs};
 use crate::connection::{Account, Connection, Effect, Purpose};
 use crate::element::escape;
@@ -84,6 +85,8 @@ pub enum Job {
         users: u32,
         contacts: u32,
     },
+    /// Something about the user's archive.
+    Ask(Ask),
 }
 
 impl Job {
@@ -94,6 +97,8 @@ impl Job {
             Job::Resume => Some(Kind::Resumption),
             Job::Logout => Some(Kind::Logout),
             Job::Register => Some(Kind::Registration),
+            Job::Ask(Ask::Fill { .. }) => None,
+            Job::Ask(_) => Some(Kind::Page),
             Job::Leave | Job::Befriend { .. } => None,
         }
     }
@@ -637,8 +642,23 @@ impl Worker {
             }
             (Job::Leave, _) => self.leave(slot),
             (Job::Logout, None) => self.job_ends(Ok(false), since),
-            (Job::Befriend { .. }, None) => {
+            (Job::Befriend { .. } | Job::Ask(_), None) => {
                 self.job_ends(Err("the user is not online".into()), since)
+            }
+            (Job::Ask(ask), Some(client)) => {
+                let peer = self.layout.account(user ^ 1);
+                let name = &self.accounts[slot].name;
+                let own = self.layout.account(user).to_string();
+                let prefix = &name[..name.len() - own.len()];
+                let peer = format!("{prefix}{peer}@{}", self.target.domain);
+                let connection = &mut client.connection;
+                let stanzas = ask.write(&mut connection.archive, &peer, &mut connection.out);
+                connection.sent = connection.sent.wrapping_add(stanzas);
+                match stanzas {
+                    0 => self.job_skipped(),
+                    _ => client.job = Some((job, since)),
+                }
+                self.mark_dirty(slot);
             }
             (Job::Logout, Some(client)) => {
                 client.job = Some((job, since));
@@ -855,6 +875,12 @@ impl Worker {
                     client.job = None;
                     self.job_ends(Ok(false), since);
                 }
+                if let Some((Job::Ask(ask), since)) = client.job
+                    && let Some(outcome) = ask.read(&mut client.connection.archive, piece)
+                {
+                    client.job = None;
+                    self.job_ends(outcome.map(|()| false), since);
+                }
                 if let Some(chat) = &mut self.chat {
                     let now = Instant::now();
                     if let Some(sender) = chat.on_message(slot, piece, now, &mut self.recorder)
@@ -902,6 +928,13 @@ impl Worker {
                     .entry(format!("connection lost: {reason}"))
                     .or_default() += 1;
             }
+        }
+    }
+
+    /// There was nothing to do.
+    fn job_skipped(&mut self) {
+        if let Some(running) = &mut self.running {
+            running.in_progress -= 1;
         }
     }
 

@@ -85,6 +85,7 @@ impl Direct {
             },
             SessionList { .. } => AdminReply::Sessions { sessions: vec![] },
             SessionKick { .. } => AdminReply::Kicked { sessions: 0 },
+            ArchivePurged => AdminReply::Done,
             // `open` has carried all of them over.
             Journals => AdminReply::Journals {
                 release: env!("CARGO_PKG_VERSION").into(),

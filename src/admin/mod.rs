@@ -79,6 +79,8 @@ pub enum AdminRequest {
     ImportRosters { rosters: Vec<ImportRoster> },
     /// How far the database has what was accepted. -> `Journals`.
     Journals,
+    /// Entries of archives were deleted from the database: what is in memory of archives is forgotten. -> `Done`.
+    ArchivePurged,
     /// The figures of this moment, as `nitro top` shows them. -> `Figures`.
     Figures,
 }

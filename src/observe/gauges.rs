@@ -97,6 +97,13 @@ snapshot! {
     counter cache_evictions = "nitro_cache_evictions";
     /// Bytes of the cache. When they stay at the share of cache.bytes_max, users are evicted: look at nitro_cache_evictions.
     gauge cache_bytes = "nitro_cache_bytes";
+    /// Archive pages that were answered from memory. When they are few, see nitro_archive_misses.
+    counter archive_hits = "nitro_archive_hits";
+    /// Archive pages that were read from the database. When they are many beside nitro_archive_hits and nitro_archive_bytes
+    /// stands at archive.recent_bytes_max, raise that; when it does not, clients read old messages, which is no harm.
+    counter archive_misses = "nitro_archive_misses";
+    /// Bytes of recent messages of archives in memory. When it stands at archive.recent_bytes_max, see nitro_archive_misses.
+    gauge archive_bytes = "nitro_archive_bytes";
     /// Groups of changes that the journal has synced. When it stands still while nitro_journal_waiting_max rises, the disk hangs.
     counter journal_commits = "nitro_journal_commits";
     /// Changes in them. When it rises without messages, clients change rosters or documents in a loop.

@@ -110,6 +110,10 @@ pub fn call(slice: &mut Slice, call: Call) {
             sessions.truncate(limit);
             answer(&reply, AdminReply::Sessions { sessions });
         }
+        ArchivePurged => {
+            slice.recent.clear();
+            answer(&reply, AdminReply::Done);
+        }
         ImportUsers { existing, users } => import_users(slice, existing, users, reply),
         ImportRosters { rosters } => import_rosters(slice, rosters, reply),
         UserList { .. } | UsersKnown { .. } | Journals | Figures => {

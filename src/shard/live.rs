@@ -397,7 +397,9 @@ impl Shard {
             Inbound::Admin(call) => super::admin::call(&mut self.slice.borrow_mut(), call),
             Inbound::Decoy(decoy) => *self.decoy.borrow_mut() = decoy,
             Inbound::Reload(config, tls) => {
-                self.slice.borrow_mut().env.limits = limits(&config);
+                let mut slice = self.slice.borrow_mut();
+                slice.env.limits = limits(&config, slice.env.ring.members());
+                drop(slice);
                 self.admission.configure(&config);
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;

@@ -277,7 +277,7 @@ impl Shard {
             domain: config.domain.as_str().into(),
             shard: number as u16,
             ring: Rc::new((*parts.ring).clone()),
-            limits: limits(&config),
+            limits: limits(&config, shards),
             id_key: parts.id_key,
             features: Default::default(),
         };
@@ -393,6 +393,9 @@ impl Shard {
             cache_misses: cache.misses,
             cache_evictions: cache.evictions,
             cache_bytes: cache.bytes as u64,
+            archive_hits: slice.recent.hits,
+            archive_misses: slice.recent.misses,
+            archive_bytes: slice.recent.bytes() as u64,
             journal_commits: journal.commits(),
             journal_records: journal.records(),
             journal_bytes: journal.bytes(),
@@ -501,7 +504,7 @@ impl Shard {
 }
 
 /// The slice's limits, from the configuration.
-pub fn limits(config: &Config) -> Limits {
+pub fn limits(config: &Config, shards: usize) -> Limits {
     let l = &config.limits;
     let sm = &config.stream_management;
     Limits {
@@ -536,6 +539,9 @@ pub fn limits(config: &Config) -> Limits {
         registration: config.registration != crate::config::Registration::Off,
         iterations: config.sasl.iterations,
         archive_page_max: crate::xmpp::feature::archive::PAGE_MAX,
+        archive_prefs_max: config.archive.preferences_max,
+        archive_keep_ms: config.archive.keep_days * 24 * 3_600_000,
+        archive_recent_bytes_max: config.archive.recent_bytes_max / shards.max(1),
     }
 }
 

@@ -53,7 +53,7 @@ impl Id {
     }
 }
 
-/// One change. All but [`Change::Marks`] and [`Change::Decided`] concern one user.
+/// One change. All but [`Change::Marks`], [`Change::Decided`] and [`Change::Unarchived`] concern one user.
 ///
 /// What a release adds comes last and is no larger than the largest there is: then everything that was written before reads
 /// as before (see [`super::journal::format::PAYLOAD_VERSIONS`]).
@@ -107,6 +107,34 @@ pub enum Change<'a> {
         #[rkyv(with = InlineAsBox)]
         ids: &'a [u64],
     },
+    /// Messages that were taken for their owner's archive before his preferences were known, and are not for it. Those that
+    /// wait for him go on waiting.
+    Unarchived {
+        #[rkyv(with = InlineAsBox)]
+        ids: &'a [u64],
+    },
+    Retract(Retract<'a>),
+}
+
+/// From now on an archive shows something else in the place of an earlier entry (XEP-0424). The entry itself stays where it
+/// is, for whoever must be able to prove what was said.
+#[derive(Archive, Serialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Retract<'a> {
+    /// Of the message that retracts, in the same archive. Only entries before it are meant.
+    pub id: u64,
+    #[rkyv(with = InlineAsBox)]
+    pub owner: &'a str,
+    /// [`Message::SENT`], [`Message::RECEIVED`] or both, as the entry must have it; 0: whoever it is from, which was checked.
+    pub side: u8,
+    /// The other side's bare JID, as the entry must have it; not looked at when `side` is 0.
+    #[rkyv(with = InlineAsBox)]
+    pub peer: &'a str,
+    /// The id by which the entry is named: what its sender gave it or, when `side` is 0, its stable id.
+    #[rkyv(with = InlineAsBox)]
+    pub target: &'a str,
+    /// What is shown instead of its content: an XML element that stands alone.
+    #[rkyv(with = InlineAsBox)]
+    pub tombstone: &'a [u8],
 }
 
 /// A message at one of its owners.
@@ -210,7 +238,10 @@ impl ArchivedChange<'_> {
             | ArchivedChange::RemoveUser { name, .. }
             | ArchivedChange::PutDocument { name, .. }
             | ArchivedChange::PutLast { name, .. } => name,
-            ArchivedChange::Marks(_) | ArchivedChange::Decided { .. } => return None,
+            ArchivedChange::Retract(retract) => &retract.owner,
+            ArchivedChange::Marks(_)
+            | ArchivedChange::Decided { .. }
+            | ArchivedChange::Unarchived { .. } => return None,
         })
     }
 }

@@ -23,6 +23,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::change::ArchivedChange;
+use super::sql::purge::Purge;
 use super::sql::{Ahead, Counters, Entry, Position, Sql, SqlError, Trouble};
 use crate::observe::Stage;
 
@@ -77,6 +78,8 @@ pub struct DrainConfig {
     pub bytes_max: usize,
     /// Bytes read ahead, of all journals together.
     pub ahead_bytes_max: usize,
+    /// Days after which entries go out of the archives; 0: never.
+    pub keep_days: u64,
 }
 
 impl Default for DrainConfig {
@@ -86,6 +89,7 @@ impl Default for DrainConfig {
             records_max: 4_000,
             bytes_max: 2 << 20,
             ahead_bytes_max: 8 << 20,
+            keep_days: 0,
         }
     }
 }
@@ -146,7 +150,20 @@ pub struct Drain {
     lost: u32,
     /// Since when the database is away, for the log.
     down_since: Option<Instant>,
+    retention: Retention,
 }
+
+/// What is too old is deleted when there is nothing to write: now and then a whole pass, in small steps.
+struct Retention {
+    purge: Option<Purge>,
+    next: Instant,
+}
+
+/// From the end of one pass to the next one.
+const PASS_EVERY: Duration = Duration::from_secs(3600);
+/// Of the time that a step took, its pause: others use the disk, too.
+const STEP_PAUSE: u32 = 4;
+const STEP_PAUSE_MIN: Duration = Duration::from_millis(20);
 
 impl Drain {
     pub fn new(
@@ -164,7 +181,35 @@ impl Drain {
             counters,
             lost: 0,
             down_since: None,
+            retention: Retention {
+                purge: None,
+                next: Instant::now(),
+            },
         }
+    }
+
+    /// Deletes some of what is too old, if anything may be; how long to leave the database alone then.
+    async fn retain(&mut self, sql: &mut Sql) -> Result<Option<Duration>, SqlError> {
+        let due = self.config.keep_days > 0 && Instant::now() >= self.retention.next;
+        if self.retention.purge.is_none() && due {
+            self.retention.purge = Some(Purge::older_than(self.config.keep_days, None, false));
+        }
+        let Some(purge) = &mut self.retention.purge else {
+            return Ok(None);
+        };
+        let (begun, before) = (Instant::now(), purge.gone);
+        sql.purge_step(purge).await?;
+        self.counters.purged.fetch_add(purge.gone - before, Relaxed);
+        if purge.is_over() {
+            if purge.gone > 0 {
+                let (entries, waiting) = (purge.gone, purge.kept);
+                tracing::info!(entries, waiting, "the archives have lost what was too old");
+            }
+            self.retention.purge = None;
+            self.retention.next = Instant::now() + PASS_EVERY;
+        }
+        let pause = begun.elapsed() * STEP_PAUSE;
+        Ok(Some(pause.max(STEP_PAUSE_MIN)))
     }
 
     /// Drains until it is told to stop. The connection need not be made yet, the schema must be there.
@@ -218,16 +263,30 @@ impl Drain {
             self.write(sql, &batch).await?;
             return Ok(Turn::Worked);
         }
-        if self.feeds.iter().any(|feed| feed.head().is_some()) {
+        let records_rest = self.feeds.iter().any(|feed| feed.head().is_some());
+        if all && !records_rest {
+            return Ok(Turn::Ended);
+        }
+        if !all && let Some(pause) = self.retain(sql).await? {
+            handle.pause(pause).await;
+            return Ok(Turn::Worked);
+        }
+        if records_rest {
             handle.pause(self.config.linger).await;
             return Ok(Turn::Worked);
         }
-        if all {
-            return Ok(Turn::Ended);
-        }
         if !sql.purge().await? {
             self.is_up();
-            handle.wake.notified().await;
+            let waken = handle.wake.notified();
+            match self.config.keep_days {
+                0 => waken.await,
+                _ => {
+                    let pass = self.retention.next;
+                    if tokio::time::timeout_at(pass, waken).await.is_err() {
+                        return Ok(Turn::Worked);
+                    }
+                }
+            }
             // What comes together is read together: not once for each of the journals' groups.
             handle.pause(self.config.linger).await;
         }
@@ -616,7 +675,8 @@ impl ArchivedChange<'_> {
                 let ids = marks.done.iter().chain(marks.dropped.iter());
                 behind(&mut ids.map(|id| id.to_native())).max(before)
             }
-            ArchivedChange::Decided { ids } => {
+            ArchivedChange::Retract(retract) => retract.id.to_native(),
+            ArchivedChange::Decided { ids } | ArchivedChange::Unarchived { ids } => {
                 behind(&mut ids.iter().map(|id| id.to_native())).max(before)
             }
         }

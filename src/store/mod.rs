@@ -9,6 +9,7 @@ pub mod drain;
 pub mod journal;
 pub mod overlay;
 pub mod owners;
+pub mod recent;
 pub mod record;
 pub mod recovery;
 pub mod redis;

@@ -16,7 +16,7 @@ use smallvec::SmallVec;
 use super::change::{ArchivedChange, Id, Message};
 use super::journal::Place;
 use super::record::Record;
-use super::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending, ReadError};
+use super::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending, ReadError, Retraction};
 
 /// Where a change stands: the number of its journal and its place in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +56,7 @@ pub enum Item {
         revision: u64,
         last: Last,
     },
+    Retraction(Box<Retraction>),
 }
 
 impl Item {
@@ -111,7 +112,16 @@ impl Item {
                     status: (**status).into(),
                 },
             },
-            ArchivedChange::Marks(_) | ArchivedChange::Decided { .. } => return Ok(None),
+            ArchivedChange::Retract(retract) => Item::Retraction(Box::new(Retraction {
+                id: retract.id.to_native(),
+                side: retract.side,
+                peer: (*retract.peer).into(),
+                target: (*retract.target).into(),
+                tombstone: (*retract.tombstone).into(),
+            })),
+            ArchivedChange::Marks(_)
+            | ArchivedChange::Decided { .. }
+            | ArchivedChange::Unarchived { .. } => return Ok(None),
         }))
     }
 
@@ -123,6 +133,7 @@ impl Item {
             | Item::Removed { revision }
             | Item::Document { revision, .. }
             | Item::Last { revision, .. } => *revision,
+            Item::Retraction(retraction) => retraction.id,
         }
     }
 }
@@ -138,6 +149,8 @@ pub struct Overlay {
     gone: FnvHashMap<u64, Position>,
     /// Undecided messages that were let in, whoever's they are; few, and none while the database is well.
     decided: FnvHashMap<u64, Position>,
+    /// Messages that are not for their owner's archive after all; few, too.
+    unarchived: FnvHashMap<u64, Position>,
     doubt: Doubt,
     read_back: ReadBack,
     items: usize,
@@ -172,6 +185,7 @@ impl Overlay {
             order: FnvHashMap::default(),
             gone: FnvHashMap::default(),
             decided: FnvHashMap::default(),
+            unarchived: FnvHashMap::default(),
             doubt: Doubt::default(),
             read_back,
             items: 0,
@@ -207,7 +221,7 @@ impl Overlay {
             Item::Message { id, what, .. } => {
                 what & Message::PENDING != 0 && !done.contains(id) && !self.gone.contains_key(id)
             }
-            Item::Document { .. } | Item::Done(_) | Item::Dropped(_) => false,
+            Item::Document { .. } | Item::Done(_) | Item::Dropped(_) | Item::Retraction(_) => false,
         })
     }
 
@@ -242,6 +256,11 @@ impl Overlay {
         self.decided.insert(id, at);
     }
 
+    /// A message is not for its owner's archive after all.
+    pub fn add_unarchived(&mut self, at: Position, id: u64) {
+        self.unarchived.insert(id, at);
+    }
+
     /// What was added so far was found while SQL could not be asked. Only what is newer than `up_to` is surely the newest, until
     /// [`Overlay::drained`] has been told of all journals.
     pub fn doubt(&mut self, up_to: Id) {
@@ -259,11 +278,13 @@ impl Overlay {
     /// SQL has everything of that journal up to `at`.
     pub fn drained(&mut self, at: Position) {
         self.doubt.journals.remove(&at.journal);
-        let marks = !self.gone.is_empty() || !self.decided.is_empty();
+        let marks =
+            !self.gone.is_empty() || !self.decided.is_empty() || !self.unarchived.is_empty();
         if marks && self.users.values().all(|user| user.held == 0) {
             let stays = |mark: &Position| mark.journal != at.journal || mark.seq > at.seq;
             self.gone.retain(|_, mark| stays(mark));
             self.decided.retain(|_, mark| stays(mark));
+            self.unarchived.retain(|_, mark| stays(mark));
         }
         let Some(order) = self.order.get_mut(&at.journal) else {
             return;
@@ -327,6 +348,9 @@ impl Overlay {
             if self.decided.contains_key(&pending.id) {
                 pending.what &= !Message::UNDECIDED;
             }
+            if self.unarchived.contains_key(&pending.id) {
+                pending.what &= !Message::ARCHIVE;
+            }
         }
         Ok(user)
     }
@@ -385,7 +409,7 @@ impl Overlay {
                         last = Some((*revision, l));
                     }
                 }
-                Item::Message { .. } | Item::Document { .. } => {}
+                Item::Message { .. } | Item::Document { .. } | Item::Retraction(_) => {}
             }
         }
         let mut loaded = match (loaded, newest) {
@@ -492,7 +516,9 @@ impl Overlay {
         let mut found = Vec::new();
         for item in user.items() {
             match item {
-                Item::Message { id, what, place } if what & Message::ARCHIVE != 0 => {
+                Item::Message { id, what, place }
+                    if what & Message::ARCHIVE != 0 && !self.unarchived.contains_key(id) =>
+                {
                     found.push((*id, *place));
                 }
                 Item::Dropped(id) => {
@@ -561,7 +587,10 @@ impl Overlay {
     pub fn page(&self, query: &ArchiveQuery, mut page: Page) -> Result<Page, String> {
         // what was refused after all, and SQL does not know yet; the count stays as it is (XEP-0059: it may be approximate)
         let dropped = self.dropped(&query.name);
-        page.entries.retain(|entry| !dropped.contains(&entry.id));
+        page.entries.retain(|entry| {
+            !dropped.contains(&entry.id) && !self.unarchived.contains_key(&entry.id)
+        });
+        page.retracted |= self.has_retractions(&query.name);
         let beyond = self.archived(&query.name, page.last_id);
         page.missing
             .retain(|id| beyond.binary_search_by_key(id, |(id, _)| *id).is_err());
@@ -623,6 +652,41 @@ impl Overlay {
         Ok(page)
     }
 
+    fn has_retractions(&self, name: &str) -> bool {
+        self.users
+            .get(name)
+            .is_some_and(|user| user.items().any(|item| matches!(item, Item::Retraction(_))))
+    }
+
+    /// Retractions with one of these keys ([`Retraction::key`]), SQL's and those that it does not have yet; oldest first.
+    pub fn retractions(
+        &self,
+        name: &str,
+        keys: &[i64],
+        mut found: Vec<Retraction>,
+    ) -> Vec<Retraction> {
+        let dropped = self.dropped(name);
+        let mut floor = 0;
+        for item in self.users.get(name).into_iter().flat_map(Undrained::items) {
+            match item {
+                Item::Retraction(one) if keys.contains(&Retraction::key(&one.target)) => {
+                    found.push((**one).clone());
+                }
+                Item::Removed { revision }
+                | Item::Record {
+                    revision,
+                    fresh: true,
+                    ..
+                } => floor = floor.max(*revision),
+                _ => {}
+            }
+        }
+        found.retain(|one| one.id >= floor && !dropped.contains(&one.id));
+        found.sort_by_key(|one| one.id);
+        found.dedup_by_key(|one| one.id);
+        found
+    }
+
     /// An archive entry read back from its journal, and its twin.
     pub fn entry(&self, place: Place, bytes: &mut Vec<u8>) -> Result<(Entry, u64), String> {
         bytes.clear();
@@ -666,7 +730,7 @@ impl ArchiveQuery {
 }
 
 /// A bare JID matches all its resources.
-fn is_with(peer: &str, with: &str) -> bool {
+pub(super) fn is_with(peer: &str, with: &str) -> bool {
     match peer.strip_prefix(with) {
         Some("") => true,
         Some(rest) => rest.starts_with('/') && !with.contains('/'),

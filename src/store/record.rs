@@ -10,7 +10,7 @@
 use rkyv::{Archive, Deserialize, Serialize, rancor};
 
 /// The version byte written before each archive. A release reads its own version and its predecessor's.
-pub const RECORD_VERSION: u8 = 1;
+pub const RECORD_VERSION: u8 = 2;
 
 /// What the server knows about one account, as a value that can be changed; [`Record`] is its stored form.
 #[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
@@ -31,6 +31,59 @@ pub struct UserRecord {
     pub blocked: Vec<String>,
     /// RFC 6121, 3.1.3: inbound subscription requests that the user has not answered, sorted by `jid`.
     pub requests: Vec<SubscriptionRequest>,
+    /// XEP-0441; `None`: everything is archived.
+    pub archiving: Option<Box<Archiving>>,
+}
+
+/// XEP-0441: with whom the user wants messages archived. The lists hold prepared JIDs, sorted; a bare one stands for all its
+/// resources.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
+pub struct Archiving {
+    /// For those who are on neither list.
+    pub default: ArchiveDefault,
+    pub always: Vec<String>,
+    pub never: Vec<String>,
+}
+
+/// XEP-0441, 2.1.1.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[rkyv(derive(Debug, Clone, Copy, PartialEq, Eq))]
+#[repr(u8)]
+pub enum ArchiveDefault {
+    #[default]
+    Always,
+    Never,
+    /// Messages with contacts.
+    Roster,
+}
+
+/// The layout of version 1, which had no preferences of archiving.
+#[derive(Archive, Serialize, Deserialize)]
+struct RecordOfVersion1 {
+    created_at: u64,
+    disabled: bool,
+    sha1: Option<ScramKeys>,
+    sha256: Option<ScramKeys>,
+    roster_version: u64,
+    roster: Vec<RosterItem>,
+    blocked: Vec<String>,
+    requests: Vec<SubscriptionRequest>,
+}
+
+impl From<RecordOfVersion1> for UserRecord {
+    fn from(old: RecordOfVersion1) -> UserRecord {
+        UserRecord {
+            created_at: old.created_at,
+            disabled: old.disabled,
+            sha1: old.sha1,
+            sha256: old.sha256,
+            roster_version: old.roster_version,
+            roster: old.roster,
+            blocked: old.blocked,
+            requests: old.requests,
+            archiving: None,
+        }
+    }
 }
 
 /// RFC 5802: what a server stores instead of a password.
@@ -99,7 +152,7 @@ pub enum RecordError {
     #[error("the user record is empty")]
     Empty,
     #[error(
-        "the user record has version {found}, this nitro reads version {RECORD_VERSION}: it was written by another release, start that one"
+        "the user record has version {found}, this nitro reads versions up to {RECORD_VERSION}: it was written by another release, start that one"
     )]
     UnknownVersion { found: u8 },
     #[error("the user record is damaged: {0}")]
@@ -127,6 +180,7 @@ impl Record {
         match bytes.first() {
             None => return Err(RecordError::Empty),
             Some(&RECORD_VERSION) => {}
+            Some(&1) => return from_version_1(&bytes[1..]),
             Some(&found) => return Err(RecordError::UnknownVersion { found }),
         }
         let user = rkyv::access::<ArchivedUserRecord, rancor::Error>(&bytes[1..])
@@ -167,6 +221,18 @@ impl std::fmt::Debug for Record {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Record({} bytes)", self.0.len())
     }
+}
+
+/// The predecessor's form becomes this one's.
+fn from_version_1(bytes: &[u8]) -> Result<Record, RecordError> {
+    let damaged = |error: rancor::Error| RecordError::Damaged(error.to_string());
+    let old = rkyv::access::<ArchivedRecordOfVersion1, rancor::Error>(bytes).map_err(damaged)?;
+    let old = rkyv::deserialize::<RecordOfVersion1, rancor::Error>(old).map_err(damaged)?;
+    let user = UserRecord::from(old);
+    if !user.is_sorted() {
+        return Err(RecordError::Damaged("its lists are not sorted".into()));
+    }
+    Ok(Record(encode(&user)))
 }
 
 fn encode(user: &UserRecord) -> Box<[u8]> {
@@ -250,9 +316,21 @@ impl UserRecord {
         ascends(self.roster.iter().map(|item| item.jid.as_str()))
             && ascends(self.blocked.iter().map(String::as_str))
             && ascends(self.requests.iter().map(|one| one.jid.as_str()))
+            && self.archiving.as_ref().is_none_or(|archiving| {
+                ascends(archiving.always.iter().map(String::as_str))
+                    && ascends(archiving.never.iter().map(String::as_str))
+            })
     }
 
     fn sort(&mut self) {
+        for list in self
+            .archiving
+            .iter_mut()
+            .flat_map(|a| [&mut a.always, &mut a.never])
+        {
+            list.sort();
+            list.dedup();
+        }
         // Stable sort of the reversed list puts the last double first, where dedup keeps it.
         self.roster.reverse();
         self.roster.sort_by(|a, b| a.jid.cmp(&b.jid));
@@ -292,10 +370,39 @@ impl ArchivedUserRecord {
         Some(&self.requests[at])
     }
 
+    /// XEP-0441: does the user want messages with `peer` (a bare or full JID) archived? A full JID goes before its bare one,
+    /// and "never" before "always".
+    pub fn archives(&self, peer: &str) -> bool {
+        let Some(archiving) = self.archiving.as_ref() else {
+            return true;
+        };
+        let lists = |list: &rkyv::vec::ArchivedVec<rkyv::string::ArchivedString>, jid: &str| {
+            list.binary_search_by(|one| one.as_str().cmp(jid)).is_ok()
+        };
+        let bare = peer.split_once('/').map_or(peer, |(bare, _)| bare);
+        for jid in [peer, bare] {
+            if lists(&archiving.never, jid) {
+                return false;
+            }
+            if lists(&archiving.always, jid) {
+                return true;
+            }
+        }
+        match archiving.default {
+            ArchivedArchiveDefault::Always => true,
+            ArchivedArchiveDefault::Never => false,
+            ArchivedArchiveDefault::Roster => self.roster_item(bare).is_some(),
+        }
+    }
+
     fn is_sorted(&self) -> bool {
         ascends(self.roster.iter().map(|item| item.jid.as_str()))
             && ascends(self.blocked.iter().map(|one| one.as_str()))
             && ascends(self.requests.iter().map(|one| one.jid.as_str()))
+            && self.archiving.as_ref().is_none_or(|archiving| {
+                ascends(archiving.always.iter().map(|one| one.as_str()))
+                    && ascends(archiving.never.iter().map(|one| one.as_str()))
+            })
     }
 }
 
@@ -408,6 +515,83 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn records_of_the_release_before_are_read() {
+        let now = user(3);
+        let old = RecordOfVersion1 {
+            created_at: now.created_at,
+            disabled: now.disabled,
+            sha1: now.sha1.clone(),
+            sha256: now.sha256.clone(),
+            roster_version: now.roster_version,
+            roster: now.roster.clone(),
+            blocked: now.blocked.clone(),
+            requests: now.requests.clone(),
+        };
+        let bytes = |old: &RecordOfVersion1| {
+            rkyv::api::high::to_bytes_in::<_, rancor::Error>(old, vec![1]).unwrap()
+        };
+        let read = Record::from_bytes(bytes(&old)).unwrap();
+        assert_eq!(read.to_owned(), now);
+        assert_eq!(read.bytes()[0], RECORD_VERSION);
+        let mut cut = bytes(&old);
+        cut.truncate(20);
+        assert!(matches!(
+            Record::from_bytes(cut),
+            Err(RecordError::Damaged(_))
+        ));
+        // as the first release has written an account without anything
+        let mut empty = RecordOfVersion1 {
+            created_at: 7,
+            ..old
+        };
+        (empty.sha1, empty.sha256, empty.roster_version) = (None, None, 0);
+        empty.roster.clear();
+        let text: String = bytes(&empty).iter().map(|b| format!("{b:02x}")).collect();
+        assert_eq!(
+            text,
+            "01070000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000b5ffffff00000000adffffff00000000a5ffffff00000000"
+        );
+        let hex = text;
+        let first: Vec<u8> = (0..hex.len())
+            .step_by(2)
+            .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).unwrap())
+            .collect();
+        let empty = Record::from_bytes(first).unwrap();
+        assert_eq!(
+            empty.to_owned(),
+            UserRecord {
+                created_at: 7,
+                ..UserRecord::default()
+            }
+        );
+    }
+
+    #[test]
+    fn preferences_go_by_the_full_jid_then_the_bare_one_then_the_default() {
+        let jids = |jids: &[&str]| jids.iter().map(|jid| jid.to_string()).collect();
+        let mut record = user(1);
+        record.archiving = Some(Box::new(Archiving {
+            default: ArchiveDefault::Roster,
+            always: jids(&["a@x", "never@x/but"]),
+            never: jids(&["a@x/phone", "never@x"]),
+        }));
+        let record = Record::new(&record);
+        for (peer, archived) in [
+            ("a@x", true),
+            ("a@x/desk", true),
+            ("a@x/phone", false),
+            ("never@x", false),
+            ("never@x/desk", false),
+            ("never@x/but", true),
+            ("trader00000@example.com/desk", true),
+            ("stranger@example.com", false),
+        ] {
+            assert_eq!(record.get().archives(peer), archived, "{peer}");
+        }
+        assert!(Record::new(&user(0)).get().archives("anybody@x"));
+    }
+
+    #[test]
     fn lists_are_sorted_however_they_came() {
         let mut mixed = user(5);
         mixed.roster.reverse();
@@ -469,6 +653,19 @@ pub(crate) mod tests {
             );
         let request = (".{0,20}", any::<Vec<u8>>())
             .prop_map(|(jid, stanza)| SubscriptionRequest { jid, stanza });
+        let jids = || proptest::collection::vec(".{0,20}", 0..4);
+        let default = prop_oneof![
+            Just(ArchiveDefault::Always),
+            Just(ArchiveDefault::Never),
+            Just(ArchiveDefault::Roster)
+        ];
+        let archiving = (default, jids(), jids()).prop_map(|(default, always, never)| {
+            Box::new(Archiving {
+                default,
+                always,
+                never,
+            })
+        });
         (
             any::<(u64, bool, u64)>(),
             keys(),
@@ -476,6 +673,7 @@ pub(crate) mod tests {
             proptest::collection::vec(item, 0..20),
             proptest::collection::vec(".{0,20}", 0..9),
             proptest::collection::vec(request, 0..4),
+            proptest::option::of(archiving),
         )
             .prop_map(
                 |(
@@ -485,6 +683,7 @@ pub(crate) mod tests {
                     roster,
                     blocked,
                     requests,
+                    archiving,
                 )| {
                     let mut user = UserRecord {
                         created_at,
@@ -495,6 +694,7 @@ pub(crate) mod tests {
                         roster,
                         blocked,
                         requests,
+                        archiving,
                     };
                     user.sort();
                     user

@@ -22,6 +22,8 @@ pub struct Found {
     pub gone: Vec<(Position, u64)>,
     /// Undecided messages that were let in, whoever's they are.
     pub decided: Vec<(Position, u64)>,
+    /// Messages that are not for their owners' archives after all.
+    pub unarchived: Vec<(Position, u64)>,
     /// Ids of sent messages that must be forwarded again, the shard that is told of their end, and their places.
     pub forward: Vec<(u64, u16, Place)>,
     /// Ids of sent messages that have a twin but no mark; of the shard that gave them, if there is one of that number.
@@ -113,6 +115,12 @@ impl<'a> Recovery<'a> {
                 for found in &mut self.found {
                     let ids = ids.iter().map(|id| (at, id.to_native()));
                     found.decided.extend(ids);
+                }
+            }
+            ArchivedChange::Unarchived { ids } if !drained => {
+                for found in &mut self.found {
+                    let ids = ids.iter().map(|id| (at, id.to_native()));
+                    found.unarchived.extend(ids);
                 }
             }
             _ => {}

@@ -26,8 +26,16 @@ pub enum Request {
 /// What is seldom needed and so not part of [`Loaded`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Query {
-    Document { name: Box<str>, key: Box<str> },
+    Document {
+        name: Box<str>,
+        key: Box<str>,
+    },
     Archive(ArchiveQuery),
+    /// Retractions of entries that are named by ids with one of these keys ([`Retraction::key`]); each once, ascending.
+    Retractions {
+        name: Box<str>,
+        keys: Box<[i64]>,
+    },
 }
 
 /// A page of a user's archive (XEP-0313, XEP-0059). All bounds hold together.
@@ -71,6 +79,10 @@ pub enum Answer {
     Archive {
         ticket: Ticket,
         result: Result<Page, ReadError>,
+    },
+    Retractions {
+        ticket: Ticket,
+        result: Result<Vec<Retraction>, ReadError>,
     },
 }
 
@@ -121,6 +133,27 @@ pub struct Page {
     pub missing: Vec<u64>,
     /// The highest id of this owner that SQL has, whatever matches; 0: none. What the journal has beyond it is not here.
     pub last_id: u64,
+    /// Something in this archive was retracted: [`Query::Retractions`] tells whether it is on the page.
+    pub retracted: bool,
+}
+
+/// A [`Retract`](super::change::Retract), with what it needs to be told from others.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Retraction {
+    pub id: u64,
+    pub side: u8,
+    pub peer: Box<str>,
+    pub target: Box<str>,
+    pub tombstone: Box<[u8]>,
+}
+
+impl Retraction {
+    /// What the target's id is looked up by: FNV-1a. It need not be unique, for the id itself is compared.
+    pub fn key(target: &str) -> i64 {
+        let mut hasher = fnv::FnvHasher::default();
+        std::hash::Hasher::write(&mut hasher, target.as_bytes());
+        std::hash::Hasher::finish(&hasher) as i64
+    }
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,7 +175,7 @@ impl Query {
     /// The user who is asked about.
     pub fn name(&self) -> &str {
         match self {
-            Query::Document { name, .. } => name,
+            Query::Document { name, .. } | Query::Retractions { name, .. } => name,
             Query::Archive(query) => &query.name,
         }
     }

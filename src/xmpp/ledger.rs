@@ -82,6 +82,10 @@ pub enum Act {
     Dropped(Vec<u64>),
     /// Messages that were accepted before their recipient was known, and are let in.
     Decided(Vec<u64>),
+    /// Such messages that are not for his archive.
+    Unarchived(Vec<(Rc<str>, u64)>),
+    /// Something in the user's archive is shown no more.
+    Retracted,
 }
 
 /// Acts and the strings that they name.
@@ -114,6 +118,7 @@ pub struct Ledger {
     done: Vec<(Rc<str>, u64)>,
     dropped: Vec<(Rc<str>, u64)>,
     decided: Vec<u64>,
+    unarchived: Vec<(Rc<str>, u64)>,
     settled: Vec<u64>,
     counts: Vec<StreamCount>,
     marks_since_ms: Option<u64>,
@@ -231,6 +236,12 @@ impl Ledger {
         self.mark(now_ms);
     }
 
+    /// A message that nobody could decide when it was accepted is let in, but not into the archive.
+    pub fn unarchived(&mut self, user: &Rc<str>, id: u64, now_ms: u64) {
+        self.unarchived.push((user.clone(), id));
+        self.mark(now_ms);
+    }
+
     /// Counts of streams, to be repeated in the journal.
     pub fn count(&mut self, counts: impl Iterator<Item = StreamCount>, now_ms: u64) {
         self.counts.extend(counts);
@@ -294,6 +305,7 @@ impl Ledger {
         let marks = self.done.len()
             + self.dropped.len()
             + self.decided.len()
+            + self.unarchived.len()
             + self.settled.len()
             + self.counts.len();
         Some(match marks < MARKS_MAX {
@@ -351,6 +363,12 @@ impl Ledger {
             let ids = std::mem::take(&mut self.decided);
             let act = Act::Decided(ids.clone());
             self.journal(&Rc::from(""), &Change::Decided { ids: &ids }, act);
+        }
+        if !self.unarchived.is_empty() {
+            let unarchived = std::mem::take(&mut self.unarchived);
+            let ids = ids(&unarchived);
+            let act = Act::Unarchived(unarchived);
+            self.journal(&Rc::from(""), &Change::Unarchived { ids: &ids }, act);
         }
     }
 

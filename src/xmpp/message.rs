@@ -12,12 +12,13 @@ use smallvec::SmallVec;
 use super::NS_CLIENT;
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Incoming, Outgoing, blocking, hints, offline, stable_id};
+use super::feature::{Incoming, Outgoing, blocking, hints, offline, retract, stable_id};
 use super::jid::Jid;
 use super::ledger::Act;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
 use super::slice::{Fate, Slice, Slot};
+use super::storing::{self, Side};
 use crate::observe::Stamp;
 use crate::store::change::{ArchivedMessage, Change, Message};
 use crate::store::tier::Pending;
@@ -130,6 +131,7 @@ fn record_sent(
     meta: Meta,
 ) -> u64 {
     let id = slice.next_id();
+    let what = storing::what(slice, user, Side::Sender, to.as_str(), meta);
     let (kind, flags) = meta.numbers();
     let stream = slice
         .sessions
@@ -138,7 +140,7 @@ fn record_sent(
     let change = Change::Message(Message {
         id,
         owner: user,
-        what: Message::SENT | if meta.archived() { Message::ARCHIVE } else { 0 },
+        what,
         kind,
         flags,
         peer: to.as_str(),
@@ -156,6 +158,9 @@ fn record_sent(
         receipt: Some(receipt),
     };
     slice.ledger.journal(user, &change, act);
+    if meta.has(Meta::RETRACT) {
+        retract::journal(slice, user, id, what, to.as_str(), stanza);
+    }
     slice.defer(receipt);
     id
 }
@@ -342,21 +347,15 @@ pub fn accept(
         slice.bounce(to, from, stanza, meta, &JOURNAL_FULL);
         return Fate::Decided;
     }
-    let mut what = Message::RECEIVED | Message::PENDING;
-    if meta.archived() {
-        what |= Message::ARCHIVE;
-    }
-    if present.is_none() {
-        what |= Message::UNDECIDED;
-    }
-    let mut stream = None;
+    let (mut side, mut stream) = (Side::Recipient, None);
     if from_jid.bare() == to.bare() {
-        what |= Message::SENT;
+        side = Side::Both;
         stream = receipt
             .filter(|r| r.shard == slice.env.shard)
             .and_then(|r| slice.sessions.get(r.session)?.sm.as_ref());
     }
     let stream: Box<str> = stream.map(|sm| sm.id.clone()).unwrap_or_default();
+    let what = storing::what(slice, name, side, from, meta);
     let id = slice.next_id();
     let (kind, flags) = meta.numbers();
     let change = Change::Message(Message {
@@ -378,6 +377,9 @@ pub fn accept(
     };
     let user = present.unwrap_or_else(|| name.into());
     slice.ledger.journal(&user, &change, act);
+    if meta.has(Meta::RETRACT) {
+        retract::journal(slice, &user, id, what, from, stanza);
+    }
     Fate::Open
 }
 
@@ -409,7 +411,13 @@ pub fn accepted(slice: &mut Slice, to: &str, message: &ArchivedMessage<'_>, meta
         return;
     }
     let by = to.bare();
-    let stamped = (message.what & Message::ARCHIVE != 0)
+    let mut archived = message.what & Message::ARCHIVE != 0;
+    if undecided && archived && !storing::wanted(slice, name, &message.peer) {
+        let ms = slice.now.ms;
+        slice.ledger.unarchived(&user, id, ms);
+        archived = false;
+    }
+    let stamped = archived
         .then(|| stable_id::stamp(slice, by, &message.stanza, id))
         .flatten();
     let stanza = stamped.as_deref().unwrap_or(&message.stanza);
@@ -477,11 +485,14 @@ pub fn decide(slice: &mut Slice, name: &str, undecided: Vec<Pending>) {
         let Some((Ok(to), from)) = ends.map(|(to, from)| (Jid::parse(to), from)) else {
             continue;
         };
-        if !admitted(slice, &user, &to, from, &pending.stanza, meta, pending.id)
-            && let Some(user) = slice.user_mut(name)
-        {
-            user.offline.take(pending.id);
-            slice.resize(name);
+        if !admitted(slice, &user, &to, from, &pending.stanza, meta, pending.id) {
+            if let Some(user) = slice.user_mut(name) {
+                user.offline.take(pending.id);
+                slice.resize(name);
+            }
+        } else if pending.what & Message::ARCHIVE != 0 && !storing::wanted(slice, name, from) {
+            let ms = slice.now.ms;
+            slice.ledger.unarchived(&user, pending.id, ms);
         }
     }
 }

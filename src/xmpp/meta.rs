@@ -138,6 +138,8 @@ impl Meta {
 
     /// XEP-0334 `<no-permanent-store/>`: for the offline queue, not for archives.
     pub const NO_ARCHIVE: u16 = 512;
+    /// XEP-0424: retracts an earlier one of its sender.
+    pub const RETRACT: u16 = 4096;
 
     pub fn new(kind: Kind) -> Meta {
         Meta {
@@ -184,25 +186,6 @@ impl Meta {
     /// As a journal keeps it.
     pub fn numbers(self) -> (u8, u16) {
         (self.kind as u8, self.flags)
-    }
-
-    /// Must it survive until a client has it? RFC 6121 8.5, XEP-0160 section 3 and XEP-0334: chat and normal messages with a
-    /// body or the hint; a normal one may carry anything (invitations, forms), a chat message without a body is chat states
-    /// and markers.
-    pub fn storable(self) -> bool {
-        matches!(self.kind, Kind::Chat | Kind::Normal)
-            && !self.has(Meta::COPY)
-            && !self.has(Meta::NO_STORE)
-            && (self.has(Meta::BODY)
-                || self.has(Meta::STORE)
-                || (self.kind == Kind::Normal && !self.has(Meta::LAZY)))
-    }
-
-    /// Does it belong into archives (XEP-0313 section 5, XEP-0334)?
-    pub fn archived(self) -> bool {
-        self.storable()
-            && (self.has(Meta::BODY) || self.has(Meta::STORE))
-            && !self.has(Meta::NO_ARCHIVE)
     }
 
     pub fn has(self, flag: u16) -> bool {

@@ -22,6 +22,7 @@ pub mod session;
 #[cfg(test)]
 mod simulation;
 pub mod slice;
+pub mod storing;
 #[cfg(test)]
 pub mod testing;
 pub mod warmth;

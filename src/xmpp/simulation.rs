@@ -961,7 +961,10 @@ fn id_of(change: &ArchivedChange<'_>) -> Option<u64> {
         | ArchivedChange::RemoveUser { revision, .. }
         | ArchivedChange::PutDocument { revision, .. }
         | ArchivedChange::PutLast { revision, .. } => revision.to_native(),
-        ArchivedChange::Marks(_) | ArchivedChange::Decided { .. } => return None,
+        ArchivedChange::Retract(retract) => retract.id.to_native(),
+        ArchivedChange::Marks(_)
+        | ArchivedChange::Decided { .. }
+        | ArchivedChange::Unarchived { .. } => return None,
     })
 }
 

@@ -17,7 +17,7 @@ use super::accept::Acceptance;
 use super::batch::{Batch, Item, Receipt};
 use super::error::{StanzaError, StreamError};
 use super::feature::offline::Offline;
-use super::feature::{self, Hooks, Refusal, presence, stable_id};
+use super::feature::{self, Hooks, Refusal, presence, retract, stable_id};
 use super::jid::Jid;
 use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
@@ -31,11 +31,13 @@ use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
 use crate::store::journal::{Group, Place, Slot as GroupSlot};
 use crate::store::overlay::{Item as Undrained, Overlay, Position, ReadBack};
+use crate::store::recent::Recent;
 use crate::store::record::{Record, UserRecord};
 use crate::store::recovery::{Found, stream_key};
 use crate::store::ring::Ring;
 use crate::store::tier::{
-    Answer, ArchiveQuery, Last, Loaded, Page, Query, ReadError, Request, Ticket,
+    Answer, ArchiveQuery, Entry as ArchiveEntry, Last, Loaded, Page, Query, ReadError, Request,
+    Ticket,
 };
 use crate::xml;
 use crate::xml::dom::Element;
@@ -108,6 +110,12 @@ pub struct Limits {
     pub iterations: u32,
     /// Entries in one answer of an archive.
     pub archive_page_max: u32,
+    /// Addresses in both lists of one user's preferences of archiving.
+    pub archive_prefs_max: usize,
+    /// How long messages stay in archives; 0: for ever.
+    pub archive_keep_ms: u64,
+    /// Of the newest entries of archives that are kept in memory.
+    pub archive_recent_bytes_max: usize,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -357,6 +365,8 @@ enum Wait {
     Read(ThenRead),
     /// With how often it may be asked again.
     Page(Box<ArchiveQuery>, u8, ThenPage),
+    /// What of the page was retracted, asked by these keys; the number is [`Recent::settle`]'s.
+    Retractions(Box<(ArchiveQuery, Page, Box<[i64]>)>, u64, ThenPage),
     Compute(ThenComputed),
 }
 
@@ -400,6 +410,8 @@ pub struct Slice {
     pub parked: usize,
     pub ledger: Ledger,
     pub overlay: Overlay,
+    /// The newest entries of archives that somebody reads.
+    pub recent: Recent,
     pub warmth: Warmth,
     /// Sessions that have ended while stanzas of theirs were not decided: `<failed/>` waits for that.
     ended: FnvHashMap<SessionId, Ended>,
@@ -470,6 +482,7 @@ impl Slice {
     pub fn new(env: Env, shards: usize, cache_bytes_max: usize, start: Start) -> Slice {
         let ledger = Ledger::new(env.shard, start.next_seq, start.last_id);
         let overlay = Overlay::new(start.read_back.clone());
+        let recent = Recent::new(env.limits.archive_recent_bytes_max);
         let mut fx = Effects::default();
         fx.mesh.resize_with(shards, Batch::default);
         fx.closed.resize(shards, false);
@@ -486,6 +499,7 @@ impl Slice {
             parked: 0,
             ledger,
             overlay,
+            recent,
             warmth: Warmth::default(),
             ended: FnvHashMap::default(),
             counts: FnvHashMap::default(),
@@ -631,23 +645,18 @@ impl Slice {
                         self.users.unpin(&name);
                     }
                 }
-                Answer::Archive { ticket, result } => {
-                    if let Some((name, Wait::Page(query, again, then))) = self.waits.remove(&ticket)
+                Answer::Archive { ticket, result } => self.page_read(ticket, result),
+                Answer::Retractions { ticket, result } => {
+                    if let Some((name, Wait::Retractions(asked, number, then))) =
+                        self.waits.remove(&ticket)
                     {
-                        let page = match result.map(|page| self.overlay.page(&query, page)) {
-                            Ok(Ok(page)) => Ok(page),
-                            // what was carried over meanwhile stands in the journal no more, but in SQL
-                            Ok(Err(_)) if again > 0 => {
-                                let asked = Query::Archive((*query).clone());
-                                let wait = Wait::Page(query, again - 1, then);
-                                self.waits.insert(ticket, (name, wait));
-                                let query = asked;
-                                self.fx.requests.push(Request::Read { ticket, query });
-                                continue;
-                            }
-                            Ok(Err(error)) => Err(ReadError(error)),
-                            Err(error) => Err(error),
-                        };
+                        let (query, mut page, keys) = *asked;
+                        let page = result.map(|found| {
+                            let found = self.overlay.retractions(&name, &keys, found);
+                            let buried = retract::bury(&self.env, &mut page, &found);
+                            self.recent.settle(&query, number, &buried);
+                            page
+                        });
                         self.overlay.release(&name);
                         then(self, page);
                         self.users.unpin(&name);
@@ -655,6 +664,46 @@ impl Slice {
                 }
             }
         }
+    }
+
+    /// What SQL has of a page.
+    fn page_read(&mut self, ticket: Ticket, result: Result<Page, ReadError>) {
+        let Some((name, Wait::Page(query, again, then))) = self.waits.remove(&ticket) else {
+            return;
+        };
+        let page = match result.map(|page| self.overlay.page(&query, page)) {
+            Ok(Ok(page)) => Ok(page),
+            // what was carried over meanwhile stands in the journal no more, but in SQL
+            Ok(Err(_)) if again > 0 => {
+                let asked = Query::Archive((*query).clone());
+                let wait = Wait::Page(query, again - 1, then);
+                self.waits.insert(ticket, (name, wait));
+                let query = asked;
+                return self.fx.requests.push(Request::Read { ticket, query });
+            }
+            Ok(Err(error)) => Err(ReadError(error)),
+            Err(error) => Err(error),
+        };
+        if let Ok(page) = &page
+            && page.missing.is_empty()
+        {
+            let number = self.recent.put(&query, page);
+            if page.retracted {
+                let keys = retract::keys(&self.env, page);
+                let asked = Query::Retractions {
+                    name: (*name).into(),
+                    keys: keys.clone(),
+                };
+                let about = Box::new((*query, page.clone(), keys));
+                let wait = Wait::Retractions(about, number, then);
+                self.waits.insert(ticket, (name, wait));
+                let query = asked;
+                return self.fx.requests.push(Request::Read { ticket, query });
+            }
+        }
+        self.overlay.release(&name);
+        then(self, page);
+        self.users.unpin(&name);
     }
 
     /// SQL has everything of a journal up to a position.
@@ -1387,6 +1436,7 @@ impl Slice {
             Act::Received { to, meta, receipt } => {
                 let message = message_of(group, slot);
                 let (id, what) = (message.id.to_native(), message.what);
+                self.archived(&user, message);
                 self.overlay.add(at, &user, item_of(group, slot, place));
                 if what & Message::PENDING != 0 {
                     self.warmth.accepted(seq, &user, id, self.now.ms);
@@ -1412,7 +1462,9 @@ impl Slice {
                     Some(stanza) => strings.get(stanza),
                     None => {
                         self.overlay.add(at, &user, item_of(group, slot, place));
-                        &message_of(group, slot).stanza
+                        let message = message_of(group, slot);
+                        self.archived(&user, message);
+                        &message.stanza
                     }
                 };
                 self.ledger.release(&user);
@@ -1490,6 +1542,9 @@ impl Slice {
                     }
                     _ => {}
                 }
+                if let Undrained::Removed { .. } | Undrained::Record { fresh: true, .. } = &item {
+                    self.recent.forget(&user);
+                }
                 self.overlay.add(at, &user, item);
                 then(self, Ok(()));
                 self.users.unpin(&user);
@@ -1503,7 +1558,18 @@ impl Slice {
             Act::Dropped(ids) => {
                 for id in ids {
                     self.overlay.add(at, &user, Undrained::Dropped(id));
+                    self.recent.drop_entry(&user, id);
                 }
+            }
+            Act::Unarchived(ids) => {
+                for (user, id) in ids {
+                    self.overlay.add_unarchived(at, id);
+                    self.recent.drop_entry(&user, id);
+                }
+            }
+            Act::Retracted => {
+                self.overlay.add(at, &user, item_of(group, slot, place));
+                self.recent.forget(&user);
             }
             Act::Decided(ids) => {
                 for id in ids {
@@ -1511,6 +1577,22 @@ impl Slice {
                 }
             }
         }
+    }
+
+    /// A message is durable: it may be a new entry of an archive that is kept in memory.
+    fn archived(&mut self, user: &str, message: &ArchivedMessage<'_>) {
+        if message.what & Message::ARCHIVE == 0 || !self.recent.has(user) {
+            return;
+        }
+        let entry = ArchiveEntry {
+            id: message.id.into(),
+            what: message.what,
+            kind: message.kind,
+            flags: message.flags.into(),
+            peer: (*message.peer).into(),
+            stanza: (*message.stanza).into(),
+        };
+        self.recent.append(user, entry);
     }
 
     /// A stanza of a session is in its owner's journal.
@@ -1549,6 +1631,9 @@ impl Slice {
         }
         for (at, id) in found.decided {
             self.overlay.add_decided(at, id);
+        }
+        for (at, id) in found.unarchived {
+            self.overlay.add_unarchived(at, id);
         }
         let undecided: Vec<Box<str>> = self
             .overlay
@@ -2056,8 +2141,17 @@ impl Slice {
         self.fx.requests.push(Request::Read { ticket, query });
     }
 
-    /// Reads a page of a user's archive, what SQL does not have yet included.
+    /// Reads a page of an archive, from memory if it is there, what SQL does not have yet included. What was retracted is a
+    /// tombstone (XEP-0424).
     pub fn read_archive(&mut self, query: ArchiveQuery, then: ThenPage) {
+        let keep_ms = self.env.limits.archive_keep_ms;
+        if keep_ms > 0 {
+            let before = Id::at(self.now.unix_ms.saturating_sub(keep_ms));
+            self.recent.expire(&query.name, before.0);
+        }
+        if let Some(page) = self.recent.page(&query) {
+            return then(self, Ok(page));
+        }
         let name = query.name.clone();
         let ticket = self.wait(&name, Wait::Page(Box::new(query.clone()), AGAIN_MAX, then));
         self.users.pin(&name);

@@ -22,7 +22,7 @@ use crate::store::recovery::{Found, Recovery};
 use crate::store::ring::Ring;
 use crate::store::sql::Ahead;
 use crate::store::tier::{
-    Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request,
+    Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request, Retraction,
 };
 use crate::xml::{Element, FrameKind, Framer, Node, StreamNs};
 
@@ -66,6 +66,9 @@ pub fn limits() -> Limits {
         registration: true,
         iterations: 4096,
         archive_page_max: feature::archive::PAGE_MAX,
+        archive_prefs_max: 100,
+        archive_keep_ms: 0,
+        archive_recent_bytes_max: 1 << 20,
     }
 }
 
@@ -117,6 +120,8 @@ pub struct Tier {
     /// How many changes were carried over, messages and marks not counted.
     pub changes: usize,
     pub loads: usize,
+    /// Statements that reads took.
+    pub reads: usize,
     /// What was carried over, by journal.
     drained: FnvHashMap<u16, u64>,
     /// Accounts that are no more: since which revision.
@@ -138,6 +143,7 @@ pub struct Stored {
     added: u64,
     pub archive: BTreeMap<u64, Entry>,
     pub pending: BTreeMap<u64, Pending>,
+    pub retractions: BTreeMap<u64, Retraction>,
     pub documents: BTreeMap<String, Box<[u8]>>,
     /// Revisions of documents and, under the empty key, of the last log-out.
     revisions: BTreeMap<String, u64>,
@@ -593,7 +599,11 @@ impl Tier {
     pub fn apply(&mut self, change: &ArchivedChange<'_>) {
         if !matches!(
             change,
-            ArchivedChange::Message(_) | ArchivedChange::Marks(_) | ArchivedChange::Decided { .. }
+            ArchivedChange::Message(_)
+                | ArchivedChange::Marks(_)
+                | ArchivedChange::Decided { .. }
+                | ArchivedChange::Unarchived { .. }
+                | ArchivedChange::Retract(_)
         ) {
             self.changes += 1;
         }
@@ -616,6 +626,18 @@ impl Tier {
                 }
                 return;
             }
+            ArchivedChange::Unarchived { ids } => {
+                for user in self.users.values_mut() {
+                    for id in ids.iter().map(|id| id.to_native()) {
+                        user.archive.remove(&id);
+                        if let Some(pending) = user.pending.get_mut(&id) {
+                            pending.what &= !Message::ARCHIVE;
+                        }
+                    }
+                }
+                return;
+            }
+            ArchivedChange::Retract(retract) => retract.id.to_native(),
         };
         self.last_id = self.last_id.max(id);
         let name = change.owner().unwrap_or_default();
@@ -663,6 +685,18 @@ impl Tier {
             {
                 user.put(m, &self.ahead);
             }
+            (ArchivedChange::Retract(r), Some(user))
+                if id > user.added && !self.ahead.dropped.contains(&id) =>
+            {
+                let retraction = Retraction {
+                    id,
+                    side: r.side,
+                    peer: (*r.peer).into(),
+                    target: (*r.target).into(),
+                    tombstone: (*r.tombstone).into(),
+                };
+                user.retractions.insert(id, retraction);
+            }
             _ => {}
         }
     }
@@ -674,11 +708,13 @@ impl Tier {
             }
             for id in marks.dropped.iter() {
                 user.archive.remove(&id.to_native());
+                user.retractions.remove(&id.to_native());
             }
         }
     }
 
     fn read(&mut self, ticket: u64, query: Query) -> Answer {
+        self.reads += 1;
         let user = self.users.get(query.name());
         let broken = self
             .broken
@@ -689,6 +725,18 @@ impl Tier {
                 result: match broken {
                     Some(error) => Err(error),
                     None => Ok(user.and_then(|u| u.documents.get(&*key).cloned())),
+                },
+            },
+            Query::Retractions { keys, .. } => Answer::Retractions {
+                ticket,
+                result: match broken {
+                    Some(error) => Err(error),
+                    None => Ok(user
+                        .into_iter()
+                        .flat_map(|u| u.retractions.values())
+                        .filter(|r| keys.contains(&Retraction::key(&r.target)))
+                        .cloned()
+                        .collect()),
                 },
             },
             Query::Archive(query) => Answer::Archive {
@@ -764,6 +812,7 @@ impl Stored {
                 .copied()
                 .collect(),
             last_id: self.archive.keys().next_back().copied().unwrap_or_default(),
+            retracted: !self.retractions.is_empty(),
             entries,
         }
     }

@@ -298,6 +298,58 @@ async def vcard_and_private_storage(stage, one, other):
     assert not await bob.private()
 
 
+@scenario()
+async def archive_is_read_page_by_page(stage):
+    # aioxmpp knows no archives
+    alice = await stage.online(SlixBot, "alice")
+    bob = await stage.online(AioBot, "bob")
+    bodies = [f"message {n}" for n in range(25)]
+    for body in bodies:
+        alice.chat(bob.full, body)
+    await bob.bodies(len(bodies))
+    bob.chat(alice.full, "enough")
+    await alice.bodies(1)
+    bodies.append("enough")
+    for partner in (None, bob.jid, bob.full):
+        assert await alice.archive(partner, page=7) == bodies, partner
+        assert await alice.archive(partner, page=7, reverse=True) == bodies[::-1], partner
+    assert await alice.archive(f"nobody-{stage.tag}@localhost") == []
+    assert {"with", "start", "end", "before-id", "after-id", "ids"} <= await alice.archive_fields()
+    first, last = await alice.archive_ends()
+    assert first and last and first != last
+
+
+@scenario()
+async def retracted_message_is_a_tombstone_in_both_archives(stage):
+    alice = await stage.online(SlixBot, "alice")
+    bob = await stage.online(SlixBot, "bob")
+    wrong = alice.say(bob.full, "to the wrong one")
+    alice.say(bob.full, "to the right one")
+    await bob.bodies(2)
+    # who has not sent it cannot do that
+    bob.retract(alice.full, wrong)
+    await alice.bodies(1)
+    by = alice.retract(bob.full, wrong)
+    await bob.bodies(1)
+    for bot in (alice, bob):
+        shown = await bot.archive()
+        assert shown[:2] == [("retracted", by), "to the right one"], shown
+        assert len(shown) == 4, shown
+
+
+@scenario()
+async def archiving_goes_by_preferences(stage):
+    alice = await stage.online(SlixBot, "alice")
+    bob = await stage.online(SlixBot, "bob")
+    assert await alice.archive_preferences() == ("always", set())
+    wanted = ("always", {bob.jid})
+    assert await alice.archive_preferences("always", never=[bob.jid]) == wanted
+    bob.chat(alice.full, "not for Alice's archive")
+    await alice.bodies(1)
+    assert await alice.archive() == []
+    assert await bob.archive() == ["not for Alice's archive"]
+
+
 @scenario(pairs=True)
 async def last_activity_of_a_contact(stage, one, other):
     alice = await stage.online(one, "alice")

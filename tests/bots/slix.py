@@ -12,7 +12,7 @@ from bot import WAIT_S, Bot, Message, Presence, Push, Refused, StreamEnd
 
 PLUGINS = [
     "xep_0004", "xep_0012", "xep_0030", "xep_0049", "xep_0054", "xep_0066", "xep_0077", "xep_0092", "xep_0191",
-    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0352",
+    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0424", "xep_0441",
 ]
 
 
@@ -187,6 +187,43 @@ class SlixBot(Bot):
         ET.SubElement(query, "{urn:example:notes}notes")
         answer = await self.ask(iq.send())
         return answer.xml.findtext(".//{urn:example:notes}notes")
+
+    def say(self, to, body):
+        """As `chat`, for a message that may be retracted; its id."""
+        message = self.client.make_message(mto=to, mbody=body, mtype="chat")
+        message.send()
+        return message["id"]
+
+    def retract(self, to, id):
+        return self.client["xep_0424"].send_retraction(slixmpp.JID(to), id)["id"]
+
+    async def archive(self, partner=None, page=10, reverse=False):
+        """What this bot's archive shows, all pages of it: bodies; of a tombstone the id of its retraction."""
+        pages = self.client["xep_0313"].iterate(
+            with_jid=slixmpp.JID(partner) if partner else None, rsm={"max": page}, reverse=reverse)
+        shown = []
+        async for message in pages:
+            inner = message["mam_result"]["forwarded"]["stanza"]
+            tombstone = inner.xml.find("{urn:xmpp:message-retract:1}retracted")
+            shown.append(inner["body"] if tombstone is None else ("retracted", tombstone.get("id")))
+        return shown
+
+    async def archive_fields(self):
+        form = await self.client["xep_0313"].get_fields()
+        return set(form.get_fields())
+
+    async def archive_ends(self):
+        answer = await self.ask(self.client["xep_0313"].get_archive_metadata())
+        ends = answer["mam_metadata"]
+        return ends["start"]["id"], ends["end"]["id"]
+
+    async def archive_preferences(self, default=None, never=()):
+        """Sets them, or asks for them; what the server says they are."""
+        plugin = self.client["xep_0441"]
+        if default:
+            await self.ask(plugin.set_preferences(default, never={slixmpp.JID(jid) for jid in never}))
+        default, _, never = await self.ask(plugin.get_preferences())
+        return default, {str(jid) for jid in never}
 
     async def change_password(self, password):
         await self.ask(self.client["xep_0077"].change_password(password))

@@ -27,7 +27,7 @@
 //!           12  4  records
 //!           16  8  number: grows by one from group to group, over all segments
 //!           24  8  sequence number of the first record; the others follow one by one
-//!           32  2  what the payloads are: 2, `store::change::Change`; 1, the same without its last kind
+//!           32  2  what the payloads are: 3, `store::change::Change`; 2 and 1, the same without its last kinds
 //!           34  6  zero
 //!           40     records
 //!
@@ -56,8 +56,8 @@ pub const BLOCK: u32 = 4096;
 /// The version of the format that is written and read.
 pub const VERSION: u16 = 1;
 /// What the payloads of written groups are.
-pub const PAYLOAD_VERSION: u16 = 2;
-/// What is read: 1 had no [`Change::Decided`](crate::store::change::Change::Decided).
+pub const PAYLOAD_VERSION: u16 = 3;
+/// What is read: 1 had no [`Change::Decided`](crate::store::change::Change::Decided), 2 nothing that comes behind it there.
 pub const PAYLOAD_VERSIONS: RangeInclusive<u16> = 1..=PAYLOAD_VERSION;
 /// The longest payload.
 pub const PAYLOAD_BYTES_MAX: u32 = 16 << 20;

@@ -306,7 +306,7 @@ fn another_version_is_refused_with_a_sentence() {
     });
     let why = refused(&disk);
     assert!(
-        why.contains("records have version 9, this nitro reads 1 to 2"),
+        why.contains("records have version 9, this nitro reads 1 to 3"),
         "{why}"
     );
 }

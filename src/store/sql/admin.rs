@@ -6,6 +6,7 @@
 
 use std::time::Duration;
 
+use super::purge::Purge;
 use super::{Applied, Database, Position, SetUpError, Sql, SqlError, UserChange, UserOp, runtime};
 pub use super::{KeyShape, Listed};
 use crate::store::change::Id;
@@ -110,6 +111,11 @@ impl Store {
             Applied::Missing => Err(WriteError::Missing),
         };
         Ok(applied.into_iter().map(outcome).collect())
+    }
+
+    /// The next step of a purge of archives.
+    pub fn purge_step(&mut self, purge: &mut Purge) -> Result<(), String> {
+        self.wait(async |sql| sql.purge_step(purge).await)
     }
 
     /// Adds one account; false if it exists.

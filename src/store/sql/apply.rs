@@ -19,8 +19,9 @@ use super::connection::{Dialect, SqlError, Value};
 use super::read::meta;
 use super::statements::{self, ASK_MAX};
 use super::{Sql, peer_key};
-use crate::store::change::{ArchivedChange, ArchivedMessage, Id, Message};
+use crate::store::change::{ArchivedChange, ArchivedMessage, ArchivedRetract, Id, Message};
 use crate::store::record::Record;
+use crate::store::tier::Retraction;
 
 /// Names whose numbers are remembered between batches.
 const KNOWN_MAX: usize = 100_000;
@@ -219,7 +220,7 @@ impl Sql {
                 .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(b))
     }
 
-    async fn in_transaction<T>(
+    pub(super) async fn in_transaction<T>(
         &mut self,
         work: impl AsyncFnOnce(&mut Sql) -> Result<T, SqlError>,
     ) -> Result<T, SqlError> {
@@ -307,6 +308,13 @@ impl Sql {
                 lasts.push((owner, *at, *status, *revision));
             }
         }
+        let mut retractions = Vec::new();
+        for retract in &plan.retractions {
+            let id = retract.id.to_native();
+            if let Some(owner) = owner(&retract.owner, id) {
+                retractions.push((id, owner, *retract));
+            }
+        }
         // Rows enter in the order of their keys, whatever map they come from.
         documents.sort_unstable();
         lasts.sort_unstable();
@@ -362,12 +370,30 @@ impl Sql {
             })
             .await?;
         outcome.rows += conn
-            .run_for(
-                &statements::DROP_ARCHIVE,
-                &plan.dropped_rows,
-                statements::id,
-            )
+            .run_for(&statements::PUT_RETRACTIONS, &retractions, |values, row| {
+                let (id, owner, retract) = row;
+                values.extend([
+                    Value::from(*id),
+                    Value::Int(*owner),
+                    Value::Int(Retraction::key(&retract.target)),
+                    Value::Int(i64::from(retract.side)),
+                    Value::Text(&retract.peer),
+                    Value::Text(&retract.target),
+                    Value::Bytes(&retract.tombstone),
+                ]);
+            })
             .await?;
+        for statement in [&statements::DROP_ARCHIVE, &statements::DROP_RETRACTIONS] {
+            outcome.rows += conn
+                .run_for(statement, &plan.dropped_rows, statements::id)
+                .await?;
+        }
+        // First the text goes to where it waits, if it still does.
+        for statement in [&statements::UNARCHIVE_PENDING, &statements::DROP_ARCHIVE] {
+            outcome.rows += conn
+                .run_for(statement, &plan.unarchived, statements::id)
+                .await?;
+        }
         outcome.rows += conn
             .run_for(
                 &statements::DROP_PENDING,
@@ -526,6 +552,9 @@ struct Plan<'a> {
     dropped: Vec<u64>,
     /// Undecided messages that were let in: their rows are there, or in this batch.
     decided: Vec<u64>,
+    /// Messages that are not for their owner's archive: their rows are there, or in this batch, too.
+    unarchived: Vec<u64>,
+    retractions: Vec<&'a ArchivedRetract<'static>>,
     /// Rows to be deleted for them.
     dropped_rows: Vec<u64>,
     pending_rows: Vec<u64>,
@@ -619,6 +648,10 @@ impl<'a> Plan<'a> {
             ArchivedChange::Decided { ids } => {
                 self.decided.extend(ids.iter().map(|id| id.to_native()));
             }
+            ArchivedChange::Unarchived { ids } => {
+                self.unarchived.extend(ids.iter().map(|id| id.to_native()));
+            }
+            ArchivedChange::Retract(retract) => self.retractions.push(retract),
         }
     }
 
@@ -644,6 +677,9 @@ impl<'a> Plan<'a> {
             }
             true
         });
+        let is_dropped = |id: &u64| dropped.contains(id) || ahead.dropped.contains(id);
+        self.retractions
+            .retain(|retract| !is_dropped(&retract.id.to_native()));
         let written = |id: &&u64| !here.contains(id) && !ahead.never_written.contains(id);
         self.dropped_rows = self.dropped.clone();
         self.pending_rows = self.done.iter().filter(written).copied().collect();
@@ -658,7 +694,15 @@ impl<'a> Plan<'a> {
         });
         let documents = self.documents.keys().map(|(name, _)| *name);
         let lasts = self.lasts.keys().copied();
-        messages.chain(documents).chain(lasts).collect()
+        let retractions = self.retractions.iter().map(|retract| {
+            let retract: &'a ArchivedRetract<'static> = retract;
+            &*retract.owner
+        });
+        messages
+            .chain(documents)
+            .chain(lasts)
+            .chain(retractions)
+            .collect()
     }
 }
 

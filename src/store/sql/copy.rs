@@ -89,6 +89,10 @@ tables! {
     archive by "id", mostly "stanza": [
         ("id", Int), ("owner", Int), ("peer_key", Int), ("meta", Int), ("peer", Text), ("stanza", Bytes),
     ];
+    retractions by "id", mostly "tombstone": [
+        ("id", Int), ("owner", Int), ("target_key", Int), ("side", Int), ("peer", Text), ("target", Text),
+        ("tombstone", Bytes),
+    ];
     quarantine by "seq", mostly "payload": [
         ("identity", Int), ("journal", Int), ("seq", Int), ("part", Int), ("at", Int), ("reason", Text), ("payload", Bytes),
     ];

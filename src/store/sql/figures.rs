@@ -16,7 +16,7 @@ pub static ROWS: &[Row<Counters>] = rows! { Counters, &[];
     counter "nitro_sql_statements" => |c| c.statements.load(Relaxed);
     /// Users asked for. When the rate is high, log-ins are cold: that is usual after a restart without Redis.
     counter "nitro_sql_loads" => |c| c.loads.load(Relaxed);
-    /// Documents (vCards, private storage) asked for. When the rate is high, clients ask in a loop.
+    /// Documents (vCards, private storage) and retractions on archive pages asked for. When the rate is high, clients ask in a loop.
     counter "nitro_sql_documents" => |c| c.reads.load(Relaxed);
     /// Archive pages asked for. When the rate is high, somebody synchronises large archives: look at nitro_sql_read_seconds.
     counter "nitro_sql_pages" => |c| c.pages.load(Relaxed);
@@ -26,6 +26,9 @@ pub static ROWS: &[Row<Counters>] = rows! { Counters, &[];
     /// Rows that the drain wrote or deleted. When there are far more than nitro_sql_drained, messages are written as pending and
     /// deleted again: raise journal.drain_after_ms.
     counter "nitro_sql_rows" => |c| c.rows.load(Relaxed);
+    /// Entries of archives deleted because they were older than archive.keep_days. When it rises without pause for hours, there
+    /// was much to delete, after that key was lowered for example.
+    counter "nitro_sql_archive_purged" => |c| c.purged.load(Relaxed);
     /// Records that the database refused. When it is not 0, look at its table `quarantine` and tell the developers.
     counter "nitro_sql_quarantined" => |c| c.quarantined.load(Relaxed);
     /// Transactions committed. When there are nearly as many as nitro_sql_drained, batches are small, which is usual with little

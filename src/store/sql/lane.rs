@@ -25,7 +25,7 @@ use tokio::time::Instant;
 use super::{Counters, Database, SetUpError, Sql, SqlError, Trouble};
 use crate::observe::Stage;
 use crate::store::drain::{Drain, DrainConfig, DrainHandle, DrainedSink, Source};
-use crate::store::tier::{Answer, Loaded, Page, Query, ReadError, Request, Ticket};
+use crate::store::tier::{Answer, Loaded, Page, Query, ReadError, Request, Retraction, Ticket};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 /// How long the drain goes on when the lane is stopped.
@@ -523,6 +523,7 @@ impl Asked for Load {
 enum ReadFound {
     Document(Option<Box<[u8]>>),
     Page(Page),
+    Retractions(Vec<Retraction>),
 }
 
 impl Asked for Read {
@@ -543,6 +544,14 @@ impl Asked for Read {
                 ticket,
                 result: Ok(page),
             },
+            (_, Ok(ReadFound::Retractions(found))) => Answer::Retractions {
+                ticket,
+                result: Ok(found),
+            },
+            (Query::Retractions { .. }, Err(error)) => Answer::Retractions {
+                ticket,
+                result: Err(ReadError(error)),
+            },
             (Query::Document { .. }, Err(error)) => Answer::Document {
                 ticket,
                 result: Err(ReadError(error)),
@@ -555,7 +564,7 @@ impl Asked for Read {
     }
 }
 
-/// Finds either documents, or one page.
+/// Finds either documents, or one page, or what was retracted on one.
 async fn find(sql: &mut Sql, reads: &[Read]) -> Result<Vec<Result<ReadFound, String>>, SqlError> {
     let mut documents = Vec::new();
     for read in reads {
@@ -563,6 +572,10 @@ async fn find(sql: &mut Sql, reads: &[Read]) -> Result<Vec<Result<ReadFound, Str
             Query::Document { name, key } => documents.push((&**name, &**key)),
             Query::Archive(query) => {
                 return Ok(vec![Ok(ReadFound::Page(sql.archive_page(query).await?))]);
+            }
+            Query::Retractions { name, keys } => {
+                let found = sql.retractions(name, keys).await?;
+                return Ok(vec![Ok(ReadFound::Retractions(found))]);
             }
         }
     }
@@ -666,7 +679,7 @@ impl Waiting {
             }
             Request::Read { ticket, query } => {
                 let counter = match query {
-                    Query::Document { .. } => &counters.reads,
+                    Query::Document { .. } | Query::Retractions { .. } => &counters.reads,
                     Query::Archive(_) => &counters.pages,
                 };
                 counter.fetch_add(1, Relaxed);
@@ -702,10 +715,10 @@ impl Waiting {
         loads
     }
 
-    /// One page, or so many documents.
+    /// One page, or the retractions on one, or so many documents.
     fn take_reads(&mut self, reads_max: usize) -> Vec<Read> {
-        let is_page = |read: &Read| matches!(read.query, Query::Archive(_));
-        let count = match self.reads.iter().position(is_page) {
+        let alone = |read: &Read| !matches!(read.query, Query::Document { .. });
+        let count = match self.reads.iter().position(alone) {
             Some(0) => 1,
             position => position.unwrap_or(self.reads.len()).min(reads_max),
         };

@@ -28,6 +28,7 @@ mod connection;
 pub mod copy;
 pub mod figures;
 pub mod lane;
+pub mod purge;
 mod read;
 mod schema;
 mod statements;
@@ -125,7 +126,7 @@ pub struct Counters {
     pub loads: AtomicU64,
     /// Users found by them.
     pub users_loaded: AtomicU64,
-    /// Documents asked for.
+    /// Documents, and retractions on pages, asked for.
     pub reads: AtomicU64,
     /// Archive pages asked for.
     pub pages: AtomicU64,
@@ -135,6 +136,8 @@ pub struct Counters {
     pub rows: AtomicU64,
     /// Records of journals that are in the database, or need not be.
     pub drained: AtomicU64,
+    /// Entries of archives deleted because they were old enough.
+    pub purged: AtomicU64,
     /// Records for users who do not exist.
     pub skipped: AtomicU64,
     /// Records that the database refused and that lie in `quarantine`.

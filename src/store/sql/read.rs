@@ -8,7 +8,7 @@ use super::statements::{self, ASK_MAX};
 use super::{Position, Sql, peer_key, split_jid};
 use crate::store::change::Id;
 use crate::store::record::{Record, RecordError};
-use crate::store::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending};
+use crate::store::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending, Retraction};
 
 /// What a load found for one name.
 pub type Found = Result<Option<Loaded>, RecordError>;
@@ -140,6 +140,34 @@ impl Sql {
         Ok(found)
     }
 
+    /// Retractions of entries that are named by ids with one of these keys, in the order of their ids.
+    pub async fn retractions(
+        &mut self,
+        name: &str,
+        keys: &[i64],
+    ) -> Result<Vec<Retraction>, SqlError> {
+        let mut found = Vec::new();
+        for keys in keys.chunks(ASK_MAX) {
+            let rows = self
+                .conn
+                .ask_about(&statements::RETRACTIONS, keys, 1, |values, key| {
+                    values.extend([Value::Text(name), Value::Int(*key)])
+                });
+            for row in rows.await? {
+                found.push(Retraction {
+                    id: row.id(0)?,
+                    side: row.int(1)? as u8,
+                    peer: row.text(2)?.into(),
+                    target: row.text(3)?.into(),
+                    tombstone: row.bytes(4)?.into(),
+                });
+            }
+        }
+        found.sort_by_key(|one| one.id);
+        found.dedup_by_key(|one| one.id);
+        Ok(found)
+    }
+
     /// One page of an archive, with one statement.
     pub async fn archive_page(&mut self, query: &ArchiveQuery) -> Result<Page, SqlError> {
         if query.ids.len() > Sql::IDS_MAX {
@@ -157,6 +185,7 @@ impl Sql {
             match row.int(0)? {
                 0 => {
                     page.last_id = row.id(1)?;
+                    page.retracted = row.optional_bytes(4)?.is_some();
                     if query.count {
                         page.count = Some(row.id(2)?);
                         // Those before the page: counted up to where it begins, or up to where it ends.
@@ -342,7 +371,7 @@ impl ArchiveQuery {
     }
 }
 
-/// Writes the statement of a page: a head (type 0: highest id, count, index), the page (1), and those of the ids
+/// Writes the statement of a page: a head (type 0: highest id, count, index, a retraction), the page (1), and those of the ids
 /// mentioned that exist (2). Every part is about one owner and a range of ids, so `archive_owner` serves all.
 struct PageStatement<'q> {
     query: &'q ArchiveQuery,
@@ -409,8 +438,9 @@ impl<'q> PageStatement<'q> {
             text += "0, 0";
         }
         let (_, row) = statements::archive(self.dialect, query.with.is_some());
+        self.values.push(Value::Text(&query.name));
         text += &format!(
-            ", NULL, NULL UNION ALL SELECT * FROM (SELECT 1 AS part, k.id, {row}.meta, 0 AS unused, {row}.peer, {row}.stanza FROM "
+            ", (SELECT r.target FROM retractions r WHERE r.owner = {OWNER} LIMIT 1), NULL UNION ALL SELECT * FROM (SELECT 1 AS part, k.id, {row}.meta, 0 AS unused, {row}.peer, {row}.stanza FROM "
         );
         text += &self.matches(page);
         text += match query.backwards {

@@ -22,6 +22,15 @@ pub(super) fn first_of_sqlite() -> Migrator {
     Migrator::with_migrations(first)
 }
 
+/// How many migrations there are.
+#[cfg(test)]
+pub(super) fn count(dialect: Dialect) -> i64 {
+    match dialect {
+        Dialect::Sqlite => SQLITE.iter().count() as i64,
+        Dialect::MySql => MYSQL.iter().count() as i64,
+    }
+}
+
 /// How long another process may take that migrates at the same time.
 const OTHERS_MAX: Duration = Duration::from_secs(60);
 /// How long one migration may take; large tables are copied.

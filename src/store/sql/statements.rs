@@ -333,6 +333,39 @@ pub(super) static DROP_ARCHIVE: Statement =
 pub(super) static DROP_PENDING: Statement =
     Statement::change(|_, n| format!("DELETE FROM pending WHERE id IN ({})", marks(n)));
 
+pub(super) static PUT_RETRACTIONS: Statement = Statement::change(|dialect, n| {
+    insert_once(
+        dialect,
+        "retractions",
+        "id",
+        "id, owner, target_key, side, peer, target, tombstone",
+        n,
+    )
+});
+
+pub(super) static DROP_RETRACTIONS: Statement =
+    Statement::change(|_, n| format!("DELETE FROM retractions WHERE id IN ({})", marks(n)));
+
+/// What waits and is to be in no archive keeps its text itself.
+pub(super) static UNARCHIVE_PENDING: Statement = Statement::change(|_, n| {
+    let rest = u32::MAX - u32::from(Message::ARCHIVE);
+    format!(
+        "UPDATE pending SET stanza = COALESCE(stanza, (SELECT a.stanza FROM archive a WHERE a.id = pending.id)),
+            meta = meta & {rest} WHERE id IN ({})",
+        marks(n)
+    )
+});
+
+/// (name, key): retractions of entries that are named by an id with this key.
+pub(super) static RETRACTIONS: Statement = Statement::ask(|dialect, n| {
+    let one = format!(
+        "SELECT r.id, r.side, r.peer, r.target, r.tombstone FROM users u {} retractions r ON r.owner = u.id
+            WHERE u.name = ? AND r.target_key = ?",
+        then(dialect)
+    );
+    vec![one; n].join(" UNION ALL ")
+});
+
 /// Takes [`Message::UNDECIDED`](crate::store::change::Message::UNDECIDED) out of `meta`, which has 32 bits.
 pub(super) static DECIDE: Statement = Statement::change(|_, n| {
     let rest = u32::MAX - u32::from(Message::UNDECIDED);
@@ -401,8 +434,9 @@ pub(super) fn purge_archive(dialect: Dialect) -> &'static str {
         Dialect::MySql => "DELETE FROM archive WHERE owner = ? LIMIT 1000",
     }
 }
-pub(super) const PURGE_REST: [&str; 4] = [
+pub(super) const PURGE_REST: [&str; 5] = [
     "DELETE FROM pending WHERE owner = ?",
+    "DELETE FROM retractions WHERE owner = ?",
     "DELETE FROM documents WHERE owner = ?",
     "DELETE FROM last_activities WHERE owner = ?",
     "DELETE FROM gone WHERE owner = ?",

@@ -25,7 +25,6 @@ const NS_ROOM_USER: &str = "http://jabber.org/protocol/muc#user";
 /// Instant messaging payloads of today that come without a body; XEP-0280 section 6.1 leaves the list open.
 const CARBON_PAYLOADS: &[(&str, &str)] = &[
     ("reactions", "urn:xmpp:reactions:0"),
-    ("retract", "urn:xmpp:message-retract:1"),
     ("encrypted", "eu.siacs.conversations.axolotl"),
 ];
 
@@ -55,6 +54,10 @@ pub fn meta(view: &View<'_>) -> Meta {
                     // mediated invitation or decline (XEP-0045 section 7.8.2)
                     NS_ROOM_USER if invites(child) => invitation = true,
                     NS_ROOM_USER => room = true,
+                    super::retract::NS if name == "retract" => {
+                        // XEP-0424 section 5: it must be in the archive
+                        flags |= Meta::CARBON | Meta::RETRACT | Meta::STORE;
+                    }
                     _ if CARBON_PAYLOADS.contains(&(name, ns)) => flags |= Meta::CARBON,
                     _ => {}
                 }

@@ -2,6 +2,7 @@
 //! come from [`FEATURES`], so that they cannot disagree.
 
 pub mod archive;
+pub mod archive_prefs;
 pub mod blocking;
 pub mod caps;
 pub mod carbons;
@@ -15,6 +16,7 @@ pub mod ping;
 pub mod presence;
 pub mod private;
 pub mod register;
+pub mod retract;
 pub mod roster;
 pub mod rsm;
 pub mod sm;
@@ -152,7 +154,7 @@ macro_rules! features {
 }
 
 features! {
-    disco roster subscription presence blocking carbons offline archive rsm stable_id hints sm csi ping caps vcard private
+    disco roster subscription presence blocking carbons offline archive archive_prefs retract rsm stable_id hints sm csi ping caps vcard private
     register last time version legacy_session
 }
 

@@ -72,6 +72,11 @@ fn write(by: &str, stanza: &[u8], id: u64, out: &mut Vec<u8>) -> bool {
     true
 }
 
+/// An id as clients see it.
+pub fn shown(id: u64, key: [u64; 2]) -> String {
+    format!("{:016x}", permute(id, key))
+}
+
 /// The inverse of [`permute`].
 pub fn unpermute(value: u64, key: [u64; 2]) -> u64 {
     let (mut left, mut right) = ((value >> 32) as u32, value as u32);

@@ -1,4 +1,5 @@
-//! The README's table of specifications, made from the table of features and the few rows of the core.
+//! The README's table of specifications and the DOAP file (XEP-0453), made from the table of features and the few rows of the
+//! core.
 
 use std::fmt::Write;
 
@@ -38,30 +39,87 @@ const CORE: &[(&str, &str, &str, &str)] = &[
 /// Begin and end of the table in the README.
 pub const MARKERS: (&str, &str) = ("<!-- features -->\n", "<!-- /features -->");
 
-/// The table as Markdown, one row for each specification.
-pub fn markdown() -> String {
-    let mut out = String::from("| what | specification | version | file |\n|---|---|---|---|\n");
-    let mut row = |name: &str, spec: &str, version: &str, file: &str| {
-        writeln!(out, "| {name} | {spec} | {version} | `{file}` |")
-            .expect("writing to memory succeeds");
-    };
-    for (name, spec, version, file) in CORE {
-        row(name, spec, version, file);
-    }
+/// One specification: name, specification, version, file.
+type Row = (&'static str, &'static str, &'static str, String);
+
+fn rows() -> Vec<Row> {
+    let core = CORE.iter();
+    let mut rows: Vec<Row> = core
+        .map(|(n, s, v, file)| (*n, *s, *v, (*file).into()))
+        .collect();
     for (feature, file) in FEATURES.iter().zip(FILES) {
         // a file may hold two specifications that only make sense together
         let mut versions = feature.version.split(", ");
         for spec in feature.spec.split(", ") {
-            row(
-                feature.name,
-                spec,
-                versions.next().unwrap_or_default(),
-                &format!("src/xmpp/feature/{file}.rs"),
-            );
+            let version = versions.next().unwrap_or_default();
+            let file = format!("src/xmpp/feature/{file}.rs");
+            rows.push((feature.name, spec, version, file));
         }
+    }
+    rows
+}
+
+/// The table as Markdown, one row for each specification.
+pub fn markdown() -> String {
+    let mut out = String::from("| what | specification | version | file |\n|---|---|---|---|\n");
+    for (name, spec, version, file) in rows() {
+        writeln!(out, "| {name} | {spec} | {version} | `{file}` |")
+            .expect("writing to memory succeeds");
     }
     out
 }
+
+/// The same for machines: a description of the project with what it implements (XEP-0453).
+pub fn doap() -> String {
+    let mut rfcs: Vec<&str> = Vec::new();
+    let mut xeps: Vec<(&str, &str)> = Vec::new();
+    for (_, spec, version, _) in rows() {
+        // sections of an RFC have rows of their own
+        let is_whole = |number: &&str| !number.contains(' ');
+        if let Some(number) = spec.strip_prefix("XEP-") {
+            xeps.push((number, version));
+        } else if let Some(number) = spec.strip_prefix("RFC ").filter(is_whole) {
+            rfcs.push(number);
+        }
+    }
+    rfcs.sort_unstable();
+    rfcs.dedup();
+    xeps.sort_unstable();
+    xeps.dedup_by_key(|(number, _)| *number);
+    let mut out = String::from(DOAP_HEAD);
+    for rfc in rfcs {
+        writeln!(
+            out,
+            "    <implements rdf:resource='https://www.rfc-editor.org/info/rfc{rfc}'/>"
+        )
+        .expect("writing to memory succeeds");
+    }
+    for (number, version) in xeps {
+        write!(
+            out,
+            "    <implements>\n      <xmpp:SupportedXep>\n        \
+             <xmpp:xep rdf:resource='https://xmpp.org/extensions/xep-{number}.html'/>\n        \
+             <xmpp:version>{version}</xmpp:version>\n      \
+             </xmpp:SupportedXep>\n    </implements>\n"
+        )
+        .expect("writing to memory succeeds");
+    }
+    out += "  </Project>\n</rdf:RDF>\n";
+    out
+}
+
+const DOAP_HEAD: &str = "<?xml version='1.0' encoding='UTF-8'?>
+<!-- Generated: nitro check-config --print-doap -->
+<rdf:RDF xmlns='http://usefulinc.com/ns/doap#' xmlns:rdf='http://www.w3.org/1999/02/22-rdf-syntax-ns#' \
+xmlns:xmpp='https://linkmauve.fr/ns/xmpp-doap#'>
+  <Project>
+    <name>nitro</name>
+    <shortdesc xml:lang='en'>An instant-messaging server for trading floors: thread-per-core and shared-nothing</shortdesc>
+    <programming-language>Rust</programming-language>
+    <os>Linux</os>
+    <license rdf:resource='https://www.apache.org/licenses/LICENSE-2.0'/>
+    <category rdf:resource='https://linkmauve.fr/ns/xmpp-doap#category-server'/>
+";
 
 #[cfg(test)]
 mod tests {
@@ -77,5 +135,30 @@ mod tests {
             .split_once(MARKERS.1)
             .expect("the README has the second marker");
         assert_eq!(table, markdown(), "copy the right side into README.md");
+    }
+
+    #[test]
+    fn the_doap_file_is_as_it_is_generated_and_names_each_specification_once() {
+        let doap = doap();
+        assert_eq!(
+            include_str!("nitro.doap"),
+            doap,
+            "nitro check-config --print-doap > src/xmpp/feature/nitro.doap"
+        );
+        let body = doap.split_once("-->").expect("it has a comment").1;
+        let parsed = crate::xml::Element::parse(body.trim()).expect("it is XML");
+        let project = parsed.elements().next().expect("it describes a project");
+        const NS: &str = "http://usefulinc.com/ns/doap#";
+        let xeps = project.elements().filter(|e| e.is("implements", NS));
+        let xeps = xeps.filter(|e| e.elements().next().is_some()).count();
+        let wanted: std::collections::BTreeSet<_> = rows()
+            .into_iter()
+            .filter(|(_, spec, ..)| spec.starts_with("XEP-"))
+            .map(|(_, spec, version, _)| {
+                assert!(!version.is_empty(), "{spec}: which version?");
+                spec
+            })
+            .collect();
+        assert_eq!(xeps, wanted.len());
     }
 }

@@ -3,6 +3,7 @@
 mod changes;
 mod faults;
 mod pages;
+mod retention;
 mod schema;
 #[path = "../../../../tests/servers/mod.rs"]
 mod servers;

@@ -98,6 +98,7 @@ fn expected(query: &ArchiveQuery) -> Page {
         count: query.count.then_some(matching.len() as u64),
         index: index.filter(|_| query.count),
         missing,
+        retracted: false,
         last_id: all.last().map_or(0, |(id, _)| *id),
     }
 }
