@@ -389,5 +389,15 @@ fn limits() -> Limits {
         registration: true,
         iterations: 4096,
         archive_page_max: 250,
+        pubsub: nitro::xmpp::pubsub::edit::Bounds {
+            nodes_max: 100,
+            items_max: 1000,
+            item_bytes_max: 192 << 10,
+            bytes_max: 1 << 20,
+            affiliations_max: 100,
+        },
+        pubsub_page_items_max: 500,
+        pep_waiting_max: 10_000,
+        caps_remembered_max: 10_000,
     }
 }

@@ -405,6 +405,10 @@ impl Shard {
             },
             journal_refused: c.journal_refused,
             journal_waited: c.journal_waited,
+            pep_sent: c.pep_sent,
+            pep_dropped: c.pep_dropped,
+            pep_waiting: slice.pep.waiting() as u64,
+            caps_remembered: slice.caps.len() as u64,
             overlay_items: slice.overlay.items() as u64,
             ring_waiting: slice.warmth.waiting() as u64,
             logins_computing: self.admission.computing() as u64,
@@ -534,6 +538,16 @@ pub fn limits(config: &Config) -> Limits {
         registration: config.registration != crate::config::Registration::Off,
         iterations: config.sasl.iterations,
         archive_page_max: crate::xmpp::feature::archive::PAGE_MAX,
+        pubsub: crate::xmpp::pubsub::edit::Bounds {
+            nodes_max: l.pubsub_nodes_max,
+            items_max: l.pubsub_items_max,
+            item_bytes_max: l.pubsub_item_bytes_max,
+            bytes_max: l.pubsub_bytes_max,
+            affiliations_max: l.pubsub_affiliations_max,
+        },
+        pubsub_page_items_max: l.pubsub_page_items_max,
+        pep_waiting_max: l.pep_waiting_max,
+        caps_remembered_max: l.caps_remembered_max,
     }
 }
 

@@ -66,6 +66,16 @@ pub fn limits() -> Limits {
         registration: true,
         iterations: 4096,
         archive_page_max: feature::archive::PAGE_MAX,
+        pubsub: super::pubsub::edit::Bounds {
+            nodes_max: 20,
+            items_max: 100,
+            item_bytes_max: 1 << 16,
+            bytes_max: 1 << 18,
+            affiliations_max: 10,
+        },
+        pubsub_page_items_max: 50,
+        pep_waiting_max: 1000,
+        caps_remembered_max: 100,
     }
 }
 
@@ -359,6 +369,11 @@ impl World {
     pub fn take(&mut self, client: Client) -> Vec<String> {
         let out = std::mem::take(&mut self.clients[client.link].out);
         elements(&out)
+    }
+
+    /// The same, and it is asked for again.
+    pub fn peek(&self, client: Client) -> Vec<String> {
+        elements(&self.clients[client.link].out)
     }
 
     /// The client has got exactly these elements, in this order, since it was asked last. The order of attributes does
