@@ -133,6 +133,8 @@ pub struct Pep {
     changes: FnvHashMap<Rc<str>, VecDeque<Work>>,
     greetings: VecDeque<Greeting>,
     reading: usize,
+    /// [`pump`] is at work.
+    pumping: bool,
 }
 
 impl Pep {
@@ -730,6 +732,10 @@ pub fn interest_in(slice: &mut Slice, names: &str, from: &str, wants: &str) {
 
 /// Reads indexes for those who wait, as many as may be read at a time.
 fn pump(slice: &mut Slice) {
+    // an index that is known is there at once: the loop goes on, not deeper
+    if std::mem::replace(&mut slice.pep.pumping, true) {
+        return;
+    }
     while slice.pep.reading < READS_MAX
         && let Some(greeting) = slice.pep.greetings.pop_front()
     {
@@ -748,6 +754,7 @@ fn pump(slice: &mut Slice) {
             }),
         );
     }
+    slice.pep.pumping = false;
 }
 
 /// The last items of the user's nodes that `from` (full JID) wants and may see.
@@ -843,17 +850,14 @@ fn send_to(slice: &mut Slice, name: &str, to: &Jid<'_>, stanza: &[u8]) {
 // ---- requests ----------------------------------------------------------------------------------------------------
 
 /// The elements of a request that are of its own namespace.
-fn parts<'i>(iq: &'i Iq) -> impl Iterator<Item = &'i Element> {
+fn parts(iq: &Iq) -> impl Iterator<Item = &Element> {
     iq.payload.elements().filter(|e| e.ns == iq.payload.ns)
 }
 
-fn request(slice: &mut Slice, mut iq: Iq) {
+fn request(slice: &mut Slice, iq: Iq) {
     let Some(action) = parts(&iq).next().cloned() else {
         return slice.iq_error(&iq, &StanzaError::BAD_REQUEST);
     };
-    if iq.set && !iq.own() {
-        slice.iq_reads(&mut iq);
-    }
     let error = match (&*action.name, iq.set) {
         ("items", false) => return items(slice, iq, action),
         ("affiliations", false) => return affiliations(slice, iq, action),
@@ -933,13 +937,19 @@ fn change(slice: &mut Slice, iq: Iq, node: String, op: Op, answer: Option<Elemen
     );
 }
 
-/// XEP-0060 section 7.1.
-fn publish(slice: &mut Slice, iq: Iq, action: Element) {
-    let read = || -> Result<(String, Option<String>, Vec<u8>, Option<Values>), StanzaError> {
-        let node = action.get("node").unwrap_or_default().to_owned();
-        let mut found = action.elements().filter(|e| e.is("item", NS));
-        let item = found.next();
-        if found.next().is_some() {
+/// What a client wants to publish.
+struct Publication {
+    node: String,
+    id: Option<String>,
+    payload: Vec<u8>,
+    options: Option<Values>,
+}
+
+impl Publication {
+    fn of(iq: &Iq, action: &Element) -> Result<Publication, StanzaError> {
+        let mut items = action.elements().filter(|e| e.is("item", NS));
+        let item = items.next();
+        if items.next().is_some() {
             return Err(refused(StanzaError::BAD_REQUEST, "max-items-exceeded"));
         }
         let item = item.ok_or(refused(StanzaError::BAD_REQUEST, "item-required"))?;
@@ -957,10 +967,24 @@ fn publish(slice: &mut Slice, iq: Iq, action: Element) {
             None => None,
         };
         let id = item.get("id").filter(|id| !id.is_empty());
-        Ok((node, id.map(str::to_owned), bytes, options))
-    };
-    let (node, id, payload, options) = match read() {
-        Ok(read) => read,
+        Ok(Publication {
+            node: action.get("node").unwrap_or_default().to_owned(),
+            id: id.map(str::to_owned),
+            payload: bytes,
+            options,
+        })
+    }
+}
+
+/// XEP-0060 section 7.1.
+fn publish(slice: &mut Slice, iq: Iq, action: Element) {
+    let Publication {
+        node,
+        id,
+        payload,
+        options,
+    } = match Publication::of(&iq, &action) {
+        Ok(publication) => publication,
         Err(error) => return slice.iq_error(&iq, &error),
     };
     if node == bookmarks::OLD_NODE {

@@ -798,3 +798,21 @@ fn a_user_without_nodes_costs_next_to_nothing_and_one_with_nodes_his_index() {
             && size_of::<Option<std::rc::Rc<super::super::caps::Entity>>>() == 8
     );
 }
+
+/// One greeting after the other, not one inside the other.
+#[test]
+fn thousands_who_wait_for_a_user_who_has_come_do_not_pile_up() {
+    let mut w = World::with(1, |limits| limits.pep_waiting_max = 100_000);
+    w.befriend("alice", "bob");
+    let a = w.online("alice", "a");
+    succeeds(&mut w, a, &publish(TUNE, "1", SONG));
+    w.crash(1);
+    w.tier.held = true;
+    let slice = &mut w.slices[0];
+    for n in 0..50_000 {
+        interest_in(slice, "alice", &format!("bob@localhost/{n}"), "urn:x\n");
+    }
+    assert!(slice.pep.waiting() >= 50_000);
+    w.release();
+    assert_eq!(w.slices[0].pep.waiting(), 0);
+}
