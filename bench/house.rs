@@ -392,5 +392,15 @@ fn limits() -> Limits {
         archive_prefs_max: 200,
         archive_keep_ms: 0,
         archive_recent_bytes_max: 32 << 20,
+        pubsub: nitro::xmpp::pubsub::edit::Bounds {
+            nodes_max: 100,
+            items_max: 1000,
+            item_bytes_max: 192 << 10,
+            bytes_max: 1 << 20,
+            affiliations_max: 100,
+        },
+        pubsub_page_items_max: 500,
+        pep_waiting_max: 10_000,
+        caps_remembered_max: 10_000,
     }
 }

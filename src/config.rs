@@ -207,6 +207,22 @@ keys! {
         live private_bytes_max: usize = 65_536 => 1024..=16_777_216;
         /// Bytes of a vCard, photo included (XEP-0054).
         live vcard_bytes_max: usize = 196_608 => 1024..=16_777_216;
+        /// Nodes of one user (XEP-0163); beyond it `<conflict/>` with `<max-nodes-exceeded/>`.
+        live pubsub_nodes_max: usize = 100 => 1..=1000;
+        /// Items of one node, whatever its configuration says; then the oldest goes.
+        live pubsub_items_max: usize = 1000 => 1..=100_000;
+        /// Bytes of one item; beyond it `<not-acceptable/>` with `<payload-too-big/>`.
+        live pubsub_item_bytes_max: usize = 196_608 => 1024..=16_777_216;
+        /// Bytes of all items and nodes of one user; beyond it `<policy-violation/>`.
+        live pubsub_bytes_max: usize = 1_048_576 => 4096..=67_108_864;
+        /// Addresses in the list of affiliations of one node; beyond it `<resource-constraint/>`.
+        live pubsub_affiliations_max: usize = 100 => 1..=10_000;
+        /// Items in one answer; the others are on further pages (XEP-0059).
+        live pubsub_page_items_max: usize = 500 => 1..=10_000;
+        /// Contacts of one shard whose nodes wait to be read for somebody who has come; he does not hear of those beyond.
+        live pep_waiting_max: usize = 10_000 => 1..=1_000_000;
+        /// Capabilities of clients (XEP-0115) that one shard remembers; the oldest that no session uses goes.
+        live caps_remembered_max: usize = 10_000 => 16..=1_000_000;
 
         /// Bytes queued for a client that does not read; then it is disconnected, or parked if it can resume.
         live send_queue_bytes_max: usize = 2_097_152 => 65_536..=1_073_741_824;

@@ -130,6 +130,18 @@ snapshot! {
     /// Subscriptions, durable at their sender, that had to wait until the recipient's full journal had room. When it rises, see
     /// nitro_journal_status.
     counter journal_waited = "nitro_journal_waited";
+    /// Notifications of nodes (XEP-0163: avatars, moods, device lists, bookmarks) sent. When the rate is far above that of messages, a
+    /// client publishes in a loop.
+    counter pep_sent = "nitro_pep_notifications";
+    /// Contacts of whose nodes somebody who has come does not hear, because too many waited to be read (limits.pep_waiting_max).
+    /// When it rises, many have come at once: their avatars come when they are published again, or at the next login.
+    counter pep_dropped = "nitro_pep_greetings_dropped";
+    /// Contacts whose nodes wait to be read for somebody who has come. When it stays high, the database is slow: look at
+    /// nitro_sql_read_seconds.
+    gauge pep_waiting = "nitro_pep_greetings_waiting";
+    /// Capabilities of clients that are remembered (XEP-0115). When it stays at limits.caps_remembered_max, clients announce ever
+    /// new ones, and each is asked for them.
+    gauge caps_remembered = "nitro_caps_remembered";
     /// Changes that the database does not have yet and the shard remembers. When they grow, see nitro_journal_backlog_bytes; each
     /// takes about 140 bytes of memory.
     gauge overlay_items = "nitro_overlay_items";

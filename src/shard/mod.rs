@@ -410,6 +410,10 @@ impl Shard {
             },
             journal_refused: c.journal_refused,
             journal_waited: c.journal_waited,
+            pep_sent: c.pep_sent,
+            pep_dropped: c.pep_dropped,
+            pep_waiting: slice.pep.waiting() as u64,
+            caps_remembered: slice.caps.len() as u64,
             overlay_items: slice.overlay.items() as u64,
             ring_waiting: slice.warmth.waiting() as u64,
             logins_computing: self.admission.computing() as u64,
@@ -542,6 +546,16 @@ pub fn limits(config: &Config, shards: usize) -> Limits {
         archive_prefs_max: config.archive.preferences_max,
         archive_keep_ms: config.archive.keep_days * 24 * 3_600_000,
         archive_recent_bytes_max: config.archive.recent_bytes_max / shards.max(1),
+        pubsub: crate::xmpp::pubsub::edit::Bounds {
+            nodes_max: l.pubsub_nodes_max,
+            items_max: l.pubsub_items_max,
+            item_bytes_max: l.pubsub_item_bytes_max,
+            bytes_max: l.pubsub_bytes_max,
+            affiliations_max: l.pubsub_affiliations_max,
+        },
+        pubsub_page_items_max: l.pubsub_page_items_max,
+        pep_waiting_max: l.pep_waiting_max,
+        caps_remembered_max: l.caps_remembered_max,
     }
 }
 

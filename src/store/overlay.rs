@@ -165,6 +165,28 @@ struct Doubt {
     journals: FnvHashSet<u16>,
 }
 
+/// How far back a document is sought that a newer one takes the place of.
+const SUPERSEDE_LOOKS: usize = 1024;
+
+/// What a document said before is not kept while a newer one of the same journal waits behind it: a client that writes again and
+/// again while the database is away costs the newest only. It is forgotten in order, so the older one is never the last.
+fn supersede(items: &mut VecDeque<(u64, Item)>, newer: u64, wanted: &str) {
+    let looked = items.iter_mut().rev().take(SUPERSEDE_LOOKS);
+    let old = looked.map(|(_, item)| item).find_map(|item| match item {
+        Item::Document {
+            revision,
+            key,
+            value,
+        } if **key == *wanted => Some((*revision, value)),
+        _ => None,
+    });
+    if let Some((revision, value)) = old
+        && revision < newer
+    {
+        *value = Box::default();
+    }
+}
+
 /// What one journal has of a user, by position.
 type Part = (u16, VecDeque<(u64, Item)>);
 
@@ -242,7 +264,11 @@ impl Overlay {
                 user.parts.len() - 1
             }
         };
-        user.parts[part].1.push_back((at.seq, item));
+        let items = &mut user.parts[part].1;
+        if let Item::Document { revision, key, .. } = &item {
+            supersede(items, *revision, key);
+        }
+        items.push_back((at.seq, item));
         self.items += 1;
     }
 
@@ -758,5 +784,48 @@ impl Undrained {
             !items.is_empty()
         });
         forgotten
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_document_that_is_written_again_and_again_is_kept_once() {
+        let mut overlay = Overlay::new(Rc::new(|_, _| Ok(())));
+        let name: Rc<str> = "alice".into();
+        let document = |revision: u64, key: &str| Item::Document {
+            revision,
+            key: key.into(),
+            value: vec![revision as u8; 1000].into(),
+        };
+        for seq in 1..=100 {
+            let at = |seq| Position { journal: 0, seq };
+            overlay.add(at(2 * seq), &name, document(2 * seq, "pep"));
+            overlay.add(at(2 * seq + 1), &name, document(2 * seq + 1, "vcard"));
+        }
+        let bytes = |overlay: &Overlay| -> usize {
+            let items = overlay.users["alice"].items();
+            items
+                .map(|item| match item {
+                    Item::Document { value, .. } => value.len(),
+                    _ => 0,
+                })
+                .sum()
+        };
+        assert_eq!(bytes(&overlay), 2000);
+        let newest = |overlay: &Overlay, key: &str| overlay.document("alice", key).unwrap();
+        assert_eq!(newest(&overlay, "pep"), Some(Some(vec![200; 1000].into())));
+        // whatever has been carried over, the newest stays to the end
+        for seq in [3, 100, 199] {
+            overlay.drained(Position { journal: 0, seq });
+            assert_eq!(newest(&overlay, "pep"), Some(Some(vec![200; 1000].into())));
+        }
+        overlay.drained(Position {
+            journal: 0,
+            seq: 201,
+        });
+        assert_eq!(newest(&overlay, "pep"), None);
     }
 }

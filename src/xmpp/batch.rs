@@ -42,6 +42,21 @@ pub enum Item {
     },
     /// Who of these users (local parts, each ended by a line feed) is online, asks full JID `from`.
     Probe { from: Span, names: Span },
+    /// A notification (XEP-0163) of a node of bare JID `from` for many users (local parts, separated by line feeds), `to` not yet
+    /// stamped: for those of their resources that want to hear of the node.
+    Event {
+        from: Span,
+        node: Span,
+        stanza: Span,
+        names: Span,
+    },
+    /// Full JID `from` has come and wants to hear of these nodes (each followed by a line feed) of these users (local parts,
+    /// separated by line feeds).
+    Interest {
+        from: Span,
+        wants: Span,
+        names: Span,
+    },
     /// The fate of a stanza is decided: durable, delivered or refused.
     Settled(Receipt),
 }

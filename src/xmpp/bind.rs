@@ -67,6 +67,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         carbons: false,
         blocklist: false,
         presence: None,
+        caps: None,
         directed: Default::default(),
         csi: Default::default(),
         paced: None,

@@ -13,11 +13,13 @@ pub struct StanzaError {
     pub text: Option<&'static str>,
     /// Application-specific condition: element name and namespace.
     pub detail: Option<(&'static str, &'static str)>,
+    /// Its attribute `feature` (XEP-0060 names what is unsupported in this way).
+    pub feature: Option<&'static str>,
 }
 
 macro_rules! stanza_errors {
     ($($name:ident = $kind:literal $condition:literal;)*) => {
-        $(pub const $name: StanzaError = StanzaError { condition: $condition, kind: $kind, text: None, detail: None };)*
+        $(pub const $name: StanzaError = StanzaError { condition: $condition, kind: $kind, text: None, detail: None, feature: None };)*
     };
 }
 
@@ -51,6 +53,12 @@ impl StanzaError {
         self
     }
 
+    /// The attribute `feature` of the detail.
+    pub const fn feature(mut self, feature: &'static str) -> Self {
+        self.feature = Some(feature);
+        self
+    }
+
     /// `<error type='…'><condition/>[<text/>][<detail/>]</error>` in `jabber:client`.
     pub fn element(&self) -> Element {
         let mut error = Element::new("error", super::NS_CLIENT)
@@ -64,7 +72,11 @@ impl StanzaError {
             );
         }
         if let Some((name, ns)) = self.detail {
-            error = error.child(Element::new(name, ns));
+            let mut detail = Element::new(name, ns);
+            if let Some(feature) = self.feature {
+                detail.set("feature", feature);
+            }
+            error = error.child(detail);
         }
         error
     }

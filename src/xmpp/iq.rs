@@ -2,7 +2,7 @@
 
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Target, last};
+use super::feature::{Target, caps, last};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
@@ -139,7 +139,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     };
     if !requests {
         // an answer to the server: its ping is answered by being heard
-        return;
+        return caps::answered(slice, sid, view);
     }
     let payload = view
         .to_element()

@@ -8,6 +8,7 @@ pub mod batch;
 pub mod bind;
 pub mod error;
 pub mod feature;
+pub mod form;
 pub mod iq;
 pub mod jid;
 pub mod ledger;
@@ -17,6 +18,7 @@ pub mod negotiation;
 pub mod pace;
 #[cfg(test)]
 mod promise;
+pub mod pubsub;
 pub mod sasl;
 pub mod session;
 #[cfg(test)]

@@ -8,6 +8,7 @@ use slab::Slab;
 use smallvec::SmallVec;
 
 use super::accept::Acceptance;
+use super::feature::caps;
 use super::feature::csi::Csi;
 use super::feature::sm::{Kept, Sm};
 use super::meta::Meta;
@@ -67,6 +68,8 @@ pub struct Session {
     /// XEP-0191 block list was asked for: gets block pushes.
     pub blocklist: bool,
     pub presence: Option<Box<Presence>>,
+    /// XEP-0115: what its client wants to hear of, once that is known; shared by all with the same.
+    pub caps: Option<Rc<caps::Entity>>,
     /// Those who got directed presence (RFC 6121 4.6.3) and will get the unavailable presence.
     pub directed: SmallVec<[Box<str>; 0]>,
     pub csi: Csi,

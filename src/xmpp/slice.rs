@@ -116,6 +116,14 @@ pub struct Limits {
     pub archive_keep_ms: u64,
     /// Of the newest entries of archives that are kept in memory.
     pub archive_recent_bytes_max: usize,
+    /// Nodes of one user.
+    pub pubsub: super::pubsub::edit::Bounds,
+    /// Items of a node in one answer.
+    pub pubsub_page_items_max: usize,
+    /// Contacts whose nodes wait to be read for somebody who has come.
+    pub pep_waiting_max: usize,
+    /// Capabilities of clients that are remembered.
+    pub caps_remembered_max: usize,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -149,6 +157,8 @@ pub struct User {
     pub last: Option<Last>,
     /// What Redis says of messages that wait for him.
     pub waits: Waits,
+    /// The index of his nodes as stored ([`feature::pep`]), once it was needed; empty: he has none.
+    pub pep: Option<Rc<[u8]>>,
 }
 
 impl User {
@@ -163,6 +173,7 @@ impl User {
             held: Vec::new(),
             last: loaded.last,
             waits: Waits::default(),
+            pep: None,
         }
     }
 }
@@ -388,6 +399,10 @@ pub struct Counters {
     pub journal_refused: u64,
     /// Halves of changes that had to wait for room in the journal.
     pub journal_waited: u64,
+    /// Notifications of nodes (XEP-0163).
+    pub pep_sent: u64,
+    /// Greetings left out because too many waited.
+    pub pep_dropped: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -429,6 +444,10 @@ pub struct Slice {
     pub(super) passwords: feature::register::Changes,
     /// Queries of archives at work.
     pub(super) archive: feature::archive::Queries,
+    /// Changes of nodes at work.
+    pub pep: feature::pep::Pep,
+    /// What is known of clients' capabilities.
+    pub caps: feature::caps::Known,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     /// How often users were asked for again; see [`AGAIN_MAX`].
     again: FnvHashMap<Box<str>, u8>,
@@ -510,6 +529,8 @@ impl Slice {
             private: Default::default(),
             passwords: Default::default(),
             archive: Default::default(),
+            pep: Default::default(),
+            caps: Default::default(),
             waits: FnvHashMap::default(),
             again: FnvHashMap::default(),
             ticket: 0,
@@ -605,6 +626,28 @@ impl Slice {
                 }
                 Item::Probe { from, names } => {
                     presence::probe_in(self, batch.text(names), batch.text(from));
+                }
+                Item::Event {
+                    from,
+                    node,
+                    stanza,
+                    names,
+                } => {
+                    feature::pep::event_in(
+                        self,
+                        batch.text(names),
+                        batch.text(from),
+                        batch.text(node),
+                        batch.get(stanza),
+                    );
+                }
+                Item::Interest { from, wants, names } => {
+                    feature::pep::interest_in(
+                        self,
+                        batch.text(names),
+                        batch.text(from),
+                        batch.text(wants),
+                    );
                 }
                 Item::Settled(receipt) => self.settle(receipt),
             }
@@ -739,6 +782,7 @@ impl Slice {
             }
         }
         self.counts.retain(|_, (_, until)| *until > now);
+        feature::caps::tick(self);
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -2226,7 +2270,11 @@ impl Slice {
 }
 
 fn user_bytes(user: &User) -> usize {
-    USER_BYTES + user.record.bytes().len() + user.offline.bytes() + 32 * user.offline.len()
+    USER_BYTES
+        + user.record.bytes().len()
+        + user.offline.bytes()
+        + 32 * user.offline.len()
+        + feature::pep::bytes(user)
 }
 
 /// The change that a group holds at `slot`, which was appended by [`Ledger::journal`].

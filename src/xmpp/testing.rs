@@ -69,6 +69,16 @@ pub fn limits() -> Limits {
         archive_prefs_max: 100,
         archive_keep_ms: 0,
         archive_recent_bytes_max: 1 << 20,
+        pubsub: super::pubsub::edit::Bounds {
+            nodes_max: 20,
+            items_max: 100,
+            item_bytes_max: 1 << 16,
+            bytes_max: 1 << 18,
+            affiliations_max: 10,
+        },
+        pubsub_page_items_max: 50,
+        pep_waiting_max: 1000,
+        caps_remembered_max: 100,
     }
 }
 
@@ -365,6 +375,11 @@ impl World {
     pub fn take(&mut self, client: Client) -> Vec<String> {
         let out = std::mem::take(&mut self.clients[client.link].out);
         elements(&out)
+    }
+
+    /// The same, and it is asked for again.
+    pub fn peek(&self, client: Client) -> Vec<String> {
+        elements(&self.clients[client.link].out)
     }
 
     /// The client has got exactly these elements, in this order, since it was asked last. The order of attributes does

@@ -5,14 +5,19 @@ import datetime
 import socket
 
 import aioxmpp
+import aioxmpp.avatar
 import aioxmpp.blocking
+import aioxmpp.bookmarks
 import aioxmpp.carbons
 import aioxmpp.connector
 import aioxmpp.disco
 import aioxmpp.ibr
 import aioxmpp.node
+import aioxmpp.pep
 import aioxmpp.ping
 import aioxmpp.private_xml
+import aioxmpp.pubsub
+import aioxmpp.pubsub.xso
 import aioxmpp.roster
 import aioxmpp.security_layer
 import aioxmpp.vcard
@@ -20,7 +25,7 @@ import aioxmpp.version
 import aioxmpp.xso
 import lxml.etree
 
-from bot import WAIT_S, Bot, Message, Presence, Push, Refused, StreamEnd
+from bot import WAIT_S, Bot, Event, Message, Presence, Push, Refused, StreamEnd
 
 
 @aioxmpp.private_xml.Query.as_payload_class
@@ -41,6 +46,15 @@ class Time(aioxmpp.xso.XSO):
     TAG = ("urn:xmpp:time", "time")
     tzo = aioxmpp.xso.ChildText(("urn:xmpp:time", "tzo"), default=None)
     utc = aioxmpp.xso.ChildText(("urn:xmpp:time", "utc"), default=None)
+
+
+NICK = "http://jabber.org/protocol/nick"
+
+
+@aioxmpp.pubsub.xso.as_payload_class
+class Nick(aioxmpp.xso.XSO):
+    TAG = (NICK, "nick")
+    text = aioxmpp.xso.Text(default=None)
 
 
 resume_as_written = aioxmpp.stream.StanzaStream._resume_sm
@@ -104,10 +118,16 @@ class AioBot(Bot):
                 aioxmpp.dispatcher.SimpleMessageDispatcher, aioxmpp.dispatcher.SimplePresenceDispatcher,
             )
         }
+        if self.eventing:
+            for service in (aioxmpp.EntityCapsService, aioxmpp.PubSubClient, aioxmpp.PEPClient, aioxmpp.AvatarService,
+                            aioxmpp.BookmarkClient):
+                self.services[service] = client.summon(service)
+            self.services[aioxmpp.PubSubClient].on_item_published.connect(self.on_event)
         messages = self.services[aioxmpp.dispatcher.SimpleMessageDispatcher]
         messages.register_callback(None, None, self.on_message)
         presences = self.services[aioxmpp.dispatcher.SimplePresenceDispatcher]
-        presences.register_callback(None, None, lambda stanza: None)
+        if not self.eventing:  # else a service of the library takes them
+            presences.register_callback(None, None, lambda stanza: None)
         # The dispatcher wants one handler a type and sender: watch the stream beside it, for all of them.
         client.stream.on_presence_received.connect(self.on_presence)
         roster = self.services[aioxmpp.roster.RosterClient]
@@ -190,6 +210,51 @@ class AioBot(Bot):
 
     def on_item(self, item):
         self.note(Push(str(item.jid), item.subscription))
+
+    def on_event(self, jid, node, item, *, message=None):
+        text = getattr(item.registered_payload, "text", None)
+        self.note(Event(str(jid), node, item.id_, text or ""))
+
+    async def watch(self, *nodes):
+        """Wants to hear of these nodes from when it comes on line."""
+        self.claims = []
+        for node in nodes:
+            pep = self.services[aioxmpp.PEPClient]
+            if not pep.is_claimed(node):
+                self.claims.append(pep.claim_pep_node(node, notify=True))
+
+    async def publish_nick(self, nick):
+        payload = Nick()
+        payload.text = nick
+        await self.ask(self.services[aioxmpp.PEPClient].publish(NICK, payload, id_="current"))
+
+    async def nick(self, jid):
+        answer = await self.ask(self.services[aioxmpp.PubSubClient].get_items(aioxmpp.JID.fromstr(jid), NICK))
+        return next(item.registered_payload.text for item in answer.payload.items)
+
+    async def publish_avatar(self, image):
+        avatars = aioxmpp.avatar.AvatarSet()
+        avatars.add_avatar_image("image/png", image_bytes=image)
+        await self.ask(self.services[aioxmpp.AvatarService].publish_avatar_set(avatars))
+
+    async def avatar(self, jid):
+        descriptors = await self.ask(self.services[aioxmpp.AvatarService].get_avatar_metadata(aioxmpp.JID.fromstr(jid)))
+        found = next(one for one in descriptors if isinstance(one, aioxmpp.avatar.service.PubsubAvatarDescriptor))
+        return await self.ask(found.get_image_bytes())
+
+    async def photo(self, jid):
+        """The image in the vCard."""
+        cards = self.services[aioxmpp.vcard.VCardService]
+        return (await self.ask(cards.get_vcard(aioxmpp.JID.fromstr(jid)))).get_photo_data()
+
+    async def add_bookmark(self, jid, name):
+        """In private storage: the library knows XEP-0048 only."""
+        room = aioxmpp.bookmarks.Conference(name, aioxmpp.JID.fromstr(jid))
+        await self.ask(self.services[aioxmpp.BookmarkClient].add_bookmark(room))
+
+    async def bookmarks(self):
+        found = await self.ask(self.services[aioxmpp.BookmarkClient].get_bookmarks())
+        return {str(one.jid): one.name for one in found}
 
     def chat(self, to, body):
         msg = aioxmpp.Message(type_=aioxmpp.MessageType.CHAT, to=aioxmpp.JID.fromstr(to))

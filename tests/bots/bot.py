@@ -30,6 +30,16 @@ class Push:
 
 
 @dataclasses.dataclass
+class Event:
+    """A notification of a node: its text, or "" if there is none."""
+
+    sender: str
+    node: str
+    item: str
+    text: str
+
+
+@dataclasses.dataclass
 class StreamEnd:
     """The server ended the stream, with this condition."""
 
@@ -44,6 +54,7 @@ class Bot:
     """A client. Subclasses carry the actions out with their library and put what comes into the inbox by `note`."""
 
     library = "?"
+    eventing = False  # announces capabilities, publishes and wants to hear of nodes
 
     def __init__(self, server, name, password, resource=None):
         self.server, self.name, self.password = server, name, password

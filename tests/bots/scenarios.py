@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import dataclasses
+import hashlib
 import itertools
 import os
 import re
@@ -10,7 +11,7 @@ import ssl
 import typing
 
 from aio import AioBot
-from bot import Message, Presence, Push, Refused, StreamEnd
+from bot import Event, Message, Presence, Push, Refused, StreamEnd
 from server import Blade
 from slix import SlixBot
 
@@ -348,6 +349,88 @@ async def archiving_goes_by_preferences(stage):
     await alice.bodies(1)
     assert await alice.archive() == []
     assert await bob.archive() == ["not for Alice's archive"]
+
+
+NICK = "http://jabber.org/protocol/nick"
+METADATA = "urn:xmpp:avatar:metadata"
+IMAGE = bytes(range(256)) * 40
+
+
+async def eventing(stage, library, name, *watched, resource=None, register=True):
+    """A bot that is on line, publishes and wants to hear of these nodes."""
+    bot = stage.bot(library, name, resource)
+    bot.eventing = True
+    await bot.log_in(register=register)
+    await bot.watch(*watched)
+    await bot.come_online()
+    return bot
+
+
+@scenario(pairs=True)
+async def nicknames_are_told_to_contacts(stage, one, other):
+    alice = await eventing(stage, one, "alice", NICK)
+    bob = await eventing(stage, other, "bob", NICK)
+    await alice.publish_nick("Ishmael")
+    await alice.wait(Event, sender=alice.jid, node=NICK, text="Ishmael")
+    # who becomes a contact hears what there is
+    await befriend(alice, bob)
+    await bob.wait(Event, sender=alice.jid, node=NICK, text="Ishmael")
+    await alice.publish_nick("Ahab")
+    await bob.wait(Event, sender=alice.jid, node=NICK, text="Ahab")
+    assert await bob.nick(alice.jid) == "Ahab"
+    # and who comes on line again, though Alice is gone
+    await alice.log_out()
+    phone = await eventing(stage, other, "bob", NICK, resource="phone", register=False)
+    await phone.wait(Event, sender=alice.jid, node=NICK, text="Ahab")
+
+
+@scenario(pairs=True)
+async def avatars_are_published_and_fetched(stage, one, other):
+    alice = await eventing(stage, one, "alice")
+    bob = await eventing(stage, other, "bob", METADATA)
+    await befriend(alice, bob)
+    await alice.publish_avatar(IMAGE)
+    event = await bob.wait(Event, sender=alice.jid, node=METADATA)
+    assert event.item == hashlib.sha1(IMAGE).hexdigest(), event
+    assert await bob.avatar(alice.jid) == IMAGE
+    assert await bob.photo(alice.jid) == IMAGE
+
+
+@scenario()
+async def bookmarks_of_old_and_new_clients_are_the_same(stage):
+    new = await eventing(stage, SlixBot, "alice", "urn:xmpp:bookmarks:1")
+    old = await eventing(stage, AioBot, "alice", resource="old", register=False)
+    await old.add_bookmark("fx@rooms.localhost", "FX")
+    await new.wait(Event, node="urn:xmpp:bookmarks:1", item="fx@rooms.localhost")
+    assert await new.bookmarks() == {"fx@rooms.localhost": "FX"}
+    await new.add_bookmark("rates@rooms.localhost", "Rates")
+    wanted = {"fx@rooms.localhost": "FX", "rates@rooms.localhost": "Rates"}
+    assert await old.bookmarks() == await new.bookmarks() == wanted
+
+
+@scenario()
+async def device_lists_are_read_by_strangers(stage):
+    alice = await eventing(stage, SlixBot, "alice")
+    stranger = await eventing(stage, SlixBot, "stranger")
+    node = "eu.siacs.conversations.axolotl.devicelist"
+    devices = "<list xmlns='eu.siacs.conversations.axolotl'><device id='12345'/></list>"
+    await alice.publish_devices(node, devices, "open")
+    assert "12345" in (await stranger.items(alice.jid, node))[0]
+    try:
+        await alice.publish_devices(node, devices, "whitelist")
+    except Refused as refused:
+        assert str(refused) == "conflict", refused
+    else:
+        raise AssertionError("a node that everybody reads took what was to be private")
+
+
+@scenario()
+async def vcard4_and_vcard_temp_say_the_same(stage):
+    alice = await eventing(stage, SlixBot, "alice")
+    await alice.publish_vcard4("Alice & Co")
+    assert await alice.vcard(alice.jid) == "Alice & Co"
+    await alice.set_vcard("Alice")
+    assert "Alice<" in (await alice.items(alice.jid, "urn:xmpp:vcard4"))[0]
 
 
 @scenario(pairs=True)

@@ -8,12 +8,17 @@ from slixmpp.xmlstream import ET
 from slixmpp.xmlstream.handler import Callback
 from slixmpp.xmlstream.matcher import StanzaPath
 
-from bot import WAIT_S, Bot, Message, Presence, Push, Refused, StreamEnd
+from bot import WAIT_S, Bot, Event, Message, Presence, Push, Refused, StreamEnd
 
 PLUGINS = [
     "xep_0004", "xep_0012", "xep_0030", "xep_0049", "xep_0054", "xep_0066", "xep_0077", "xep_0092", "xep_0191",
     "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0424", "xep_0441",
 ]
+
+# Those who publish and want to hear of nodes: they announce capabilities, and are asked for them.
+EVENTING = ["xep_0060", "xep_0115", "xep_0163", "xep_0084", "xep_0172", "xep_0223", "xep_0292", "xep_0402"]
+
+NICK = "http://jabber.org/protocol/nick"
 
 
 class SlixBot(Bot):
@@ -24,7 +29,7 @@ class SlixBot(Bot):
         client.enable_direct_tls, client.enable_starttls, client.enable_plaintext = direct_tls, not direct_tls, False
         client.ca_certs = self.server.certificate
         client.roster.auto_authorize, client.roster.auto_subscribe = None, False
-        for plugin in PLUGINS:
+        for plugin in PLUGINS + (EVENTING if self.eventing else []):
             client.register_plugin(plugin)
         client["xep_0077"].force_registration = register
         client["xep_0077"].create_account = register
@@ -35,6 +40,7 @@ class SlixBot(Bot):
         client.add_event_handler("carbon_sent", lambda msg: self.on_carbon(msg, "sent"))
         client.add_event_handler("stream_error", lambda error: self.note(StreamEnd(error["condition"])))
         client.register_handler(Callback("bot presence", StanzaPath("presence"), self.on_presence))
+        client.register_handler(Callback("bot event", StanzaPath("message"), self.on_event))
         client.register_handler(Callback("bot push", StanzaPath("iq@type=set/roster"), self.on_push))
 
     def happens(self, *events):
@@ -103,6 +109,78 @@ class SlixBot(Bot):
     def on_push(self, iq):
         for item in iq.xml.iter("{jabber:iq:roster}item"):
             self.note(Push(item.get("jid"), item.get("subscription")))
+
+    def on_event(self, msg):
+        for items in msg.xml.iterfind("{http://jabber.org/protocol/pubsub#event}event/*"):
+            for item in items:
+                texts = [text.strip() for text in item.itertext() if text.strip()]
+                self.note(Event(str(msg["from"]), items.get("node"), item.get("id"), "".join(texts)))
+
+    async def watch(self, *nodes):
+        """Wants to hear of these nodes from when it comes on line."""
+        for node in nodes:
+            self.client["xep_0030"].add_feature(f"{node}+notify")
+        await self.client["xep_0115"].update_caps(broadcast=False)
+
+    async def publish_nick(self, nick):
+        payload = ET.Element(f"{{{NICK}}}nick")
+        payload.text = nick
+        await self.ask(self.client["xep_0060"].publish(None, NICK, id="current", payload=payload))
+
+    async def nick(self, jid):
+        answer = await self.ask(self.client["xep_0060"].get_items(jid, NICK))
+        return answer.xml.findtext(f".//{{{NICK}}}nick")
+
+    async def publish_avatar(self, image):
+        avatars = self.client["xep_0084"]
+        await self.ask(avatars.publish_avatar(image))
+        info = {"id": avatars.generate_id(image), "type": "image/png", "bytes": str(len(image))}
+        await self.ask(avatars.publish_avatar_metadata(info))
+
+    async def avatar(self, jid):
+        answer = await self.ask(self.client["xep_0060"].get_items(jid, "urn:xmpp:avatar:metadata"))
+        info = answer.xml.find(".//{urn:xmpp:avatar:metadata}info")
+        answer = await self.ask(self.client["xep_0084"].retrieve_avatar(jid, info.get("id")))
+        return answer["pubsub"]["items"]["item"]["avatar_data"]["value"]
+
+    async def photo(self, jid):
+        """The image in the vCard."""
+        answer = await self.ask(self.client["xep_0054"].get_vcard(jid))
+        return answer["vcard_temp"]["PHOTO"]["BINVAL"]
+
+    async def add_bookmark(self, jid, name):
+        item = self.client["xep_0402"].stanza.Conference()
+        item["name"] = name
+        await self.ask(self.client["xep_0223"].store(item, node="urn:xmpp:bookmarks:1", id=jid, options=self.private_options()))
+
+    def private_options(self):
+        form = self.client["xep_0004"].make_form(ftype="submit")
+        form.add_field(var="FORM_TYPE", ftype="hidden", value="http://jabber.org/protocol/pubsub#publish-options")
+        form.add_field(var="pubsub#max_items", value="max")
+        form.add_field(var="pubsub#send_last_published_item", value="never")
+        return form
+
+    async def bookmarks(self):
+        answer = await self.ask(self.client["xep_0060"].get_items(self.jid, "urn:xmpp:bookmarks:1"))
+        conference = "{urn:xmpp:bookmarks:1}conference"
+        items = answer.xml.iter("{http://jabber.org/protocol/pubsub}item")
+        return {item.get("id"): item.find(conference).get("name") for item in items}
+
+    async def publish_devices(self, node, payload, access):
+        form = self.client["xep_0004"].make_form(ftype="submit")
+        form.add_field(var="FORM_TYPE", ftype="hidden", value="http://jabber.org/protocol/pubsub#publish-options")
+        form.add_field(var="pubsub#access_model", value=access)
+        request = self.client["xep_0060"].publish(None, node, id="current", payload=ET.fromstring(payload), options=form)
+        await self.ask(request)
+
+    async def items(self, jid, node):
+        """The payloads of a node."""
+        answer = await self.ask(self.client["xep_0060"].get_items(jid, node))
+        return [ET.tostring(item[0]).decode() for item in answer.xml.iter("{http://jabber.org/protocol/pubsub}item")]
+
+    async def publish_vcard4(self, name):
+        # the library takes the namespace for the node, if one lets it
+        await self.ask(self.client["xep_0292"].publish_vcard(full_name=name, node="urn:xmpp:vcard4"))
 
     def chat(self, to, body):
         self.client.send_message(mto=to, mbody=body, mtype="chat")

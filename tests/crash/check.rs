@@ -141,7 +141,7 @@ struct Item {
     asks: bool,
 }
 
-/// Rosters, private data, vCards, block lists and subscriptions are as answered.
+/// Rosters, private data, vCards, nodes, block lists and subscriptions are as answered.
 fn judge_accounts(world: &mut World, round: &Round, users: &[usize]) {
     let mut rosters: BTreeMap<usize, BTreeMap<usize, Item>> = BTreeMap::new();
     for &user in users {
@@ -239,6 +239,26 @@ fn read_account(bot: &mut Bot, round: &Round) -> Result<Account, Trouble> {
         .child("vCard")
         .and_then(|card| card.child("NICKNAME"));
     found.extend(name.map(|name| ("vcard".to_owned(), name.text.clone())));
+    for (node, of) in [
+        ("urn:example:notes", "item:"),
+        ("http://jabber.org/protocol/nick", "nick"),
+    ] {
+        let items = format!(
+            "<pubsub xmlns='http://jabber.org/protocol/pubsub'><items node='{node}'/></pubsub>"
+        );
+        let answer = bot.ask(round, &get(&items))?;
+        let items = answer
+            .child("pubsub")
+            .and_then(|pubsub| pubsub.child("items"));
+        for item in items.into_iter().flat_map(|items| &items.children) {
+            let key = match of {
+                "nick" => of.to_owned(),
+                of => format!("{of}{}", item.attribute("id").unwrap_or_default()),
+            };
+            let text = item.children.first().map(|payload| payload.text.clone());
+            found.insert(key, text.unwrap_or_default());
+        }
+    }
     let answer = bot.ask(round, &get("<blocklist xmlns='urn:xmpp:blocking'/>"))?;
     for item in answer
         .child("blocklist")

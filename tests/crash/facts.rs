@@ -1,4 +1,4 @@
-//! What must be true of one account: the answered changes of its roster, private data, vCard, block list and password.
+//! What must be true of one account: the answered changes of its roster, private data, vCard, nodes, block list and password.
 //!
 //! In: changes as they are asked for, and their answers. Out: the values that a later look may find: the last answered one,
 //! or any that was asked for behind it (its answer may have been lost with the server).

@@ -22,7 +22,7 @@
 //! | `failed_without_h`, `failed_h_too_low` | after a restart `<failed/>` does not cover a message that was covered |
 //! | `failed_h_forgets_what_is_not_kept` | it covers all messages, but not presence or IQs behind the last one |
 //! | `bad_failed` | `<failed/>` without item-not-found |
-//! | `changes_lost`, `changes_refused` | roster, private data, vCard, block list are not as answered; a change is an error |
+//! | `changes_lost`, `changes_refused` | roster, private data, vCard, nodes, block list are not as answered; a change is an error |
 //! | `subscriptions_lost` | a covered request or approval is not in the rosters of both, or was not told |
 //! | `refused`, `disconnects`, `stream_errors`, `garbage` | a living server does not serve: no log-in, no answer, no stream |
 //! | `died_by_itself`, `no_archive`, `too_little_for_a_proof` | the run itself |

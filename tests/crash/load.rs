@@ -193,13 +193,13 @@ fn change(bot: &mut Bot, round: &Round, rng: &mut Rng) {
     let value = format!("v{}", rng.u32(..));
     let contact = format!("c{}@example.org", rng.u8(..12));
     match rng.u8(..100) {
-        0..45 => {
+        0..35 => {
             let iq = format!(
                 "<query xmlns='jabber:iq:roster'><item jid='{contact}' name='{value}'><group>g</group></item></query>"
             );
             bot.change(round, &format!("roster:{contact}"), Some(value), &iq);
         }
-        45..60 => {
+        35..45 => {
             let key = format!("roster:{contact}");
             // removing what is not there is an error, and no change
             if bot.facts.allowed(&key).iter().all(Option::is_some) {
@@ -209,17 +209,17 @@ fn change(bot: &mut Bot, round: &Round, rng: &mut Rng) {
                 bot.change(round, &key, None, &iq);
             }
         }
-        60..72 => {
+        45..55 => {
             let iq = format!(
                 "<query xmlns='jabber:iq:private'><note xmlns='urn:example:note'>{value}</note></query>"
             );
             bot.change(round, "private", Some(value), &iq);
         }
-        72..82 => {
+        55..63 => {
             let iq = format!("<vCard xmlns='vcard-temp'><NICKNAME>{value}</NICKNAME></vCard>");
             bot.change(round, "vcard", Some(value), &iq);
         }
-        82..88 => {
+        63..69 => {
             let iq = format!("<block xmlns='urn:xmpp:blocking'><item jid='{contact}'/></block>");
             bot.change(
                 round,
@@ -228,10 +228,40 @@ fn change(bot: &mut Bot, round: &Round, rng: &mut Rng) {
                 &iq,
             );
         }
-        88..92 => {
+        69..73 => {
             let iq =
                 format!("<unblock xmlns='urn:xmpp:blocking'><item jid='{contact}'/></unblock>");
             bot.change(round, &format!("block:{contact}"), None, &iq);
+        }
+        73..86 => {
+            // so long that the items of one node need several documents
+            let pad = "x".repeat(1000);
+            let item = format!("i{}", rng.u8(..20));
+            let note = format!("<note xmlns='urn:example:note' pad='{pad}'>{value}</note>");
+            let options = "<publish-options><x xmlns='jabber:x:data' type='submit'><field var='pubsub#max_items'>\
+                           <value>max</value></field></x></publish-options>";
+            let iq = format!(
+                "<pubsub xmlns='http://jabber.org/protocol/pubsub'><publish node='urn:example:notes'><item id='{item}'>{note}</item>\
+                 </publish>{options}</pubsub>"
+            );
+            bot.change(round, &format!("item:{item}"), Some(value), &iq);
+        }
+        86..90 => {
+            let item = format!("i{}", rng.u8(..20));
+            let key = format!("item:{item}");
+            if bot.facts.allowed(&key).iter().all(Option::is_some) {
+                let iq = format!(
+                    "<pubsub xmlns='http://jabber.org/protocol/pubsub'><retract node='urn:example:notes'><item id='{item}'/></retract></pubsub>"
+                );
+                bot.change(round, &key, None, &iq);
+            }
+        }
+        90..93 => {
+            let iq = format!(
+                "<pubsub xmlns='http://jabber.org/protocol/pubsub'><publish node='http://jabber.org/protocol/nick'><item id='current'>\
+                 <nick xmlns='http://jabber.org/protocol/nick'>{value}</nick></item></publish></pubsub>"
+            );
+            bot.change(round, "nick", Some(value), &iq);
         }
         _ if bot.profile.alone => {
             let name = &bot.profile.name;

@@ -2,9 +2,10 @@
 //! table of features. An account answers its own user and those who may see its presence; to anybody else it looks like one
 //! that does not exist.
 
-use super::{FEATURES, Feature, Iq, IqRoute, NONE, Target, caps};
+use super::{FEATURES, Feature, Iq, IqRoute, NONE, Target, caps, pep};
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
+use crate::xmpp::form::{self, Field, Form};
 use crate::xmpp::jid::Jid;
 use crate::xmpp::slice::{Env, Slice};
 
@@ -88,17 +89,21 @@ fn server_info(slice: &mut Slice, iq: Iq) {
     if node.is_some_and(|node| !caps::is_own_node(&slice.env, node)) {
         return slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
     }
-    let answer = info(node, SERVER, &server_features(&slice.env));
+    let answer = info(node, &[SERVER], &server_features(&slice.env));
     slice.iq_result(&iq, Some(answer));
 }
 
 fn account_info(slice: &mut Slice, iq: Iq) {
+    if let Some(node) = iq.payload.get("node").map(str::to_owned) {
+        return with_nodes(slice, iq, move |slice, iq| node_info(slice, iq, &node));
+    }
     if let Err(error) = check_account(slice, &iq) {
         return slice.iq_error(&iq, &error);
     }
     let answer = info(
         None,
-        ("account", "registered", ""),
+        // XEP-0163 section 6: an account is its own service
+        &[("account", "registered", ""), ("pubsub", "pep", "")],
         &collect(&slice.env, |feature| feature.account),
     );
     slice.iq_result(&iq, Some(answer));
@@ -114,12 +119,105 @@ fn server_items(slice: &mut Slice, iq: Iq) {
     }
 }
 
-/// The items of an account are its available resources (XEP-0030 section 4.1).
+/// A request about the nodes of an account; the index was read when `then` runs.
+fn with_nodes(slice: &mut Slice, iq: Iq, then: impl FnOnce(&mut Slice, Iq) + 'static) {
+    if iq.set {
+        return hidden(slice, iq, StanzaError::BAD_REQUEST);
+    }
+    let name = iq.account().to_owned();
+    pep::with_index(slice, &name, move |slice, result| match result {
+        Ok(()) => then(slice, iq),
+        Err(_) => slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT),
+    });
+}
+
+/// Why a node is not shown: only those who may see the account hear it.
+fn hidden(slice: &mut Slice, iq: Iq, error: StanzaError) {
+    match may_see(slice, iq.account(), &iq.from) {
+        true => slice.iq_error(&iq, &error),
+        false => slice.iq_error(&iq, &StanzaError::SERVICE_UNAVAILABLE),
+    }
+}
+
+/// XEP-0060 section 5.3 and 5.4.
+fn node_info(slice: &mut Slice, iq: Iq, node: &str) {
+    match pep::node_info(slice, &iq, node) {
+        Err(error) => hidden(slice, iq, error),
+        Ok(config) => {
+            let identity = ("pubsub", "leaf", &*config.title);
+            let metadata = Form::new(
+                form::Kind::Result,
+                "http://jabber.org/protocol/pubsub#meta-data",
+            )
+            .field(Field::text("pubsub#title", &config.title))
+            .field(Field::text("pubsub#type", &config.typ));
+            let answer = info(Some(node), &[identity], &[crate::xmpp::pubsub::NS]);
+            slice.iq_result(&iq, Some(answer.child(metadata.element())));
+        }
+    }
+}
+
+/// XEP-0060 section 5.5: ids of a node's items.
+fn node_items(slice: &mut Slice, iq: Iq, node: String) {
+    if let Err(error) = pep::node_info(slice, &iq, &node) {
+        return hidden(slice, iq, error);
+    }
+    let name = iq.account().to_owned();
+    let shown = node.clone();
+    pep::read_items(
+        slice,
+        &name,
+        &node,
+        Box::new(move |slice, found| match found {
+            Err(error) => slice.iq_error(&iq, &error),
+            Ok(items) => {
+                let jid = format!("{}@{}", iq.account(), slice.env.domain);
+                let most = slice.env.limits.pubsub_page_items_max;
+                let newest = &items[items.len().saturating_sub(most)..];
+                let answer = Element::new("query", NS_ITEMS).attr("node", shown);
+                let answer = newest.iter().fold(answer, |answer, item| {
+                    let one = Element::new("item", NS_ITEMS).attr("jid", jid.as_str());
+                    answer.child(one.attr("name", item.id.as_str()))
+                });
+                slice.iq_result(&iq, Some(answer));
+            }
+        }),
+    );
+}
+
+/// The items of an account are its available resources (XEP-0030 section 4.1) and the nodes that the asker may see (XEP-0060 5.2).
 fn account_items(slice: &mut Slice, iq: Iq) {
-    if let Err(error) = check_account(slice, &iq) {
-        return slice.iq_error(&iq, &error);
+    with_nodes(slice, iq, |slice, iq| match iq.payload.get("node") {
+        Some(node) => {
+            let node = node.to_owned();
+            node_items(slice, iq, node);
+        }
+        None => list_account(slice, iq),
+    });
+}
+
+fn list_account(slice: &mut Slice, iq: Iq) {
+    let nodes = pep::listed(slice, &iq);
+    let sees = check_account(slice, &iq);
+    if let Err(error) = &sees
+        && nodes.is_empty()
+    {
+        return slice.iq_error(&iq, error);
     }
     let mut answer = Element::new("query", NS_ITEMS);
+    for (node, title) in nodes {
+        let jid = format!("{}@{}", iq.account(), slice.env.domain);
+        let mut item = Element::new("item", NS_ITEMS)
+            .attr("jid", jid)
+            .attr("node", node);
+        if !title.is_empty() {
+            item.set("name", title);
+        }
+        answer = answer.child(item);
+    }
+    if sees.is_err() {
+        return slice.iq_result(&iq, Some(answer));
+    }
     for sid in slice.sessions_of(iq.account()) {
         if let Some(session) = slice.sessions.get(sid)
             && session.presence.is_some()
@@ -137,29 +235,25 @@ fn check_account(slice: &Slice, iq: &Iq) -> Result<(), StanzaError> {
         Err(StanzaError::SERVICE_UNAVAILABLE)
     } else if iq.set {
         Err(StanzaError::BAD_REQUEST)
-    } else if iq.payload.get("node").is_some() {
-        Err(StanzaError::ITEM_NOT_FOUND)
     } else {
         Ok(())
     }
 }
 
-fn info(
-    node: Option<&str>,
-    (category, typ, name): (&str, &str, &str),
-    features: &[&str],
-) -> Element {
-    let mut identity = Element::new("identity", NS_INFO)
-        .attr("category", category)
-        .attr("type", typ);
-    if !name.is_empty() {
-        identity = identity.attr("name", name);
-    }
+fn info(node: Option<&str>, identities: &[(&str, &str, &str)], features: &[&str]) -> Element {
     let mut query = Element::new("query", NS_INFO);
     if let Some(node) = node {
         query = query.attr("node", node);
     }
-    let query = query.child(identity);
+    for (category, typ, name) in identities {
+        let mut identity = Element::new("identity", NS_INFO)
+            .attr("category", *category)
+            .attr("type", *typ);
+        if !name.is_empty() {
+            identity = identity.attr("name", *name);
+        }
+        query = query.child(identity);
+    }
     features.iter().fold(query, |query, feature| {
         query.child(Element::new("feature", NS_INFO).attr("var", *feature))
     })

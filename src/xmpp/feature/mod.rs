@@ -3,18 +3,25 @@
 
 pub mod archive;
 pub mod archive_prefs;
+pub mod avatar;
 pub mod blocking;
+pub mod bookmarks;
 pub mod caps;
 pub mod carbons;
 pub mod csi;
 pub mod disco;
+pub mod displayed;
 pub mod hints;
 pub mod last;
 pub mod legacy_session;
 pub mod offline;
+pub mod omemo;
+pub mod pep;
 pub mod ping;
 pub mod presence;
 pub mod private;
+pub mod private_nodes;
+pub mod profile;
 pub mod register;
 pub mod retract;
 pub mod roster;
@@ -25,6 +32,7 @@ pub mod subscription;
 pub mod table;
 pub mod time;
 pub mod vcard;
+pub mod vcard4;
 pub mod version;
 
 use std::rc::Rc;
@@ -33,6 +41,7 @@ use super::error::{StanzaError, StreamError};
 pub use super::iq::Iq;
 use super::jid::Jid;
 use super::meta::Meta;
+use super::pubsub::config::Config;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Slice};
 use crate::xml::view::View;
@@ -54,6 +63,8 @@ pub struct Feature {
     pub on: fn(&Env) -> bool,
     pub iq: &'static [IqRoute],
     pub nonza: &'static [NonzaRoute],
+    /// Nodes of an account whose configuration is not the usual one ([`pep::default_config`]).
+    pub nodes: &'static [NodeRule],
     /// A client's message leaves, before it is journalled and routed; may refuse it.
     pub message_out: Option<MessageOut>,
     /// A user's message has left for good: it is in his archive, if it is to be in one.
@@ -87,6 +98,7 @@ pub const NONE: Feature = Feature {
     on: |_| true,
     iq: &[],
     nonza: &[],
+    nodes: &[],
     message_out: None,
     message_sent: None,
     admit: None,
@@ -144,6 +156,13 @@ pub struct NonzaRoute {
     pub handle: NonzaHandler,
 }
 
+/// What a node has when nobody says otherwise.
+pub struct NodeRule {
+    /// The node; with `*` at the end: all that begin so.
+    pub name: &'static str,
+    pub config: fn() -> Config,
+}
+
 macro_rules! features {
     ($($file:ident)*) => {
         /// All that nitro speaks beside the core of streams and stanzas.
@@ -154,8 +173,8 @@ macro_rules! features {
 }
 
 features! {
-    disco roster subscription presence blocking carbons offline archive archive_prefs retract rsm stable_id hints sm csi ping caps vcard private
-    register last time version legacy_session
+    disco roster subscription presence blocking carbons offline archive archive_prefs retract rsm stable_id hints sm csi ping caps pep
+    private_nodes avatar vcard vcard4 profile bookmarks displayed omemo private register last time version legacy_session
 }
 
 /// The rows' hooks, collected once, so that a message only meets those that exist.

@@ -10,7 +10,7 @@
 
 use smallvec::SmallVec;
 
-use super::{Feature, NONE, blocking, subscription};
+use super::{Feature, NONE, avatar, blocking, caps, subscription};
 use crate::observe::{Stage, record};
 use crate::store::tier::Last;
 use crate::xml::view::View;
@@ -96,12 +96,17 @@ fn available(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         return;
     };
     let stanza = message::compose(view, &session.jid, None, session.lang.as_deref(), buffer);
+    let name = session.user.clone();
+    let stanza = avatar::announce(slice, &name, view, stanza);
     if stanza.len() > PRESENCE_BYTES_MAX {
         slice.reuse(stanza);
         let error =
             StanzaError::POLICY_VIOLATION.text("presence is larger than this server relays");
         return bounce_out(slice, sid, view, &error);
     }
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
     let kept = Presence {
         priority,
         stanza: stanza.as_slice().into(),
@@ -111,7 +116,7 @@ fn available(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     if let Some(bound) = session.bound.take() {
         record(Stage::LoginPresence, bound.until(slice.now.us));
     }
-    let (name, jid) = (session.user.clone(), session.jid.clone());
+    let jid = session.jid.clone();
     let meta = Meta::new(Kind::Available).with(Meta::LAZY);
     to_own(slice, &name, &stanza, meta);
     if initial {
@@ -128,6 +133,23 @@ fn available(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
             hook(slice, sid);
         }
     }
+    caps::seen(slice, sid, view, initial);
+    avatar::come(slice, sid, view);
+}
+
+/// The server has something to add to a session's presence: it goes out again as it is now.
+pub fn renew(slice: &mut Slice, sid: SessionId, stanza: Vec<u8>) {
+    let Some(session) = slice.sessions.get_mut(sid) else {
+        return;
+    };
+    let Some(presence) = &mut session.presence else {
+        return;
+    };
+    presence.stanza = stanza.as_slice().into();
+    let (name, jid) = (session.user.clone(), session.jid.clone());
+    let meta = Meta::new(Kind::Available).with(Meta::LAZY);
+    to_own(slice, &name, &stanza, meta);
+    broadcast(slice, &name, &jid, &stanza, meta, false);
 }
 
 /// 4.5: the client says that it goes.
@@ -151,6 +173,7 @@ fn unavailable(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     if let Some(session) = slice.sessions.get_mut(sid) {
         session.presence = None;
     }
+    caps::forget(slice, sid);
     if was {
         let status = view.child("status", NS_CLIENT).map(|s| s.text());
         note_last(slice, &name, status.as_deref().unwrap_or_default());
@@ -250,6 +273,10 @@ fn directed(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, to: 
         Vec::new(),
     );
     let jid = session.jid.clone();
+    let stanza = match kind {
+        Kind::Available => avatar::announce(slice, &session.user, view, stanza),
+        _ => stanza,
+    };
     let Some(session) = slice.sessions.get_mut(sid) else {
         return;
     };

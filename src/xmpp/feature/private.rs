@@ -2,13 +2,14 @@
 //! nobody else.
 //!
 //! All elements of a user are one document, so that one limit bounds them. A change reads it, puts its elements in and
-//! writes it; changes of one user therefore run one after the other, in [`Changes`].
+//! writes it; changes of one user therefore run one after the other, in [`Changes`]. Bookmarks of rooms are not kept here: what is
+//! written or asked of them are the bookmarks of [`super::bookmarks`].
 
 use std::collections::VecDeque;
 
 use fnv::FnvHashMap;
 
-use super::{Feature, Iq, IqRoute, NONE, Target};
+use super::{Feature, Iq, IqRoute, NONE, Target, bookmarks};
 use crate::store::tier::ReadError;
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
@@ -64,12 +65,34 @@ fn handle(slice: &mut Slice, iq: Iq) {
 fn get(slice: &mut Slice, iq: Iq) {
     read(slice, iq, |slice, iq, stored| {
         let wanted = iq.payload.elements().next().expect("was checked");
+        if wanted.is("storage", bookmarks::OLD_NODE) {
+            return get_bookmarks(slice, iq, stored);
+        }
         let found = stored
             .elements()
             .find(|e| e.is(&wanted.name, &wanted.ns))
             .unwrap_or(wanted)
             .clone();
         slice.iq_result(&iq, Some(Element::new("query", NS).child(found)));
+    });
+}
+
+/// The bookmarks as an old list, with what else was stored in one.
+fn get_bookmarks(slice: &mut Slice, iq: Iq, stored: Element) {
+    let name = iq.account().to_owned();
+    bookmarks::items(slice, &name, false, move |slice, found| {
+        let list = stored.find("storage", bookmarks::OLD_NODE).cloned();
+        let list = list.unwrap_or_else(|| Element::new("storage", bookmarks::OLD_NODE));
+        let list = match found {
+            Ok(items) => bookmarks::old_list(&items)
+                .elements()
+                .fold(bookmarks::without_rooms(&list), |list, room| {
+                    list.child(room.clone())
+                }),
+            Err(error) if error == StanzaError::ITEM_NOT_FOUND => list,
+            Err(error) => return slice.iq_error(&iq, &error),
+        };
+        slice.iq_result(&iq, Some(Element::new("query", NS).child(list)));
     });
 }
 
@@ -87,10 +110,23 @@ fn set(slice: &mut Slice, iq: Iq) {
 fn work(slice: &mut Slice, iq: Iq) {
     let name = iq.account().to_owned();
     read(slice, iq, move |slice, iq, mut stored| {
+        let mut rooms = None;
         for element in iq.payload.elements() {
             stored.remove_children(|old| old.is(&element.name, &element.ns));
-            stored = stored.child(element.clone());
+            if element.is("storage", bookmarks::OLD_NODE) {
+                rooms = Some(bookmarks::of_old_list(element));
+                stored = stored.child(bookmarks::without_rooms(element));
+            } else {
+                stored = stored.child(element.clone());
+            }
         }
+        let rooms = match rooms.transpose() {
+            Ok(rooms) => rooms,
+            Err(error) => {
+                slice.iq_error(&iq, &error);
+                return next(slice, &name);
+            }
+        };
         let bytes = stored.to_xml("").into_bytes();
         if bytes.len() > slice.env.limits.private_bytes_max {
             slice.iq_error(
@@ -98,6 +134,22 @@ fn work(slice: &mut Slice, iq: Iq) {
                 &StanzaError::POLICY_VIOLATION.text("the private storage is full"),
             );
             return next(slice, &name);
+        }
+        if let Some(rooms) = rooms {
+            let documents = vec![(KEY.to_owned(), bytes)];
+            return bookmarks::replace(
+                slice,
+                &name.clone(),
+                rooms,
+                documents,
+                move |slice, result| {
+                    match result {
+                        Ok(()) => slice.iq_result(&iq, None),
+                        Err(error) => slice.iq_error(&iq, &error),
+                    }
+                    next(slice, &name);
+                },
+            );
         }
         let op = Op::PutDocument {
             key: KEY.into(),
@@ -136,20 +188,26 @@ fn next(slice: &mut Slice, name: &str) {
 /// Reads the user's document; `then` gets `<query/>` with all elements. A failure is answered here.
 fn read(slice: &mut Slice, iq: Iq, then: impl FnOnce(&mut Slice, Iq, Element) + 'static) {
     let name = iq.account().to_owned();
-    slice.read(
-        &name.clone(),
-        KEY,
-        Box::new(move |slice, result| match document(result) {
-            Ok(stored) => then(slice, iq, stored),
-            Err(error) => {
-                tracing::warn!(user = name, error, "private data could not be read");
-                slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
-                if iq.set {
-                    next(slice, &name);
-                }
+    read_document(slice, &name.clone(), move |slice, result| match result {
+        Ok(stored) => then(slice, iq, stored),
+        Err(error) => {
+            tracing::warn!(user = name, error, "private data could not be read");
+            slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
+            if iq.set {
+                next(slice, &name);
             }
-        }),
-    );
+        }
+    });
+}
+
+/// `<query/>` with all that is stored; of bookmarks only what [`super::bookmarks`] has not taken over.
+pub fn read_document(
+    slice: &mut Slice,
+    name: &str,
+    then: impl FnOnce(&mut Slice, Result<Element, String>) + 'static,
+) {
+    let read = Box::new(move |slice: &mut Slice, result| then(slice, document(result)));
+    slice.read(name, KEY, read);
 }
 
 fn document(read: Result<Option<Box<[u8]>>, ReadError>) -> Result<Element, String> {

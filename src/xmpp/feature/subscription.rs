@@ -9,7 +9,7 @@
 //! may live on different shards and each makes its own side durable, so the presence is not sent along with
 //! `subscribed`: the subscriber's owner asks for it when its own side stands ([`ask`]).
 
-use super::{Feature, NONE, presence, roster};
+use super::{Feature, NONE, pep, presence, roster};
 use crate::store::record::{
     ArchivedUserRecord, RosterItem, Subscription, SubscriptionRequest, UserRecord,
 };
@@ -428,6 +428,7 @@ fn ask(slice: &mut Slice, user: &str, contact: &Jid<'_>) {
     let Some(name) = contact.local().filter(|_| slice.env.is_local(contact)) else {
         return;
     };
+    pep::subscribed(slice, user, name);
     let owner = slice.env.owner(name);
     for sid in slice.sessions_of(user) {
         let Some(session) = slice.sessions.get(sid).filter(|s| s.presence.is_some()) else {

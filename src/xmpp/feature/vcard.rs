@@ -1,9 +1,9 @@
-//! vcard-temp (XEP-0054): one document for each account, written by its user, readable by everybody.
+//! vcard-temp (XEP-0054): one document for each account, written by its user, readable by everybody. Its photo is the avatar of
+//! [`super::avatar`], and [`super::vcard4`] says the same in another form.
 
-use super::{Feature, Iq, IqRoute, NONE, Target};
+use super::{Feature, Iq, IqRoute, NONE, Target, avatar, pep, vcard4};
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
-use crate::xmpp::slice::Op;
 use crate::xmpp::slice::Slice;
 
 pub const NS: &str = "vcard-temp";
@@ -24,7 +24,7 @@ pub static FEATURE: Feature = Feature {
 };
 
 /// Key of the document.
-const KEY: &str = "vcard";
+pub const KEY: &str = "vcard";
 
 fn handle(slice: &mut Slice, iq: Iq) {
     if iq.set {
@@ -36,29 +36,69 @@ fn handle(slice: &mut Slice, iq: Iq) {
 
 fn get(slice: &mut Slice, iq: Iq) {
     let name = iq.account().to_owned();
-    slice.read(
-        &name,
-        KEY,
-        Box::new(move |slice, result| {
-            let card = match result {
-                Ok(card) => card,
+    pep::with_index(slice, &name.clone(), move |slice, result| {
+        if result.is_err() {
+            return slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
+        }
+        slice.read(
+            &name,
+            KEY,
+            Box::new(move |slice, result| match result {
+                Ok(card) => with_avatar(slice, iq, card),
                 Err(error) => {
                     tracing::warn!(%error, "a vCard could not be read");
-                    return slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
+                    slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
                 }
-            };
-            let card =
-                card.and_then(|bytes| Element::parse(std::str::from_utf8(&bytes).ok()?).ok());
-            match card {
-                Some(card) => slice.iq_result(&iq, Some(card)),
-                None if iq.own() => slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND),
-                // XEP-0054 section 3.3: the same as where there is no such account
-                None => slice.iq_error(&iq, &StanzaError::SERVICE_UNAVAILABLE),
+            }),
+        );
+    });
+}
+
+/// The avatar of the nodes, if the asker may see it, is the photo of the card (XEP-0398 section 5.2).
+fn with_avatar(slice: &mut Slice, iq: Iq, card: Option<Box<[u8]>>) {
+    let card = card.and_then(|bytes| Element::parse(std::str::from_utf8(&bytes).ok()?).ok());
+    let name = iq.account().to_owned();
+    let nodes = pep::nodes_of(slice, &name).unwrap_or_default();
+    let image = match avatar::image(&nodes) {
+        None => return answer(slice, iq, card),
+        Some(image) => image.filter(|_| pep::node_info(slice, &iq, avatar::DATA).is_ok()),
+    };
+    let Some(image) = image else {
+        let card = card.map(|mut card| {
+            avatar::into_card(&mut card, None, &[]);
+            card
+        });
+        return answer(slice, iq, card);
+    };
+    pep::read_items(
+        slice,
+        &name,
+        avatar::DATA,
+        Box::new(move |slice, found| match found {
+            Ok(items) => {
+                let mut card = card.unwrap_or_else(|| Element::new("vCard", NS));
+                avatar::into_card(&mut card, Some(&image), &items);
+                answer(
+                    slice,
+                    iq,
+                    Some(card).filter(|card| !card.children.is_empty()),
+                );
             }
+            Err(error) => slice.iq_error(&iq, &error),
         }),
     );
 }
 
+fn answer(slice: &mut Slice, iq: Iq, card: Option<Element>) {
+    match card {
+        Some(card) => slice.iq_result(&iq, Some(card)),
+        None if iq.own() => slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND),
+        // XEP-0054 section 3.3: the same as where there is no such account
+        None => slice.iq_error(&iq, &StanzaError::SERVICE_UNAVAILABLE),
+    }
+}
+
+/// The card without its photo, the avatar that the photo is, and the vCard4 that says the same are written in one step.
 fn set(slice: &mut Slice, iq: Iq) {
     if !iq.own() {
         return slice.iq_error(&iq, &StanzaError::FORBIDDEN);
@@ -72,19 +112,25 @@ fn set(slice: &mut Slice, iq: Iq) {
         );
     }
     let name = iq.account().to_owned();
-    let op = Op::PutDocument {
-        key: KEY.into(),
-        value: Some(card.into()),
-    };
-    slice.write(
+    pep::begin(
+        slice,
         &name,
-        op,
-        Box::new(move |slice, result| match result {
-            Ok(()) => slice.iq_result(&iq, None),
-            Err(error) => {
-                tracing::warn!(%error, "a vCard could not be stored");
-                slice.iq_error(&iq, &error.into());
-            }
+        Box::new(move |slice, turn| {
+            let turn = match turn {
+                Ok(turn) => turn,
+                Err(error) => return slice.iq_error(&iq, &error),
+            };
+            let mut card = iq.payload.clone();
+            let mut ops = avatar::of_card(&turn.nodes, &mut card);
+            ops.push(vcard4::of_card(&card));
+            let mut bytes = Vec::new();
+            card.write(&mut bytes, "");
+            let documents = vec![(KEY.to_owned(), bytes)];
+            let change = pep::Change { ops, documents };
+            pep::commit(slice, turn, change, move |slice, result| match result {
+                Ok(()) => slice.iq_result(&iq, None),
+                Err(error) => slice.iq_error(&iq, &error),
+            });
         }),
     );
 }
