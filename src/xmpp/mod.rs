@@ -8,6 +8,7 @@ pub mod batch;
 pub mod bind;
 pub mod error;
 pub mod feature;
+pub mod form;
 pub mod iq;
 pub mod jid;
 pub mod ledger;
