@@ -68,6 +68,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         blocklist: false,
         presence: None,
         directed: Default::default(),
+        rooms: Default::default(),
         csi: Default::default(),
         paced: None,
         sm: None,

@@ -139,6 +139,9 @@ impl Meta {
     /// XEP-0334 `<no-permanent-store/>`: for the offline queue, not for archives.
     pub const NO_ARCHIVE: u16 = 512;
 
+    /// Its recipient's session is no longer in the chat room that it is from.
+    pub const OUT: u16 = 1024;
+
     pub fn new(kind: Kind) -> Meta {
         Meta {
             kind,

@@ -18,6 +18,7 @@ pub mod negotiation;
 pub mod pace;
 #[cfg(test)]
 mod promise;
+pub mod room;
 pub mod sasl;
 pub mod session;
 #[cfg(test)]

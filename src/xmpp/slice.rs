@@ -5,6 +5,7 @@
 //! Everything here is one core's: no lock, no sharing. Promise: what is taken in is delivered, stored, forwarded or
 //! answered by an error, and the order between two full JIDs is kept.
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -25,7 +26,7 @@ use super::pace::Pace;
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
 use super::warmth::{Behind, Waits, Warmth};
-use super::{NS_CLIENT, iq, message};
+use super::{NS_CLIENT, iq, message, room};
 use crate::observe::{Stage, Stamp, Stamps, record};
 use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
@@ -44,6 +45,8 @@ use crate::xml::view::View;
 /// What a slice knows of its surroundings; fixed from start to stop.
 pub struct Env {
     pub domain: Box<str>,
+    /// Domain of the chat rooms; `None`: there are none.
+    pub rooms: Option<Box<str>>,
     pub shard: u16,
     pub ring: Rc<Ring>,
     pub limits: Limits,
@@ -73,6 +76,25 @@ impl Env {
     /// Is it a user or the server of this blade?
     pub fn is_local(&self, jid: &Jid<'_>) -> bool {
         jid.domain() == &*self.domain
+    }
+
+    /// Is it a chat room of this blade, somebody in it, or the service itself?
+    pub fn is_room(&self, jid: &Jid<'_>) -> bool {
+        self.rooms.as_deref() == Some(jid.domain())
+    }
+
+    /// Does a stanza for it stay on this blade?
+    pub fn serves(&self, jid: &Jid<'_>) -> bool {
+        self.is_local(jid) || self.is_room(jid)
+    }
+
+    /// Under which name the store and the shards know it: a user by the local part, a room as `NAME@rooms`.
+    pub fn entity<'j>(&self, jid: &'j Jid<'_>) -> Option<Cow<'j, str>> {
+        let local = jid.local()?;
+        match self.is_room(jid) {
+            true => Some(Cow::Owned(room::entity(local))),
+            false => Some(Cow::Borrowed(local)),
+        }
     }
 }
 
@@ -108,6 +130,7 @@ pub struct Limits {
     pub iterations: u32,
     /// Entries in one answer of an archive.
     pub archive_page_max: u32,
+    pub rooms: room::Limits,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -169,6 +192,8 @@ pub enum Slot {
     /// No such user; remembered like a user, so that the two cost the same.
     Missing,
     Present(Box<User>),
+    /// No user: a chat room. `None` while it is at work.
+    Room(Option<Box<room::Room>>),
 }
 
 impl Slot {
@@ -378,6 +403,10 @@ pub struct Counters {
     pub journal_refused: u64,
     /// Halves of changes that had to wait for room in the journal.
     pub journal_waited: u64,
+    /// Messages that rooms took, what came of them and of presence at occupants, and what was refused by a limit of rooms.
+    pub room_messages: u64,
+    pub room_deliveries: u64,
+    pub room_refused: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -417,6 +446,7 @@ pub struct Slice {
     pub(super) passwords: feature::register::Changes,
     /// Queries of archives at work.
     pub(super) archive: feature::archive::Queries,
+    pub rooms: room::Rooms,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     /// How often users were asked for again; see [`AGAIN_MAX`].
     again: FnvHashMap<Box<str>, u8>,
@@ -496,6 +526,7 @@ impl Slice {
             private: Default::default(),
             passwords: Default::default(),
             archive: Default::default(),
+            rooms: Default::default(),
             waits: FnvHashMap::default(),
             again: FnvHashMap::default(),
             ticket: 0,
@@ -591,6 +622,12 @@ impl Slice {
                 }
                 Item::Probe { from, names } => {
                     presence::probe_in(self, batch.text(names), batch.text(from));
+                }
+                Item::Room { stanza, meta, to } => {
+                    room::fanout::deliver(self, batch.text(to), batch.get(stanza), meta);
+                }
+                Item::Listing { name, listed } => {
+                    room::directory::told(self, batch.text(name), batch.get(listed));
                 }
                 Item::Settled(receipt) => self.settle(receipt),
             }
@@ -1025,8 +1062,10 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) {
-        let Some(name) = to.local() else { return };
-        let owner = self.env.owner(name);
+        let Some(name) = self.env.entity(to) else {
+            return;
+        };
+        let owner = self.env.owner(&name);
         if owner == self.env.shard {
             match (self.deliver(to, from, stanza, meta, receipt), receipt) {
                 (Fate::Open, Some(receipt)) => self.defer(receipt),
@@ -1092,6 +1131,9 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) -> Fate {
+        if self.env.is_room(to) {
+            return room::deliver(self, to, from, stanza, meta, receipt);
+        }
         let name = to.local().expect("only users are routed to");
         let full = match self.users.get_mut(name) {
             Some(Slot::Present(user)) => {
@@ -1111,6 +1153,8 @@ impl Slice {
             Some(Slot::Loading { bytes, .. }) => {
                 *bytes + stanza.len() > self.env.limits.load_queue_bytes_max
             }
+            // no user has the name of a room
+            Some(Slot::Room(_)) => return Fate::Decided,
             None => false,
         };
         // who is not loaded has no sessions: these have nobody to go to
@@ -1293,7 +1337,7 @@ impl Slice {
         true
     }
 
-    fn wait_for_load(
+    pub(super) fn wait_for_load(
         &mut self,
         to: &Jid<'_>,
         from: &str,
@@ -1301,8 +1345,11 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) {
-        let name = to.local().expect("only users are routed to");
-        if let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) {
+        let name = self
+            .env
+            .entity(to)
+            .expect("only users and rooms are routed to");
+        if let Some(Slot::Loading { queue, .. }) = self.users.get_mut(&name) {
             queue.push(Queued::Stanza(Waiting {
                 to: to.as_str().into(),
                 from: from.into(),
@@ -1478,6 +1525,14 @@ impl Slice {
                 }
                 let whole = Receipt { twin: 0, ..receipt };
                 self.settle(whole);
+            }
+            Act::Reflected { meta, receipt } => {
+                let message = message_of(group, slot);
+                self.overlay.add(at, &user, item_of(group, slot, place));
+                room::message::reflected(self, &user, message, meta);
+                if let Some(receipt) = receipt {
+                    self.settle(receipt);
+                }
             }
             Act::Written { then } => {
                 let item = item_of(group, slot, place);
@@ -1826,6 +1881,9 @@ impl Slice {
             self.ring_known(name);
             return message::decide_missing(self, name);
         };
+        if loaded.record.is_room() {
+            return room::loaded(self, name, loaded);
+        }
         let by = format!("{name}@{}", self.env.domain);
         let mut offline = Offline::default();
         let mut undecided = Vec::new();
@@ -1850,9 +1908,10 @@ impl Slice {
         message::decide(self, name, undecided);
     }
 
-    fn loaded(&mut self, name: &str, slot: Slot) {
+    pub(super) fn loaded(&mut self, name: &str, slot: Slot) {
         let bytes = match &slot {
             Slot::Present(user) => user_bytes(user),
+            Slot::Room(Some(room)) => USER_BYTES + room.bytes(),
             _ => USER_BYTES,
         };
         let Some(place) = self.users.get_mut(name) else {
@@ -1922,6 +1981,10 @@ impl Slice {
         }
     }
 
+    pub(super) fn deliver_again(&mut self, waiting: Waiting) {
+        self.run_queue(vec![Queued::Stanza(waiting)]);
+    }
+
     fn run_queue(&mut self, queue: Vec<Queued>) {
         for waiting in queue {
             match waiting {
@@ -1988,6 +2051,8 @@ impl Slice {
         let who: Rc<str> = match self.users.get(name) {
             Some(Slot::Present(user)) => user.name.clone(),
             Some(Slot::Missing) => name.into(),
+            // a room changes by itself
+            Some(Slot::Room(_)) => return then(self, Err(WriteError::Conflict)),
             Some(Slot::Loading { .. }) | None => {
                 let name: Box<str> = name.into();
                 return self.when_known(

@@ -10,13 +10,16 @@ pub mod disco;
 pub mod hints;
 pub mod last;
 pub mod legacy_session;
+pub mod occupant_id;
 pub mod offline;
 pub mod ping;
 pub mod presence;
 pub mod private;
 pub mod register;
+pub mod rooms;
 pub mod roster;
 pub mod rsm;
+pub mod self_ping;
 pub mod sm;
 pub mod stable_id;
 pub mod subscription;
@@ -153,7 +156,7 @@ macro_rules! features {
 
 features! {
     disco roster subscription presence blocking carbons offline archive rsm stable_id hints sm csi ping caps vcard private
-    register last time version legacy_session
+    register last time version legacy_session rooms occupant_id self_ping
 }
 
 /// The rows' hooks, collected once, so that a message only meets those that exist.

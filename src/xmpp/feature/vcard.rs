@@ -24,7 +24,7 @@ pub static FEATURE: Feature = Feature {
 };
 
 /// Key of the document.
-const KEY: &str = "vcard";
+pub const KEY: &str = "vcard";
 
 fn handle(slice: &mut Slice, iq: Iq) {
     if iq.set {
