@@ -54,9 +54,8 @@ fn get(room: &Room, iq: &Iq) -> Result<Element, StanzaError> {
     if let Some(affiliation) = item.get("affiliation") {
         let wanted = Affiliation::parse(affiliation).ok_or(StanzaError::BAD_REQUEST)?;
         let member = room.state.settings.members_only && asker.0 >= Affiliation::Member;
-        if !may_list(&room.state.settings, asker, wanted)
-            && !(member && wanted >= Affiliation::Member && room.state.settings.non_anonymous)
-        {
+        let among = member && wanted >= Affiliation::Member && room.state.settings.non_anonymous;
+        if !among && !may_list(&room.state.settings, asker, wanted) {
             return Err(StanzaError::FORBIDDEN);
         }
         for one in &room.state.affiliates {

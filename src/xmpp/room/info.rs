@@ -369,7 +369,7 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
     let is_in = room.occupants.find(iq.from.as_str()).is_some();
     let may = match affiliation {
         Affiliation::Outcast => false,
-        Affiliation::None => is_in || !(settings.members_only || !settings.password.is_empty()),
+        Affiliation::None => is_in || (!settings.members_only && settings.password.is_empty()),
         _ => true,
     };
     slice.iq_reads(&mut iq);

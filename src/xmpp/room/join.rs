@@ -241,9 +241,11 @@ fn welcome(
     room.tell_session(slice, place, from.as_str(), &own);
     let others = room.occupants.get(place).map(|occupant| {
         let sessions = occupant.sessions.iter().map(|s| s.jid.clone());
-        sessions.filter(|jid| **jid != *from.as_str()).collect()
+        sessions
+            .filter(|jid| **jid != *from.as_str())
+            .collect::<Vec<_>>()
     });
-    for jid in others.unwrap_or_else(Vec::new) {
+    for jid in others.unwrap_or_default() {
         room.tell_session(slice, place, &jid, show);
     }
     let audience = Audience::of(&slice.env, [from.as_str()]);
