@@ -79,6 +79,7 @@ impl House {
         );
         let env = Env {
             domain: DOMAIN.into(),
+            rooms: Some(format!("rooms.{DOMAIN}").into()),
             shard: 0,
             ring: Rc::new(Ring::of_shards(1)),
             limits: limits(),
@@ -402,5 +403,19 @@ fn limits() -> Limits {
         pubsub_page_items_max: 500,
         pep_waiting_max: 10_000,
         caps_remembered_max: 10_000,
+        rooms: nitro::xmpp::room::Limits {
+            creators: None,
+            rooms_max: 10_000,
+            per_session_max: 200,
+            occupants_max: 2000,
+            affiliates_max: 5000,
+            nick_bytes_max: 128,
+            subject_bytes_max: 4096,
+            history_max: 100,
+            history_bytes_max: 1 << 18,
+            messages_per_second_max: 50,
+            presences_per_second_max: 10,
+            persistent: false,
+        },
     }
 }

@@ -199,6 +199,8 @@ keys! {
         live subscription_requests_max: usize = 500 => 1..=100_000;
         /// Addresses to which one session may have sent directed presence.
         live directed_presence_max: usize = 500 => 1..=100_000;
+        /// Chat rooms that one session is in.
+        live rooms_per_session_max: usize = 200 => 1..=100_000;
         /// Messages kept for a user who is off line (XEP-0160).
         live offline_messages_max: usize = 1000 => 0..=1_000_000;
         /// Bytes of messages kept for a user who is off line.
@@ -275,6 +277,39 @@ keys! {
         live retry_seconds_min: u64 = 5 => 1..=3600;
         /// The most, by chance up to twice as much.
         live retry_seconds_max: u64 = 120 => 1..=3600;
+    }
+
+    /// Chat rooms (XEP-0045).
+    rooms: RoomsSection {
+        /// Whether there are any.
+        restart enabled: bool = true;
+        /// The domain of the rooms' addresses. Empty: `rooms.` and `domain`.
+        restart host: String = String::new();
+        /// Who may make a room: "anyone", or "admins", those in `rooms.admins`.
+        live creation: RoomCreation = RoomCreation::Anyone;
+        /// Bare addresses of those who may make rooms if not everybody may, e.g. ["desk@chat.example.com"].
+        live admins: Vec<String> = Vec::new();
+        /// Whether a new room stays when its last occupant leaves, if its maker does not say.
+        live persistent: bool = false;
+        /// Rooms that one shard has in memory; new ones are refused beyond.
+        live rooms_max: usize = 10_000 => 1..=10_000_000;
+        /// People in one room; its configuration may say less.
+        live occupants_max: usize = 2000 => 1..=100_000;
+        /// Members, admins, owners and outcasts of one room.
+        live affiliations_max: usize = 5000 => 10..=100_000;
+        /// Bytes of a nickname.
+        live nick_bytes_max: usize = 128 => 8..=1023;
+        /// Bytes of a subject.
+        live subject_bytes_max: usize = 4096 => 16..=65_536;
+        /// Messages that a room keeps in memory for those who come in; its configuration may show less.
+        live history_max: usize = 100 => 0..=10_000;
+        /// Bytes of them.
+        live history_bytes_max: usize = 262_144 => 0..=16_777_216;
+        /// Messages of one occupant in a second, on average; three times as many at once. More are refused with
+        /// `<resource-constraint/>`.
+        live messages_per_second_max: u32 = 50 => 1..=1_000_000;
+        /// The same of presence.
+        live presences_per_second_max: u32 = 10 => 1..=1_000_000;
     }
 
     /// Stream management (XEP-0198).
@@ -462,6 +497,16 @@ impl Config {
         } else {
             (self.tls.certificate.clone(), self.tls.key.clone(), false)
         }
+    }
+
+    /// The domain of chat rooms; `None`: there are none.
+    pub fn rooms_host(&self) -> Option<String> {
+        self.rooms
+            .enabled
+            .then(|| match self.rooms.host.is_empty() {
+                true => format!("rooms.{}", self.domain),
+                false => self.rooms.host.clone(),
+            })
     }
 
     /// Whether limits per address do not apply to `address`.
@@ -683,6 +728,16 @@ choice! {
         Loopback = "loopback",
         /// Everybody.
         On = "on",
+    }
+}
+
+choice! {
+    /// Who may make chat rooms.
+    RoomCreation {
+        /// Everybody.
+        Anyone = "anyone",
+        /// Those in `rooms.admins`.
+        Admins = "admins",
     }
 }
 
@@ -1101,6 +1156,12 @@ impl Loading {
                 format!("it stands without {missing}; set both or none"),
             );
         }
+        if c.rooms_host().as_deref() == Some(&*c.domain) {
+            return wrong(
+                "rooms.host",
+                "it is the same as domain; write e.g. \"rooms.\" before it".into(),
+            );
+        }
         // The pair of a smaller and a larger limit; whichever was set by the operator is named.
         let l = &c.limits;
         for (small, large, key_small, key_large) in [
@@ -1160,6 +1221,7 @@ impl Loading {
 fn check(c: &mut Config, key: &str) -> Result<(), String> {
     match key {
         "domain" => c.domain = normal_domain(&c.domain)?,
+        "rooms.host" if !c.rooms.host.is_empty() => c.rooms.host = normal_domain(&c.rooms.host)?,
         "data_dir" if c.data_dir.as_os_str().is_empty() => {
             return Err(r#"it is empty; write a folder, e.g. "./data""#.into());
         }

@@ -57,6 +57,10 @@ pub enum Traffic {
     Messages,
     /// Changes of presence, which the server sends to the contacts on line of each: so many.
     Presence { contacts: u32 },
+    /// Each comes into his chat room, once.
+    Join { occupants: u32 },
+    /// The first ones of each chat room talk to all who are in it.
+    Room { occupants: u32, senders: u32 },
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +83,9 @@ impl Plan {
     fn senders(&self) -> u32 {
         if self.one_way {
             return self.pairs;
+        }
+        if let Traffic::Room { occupants, senders } = self.traffic {
+            return self.pairs * 2 / occupants * senders;
         }
         self.pairs * 2 - self.offline_pairs
     }
@@ -249,6 +256,8 @@ impl Engine {
         let offline = |slot: usize| {
             slot % 2 == 1 && plan.is_offline((slot / 2 * plan.threads + thread) as u32)
         };
+        // the number of a user among those of all threads
+        let number = |slot: usize| ((slot / 2 * plan.threads + thread) * 2 + slot % 2) as u32;
         let directions: Vec<_> = (0..own_pairs * 2)
             .map(|slot| Direction {
                 prefix: match plan.traffic {
@@ -262,6 +271,24 @@ impl Engine {
                     Traffic::Presence { .. } => {
                         format!("<presence><status>{:x}-", plan.run).into_bytes()
                     }
+                    Traffic::Join { occupants } => {
+                        let (room, nick) = (number(slot) / occupants, escape(&slots[slot].name));
+                        let domain = escape(&target.domain);
+                        format!(
+                            "<presence to='load{room}@rooms.{domain}/{nick}' id='{:x}-",
+                            plan.run
+                        )
+                        .into_bytes()
+                    }
+                    Traffic::Room { occupants, .. } => {
+                        let room = number(slot) / occupants;
+                        let domain = escape(&target.domain);
+                        format!(
+                            "<message type='groupchat' to='load{room}@rooms.{domain}' id='{:x}-",
+                            plan.run
+                        )
+                        .into_bytes()
+                    }
                 },
                 to_offline: offline(slot ^ 1),
                 ..Direction::default()
@@ -269,6 +296,10 @@ impl Engine {
             .collect();
         let senders: Vec<_> = (0..directions.len())
             .filter(|slot| !(offline(*slot) || plan.one_way && slot % 2 == 1))
+            .filter(|slot| match plan.traffic {
+                Traffic::Room { occupants, senders } => number(*slot) % occupants < senders,
+                _ => true,
+            })
             .collect();
         let share = senders.len() as f64 / f64::from(plan.senders().max(1));
         let mut suffix = b"'><body>".to_vec();
@@ -282,6 +313,9 @@ impl Engine {
         suffix.extend_from_slice(b"</message>");
         if let Traffic::Presence { .. } = plan.traffic {
             suffix = b"</status></presence>".to_vec();
+        }
+        if let Traffic::Join { .. } = plan.traffic {
+            suffix = b"'/>".to_vec();
         }
         let own = slots.iter().map(|account| {
             let (name, domain) = (escape(&account.name), escape(&target.domain));
@@ -458,6 +492,13 @@ impl Engine {
             self.on_presence(receiver, message, now, recorder);
             return None;
         }
+        if matches!(
+            self.plan.traffic,
+            Traffic::Join { .. } | Traffic::Room { .. }
+        ) {
+            self.on_room(message, now, recorder);
+            return None;
+        }
         let (run, number, due_ns) = parse_id(attribute(message, b"id")?)?;
         if run != self.plan.run || receiver >= self.directions.len() {
             return None;
@@ -516,6 +557,30 @@ impl Engine {
         let phase = phase(&mut self.phases, due_ns);
         phase.latencies.saturating_record(latency_ns);
         recorder.record(Kind::Presence, now, Duration::from_nanos(latency_ns));
+    }
+
+    /// Notes that somebody is in his room (his own presence comes back under its id), or that an occupant got a message.
+    fn on_room(&mut self, stanza: &[u8], now: Instant, recorder: &mut Recorder) {
+        let Some((run, _, due_ns)) = attribute(stanza, b"id").and_then(parse_id) else {
+            return;
+        };
+        if run != self.plan.run {
+            return;
+        }
+        self.last_receipt = now;
+        if attribute(stanza, b"type") == Some(b"error") {
+            self.tally.bounced += 1;
+            return;
+        }
+        self.tally.received += 1;
+        let latency_ns = self.since_epoch_ns(now).saturating_sub(due_ns).max(1);
+        let phase = phase(&mut self.phases, due_ns);
+        phase.latencies.saturating_record(latency_ns);
+        let kind = match self.plan.traffic {
+            Traffic::Join { .. } => Kind::Presence,
+            _ => Kind::Message,
+        };
+        recorder.record(kind, now, Duration::from_nanos(latency_ns));
     }
 
     /// Writes the next message of a sender who is owed it.
@@ -577,8 +642,14 @@ impl Engine {
         let each = match self.plan.traffic {
             Traffic::Messages => 1,
             Traffic::Presence { contacts } => u64::from(contacts),
+            Traffic::Join { .. } => 1,
+            // of one thread, which hears what those of all have said: silence ends it
+            Traffic::Room { .. } => u64::MAX >> 32,
         };
-        let complete = self.tally.received + self.tally.bounced >= self.tally.sent * each
+        // the senders may all be other threads'
+        let talks = !matches!(self.plan.traffic, Traffic::Room { .. });
+        let complete = talks
+            && self.tally.received + self.tally.bounced >= self.tally.sent.saturating_mul(each)
             && (self.plan.ack.is_none() || self.tally.acknowledged >= self.tally.sent);
         let silent =
             self.started && now.saturating_duration_since(self.last_receipt) > self.plan.drain;

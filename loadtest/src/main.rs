@@ -1,4 +1,4 @@
-//! A lean load generator for any XMPP server, by its public port: `register`, `storm`, `chat`, `presence`, `soak`, `slow-readers`, `flood`,
+//! A lean load generator for any XMPP server, by its public port: `register`, `storm`, `chat`, `presence`, `room`, `soak`, `slow-readers`, `flood`,
 //! `reconnect`, `replay`, `memory`, `archive`.
 //!
 //! One thread polls many connections ([`worker`]); each is a state machine without input or output of its own
@@ -28,6 +28,7 @@ mod reconnect;
 mod register;
 mod replay;
 mod report;
+mod room;
 mod scanner;
 mod scram;
 mod slow_readers;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         Command::SlowReaders(options) => slow_readers::run(&global, options),
         Command::Flood(options) => flood::run(&global, options),
         Command::Presence(options) => presence::run(&global, options),
+        Command::Room(options) => room::run(&global, options),
         Command::Reconnect(options) => reconnect::run(&global, options),
         Command::Replay(options) => replay::run(&global, options),
         Command::Archive(options) => archive::run(&global, options),

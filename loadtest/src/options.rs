@@ -67,6 +67,12 @@ pub enum Command {
                       loadtest presence --users 1000 --contacts 20 --rate 200 --server-pid $(pidof nitro)"
     )]
     Presence(PresenceOptions),
+    /// Users come into chat rooms, and some of them talk: latency and price of a delivery, and whether others notice.
+    #[command(
+        after_help = "Example:\n  loadtest room --rooms 2 --occupants 350 --senders 10 --rate 20 --live-users 100 --server-pid $(pidof nitro)\n  \
+                      loadtest room --rooms 1 --occupants 350 --join-rate 1000000 --server-pid $(pidof nitro)   # all at once"
+    )]
+    Room(RoomOptions),
     /// Everyone is cut at once: how long until all are back, in their sessions (XEP-0198), and what it costs.
     #[command(
         after_help = "Example:\n  loadtest register --users 25000 --roster 50 --csv users.csv --roster-csv rosters.csv\n  \
@@ -444,6 +450,41 @@ pub struct PresenceOptions {
     pub drain: f64,
     #[command(flatten)]
     pub metrics: MetricsOptions,
+}
+
+#[derive(Args, Debug)]
+pub struct RoomOptions {
+    /// Chat rooms, load0 ... at the server's service `rooms.DOMAIN`.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub rooms: u32,
+    /// Users in each; together they are --users.
+    #[arg(long, default_value_t = 350, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub occupants: u32,
+    /// Of these, those who talk.
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub senders: u32,
+    /// Users who come in per second.
+    #[arg(long, default_value_t = 200.0, value_parser = positive)]
+    pub join_rate: f64,
+    /// Messages per second of all senders together, open loop: latency counts from the time a message was due.
+    #[arg(long, default_value_t = 20.0, value_parser = positive)]
+    pub rate: f64,
+    /// Bytes of each body.
+    #[arg(long, default_value_t = 100)]
+    pub body: usize,
+    /// Mark messages so that no archive keeps them (XEP-0334).
+    #[arg(long = "room-no-store")]
+    pub no_store: bool,
+    /// Seconds to measure.
+    #[arg(long, default_value_t = 10.0, value_parser = positive)]
+    pub duration: f64,
+    /// Seconds without any stanza after which what is missing will not come.
+    #[arg(long, default_value_t = 5.0, value_parser = positive)]
+    pub drain: f64,
+    #[command(flatten)]
+    pub metrics: MetricsOptions,
+    #[command(flatten)]
+    pub live: LiveOptions,
 }
 
 #[derive(Args, Debug)]

@@ -67,6 +67,15 @@ snapshot! {
     /// Stanzas refused because too much waits for one user to be loaded. When it rises, the tiers are slow or gone: look at
     /// nitro_user_read_seconds and nitro_sql_up.
     counter load_queue_full = "nitro_load_queue_full";
+    /// Chat rooms in memory. When it comes near rooms.rooms_max, new ones will be refused.
+    gauge rooms = "nitro_rooms";
+    /// Messages that chat rooms took. When one shard has far more than the others, a few rooms make most of the traffic.
+    counter room_messages = "nitro_room_messages";
+    /// Stanzas of chat rooms for occupants. When it is high beside nitro_room_messages, rooms are large, or many come and go.
+    counter room_deliveries = "nitro_room_deliveries";
+    /// Refused by a limit of chat rooms (section `rooms` of the configuration). When it rises, somebody floods a room, or a limit
+    /// is too low.
+    counter room_refused = "nitro_room_refused";
     /// Mesh messages sent to other shards. When it is far above nitro_messages_in, fan-out of presence is the traffic.
     counter mesh_sent = "nitro_mesh_messages";
     /// Mesh messages that found their way full: reading from clients stops until they are gone. When it rises, a shard is too

@@ -36,7 +36,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use fnv::FnvHashMap;
 use slab::Slab;
 
-use crate::config::Config;
+use crate::config::{Config, RoomCreation};
 use crate::net::{Scratch, TlsConfig, Transport};
 use crate::observe::{HighWater, Histograms, LoopLag, Snapshot, begin_recording, exchange};
 use crate::rt::{self, Inbox, InboxSender, MeshEnd, Notify, Queue, Readiness, SlotSetter};
@@ -275,6 +275,7 @@ impl Shard {
         let config = parts.config;
         let env = Env {
             domain: config.domain.as_str().into(),
+            rooms: config.rooms_host().map(Into::into),
             shard: number as u16,
             ring: Rc::new((*parts.ring).clone()),
             limits: limits(&config, shards),
@@ -381,6 +382,10 @@ impl Shard {
             bounces: c.bounces,
             overflows: c.overflows,
             load_queue_full: c.load_queue_full,
+            rooms: slice.rooms.count as u64,
+            room_messages: c.room_messages,
+            room_deliveries: c.room_deliveries,
+            room_refused: c.room_refused,
             mesh_sent: ways.sent,
             mesh_full: ways.full,
             mesh_refused: c.mesh_refused,
@@ -556,6 +561,28 @@ pub fn limits(config: &Config, shards: usize) -> Limits {
         pubsub_page_items_max: l.pubsub_page_items_max,
         pep_waiting_max: l.pep_waiting_max,
         caps_remembered_max: l.caps_remembered_max,
+        rooms: room_limits(config),
+    }
+}
+
+fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
+    let r = &config.rooms;
+    crate::xmpp::room::Limits {
+        creators: match r.creation {
+            RoomCreation::Anyone => None,
+            RoomCreation::Admins => Some(r.admins.clone()),
+        },
+        rooms_max: r.rooms_max,
+        per_session_max: config.limits.rooms_per_session_max,
+        occupants_max: r.occupants_max,
+        affiliates_max: r.affiliations_max,
+        nick_bytes_max: r.nick_bytes_max,
+        subject_bytes_max: r.subject_bytes_max,
+        history_max: r.history_max,
+        history_bytes_max: r.history_bytes_max,
+        messages_per_second_max: r.messages_per_second_max,
+        presences_per_second_max: r.presences_per_second_max,
+        persistent: r.persistent,
     }
 }
 

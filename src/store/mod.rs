@@ -14,6 +14,7 @@ pub mod record;
 pub mod recovery;
 pub mod redis;
 pub mod ring;
+pub mod room;
 pub mod settle;
 pub mod sql;
 pub mod tier;

@@ -7,10 +7,20 @@
 //! Layout: one version byte, then the rkyv archive of [`UserRecord`]. The archive needs no alignment (rkyv's
 //! `unaligned`), so bytes are used where they lie.
 
+use std::sync::LazyLock;
+
 use rkyv::{Archive, Deserialize, Serialize, rancor};
+
+use super::room::{ArchivedRoomRecord, RoomRecord};
 
 /// The version byte written before each archive. A release reads its own version and its predecessor's.
 pub const RECORD_VERSION: u8 = 2;
+
+/// The version byte of a room's record: another kind of entity, told apart by the highest bit.
+pub const ROOM_VERSION: u8 = 0x81;
+
+/// What a room shows to who looks for a user's data: none.
+static NOBODY: LazyLock<Record> = LazyLock::new(|| Record::new(&UserRecord::default()));
 
 /// What the server knows about one account, as a value that can be changed; [`Record`] is its stored form.
 #[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
@@ -174,6 +184,31 @@ impl Record {
         Record(encode(&sorted))
     }
 
+    /// Archives a room.
+    pub fn room(room: &RoomRecord) -> Record {
+        let mut sorted = room.clone();
+        sorted.sort();
+        let bytes = rkyv::api::high::to_bytes_in::<_, rancor::Error>(&sorted, vec![ROOM_VERSION]);
+        let bytes =
+            bytes.expect("writing to memory fails only beyond 2 GiB, far above every limit");
+        Record(bytes.into_boxed_slice())
+    }
+
+    pub fn is_room(&self) -> bool {
+        self.0[0] == ROOM_VERSION
+    }
+
+    /// The room that it is, to be changed; `None`: it is a user.
+    pub fn to_room(&self) -> Option<RoomRecord> {
+        if !self.is_room() {
+            return None;
+        }
+        let room = rkyv::access::<ArchivedRoomRecord, rancor::Error>(&self.0[1..])
+            .expect("it was checked when it was made");
+        let room = rkyv::deserialize::<RoomRecord, rancor::Error>(room);
+        Some(room.expect("a checked record holds no value that cannot be copied"))
+    }
+
     /// Checks bytes that come from outside: version, structure, UTF-8 and order.
     pub fn from_bytes(bytes: impl Into<Box<[u8]>>) -> Result<Record, RecordError> {
         let bytes = bytes.into();
@@ -181,6 +216,14 @@ impl Record {
             None => return Err(RecordError::Empty),
             Some(&RECORD_VERSION) => {}
             Some(&1) => return from_version_1(&bytes[1..]),
+            Some(&ROOM_VERSION) => {
+                let room = rkyv::access::<ArchivedRoomRecord, rancor::Error>(&bytes[1..])
+                    .map_err(|error| RecordError::Damaged(error.to_string()))?;
+                if !room.is_sorted() {
+                    return Err(RecordError::Damaged("its lists are not sorted".into()));
+                }
+                return Ok(Record(bytes));
+            }
             Some(&found) => return Err(RecordError::UnknownVersion { found }),
         }
         let user = rkyv::access::<ArchivedUserRecord, rancor::Error>(&bytes[1..])
@@ -191,10 +234,13 @@ impl Record {
         Ok(Record(bytes))
     }
 
-    /// The record, read in place.
+    /// The user's record, read in place; that of nobody if it is a room's.
     #[allow(unsafe_code)]
     pub fn get(&self) -> &ArchivedUserRecord {
-        // SAFETY: a `Record` is only made by `new`, which archived these bytes, or by `from_bytes`, which validated
+        if self.is_room() {
+            return NOBODY.get();
+        }
+        // SAFETY: a `Record` of a user is only made by `new`, which archived these bytes, or by `from_bytes`, which validated
         // them; they are never changed after. Checking again on each read would cost more than the read.
         unsafe { rkyv::access_unchecked::<ArchivedUserRecord>(&self.0[1..]) }
     }
@@ -209,7 +255,7 @@ impl Record {
         self.0
     }
 
-    /// A copy that can be changed and archived again with [`Record::new`].
+    /// A copy of a user's that can be changed and archived again with [`Record::new`].
     pub fn to_owned(&self) -> UserRecord {
         rkyv::deserialize::<UserRecord, rancor::Error>(self.get())
             .expect("a checked record holds no value that cannot be copied")

@@ -57,6 +57,10 @@ pub enum Item {
         wants: Span,
         names: Span,
     },
+    /// A stanza of a chat room, without `to`, for these of its occupants (full JIDs, each ended by a line feed).
+    Room { stanza: Span, meta: Meta, to: Span },
+    /// What there is to know of a room, for the list of rooms that each shard has; empty: it is no more.
+    Listing { name: Span, listed: Span },
     /// The fate of a stanza is decided: durable, delivered or refused.
     Settled(Receipt),
 }

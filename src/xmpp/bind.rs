@@ -69,6 +69,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         presence: None,
         caps: None,
         directed: Default::default(),
+        rooms: Default::default(),
         csi: Default::default(),
         paced: None,
         sm: None,

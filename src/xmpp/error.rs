@@ -36,6 +36,7 @@ impl StanzaError {
         NOT_ALLOWED = "cancel" "not-allowed";
         NOT_AUTHORIZED = "auth" "not-authorized";
         POLICY_VIOLATION = "modify" "policy-violation";
+        REGISTRATION_REQUIRED = "auth" "registration-required";
         REMOTE_SERVER_NOT_FOUND = "cancel" "remote-server-not-found";
         RESOURCE_CONSTRAINT = "wait" "resource-constraint";
         SERVICE_UNAVAILABLE = "cancel" "service-unavailable";
@@ -45,6 +46,12 @@ impl StanzaError {
 
     pub const fn text(mut self, text: &'static str) -> Self {
         self.text = Some(text);
+        self
+    }
+
+    /// Trying again later may help.
+    pub const fn wait(mut self) -> Self {
+        self.kind = "wait";
         self
     }
 

@@ -7,7 +7,7 @@ use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
 use super::slice::{Fate, Slice};
-use super::{NS_CLIENT, message};
+use super::{NS_CLIENT, message, room};
 use crate::xml::dom::Element;
 use crate::xml::view::View;
 
@@ -122,7 +122,13 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     let target = match &to {
         None => Target::Account,
         Some(to) if to.as_str() == session.bare() => Target::Account,
-        Some(to) if !slice.env.is_local(to) => {
+        Some(to) if slice.env.is_room(to) && to.local().is_none() => {
+            if !requests {
+                return;
+            }
+            return room::host::outbound(slice, sid, view, to, kind);
+        }
+        Some(to) if !slice.env.serves(to) => {
             return message::bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
         }
         Some(to) if to.local().is_none() => Target::Server,

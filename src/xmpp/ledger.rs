@@ -68,6 +68,11 @@ pub enum Act {
         meta: Meta,
         receipt: Receipt,
     },
+    /// A message to a chat room, the user here: everybody in it gets it.
+    Reflected {
+        meta: Meta,
+        receipt: Option<Receipt>,
+    },
     /// A change of the user's data.
     Written {
         then: Then,

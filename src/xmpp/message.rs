@@ -45,7 +45,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     let Ok(to) = to else {
         return bounce_out(slice, sid, view, &StanzaError::JID_MALFORMED);
     };
-    if !slice.env.is_local(&to) {
+    if !slice.env.serves(&to) {
         return bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
     }
     if to.local().is_none() {
@@ -398,7 +398,7 @@ pub fn accepted(slice: &mut Slice, to: &str, message: &ArchivedMessage<'_>, meta
             return slice.ledger.dropped(&name.into(), message.id.into(), ms);
         }
         // he gets it with what else waits for him when he is loaded
-        Some(Slot::Loading { .. }) => return,
+        Some(Slot::Loading { .. } | Slot::Room(_)) => return,
         None => {
             if undecided {
                 slice.want(name);

@@ -141,6 +141,9 @@ impl Meta {
     /// XEP-0424: retracts an earlier one of its sender.
     pub const RETRACT: u16 = 4096;
 
+    /// Its recipient's session is no longer in the chat room that it is from.
+    pub const OUT: u16 = 1024;
+
     pub fn new(kind: Kind) -> Meta {
         Meta {
             kind,

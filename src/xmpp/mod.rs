@@ -19,6 +19,7 @@ pub mod pace;
 #[cfg(test)]
 mod promise;
 pub mod pubsub;
+pub mod room;
 pub mod sasl;
 pub mod session;
 #[cfg(test)]

@@ -72,6 +72,8 @@ pub struct Session {
     pub caps: Option<Rc<caps::Entity>>,
     /// Those who got directed presence (RFC 6121 4.6.3) and will get the unavailable presence.
     pub directed: SmallVec<[Box<str>; 0]>,
+    /// Bare JIDs of the chat rooms that it is in, or about to be: they learn it when it goes.
+    pub rooms: SmallVec<[Box<str>; 0]>,
     pub csi: Csi,
     /// Presence of others that waits for a turn with room.
     pub paced: Option<Box<Paced>>,

@@ -5,6 +5,7 @@
 //! Everything here is one core's: no lock, no sharing. Promise: what is taken in is delivered, stored, forwarded or
 //! answered by an error, and the order between two full JIDs is kept.
 
+use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -25,7 +26,7 @@ use super::pace::Pace;
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
 use super::warmth::{Behind, Waits, Warmth};
-use super::{NS_CLIENT, iq, message};
+use super::{NS_CLIENT, iq, message, room};
 use crate::observe::{Stage, Stamp, Stamps, record};
 use crate::store::cache::Cache;
 use crate::store::change::{ArchivedChange, ArchivedMessage, Change, Id, Message, StreamCount};
@@ -46,6 +47,8 @@ use crate::xml::view::View;
 /// What a slice knows of its surroundings; fixed from start to stop.
 pub struct Env {
     pub domain: Box<str>,
+    /// Domain of the chat rooms; `None`: there are none.
+    pub rooms: Option<Box<str>>,
     pub shard: u16,
     pub ring: Rc<Ring>,
     pub limits: Limits,
@@ -75,6 +78,25 @@ impl Env {
     /// Is it a user or the server of this blade?
     pub fn is_local(&self, jid: &Jid<'_>) -> bool {
         jid.domain() == &*self.domain
+    }
+
+    /// Is it a chat room of this blade, somebody in it, or the service itself?
+    pub fn is_room(&self, jid: &Jid<'_>) -> bool {
+        self.rooms.as_deref() == Some(jid.domain())
+    }
+
+    /// Does a stanza for it stay on this blade?
+    pub fn serves(&self, jid: &Jid<'_>) -> bool {
+        self.is_local(jid) || self.is_room(jid)
+    }
+
+    /// Under which name the store and the shards know it: a user by the local part, a room as `NAME@rooms`.
+    pub fn entity<'j>(&self, jid: &'j Jid<'_>) -> Option<Cow<'j, str>> {
+        let local = jid.local()?;
+        match self.is_room(jid) {
+            true => Some(Cow::Owned(room::entity(local))),
+            false => Some(Cow::Borrowed(local)),
+        }
     }
 }
 
@@ -124,6 +146,7 @@ pub struct Limits {
     pub pep_waiting_max: usize,
     /// Capabilities of clients that are remembered.
     pub caps_remembered_max: usize,
+    pub rooms: room::Limits,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -188,6 +211,8 @@ pub enum Slot {
     /// No such user; remembered like a user, so that the two cost the same.
     Missing,
     Present(Box<User>),
+    /// No user: a chat room. `None` while it is at work.
+    Room(Option<Box<room::Room>>),
 }
 
 impl Slot {
@@ -403,6 +428,10 @@ pub struct Counters {
     pub pep_sent: u64,
     /// Greetings left out because too many waited.
     pub pep_dropped: u64,
+    /// Messages that rooms took, what came of them and of presence at occupants, and what was refused by a limit of rooms.
+    pub room_messages: u64,
+    pub room_deliveries: u64,
+    pub room_refused: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -448,6 +477,7 @@ pub struct Slice {
     pub pep: feature::pep::Pep,
     /// What is known of clients' capabilities.
     pub caps: feature::caps::Known,
+    pub rooms: room::Rooms,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     /// How often users were asked for again; see [`AGAIN_MAX`].
     again: FnvHashMap<Box<str>, u8>,
@@ -531,6 +561,7 @@ impl Slice {
             archive: Default::default(),
             pep: Default::default(),
             caps: Default::default(),
+            rooms: Default::default(),
             waits: FnvHashMap::default(),
             again: FnvHashMap::default(),
             ticket: 0,
@@ -648,6 +679,12 @@ impl Slice {
                         batch.text(from),
                         batch.text(wants),
                     );
+                }
+                Item::Room { stanza, meta, to } => {
+                    room::fanout::deliver(self, batch.text(to), batch.get(stanza), meta);
+                }
+                Item::Listing { name, listed } => {
+                    room::directory::told(self, batch.text(name), batch.get(listed));
                 }
                 Item::Settled(receipt) => self.settle(receipt),
             }
@@ -1118,8 +1155,10 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) {
-        let Some(name) = to.local() else { return };
-        let owner = self.env.owner(name);
+        let Some(name) = self.env.entity(to) else {
+            return;
+        };
+        let owner = self.env.owner(&name);
         if owner == self.env.shard {
             match (self.deliver(to, from, stanza, meta, receipt), receipt) {
                 (Fate::Open, Some(receipt)) => self.defer(receipt),
@@ -1185,6 +1224,9 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) -> Fate {
+        if self.env.is_room(to) {
+            return room::deliver(self, to, from, stanza, meta, receipt);
+        }
         let name = to.local().expect("only users are routed to");
         let full = match self.users.get_mut(name) {
             Some(Slot::Present(user)) => {
@@ -1204,6 +1246,8 @@ impl Slice {
             Some(Slot::Loading { bytes, .. }) => {
                 *bytes + stanza.len() > self.env.limits.load_queue_bytes_max
             }
+            // no user has the name of a room
+            Some(Slot::Room(_)) => return Fate::Decided,
             None => false,
         };
         // who is not loaded has no sessions: these have nobody to go to
@@ -1386,7 +1430,7 @@ impl Slice {
         true
     }
 
-    fn wait_for_load(
+    pub(super) fn wait_for_load(
         &mut self,
         to: &Jid<'_>,
         from: &str,
@@ -1394,8 +1438,11 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) {
-        let name = to.local().expect("only users are routed to");
-        if let Some(Slot::Loading { queue, .. }) = self.users.get_mut(name) {
+        let name = self
+            .env
+            .entity(to)
+            .expect("only users and rooms are routed to");
+        if let Some(Slot::Loading { queue, .. }) = self.users.get_mut(&name) {
             queue.push(Queued::Stanza(Waiting {
                 to: to.as_str().into(),
                 from: from.into(),
@@ -1574,6 +1621,14 @@ impl Slice {
                 }
                 let whole = Receipt { twin: 0, ..receipt };
                 self.settle(whole);
+            }
+            Act::Reflected { meta, receipt } => {
+                let message = message_of(group, slot);
+                self.overlay.add(at, &user, item_of(group, slot, place));
+                room::message::reflected(self, &user, message, meta);
+                if let Some(receipt) = receipt {
+                    self.settle(receipt);
+                }
             }
             Act::Written { then } => {
                 let item = item_of(group, slot, place);
@@ -1955,6 +2010,9 @@ impl Slice {
             self.ring_known(name);
             return message::decide_missing(self, name);
         };
+        if loaded.record.is_room() {
+            return room::loaded(self, name, loaded);
+        }
         let by = format!("{name}@{}", self.env.domain);
         let mut offline = Offline::default();
         let mut undecided = Vec::new();
@@ -1979,9 +2037,10 @@ impl Slice {
         message::decide(self, name, undecided);
     }
 
-    fn loaded(&mut self, name: &str, slot: Slot) {
+    pub(super) fn loaded(&mut self, name: &str, slot: Slot) {
         let bytes = match &slot {
             Slot::Present(user) => user_bytes(user),
+            Slot::Room(Some(room)) => USER_BYTES + room.bytes(),
             _ => USER_BYTES,
         };
         let Some(place) = self.users.get_mut(name) else {
@@ -2051,6 +2110,10 @@ impl Slice {
         }
     }
 
+    pub(super) fn deliver_again(&mut self, waiting: Waiting) {
+        self.run_queue(vec![Queued::Stanza(waiting)]);
+    }
+
     fn run_queue(&mut self, queue: Vec<Queued>) {
         for waiting in queue {
             match waiting {
@@ -2117,6 +2180,8 @@ impl Slice {
         let who: Rc<str> = match self.users.get(name) {
             Some(Slot::Present(user)) => user.name.clone(),
             Some(Slot::Missing) => name.into(),
+            // a room changes by itself
+            Some(Slot::Room(_)) => return then(self, Err(WriteError::Conflict)),
             Some(Slot::Loading { .. }) | None => {
                 let name: Box<str> = name.into();
                 return self.when_known(

@@ -27,6 +27,7 @@ use crate::store::tier::{
 use crate::xml::{Element, FrameKind, Framer, Node, StreamNs};
 
 pub const DOMAIN: &str = "localhost";
+pub const ROOMS: &str = "rooms.localhost";
 
 /// The ring of so many shards; made once, because that takes a while.
 pub fn ring(shards: usize) -> Rc<Ring> {
@@ -79,6 +80,20 @@ pub fn limits() -> Limits {
         pubsub_page_items_max: 50,
         pep_waiting_max: 1000,
         caps_remembered_max: 100,
+        rooms: super::room::Limits {
+            creators: None,
+            rooms_max: 100,
+            per_session_max: 20,
+            occupants_max: 1000,
+            affiliates_max: 100,
+            nick_bytes_max: 64,
+            subject_bytes_max: 1024,
+            history_max: 50,
+            history_bytes_max: 1 << 18,
+            messages_per_second_max: 1000,
+            presences_per_second_max: 1000,
+            persistent: false,
+        },
     }
 }
 
@@ -148,6 +163,8 @@ pub struct Tier {
 #[derive(Default)]
 pub struct Stored {
     pub record: UserRecord,
+    /// It is a chat room.
+    pub room: Option<Record>,
     pub revision: u64,
     /// Revision with which the account began: what is older belonged to another one.
     added: u64,
@@ -267,6 +284,7 @@ impl World {
         let slice = |(shard, start): (usize, Start)| {
             let env = Env {
                 domain: DOMAIN.into(),
+                rooms: Some(ROOMS.into()),
                 shard: shard as u16,
                 ring: ring.clone(),
                 limits: limits.clone(),
@@ -599,7 +617,7 @@ impl Tier {
             Request::Load { name } => {
                 self.loads += 1;
                 let user = self.users.get(&*name).map(|u| Loaded {
-                    record: Record::new(&u.record),
+                    record: u.room.clone().unwrap_or_else(|| Record::new(&u.record)),
                     revision: u.revision,
                     pending: u.pending.values().cloned().collect(),
                     last: u.last.clone(),
@@ -622,7 +640,11 @@ impl Tier {
         ) {
             self.changes += 1;
         }
-        let record = |bytes: &[u8]| Record::from_bytes(bytes).unwrap().to_owned();
+        let record = |bytes: &[u8]| {
+            let record = Record::from_bytes(bytes).unwrap();
+            let room = record.is_room().then(|| record.clone());
+            (record.to_owned(), room)
+        };
         let id = match change {
             ArchivedChange::Message(message) => message.id.to_native(),
             ArchivedChange::AddUser { revision, .. }
@@ -662,8 +684,10 @@ impl Tier {
         let newer = newest.is_none_or(|newest| newest < id);
         match (change, stored) {
             (ArchivedChange::AddUser { record: bytes, .. }, _) if newer => {
+                let (record, room) = record(bytes);
                 let stored = Stored {
-                    record: record(bytes),
+                    record,
+                    room,
                     revision: id,
                     added: id,
                     ..Stored::default()
@@ -676,7 +700,7 @@ impl Tier {
                 self.removed.insert(name.to_owned(), id);
             }
             (ArchivedChange::PutUser { record: bytes, .. }, Some(user)) if newer => {
-                user.record = record(bytes);
+                (user.record, user.room) = record(bytes);
                 user.revision = id;
             }
             (ArchivedChange::PutDocument { key, value, .. }, Some(user))

@@ -351,7 +351,7 @@ impl Slice {
                 Some(Slot::Present(user)) => {
                     (user.waits.must && user.waits.says) || !user.waits_for(message.id)
                 }
-                Some(Slot::Missing) => true,
+                Some(Slot::Missing | Slot::Room(_)) => true,
                 Some(Slot::Loading { .. }) | None => false,
             };
             if !told {
@@ -444,6 +444,14 @@ impl Slice {
                 };
                 warm(user, revision, record, waits).encode(&mut value);
             }
+            Some(Slot::Room(Some(room))) => {
+                let Some(copy) = room.warm() else {
+                    // a newer one is about to be durable
+                    return Told::Later;
+                };
+                copy.encode(&mut value);
+            }
+            Some(Slot::Room(None)) => return Told::Later,
             Some(Slot::Missing) if change.whole => Warm::missing(0).encode(&mut value),
             Some(Slot::Missing) => return Told::Needless,
             Some(Slot::Loading { .. }) => return Told::Later,
@@ -476,6 +484,13 @@ impl Slice {
             let keep = match self.users.peek(&name) {
                 Some(Slot::Present(user)) if user.durable == user.revision => {
                     warm(user, user.revision, &user.record, user.waits.must).encode(&mut value);
+                    Keep::Long
+                }
+                Some(Slot::Room(Some(room))) => {
+                    let Some(copy) = room.warm() else {
+                        continue;
+                    };
+                    copy.encode(&mut value);
                     Keep::Long
                 }
                 Some(Slot::Missing) => {

@@ -12,6 +12,7 @@ import aioxmpp.carbons
 import aioxmpp.connector
 import aioxmpp.disco
 import aioxmpp.ibr
+import aioxmpp.muc
 import aioxmpp.node
 import aioxmpp.pep
 import aioxmpp.ping
@@ -260,6 +261,39 @@ class AioBot(Bot):
         msg = aioxmpp.Message(type_=aioxmpp.MessageType.CHAT, to=aioxmpp.JID.fromstr(to))
         msg.body[None] = body
         self.client.enqueue(msg)
+
+    @property
+    def rooms(self):
+        return self.client.summon(aioxmpp.MUCClient)
+
+    async def enter(self, room, nick):
+        """Comes into a chat room; the nicknames of those who are in."""
+
+        def on_message(msg, _member, _source, **_):
+            self.on_message(msg)
+
+        self.room, entered = self.rooms.join(aioxmpp.JID.fromstr(room), nick)
+        self.room.on_message.connect(on_message)
+        await asyncio.wait_for(entered, WAIT_S)
+        return {member.nick for member in self.room.members}
+
+    def say(self, room, body):
+        msg = aioxmpp.Message(type_=aioxmpp.MessageType.GROUPCHAT, to=aioxmpp.JID.fromstr(room))
+        msg.body[None] = body
+        self.client.enqueue(msg)
+
+    async def leave_room(self, room, nick):
+        await self.room.leave()
+
+    async def persist(self, room):
+        """An owner makes the room a lasting one."""
+        room = aioxmpp.JID.fromstr(room)
+        form = aioxmpp.muc.ConfigurationForm.from_xso(await self.rooms.get_room_config(room))
+        form.persistentroom.value = True
+        await self.rooms.set_room_config(room, form.render_reply())
+
+    async def put_out(self, room, nick):
+        await self.room.muc_set_role(nick, "none")
 
     @property
     def roster_client(self):

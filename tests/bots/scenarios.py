@@ -611,3 +611,30 @@ async def unsupported_binding_is_refused(stage):
         if "-PLUS<" in connection.features:
             answer = await connection.attempt("SCRAM-SHA-256", "y")
             assert "<failure" in answer, answer
+
+
+@scenario(pairs=True)
+async def people_talk_in_a_room(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
+    room = f"desk-{stage.tag}@rooms.localhost"
+    await alice.enter(room, "Alice")
+    await alice.persist(room)
+    assert "Alice" in await bob.enter(room, "Bob")
+    alice.say(room, "hello")
+    bob.say(room, "good morning")
+    for bot in (alice, bob):
+        await bot.wait(Message, sender=f"{room}/Alice", body="hello")
+        await bot.wait(Message, sender=f"{room}/Bob", body="good morning")
+    await bob.leave_room(room, "Bob")
+    alice.say(room, "gone")
+    await alice.wait(Message, body="gone")
+    await bob.enter(room, "Robert")
+    # what was said before comes again, marked as late
+    await bob.wait(Message, sender=f"{room}/Alice", body="gone", delayed=True)
+    await alice.put_out(room, "Robert")
+    await alice.wait(Presence, sender=f"{room}/Robert", kind="unavailable")
+    alice.say(room, "alone")
+    await alice.wait(Message, body="alone")
+    await bob.settled()
+    assert "alone" not in bob.bodies_now()

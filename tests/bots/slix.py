@@ -11,7 +11,7 @@ from slixmpp.xmlstream.matcher import StanzaPath
 from bot import WAIT_S, Bot, Event, Message, Presence, Push, Refused, StreamEnd
 
 PLUGINS = [
-    "xep_0004", "xep_0012", "xep_0030", "xep_0049", "xep_0054", "xep_0066", "xep_0077", "xep_0092", "xep_0191",
+    "xep_0004", "xep_0012", "xep_0030", "xep_0045", "xep_0049", "xep_0054", "xep_0066", "xep_0077", "xep_0092", "xep_0191",
     "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0424", "xep_0441",
 ]
 
@@ -184,6 +184,29 @@ class SlixBot(Bot):
 
     def chat(self, to, body):
         self.client.send_message(mto=to, mbody=body, mtype="chat")
+
+    async def enter(self, room, nick):
+        """Comes into a chat room; the nicknames of those who are in."""
+        rooms = self.client["xep_0045"]
+        await rooms.join_muc_wait(slixmpp.JID(room), nick, timeout=WAIT_S)
+        return set(rooms.get_roster(room))
+
+    def say(self, room, body):
+        self.client.send_message(mto=room, mbody=body, mtype="groupchat")
+
+    async def leave_room(self, room, nick):
+        self.client["xep_0045"].leave_muc(slixmpp.JID(room), nick)
+
+    async def persist(self, room):
+        """An owner makes the room a lasting one."""
+        rooms = self.client["xep_0045"]
+        form = await rooms.get_room_config(slixmpp.JID(room))
+        form.set_type("submit")
+        form["values"] = form.get_values() | {"muc#roomconfig_persistentroom": True}
+        await rooms.set_room_config(slixmpp.JID(room), form)
+
+    async def put_out(self, room, nick):
+        await self.client["xep_0045"].set_role(slixmpp.JID(room), nick, "none")
 
     def subscribe(self, jid):
         self.client.send_presence_subscription(pto=jid, ptype="subscribe")

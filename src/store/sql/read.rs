@@ -263,7 +263,7 @@ impl Sql {
             .map(|ids| ids.into_iter().max().unwrap_or(0))
     }
 
-    /// Counts of accounts by the shape of their keys.
+    /// Counts of accounts by the shape of their keys; without any, nobody logs in: rooms, for instance.
     pub async fn key_shapes(&mut self) -> Result<Vec<KeyShape>, SqlError> {
         let rows = self.conn.ask(statements::KEY_SHAPES, &[]).await?;
         let shape = |row: &Row, at: usize| -> Result<Option<(u32, usize)>, SqlError> {
@@ -272,14 +272,16 @@ impl Sql {
                 .zip(salt_len)
                 .map(|(iterations, salt_len)| (iterations as u32, salt_len as usize)))
         };
-        rows.iter()
-            .map(|row| {
-                Ok(KeyShape {
-                    sha1: shape(row, 0)?,
-                    sha256: shape(row, 2)?,
-                    users: row.id(4)?,
-                })
+        let shapes = rows.iter().map(|row| {
+            Ok(KeyShape {
+                sha1: shape(row, 0)?,
+                sha256: shape(row, 2)?,
+                users: row.id(4)?,
             })
+        });
+        let logs_in = |shape: &KeyShape| shape.sha1.is_some() || shape.sha256.is_some();
+        shapes
+            .filter(|shape| shape.as_ref().map_or(true, logs_in))
             .collect()
     }
 

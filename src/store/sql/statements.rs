@@ -415,13 +415,14 @@ pub(super) const EPOCH: &str = "SELECT value FROM state WHERE name = 'accounts'"
 pub(super) const NEXT_EPOCH: &str = "UPDATE state SET value = value + 1 WHERE name = 'accounts'";
 pub(super) const POSITIONS: &str = "SELECT identity, journal, seq FROM drained";
 pub(super) const HIGHEST: &str = "SELECT max(id) FROM archive UNION ALL SELECT max(id) FROM pending UNION ALL SELECT max(revision) FROM removed";
-pub(super) const COUNT: &str = "SELECT count(*) FROM users";
+/// Rooms and others that no person logs in as have an `@` in their names.
+pub(super) const COUNT: &str = "SELECT count(*) FROM users WHERE name NOT LIKE '%@%'";
 pub(super) const KEY_SHAPES: &str =
     "SELECT sha1_iterations, sha1_salt_len, sha256_iterations, sha256_salt_len, count(*)
     FROM users GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC";
 /// Prefix, behind the prefix, after, limit.
 pub(super) const LIST: &str = "SELECT name, created_at, updated_at, disabled FROM users
-    WHERE name >= ? AND name < ? AND name > ? ORDER BY name LIMIT ?";
+    WHERE name >= ? AND name < ? AND name > ? AND name NOT LIKE '%@%' ORDER BY name LIMIT ?";
 pub(super) const QUARANTINED: &str = "SELECT count(*) FROM quarantine WHERE part = 0";
 
 pub(super) const TO_PURGE: &str = "SELECT owner FROM gone LIMIT 1";

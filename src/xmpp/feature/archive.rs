@@ -13,7 +13,7 @@ use fnv::FnvHashMap;
 
 use super::{Feature, Iq, IqRoute, NONE, Target, rsm, stable_id, time};
 use crate::store::change::Id;
-use crate::store::tier::{ArchiveQuery, Page, ReadError};
+use crate::store::tier::{ArchiveQuery, Entry, Page, ReadError};
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::jid::Jid;
@@ -79,8 +79,8 @@ enum Query {
     Metadata,
 }
 
-struct PageQuery {
-    wanted: ArchiveQuery,
+pub struct PageQuery {
+    pub wanted: ArchiveQuery,
     /// Given back in each result.
     queryid: Option<String>,
     /// Newest first on the wire (section 4.3.4).
@@ -126,7 +126,7 @@ pub fn forbids(to: &Jid<'_>, stanza: &[u8], meta: Meta) -> bool {
 // ---- the request -------------------------------------------------------------------------------------------------------
 
 /// The fields that [`fill`] knows (section 4.1.5).
-fn form() -> Element {
+pub fn form() -> Element {
     let field = |typ: &str, var: &str| {
         Element::new("field", NS_FORM)
             .attr("type", typ)
@@ -149,7 +149,7 @@ fn form() -> Element {
         .child(field("boolean", "include-groupchat"))
 }
 
-fn read_query(env: &Env, iq: &Iq) -> Result<PageQuery, StanzaError> {
+pub fn read_query(env: &Env, iq: &Iq) -> Result<PageQuery, StanzaError> {
     if iq.payload.get("node").is_some() {
         // XEP-0442: for archives of publish-subscribe nodes
         return Err(StanzaError::ITEM_NOT_FOUND);
@@ -415,6 +415,52 @@ fn show(slice: &mut Slice, sid: SessionId, iq: &Iq, query: &PageQuery, mut page:
         false => fin,
     };
     slice.iq_result(iq, Some(fin.child(set.element())));
+}
+
+/// The same for somebody who is no session of this slice, from another archive than his own: messages that begin with `head` (no
+/// `to`), and what ends them.
+pub fn results(
+    env: &Env,
+    head: &[u8],
+    query: &PageQuery,
+    page: &mut Page,
+) -> (Vec<Vec<u8>>, Element) {
+    cut(page, query.wanted.backwards, head.len());
+    let shown_id = |id: u64| format!("{:016x}", stable_id::permute(id, env.id_key));
+    let result = |entry: &Entry| {
+        let mut out = head.to_vec();
+        out.extend_from_slice(b"><result xmlns='urn:xmpp:mam:2'");
+        if let Some(queryid) = &query.queryid {
+            attribute("queryid", queryid, &mut out);
+        }
+        let (id, stamp) = (shown_id(entry.id), time::stamp_ms(Id(entry.id).unix_ms()));
+        write!(
+            out,
+            " id='{id}'><forwarded xmlns='urn:xmpp:forward:0'><delay xmlns='urn:xmpp:delay' stamp='{stamp}'/>"
+        )
+        .expect("writing to memory succeeds");
+        if let Some(rest) = entry.stanza.strip_prefix(b"<message") {
+            out.extend_from_slice(b"<message xmlns='jabber:client'");
+            out.extend_from_slice(rest);
+        }
+        out.extend_from_slice(b"</forwarded></result></message>");
+        out
+    };
+    let mut stanzas: Vec<Vec<u8>> = page.entries.iter().map(result).collect();
+    if query.flipped {
+        stanzas.reverse();
+    }
+    let ends = page.entries.first().zip(page.entries.last());
+    let set = rsm::Shown {
+        ends: ends.map(|(first, last)| (shown_id(first.id), shown_id(last.id))),
+        index: page.index,
+        count: page.count,
+    };
+    let mut fin = Element::new("fin", NS);
+    if page.complete {
+        fin.set("complete", "true");
+    }
+    (stanzas, fin.child(set.element()))
 }
 
 /// Leaves of a page what may go out at once; `overhead`: bytes on top of each stanza.

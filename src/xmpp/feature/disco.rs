@@ -115,7 +115,11 @@ fn server_items(slice: &mut Slice, iq: Iq) {
     } else if iq.payload.get("node").is_some() {
         slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
     } else {
-        slice.iq_result(&iq, Some(Element::new("query", NS_ITEMS)));
+        let rooms = slice.env.rooms.as_deref();
+        let rooms = rooms.map(|host| Element::new("item", NS_ITEMS).attr("jid", host));
+        let items = Element::new("query", NS_ITEMS);
+        let items = rooms.into_iter().fold(items, Element::child);
+        slice.iq_result(&iq, Some(items));
     }
 }
 
@@ -303,7 +307,7 @@ mod tests {
         }
         assert!(vars.is_sorted_by(|a, b| a < b));
         w.send(a, &ask("localhost", "items", ""));
-        w.expect(a, &["<iq type='result' id='d' from='localhost' to='alice@localhost/a'><query xmlns='http://jabber.org/protocol/disco#items'/></iq>"]);
+        w.expect(a, &["<iq type='result' id='d' from='localhost' to='alice@localhost/a'><query xmlns='http://jabber.org/protocol/disco#items'><item jid='rooms.localhost'/></query></iq>"]);
         for what in ["info", "items"] {
             w.send(a, &ask("localhost", what, " node='no such'"));
             assert!(w.take(a).concat().contains("<item-not-found"));

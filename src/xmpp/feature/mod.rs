@@ -14,6 +14,7 @@ pub mod displayed;
 pub mod hints;
 pub mod last;
 pub mod legacy_session;
+pub mod occupant_id;
 pub mod offline;
 pub mod omemo;
 pub mod pep;
@@ -24,8 +25,10 @@ pub mod private_nodes;
 pub mod profile;
 pub mod register;
 pub mod retract;
+pub mod rooms;
 pub mod roster;
 pub mod rsm;
+pub mod self_ping;
 pub mod sm;
 pub mod stable_id;
 pub mod subscription;
@@ -174,7 +177,8 @@ macro_rules! features {
 
 features! {
     disco roster subscription presence blocking carbons offline archive archive_prefs retract rsm stable_id hints sm csi ping caps pep
-    private_nodes avatar vcard vcard4 profile bookmarks displayed omemo private register last time version legacy_session
+    private_nodes avatar vcard vcard4 profile bookmarks displayed omemo private register last time version legacy_session rooms
+    occupant_id self_ping
 }
 
 /// The rows' hooks, collected once, so that a message only meets those that exist.

@@ -22,6 +22,7 @@ use crate::xmpp::ledger::Act;
 use crate::xmpp::message::{self, attribute, bounce_out};
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::pace::Shared;
+use crate::xmpp::room;
 use crate::xmpp::session::{Presence, Session, SessionId};
 use crate::xmpp::slice::Op;
 use crate::xmpp::slice::{Fate, Slice, Slot, User};
@@ -162,6 +163,7 @@ fn unavailable(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     let was = session.presence.is_some();
     let (name, jid) = (session.user.clone(), session.jid.clone());
     let directed = std::mem::take(&mut session.directed);
+    let rooms = std::mem::take(&mut session.rooms);
     if was {
         let meta = Meta::new(Kind::Unavailable).with(Meta::LAZY);
         // to itself too, so it is still available here
@@ -169,6 +171,7 @@ fn unavailable(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         broadcast(slice, &name, &jid, &stanza, meta, false);
     }
     farewell(slice, &name, &jid, &stanza, directed, was);
+    room::leave_all(slice, &jid, &stanza, rooms);
     slice.reuse(stanza);
     if let Some(session) = slice.sessions.get_mut(sid) {
         session.presence = None;
@@ -184,7 +187,8 @@ fn unavailable(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
 fn ended(slice: &mut Slice, session: &mut Session) {
     let was = session.presence.take().is_some();
     let directed = std::mem::take(&mut session.directed);
-    if !was && directed.is_empty() {
+    let rooms = std::mem::take(&mut session.rooms);
+    if !was && directed.is_empty() && rooms.is_empty() {
         return;
     }
     let mut stanza = slice.buffer();
@@ -195,6 +199,7 @@ fn ended(slice: &mut Slice, session: &mut Session) {
         broadcast(slice, &session.user, &session.jid, &stanza, meta, false);
     }
     farewell(slice, &session.user, &session.jid, &stanza, directed, was);
+    room::leave_all(slice, &session.jid, &stanza, rooms);
     slice.reuse(stanza);
     if was {
         note_last(slice, &session.user, "");
@@ -243,6 +248,9 @@ fn farewell(
 
 /// 4.6: presence, a probe or an error for somebody.
 fn directed(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, to: &Jid<'_>) {
+    if slice.env.is_room(to) {
+        return room::outbound(slice, sid, view, kind, to);
+    }
     if !slice.env.is_local(to) {
         // 4.3: a probe is no reason for an error
         if kind == Kind::Available {
@@ -465,6 +473,9 @@ fn to_sessions(slice: &mut Slice, sessions: &[SessionId], name: &str, stanza: &[
 
 /// The same for one session, past what waits for it ([`crate::xmpp::pace`]).
 pub fn write_to(slice: &mut Slice, sid: SessionId, stanza: &[u8], meta: Meta) {
+    if meta.has(Meta::ROOM) {
+        return room::fanout::write_to(slice, sid, stanza, meta);
+    }
     let Some(name) = slice.sessions.get(sid).map(|s| s.user.clone()) else {
         return;
     };
@@ -585,7 +596,7 @@ fn asked(slice: &mut Slice, name: &str, from: &Jid<'_>) {
             let item = user.record.get().roster_item(from.bare());
             item.is_some_and(|i| i.subscription().from())
         }
-        Some(Slot::Missing) => false,
+        Some(Slot::Missing | Slot::Room(_)) => false,
         _ => return,
     };
     if !admit(slice, name, from, Meta::new(Kind::Probe)) {

@@ -1,0 +1,677 @@
+use crate::xmpp::testing::{Client, World, matches};
+
+/// A room that the shard owns.
+fn room_on(w: &World, shard: usize) -> String {
+    let owner = |n: &u32| usize::from(w.slices[0].env.owner(&super::entity(&format!("desk{n}"))));
+    let n = (0..).find(|n| owner(n) == shard).unwrap();
+    format!("desk{n}@rooms.localhost")
+}
+
+fn join(w: &mut World, client: Client, room: &str, nick: &str) {
+    w.send(
+        client,
+        &format!(
+            "<presence to='{room}/{nick}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+        ),
+    );
+}
+
+/// The owner takes the room as it is.
+fn accept(w: &mut World, client: Client, room: &str) {
+    configure(w, client, room, &[]);
+}
+
+fn configure(w: &mut World, client: Client, room: &str, fields: &[(&str, &str)]) {
+    let fields: String = fields
+        .iter()
+        .map(|(var, value)| format!("<field var='{var}'><value>{value}</value></field>"))
+        .collect();
+    w.send(
+        client,
+        &format!(
+            "<iq type='set' id='c' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'>\
+             <x xmlns='jabber:x:data' type='submit'>{fields}</x></query></iq>"
+        ),
+    );
+}
+
+fn say(w: &mut World, client: Client, room: &str, text: &str) {
+    w.send(
+        client,
+        &format!("<message type='groupchat' id='{text}' to='{room}'><body>{text}</body></message>"),
+    );
+}
+
+/// Alice has made a room, Bob is in it; nothing is left to take.
+fn two(shards: usize) -> (World, Client, Client, String) {
+    let mut w = World::new(shards);
+    let (alice, bob) = (w.on(0, "alice"), w.on(shards - 1, "bob"));
+    w.add(&alice);
+    w.add(&bob);
+    let a = w.online(&alice, "a");
+    let b = w.online(&bob, "b");
+    let room = room_on(&w, 0);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    join(&mut w, b, &room, "Bob");
+    w.take(a);
+    w.take(b);
+    (w, a, b, room)
+}
+
+/// Exactly these come, in this order; `*` stands for any value.
+#[track_caller]
+fn expect(w: &mut World, client: Client, wanted: &[&str]) {
+    let got = w.take(client);
+    let same = got.len() == wanted.len() && got.iter().zip(wanted).all(|(g, x)| matches(x, g));
+    assert!(same, "wanted {wanted:#?}\ngot {got:#?}");
+}
+
+#[track_caller]
+fn has(w: &mut World, client: Client, parts: &[&str]) -> String {
+    let got = w.take(client).concat();
+    for part in parts {
+        assert!(got.contains(part), "{part} is not in {got}");
+    }
+    got
+}
+
+fn admin(w: &mut World, client: Client, room: &str, items: &str) {
+    w.send(
+        client,
+        &format!("<iq type='set' id='m' to='{room}'><query xmlns='http://jabber.org/protocol/muc#admin'>{items}</query></iq>"),
+    );
+}
+
+const ITEM: &str = "http://jabber.org/protocol/muc#user";
+
+#[test]
+fn a_message_reaches_all_with_one_stable_id_and_no_real_address() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        say(&mut w, b, &room, "hello");
+        let to_a = has(
+            &mut w,
+            a,
+            &["<body>hello</body>", &format!("from='{room}/Bob'")],
+        );
+        let to_b = has(
+            &mut w,
+            b,
+            &["<body>hello</body>", &format!("from='{room}/Bob'")],
+        );
+        let id = |text: &str| text.split("stanza-id").nth(1).unwrap().to_owned();
+        assert_eq!(id(&to_a), id(&to_b));
+        assert!(to_a.contains(&format!("by='{room}'")) && !to_a.contains("bob@localhost"));
+    }
+}
+
+#[test]
+fn nobody_sees_a_message_and_no_count_covers_it_before_it_is_durable() {
+    let (mut w, a, b, room) = two(2);
+    w.send(b, "<enable xmlns='urn:xmpp:sm:3' resume='true'/>");
+    w.take(b);
+    w.tier.held = true;
+    say(&mut w, b, &room, "hello");
+    w.send(b, "<r xmlns='urn:xmpp:sm:3'/>");
+    assert_eq!(w.take(a), Vec::<String>::new());
+    assert_eq!(w.take(b), Vec::<String>::new(), "not even a count");
+    // what would overtake it waits behind it
+    w.send(
+        b,
+        &format!("<presence to='{room}/Bob'><show>away</show></presence>"),
+    );
+    assert_eq!(w.take(a), Vec::<String>::new());
+    w.release();
+    let got = w.take(a);
+    assert!(
+        got[0].contains("<body>hello") && got[1].contains("<show>away"),
+        "{got:?}"
+    );
+    has(
+        &mut w,
+        b,
+        &["<body>hello", "<a xmlns='urn:xmpp:sm:3' h='2'/>"],
+    );
+}
+
+#[test]
+fn what_one_says_and_does_is_seen_in_that_order_whatever_waits_for_the_journal() {
+    let (mut w, a, b, room) = two(2);
+    w.tier.held = true;
+    say(&mut w, b, &room, "1");
+    w.send(b, &format!("<presence to='{room}/Bobby'/>"));
+    say(&mut w, b, &room, "2");
+    w.send(b, &format!("<message type='groupchat' to='{room}'><composing xmlns='http://jabber.org/protocol/chatstates'/></message>"));
+    say(&mut w, b, &room, "3");
+    w.send(
+        b,
+        &format!("<presence type='unavailable' to='{room}/Bobby'/>"),
+    );
+    w.release();
+    let got = w.take(a);
+    let marks = [
+        "<body>1<",
+        "code='303'",
+        "/Bobby'>",
+        "<body>2<",
+        "<composing",
+        "<body>3<",
+        "type='unavailable'",
+    ];
+    assert_eq!(got.len(), marks.len(), "{got:#?}");
+    for (got, mark) in got.iter().zip(marks) {
+        assert!(got.contains(mark), "{mark} is not {got}");
+    }
+    assert!(got[3].contains(&format!("from='{room}/Bobby'")));
+}
+
+#[test]
+fn after_a_crash_a_room_has_its_state_and_messages_and_nobody_in_it() {
+    let (mut w, a, b, room) = two(2);
+    configure(
+        &mut w,
+        a,
+        &room,
+        &[
+            ("muc#roomconfig_persistentroom", "1"),
+            ("muc#roomconfig_roomname", "Desk"),
+        ],
+    );
+    say(&mut w, b, &room, "one");
+    w.send(
+        a,
+        &format!("<message type='groupchat' to='{room}'><subject>rates</subject></message>"),
+    );
+    say(&mut w, a, &room, "two");
+    let bob = w.session(b).user.clone();
+    w.crash(2);
+    let b = w.online(&bob, "b");
+    // XEP-0410: he is not in any more
+    w.send(
+        b,
+        &format!("<iq type='get' id='p' to='{room}/Bob'><ping xmlns='urn:xmpp:ping'/></iq>"),
+    );
+    has(&mut w, b, &["type='error'", "<not-acceptable"]);
+    join(&mut w, b, &room, "Bob");
+    let got = w.take(b);
+    assert!(
+        got[0].contains("code='110'") && !got[0].contains("code='201'"),
+        "{got:#?}"
+    );
+    assert!(
+        got[1].contains("<body>one</body>")
+            && got[1].contains("<delay")
+            && got[1].contains("<stanza-id")
+    );
+    assert!(got[2].contains("<body>two</body>"));
+    assert!(got[3].contains("<subject>rates</subject>"));
+    assert_eq!(got.len(), 4);
+    w.send(
+        b,
+        &format!("<iq type='set' id='q' to='{room}'><query xmlns='urn:xmpp:mam:2'/></iq>"),
+    );
+    let got = w.take(b);
+    assert!(
+        got[0].contains("<body>one</body>") && got[1].contains("<body>two</body>"),
+        "{got:#?}"
+    );
+    assert!(got[2].contains("<fin") && got[2].contains("complete='true'"));
+    w.send(b, &format!("<iq type='get' id='i' to='{room}'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>"));
+    has(
+        &mut w,
+        b,
+        &["name='Desk'", "muc_persistent", "urn:xmpp:mam:2"],
+    );
+}
+
+#[test]
+fn an_acknowledged_message_is_in_the_archive_once_if_the_process_dies_before_anybody_got_it() {
+    let (mut w, a, b, room) = two(2);
+    configure(&mut w, a, &room, &[("muc#roomconfig_persistentroom", "1")]);
+    let bob = w.session(b).user.clone();
+    w.tier.dry = true;
+    for n in 0..5 {
+        say(&mut w, b, &room, &n.to_string());
+    }
+    w.crash(1);
+    let b = w.online(&bob, "b");
+    w.send(
+        b,
+        &format!("<iq type='set' id='q' to='{room}'><query xmlns='urn:xmpp:mam:2'/></iq>"),
+    );
+    let got = w.take(b);
+    assert_eq!(got.len(), 6, "{got:#?}");
+    for (n, got) in got[..5].iter().enumerate() {
+        assert!(got.contains(&format!("<body>{n}</body>")));
+    }
+}
+
+#[test]
+fn a_full_journal_refuses_messages_and_changes_and_the_room_goes_on() {
+    let (mut w, a, b, room) = two(1);
+    w.tier.broken = true;
+    say(&mut w, b, &room, "lost");
+    has(&mut w, b, &["type='error'", "<resource-constraint"]);
+    configure(&mut w, a, &room, &[("muc#roomconfig_roomname", "x")]);
+    has(&mut w, a, &["type='error'", "<resource-constraint"]);
+    w.send(
+        b,
+        &format!("<presence to='{room}/Bob'><show>dnd</show></presence>"),
+    );
+    has(&mut w, a, &["<show>dnd"]);
+    w.tier.broken = false;
+    say(&mut w, b, &room, "kept");
+    has(&mut w, a, &["<body>kept"]);
+}
+
+#[test]
+fn whoever_ends_leaves_his_rooms_however_he_ends() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        let bob = w.session(b).user.clone();
+        w.cut(b);
+        has(
+            &mut w,
+            a,
+            &["type='unavailable'", &format!("from='{room}/Bob'")],
+        );
+        let b = w.online(&bob, "b");
+        join(&mut w, b, &room, "Bob");
+        w.take(a);
+        w.send(b, "<presence type='unavailable'/>");
+        has(&mut w, a, &["type='unavailable'"]);
+        assert!(w.session(b).rooms.is_empty());
+    }
+}
+
+#[test]
+fn a_session_that_may_be_resumed_stays_in_and_gets_what_was_said() {
+    let (mut w, a, b, room) = two(2);
+    w.send(b, "<enable xmlns='urn:xmpp:sm:3' resume='true'/>");
+    w.cut(b);
+    assert_eq!(w.take(a), Vec::<String>::new());
+    say(&mut w, a, &room, "hello");
+    assert_eq!(w.session(b).sm.as_ref().unwrap().waiting(), 1);
+    w.take(a);
+    w.advance(400_000);
+    has(
+        &mut w,
+        a,
+        &["type='unavailable'", &format!("from='{room}/Bob'")],
+    );
+}
+
+#[test]
+fn a_temporary_room_ends_with_its_last_occupant_and_its_archive_with_it() {
+    let (mut w, a, b, room) = two(2);
+    say(&mut w, b, &room, "hello");
+    w.logout(b);
+    w.send(
+        a,
+        &format!("<presence type='unavailable' to='{room}/Alice'/>"),
+    );
+    has(&mut w, a, &["type='unavailable'", "code='110'"]);
+    assert!(w.session(a).rooms.is_empty());
+    assert!(w.tier.users.keys().all(|name| !name.contains('@')));
+    assert!(w.slices.iter().all(|slice| slice.rooms.count == 0));
+    join(&mut w, a, &room, "Alice");
+    let got = has(&mut w, a, &["code='201'"]);
+    assert!(!got.contains("hello"));
+}
+
+#[test]
+fn kicked_and_banned_people_are_out_and_their_sessions_know_it() {
+    let (mut w, a, b, room) = two(2);
+    admin(
+        &mut w,
+        a,
+        &room,
+        "<item nick='Bob' role='none'><reason>late</reason></item>",
+    );
+    has(
+        &mut w,
+        b,
+        &[
+            "type='unavailable'",
+            "code='307'",
+            "code='110'",
+            "<reason>late</reason>",
+            "<actor nick='Alice'/>",
+        ],
+    );
+    has(&mut w, a, &["code='307'", "type='result'"]);
+    assert!(w.session(b).rooms.is_empty());
+    say(&mut w, b, &room, "x");
+    has(&mut w, b, &["<not-acceptable"]);
+    join(&mut w, b, &room, "Bob");
+    w.take(b);
+    let bob = w.session(b).bare().to_owned();
+    admin(
+        &mut w,
+        a,
+        &room,
+        &format!("<item jid='{bob}' affiliation='outcast'/>"),
+    );
+    has(&mut w, b, &["code='301'"]);
+    join(&mut w, b, &room, "Bob");
+    has(&mut w, b, &["<forbidden"]);
+    assert!(w.session(b).rooms.is_empty());
+    // he does not get at the archive either
+    w.send(
+        b,
+        &format!("<iq type='set' id='q' to='{room}'><query xmlns='urn:xmpp:mam:2'/></iq>"),
+    );
+    has(&mut w, b, &["<forbidden"]);
+}
+
+#[test]
+fn who_has_no_right_changes_nothing() {
+    let (mut w, a, b, room) = two(2);
+    let alice = w.session(a).bare().to_owned();
+    for items in [
+        "<item nick='Alice' role='none'/>".to_owned(),
+        "<item nick='Bob' role='moderator'/>".to_owned(),
+        format!("<item jid='{alice}' affiliation='outcast'/>"),
+        "<item nick='Bob' affiliation='owner'/>".to_owned(),
+    ] {
+        admin(&mut w, b, &room, &items);
+        has(&mut w, b, &["<forbidden"]);
+    }
+    configure(&mut w, b, &room, &[("muc#roomconfig_roomname", "mine")]);
+    has(&mut w, b, &["<forbidden"]);
+    w.send(b, &format!("<iq type='set' id='d' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'><destroy/></query></iq>"));
+    has(&mut w, b, &["<forbidden"]);
+    w.send(
+        b,
+        &format!("<message type='groupchat' to='{room}'><subject>mine</subject></message>"),
+    );
+    has(&mut w, b, &["<forbidden"]);
+    // the last owner stays
+    admin(
+        &mut w,
+        a,
+        &room,
+        &format!("<item jid='{alice}' affiliation='none'/>"),
+    );
+    has(&mut w, a, &["<conflict"]);
+}
+
+#[test]
+fn nicks_that_look_alike_are_a_conflict() {
+    let (mut w, a, _, room) = two(1);
+    let carol = w.on(0, "carol");
+    w.add(&carol);
+    let c = w.online(&carol, "c");
+    for nick in ["Alice", "alice", "\u{410}lice", "\u{ff21}lice", "Bob"] {
+        join(&mut w, c, &room, nick);
+        has(&mut w, c, &["type='error'", "<conflict"]);
+    }
+    assert!(w.session(c).rooms.is_empty());
+    join(&mut w, c, &room, "Carol");
+    has(&mut w, c, &["code='110'"]);
+    w.take(a);
+    w.send(c, &format!("<presence to='{room}/ALICE'/>"));
+    has(&mut w, c, &["<conflict"]);
+    assert_eq!(w.session(c).rooms.len(), 1);
+}
+
+#[test]
+fn nobody_speaks_in_the_name_of_the_room_or_of_another_occupant() {
+    let (mut w, a, b, room) = two(2);
+    w.send(
+        b,
+        &format!(
+            "<message type='groupchat' to='{room}'><body>x</body><stanza-id xmlns='urn:xmpp:sid:0' by='{room}' id='forged'/>\
+             <occupant-id xmlns='urn:xmpp:occupant-id:0' id='forged'/>\
+             <x xmlns='{ITEM}'><status code='110'/></x>\
+             <delay xmlns='urn:xmpp:delay' from='{room}' stamp='2000-01-01T00:00:00Z'/></message>"
+        ),
+    );
+    let got = has(&mut w, a, &["<body>x"]);
+    assert!(
+        !got.contains("forged") && !got.contains("<status") && !got.contains("2000"),
+        "{got}"
+    );
+    assert_eq!(got.matches("<stanza-id").count(), 1);
+    w.send(b, &format!("<presence to='{room}/Bob'><x xmlns='{ITEM}'><item affiliation='owner' role='moderator'/></x></presence>"));
+    let got = w.take(a).concat();
+    assert!(!got.contains("moderator"), "{got}");
+}
+
+#[test]
+fn who_floods_a_room_is_refused_and_the_others_are_not() {
+    let (mut w, a, b, room) = two(1);
+    w.slices[0].env.limits.rooms.messages_per_second_max = 2;
+    for n in 0..10 {
+        say(&mut w, b, &room, &n.to_string());
+    }
+    let got = w.take(b);
+    assert_eq!(
+        got.iter()
+            .filter(|m| m.contains("<resource-constraint"))
+            .count(),
+        4
+    );
+    assert_eq!(w.take(a).len(), 6);
+    say(&mut w, a, &room, "calm");
+    has(&mut w, b, &["<body>calm"]);
+    w.advance(1000);
+    say(&mut w, b, &room, "again");
+    has(&mut w, a, &["<body>again"]);
+    assert_eq!(w.slices[0].counters.room_refused, 4);
+}
+
+#[test]
+fn every_list_of_rooms_has_a_bound_with_an_error() {
+    let (mut w, a, b, room) = two(1);
+    let limits = &mut w.slices[0].env.limits.rooms;
+    limits.per_session_max = 1;
+    limits.rooms_max = 1;
+    limits.occupants_max = 2;
+    limits.affiliates_max = 2;
+    limits.subject_bytes_max = 5;
+    limits.nick_bytes_max = 5;
+    let carol = w.on(0, "carol");
+    w.add(&carol);
+    let c = w.online(&carol, "c");
+    join(&mut w, b, "other@rooms.localhost", "Bob");
+    has(&mut w, b, &["<resource-constraint"]);
+    join(&mut w, c, "other@rooms.localhost", "Carol");
+    has(&mut w, c, &["<resource-constraint"]);
+    assert!(w.session(c).rooms.is_empty());
+    join(&mut w, c, &room, "Carol");
+    has(&mut w, c, &["<service-unavailable"]);
+    w.send(
+        a,
+        &format!("<message type='groupchat' to='{room}'><subject>too long</subject></message>"),
+    );
+    has(&mut w, a, &["<not-acceptable"]);
+    w.send(a, &format!("<presence to='{room}/longer'/>"));
+    has(&mut w, a, &["<not-acceptable"]);
+    admin(
+        &mut w,
+        a,
+        &room,
+        "<item jid='x@localhost' affiliation='member'/><item jid='y@localhost' affiliation='member'/>",
+    );
+    has(&mut w, a, &["<resource-constraint"]);
+}
+
+#[test]
+fn rooms_are_made_by_those_who_may() {
+    let mut w = World::new(1);
+    w.add("alice");
+    w.add("bob");
+    w.slices[0].env.limits.rooms.creators = Some(vec!["alice@localhost".into()]);
+    let a = w.online("alice", "a");
+    let b = w.online("bob", "b");
+    join(&mut w, b, "desk@rooms.localhost", "Bob");
+    has(&mut w, b, &["<not-allowed"]);
+    join(&mut w, a, "desk@rooms.localhost", "Alice");
+    has(&mut w, a, &["code='201'"]);
+}
+
+#[test]
+fn several_sessions_of_one_person_share_a_nick() {
+    let (mut w, a, b, room) = two(2);
+    let bob = w.session(b).user.clone();
+    let phone = w.online(&bob, "phone");
+    w.take(b);
+    join(&mut w, phone, &room, "Bob");
+    has(
+        &mut w,
+        phone,
+        &["code='110'", &format!("from='{room}/Alice'")],
+    );
+    w.take(a);
+    w.take(b);
+    say(&mut w, a, &room, "hello");
+    has(&mut w, b, &["<body>hello"]);
+    has(&mut w, phone, &["<body>hello"]);
+    w.take(a);
+    w.logout(phone);
+    let got = w.take(a).concat();
+    assert!(!got.contains("unavailable"), "he is still in: {got}");
+    say(&mut w, b, &room, "still");
+    has(&mut w, a, &["<body>still"]);
+}
+
+#[test]
+fn a_private_message_goes_through_the_room_and_keeps_the_promise() {
+    let (mut w, a, b, room) = two(2);
+    w.send(b, "<enable xmlns='urn:xmpp:sm:3' resume='true'/>");
+    w.take(b);
+    w.send(
+        b,
+        &format!("<message type='chat' id='p' to='{room}/Alice'><body>psst</body></message>"),
+    );
+    let got = has(
+        &mut w,
+        a,
+        &["<body>psst", &format!("from='{room}/Bob'"), "muc#user"],
+    );
+    assert!(!got.contains("bob@localhost"));
+    w.send(b, "<r xmlns='urn:xmpp:sm:3'/>");
+    has(&mut w, b, &["h='1'"]);
+    w.send(
+        b,
+        &format!("<message type='chat' to='{room}/Nobody'><body>psst</body></message>"),
+    );
+    has(&mut w, b, &["<item-not-found"]);
+    let carol = w.on(0, "carol");
+    w.add(&carol);
+    let c = w.online(&carol, "c");
+    w.send(
+        c,
+        &format!("<message type='chat' to='{room}/Alice'><body>spam</body></message>"),
+    );
+    has(&mut w, c, &["<not-acceptable"]);
+    assert_eq!(w.take(a), Vec::<String>::new());
+}
+
+#[test]
+fn who_blocks_a_room_hears_nothing_of_it() {
+    let (mut w, a, b, room) = two(2);
+    w.send(b, &format!("<iq type='set' id='b'><block xmlns='urn:xmpp:blocking'><item jid='{room}'/></block></iq>"));
+    w.take(b);
+    say(&mut w, a, &room, "hello");
+    assert_eq!(w.take(b), Vec::<String>::new());
+}
+
+#[test]
+fn requests_between_occupants_find_their_way_and_tell_no_address() {
+    let (mut w, a, b, room) = two(2);
+    w.send(
+        b,
+        &format!("<iq type='get' id='v' to='{room}/Alice'><query xmlns='jabber:iq:version'/></iq>"),
+    );
+    let got = w.take(a).concat();
+    assert!(
+        got.contains(&format!("from='{room}/Bob'")) && got.contains("jabber:iq:version"),
+        "{got}"
+    );
+    let id = got
+        .split("id='")
+        .nth(1)
+        .unwrap()
+        .split('\'')
+        .next()
+        .unwrap()
+        .to_owned();
+    w.send(a, &format!("<iq type='result' id='{id}' to='{room}/Bob'><query xmlns='jabber:iq:version'><name>x</name></query></iq>"));
+    expect(
+        &mut w,
+        b,
+        &[&format!(
+            "<iq type='result' id='v' from='{room}/Alice' to='*'><query xmlns='jabber:iq:version'><name>x</name></query></iq>"
+        )],
+    );
+    w.send(
+        b,
+        &format!("<iq type='get' id='s' to='{room}/Bob'><ping xmlns='urn:xmpp:ping'/></iq>"),
+    );
+    has(&mut w, b, &["type='result'", "id='s'"]);
+    w.send(
+        a,
+        "<iq type='set' id='k'><vCard xmlns='vcard-temp'><FN>A</FN></vCard></iq>",
+    );
+    w.take(a);
+    w.send(
+        b,
+        &format!("<iq type='get' id='c' to='{room}/Alice'><vCard xmlns='vcard-temp'/></iq>"),
+    );
+    has(
+        &mut w,
+        b,
+        &["<FN>A</FN>", &format!("from='{room}/Alice'"), "id='c'"],
+    );
+}
+
+#[test]
+fn presence_of_a_crowd_is_merged_when_turns_have_no_room() {
+    let (mut w, a, b, room) = two(1);
+    w.room = 0;
+    w.slices[0].release(0);
+    for show in ["away", "dnd", "xa"] {
+        w.send(
+            b,
+            &format!("<presence to='{room}/Bob'><show>{show}</show></presence>"),
+        );
+    }
+    assert_eq!(w.take(a), Vec::<String>::new());
+    assert_eq!(w.take(b).len(), 3, "his own comes at once");
+    say(&mut w, b, &room, "hello");
+    let got = w.take(a);
+    assert!(
+        got.len() == 2 && got[0].contains("<show>xa") && got[1].contains("<body>hello"),
+        "{got:#?}"
+    );
+    assert!(got[0].contains(&format!("to='{}'", w.session(a).jid)));
+}
+
+#[test]
+fn a_record_of_a_room_is_no_account() {
+    let (mut w, a, _, room) = two(1);
+    let name = super::entity(room.split('@').next().unwrap());
+    assert!(w.slices[0].user(&name).is_none());
+    w.send(
+        a,
+        &format!("<message type='chat' to='{room}'><body>x</body></message>"),
+    );
+    has(&mut w, a, &["<service-unavailable"]);
+}
+
+#[test]
+fn the_list_of_rooms_is_the_same_on_all_shards() {
+    let (mut w, a, b, room) = two(2);
+    let ask = "<iq type='get' id='l' to='rooms.localhost'><query xmlns='http://jabber.org/protocol/disco#items'/></iq>";
+    for client in [a, b] {
+        w.send(client, ask);
+        has(&mut w, client, &[&format!("jid='{room}'")]);
+    }
+    configure(&mut w, a, &room, &[("muc#roomconfig_publicroom", "0")]);
+    w.take(b);
+    w.send(b, ask);
+    assert!(!w.take(b).concat().contains("desk"));
+}
