@@ -2,6 +2,7 @@
 //! as one mesh message. An item names its strings by [`Span`], so a chat message to another core costs one copy and no
 //! allocation beyond the batch's own growth.
 
+use super::component::{ConnId, Word};
 use super::meta::Meta;
 use super::session::SessionId;
 
@@ -25,7 +26,7 @@ pub struct Receipt {
 
 #[derive(Debug)]
 pub enum Item {
-    /// A stanza for one local address (bare or full). `receipt`: the sender waits for its fate.
+    /// A stanza for one local address (bare or full), or for one of a component that is connected there. `receipt`: the sender waits for its fate.
     Stanza {
         to: Span,
         from: Span,
@@ -44,6 +45,12 @@ pub enum Item {
     Probe { from: Span, names: Span },
     /// The fate of a stanza is decided: durable, delivered or refused.
     Settled(Receipt),
+    /// About a connection for the name of a component.
+    Component {
+        host: Span,
+        conn: ConnId,
+        word: Word,
+    },
 }
 
 /// Strings in one buffer, named by [`Span`].

@@ -35,6 +35,7 @@ impl StanzaError {
         NOT_AUTHORIZED = "auth" "not-authorized";
         POLICY_VIOLATION = "modify" "policy-violation";
         REMOTE_SERVER_NOT_FOUND = "cancel" "remote-server-not-found";
+        REMOTE_SERVER_TIMEOUT = "wait" "remote-server-timeout";
         RESOURCE_CONSTRAINT = "wait" "resource-constraint";
         SERVICE_UNAVAILABLE = "cancel" "service-unavailable";
         SUBSCRIPTION_REQUIRED = "auth" "subscription-required";

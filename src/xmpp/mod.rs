@@ -6,6 +6,7 @@
 pub mod accept;
 pub mod batch;
 pub mod bind;
+pub mod component;
 pub mod error;
 pub mod feature;
 pub mod iq;

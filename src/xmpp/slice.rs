@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 
 use super::accept::Acceptance;
 use super::batch::{Batch, Item, Receipt};
+use super::component::{self, Components, Host};
 use super::error::{StanzaError, StreamError};
 use super::feature::offline::Offline;
 use super::feature::{self, Hooks, Refusal, presence, stable_id};
@@ -401,6 +402,7 @@ pub struct Slice {
     pub ledger: Ledger,
     pub overlay: Overlay,
     pub warmth: Warmth,
+    pub components: Components,
     /// Sessions that have ended while stanzas of theirs were not decided: `<failed/>` waits for that.
     ended: FnvHashMap<SessionId, Ended>,
     /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
@@ -487,6 +489,7 @@ impl Slice {
             ledger,
             overlay,
             warmth: Warmth::default(),
+            components: Components::default(),
             ended: FnvHashMap::default(),
             counts: FnvHashMap::default(),
             halves: Vec::new(),
@@ -593,6 +596,9 @@ impl Slice {
                     presence::probe_in(self, batch.text(names), batch.text(from));
                 }
                 Item::Settled(receipt) => self.settle(receipt),
+                Item::Component { host, conn, word } => {
+                    self.component_word(batch.text(host), conn, word);
+                }
             }
         }
     }
@@ -1015,8 +1021,8 @@ impl Slice {
 
     // ---- routing -----------------------------------------------------------------------------------------------
 
-    /// Sends a stanza (self-contained bytes, `from` and `to` as the recipient will see them) to a local user, wherever
-    /// he lives. `receipt` is the inbound stanza that hangs on it: usually `slice.current`.
+    /// Sends a stanza (self-contained bytes, `from` and `to` as the recipient will see them) to a local user or a component,
+    /// wherever he lives. `receipt` is the inbound stanza that hangs on it: usually `slice.current`.
     pub fn route(
         &mut self,
         to: &Jid<'_>,
@@ -1025,6 +1031,16 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) {
+        match self.host(to.domain()) {
+            Host::Own => {}
+            Host::Component => return component::route(self, to, from, stanza, meta, receipt),
+            Host::Unknown => {
+                if let Some(receipt) = receipt {
+                    self.refused(receipt);
+                }
+                return component::nowhere(self, to, from, stanza, meta);
+            }
+        }
         let Some(name) = to.local() else { return };
         let owner = self.env.owner(name);
         if owner == self.env.shard {
@@ -1060,8 +1076,16 @@ impl Slice {
         }
     }
 
+    /// A component gets the stanza, or its sender an error: [`Slice::settle`] tells.
+    pub(super) fn opened(&mut self, receipt: Receipt) {
+        self.defer(receipt);
+        if receipt.twin != 0 && receipt.shard == self.env.shard {
+            self.ledger.opened(receipt.twin);
+        }
+    }
+
     /// Nobody will journal the recipient's side of a message.
-    fn refused(&mut self, receipt: Receipt) {
+    pub(super) fn refused(&mut self, receipt: Receipt) {
         if receipt.shard != self.env.shard {
             self.settle(receipt);
         } else if receipt.twin != 0 {
@@ -1083,7 +1107,7 @@ impl Slice {
         self.route(to, from, &bytes, meta, receipt);
     }
 
-    /// Delivers to a user of this slice.
+    /// Delivers to a user of this slice, or to a component that is connected here.
     fn deliver(
         &mut self,
         to: &Jid<'_>,
@@ -1092,6 +1116,9 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) -> Fate {
+        if !self.env.is_local(to) {
+            return component::arrived(self, to, from, stanza, meta, receipt);
+        }
         let name = to.local().expect("only users are routed to");
         let full = match self.users.get_mut(name) {
             Some(Slot::Present(user)) => {
@@ -1449,6 +1476,23 @@ impl Slice {
                         Fate::Open
                     }
                     _ => self.deliver(&to, from, stanza, meta, receipt),
+                };
+                if let (Fate::Decided, Some(receipt)) = (fate, receipt) {
+                    self.settle(receipt);
+                }
+            }
+            Act::ToComponent {
+                to,
+                from,
+                stanza,
+                meta,
+                receipt,
+            } => {
+                self.ledger.release(&user);
+                let (from, stanza) = (strings.text(from), strings.get(stanza));
+                let fate = match Jid::parse(strings.text(to)) {
+                    Ok(to) => component::send(self, &to, from, stanza, meta, receipt),
+                    Err(_) => Fate::Decided,
                 };
                 if let (Fate::Decided, Some(receipt)) = (fate, receipt) {
                     self.settle(receipt);

@@ -110,7 +110,12 @@ fn server_items(slice: &mut Slice, iq: Iq) {
     } else if iq.payload.get("node").is_some() {
         slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
     } else {
-        slice.iq_result(&iq, Some(Element::new("query", NS_ITEMS)));
+        // the components that are connected
+        let query = Element::new("query", NS_ITEMS);
+        let items = slice.components.served().fold(query, |query, host| {
+            query.child(Element::new("item", NS_ITEMS).attr("jid", host))
+        });
+        slice.iq_result(&iq, Some(items));
     }
 }
 

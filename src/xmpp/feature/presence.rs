@@ -16,6 +16,7 @@ use crate::store::tier::Last;
 use crate::xml::view::View;
 use crate::xmpp::NS_CLIENT;
 use crate::xmpp::batch::{Item, Receipt};
+use crate::xmpp::component::Host;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::ledger::Act;
@@ -220,14 +221,14 @@ fn farewell(
 
 /// 4.6: presence, a probe or an error for somebody.
 fn directed(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, to: &Jid<'_>) {
-    if !slice.env.is_local(to) {
+    if !slice.is_reached(to) {
         // 4.3: a probe is no reason for an error
         if kind == Kind::Available {
             bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
         }
         return;
     }
-    if to.local().is_none() {
+    if slice.env.is_local(to) && to.local().is_none() {
         // the server itself: nobody is there to be told
         return;
     }
@@ -289,6 +290,7 @@ const GIVES: u32 = 2;
 fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta, probe: bool) {
     let mut names = slice.buffer();
     let mut places: SmallVec<[Place; 32]> = SmallVec::new();
+    let mut elsewhere: SmallVec<[(u32, Jid<'static>); 0]> = SmallVec::new();
     let Some(user) = slice.user(name) else {
         return;
     };
@@ -304,6 +306,12 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
             (false, false) => continue,
         };
         let Some(contact) = local_name(item.jid.as_str(), &slice.env.domain) else {
+            if let Ok(jid) = Jid::parse(item.jid.as_str())
+                && slice.host(jid.domain()) == Host::Component
+                && blocking::may_send(slice, name, &jid).is_ok()
+            {
+                elsewhere.push((group, jid.into_owned()));
+            }
             continue;
         };
         // XEP-0191 section 4: a blocked contact gets no presence, and is not asked for his
@@ -334,6 +342,31 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
         }
     }
     slice.reuse(names);
+    for (group, contact) in elsewhere {
+        if group != GIVES {
+            send_with(slice, &contact, from, stanza, meta.with(Meta::SERVER));
+        }
+        if group != GETS {
+            ask(slice, from, &contact);
+        }
+    }
+}
+
+/// A probe of full JID `from` for a contact whose presence a component keeps (4.3).
+fn ask(slice: &mut Slice, from: &str, contact: &Jid<'_>) {
+    let mut stanza = START.to_vec();
+    attribute("from", from, &mut stanza);
+    stanza.extend_from_slice(b" type='probe'/>");
+    let meta = Meta::new(Kind::Probe).with(Meta::SERVER);
+    send_with(slice, contact, from, &stanza, meta);
+}
+
+/// The same on behalf of an available session.
+pub fn probe_component(slice: &mut Slice, sid: SessionId, contact: &Jid<'_>) {
+    let session = slice.sessions.get(sid).filter(|s| s.presence.is_some());
+    if let Some(from) = session.map(|session| session.jid.clone()) {
+        ask(slice, &from, &contact.to_bare());
+    }
 }
 
 fn text_of<'a>(place: &Place, names: &'a [u8]) -> &'a str {
@@ -573,6 +606,9 @@ fn asked(slice: &mut Slice, name: &str, from: &Jid<'_>) {
 
 /// The presence of each available resource of `name` for full JID `from`.
 fn answer_probe(slice: &mut Slice, name: &str, from: &Jid<'_>) {
+    if !slice.env.is_local(from) {
+        return show_all(slice, name, from);
+    }
     let Some(asker) = from.local() else {
         return;
     };
@@ -770,9 +806,13 @@ pub fn hide(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
 /// The contact (bare or full JID) sees the user's resources again: the user does not block him any more (XEP-0191 3.4).
 /// Only if the contact is subscribed.
 pub fn show(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
-    if !sees(slice, name, contact.bare()) {
-        return;
+    if sees(slice, name, contact.bare()) {
+        show_all(slice, name, contact);
     }
+}
+
+/// All available resources of the user, for one address.
+fn show_all(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
     for sid in available_sessions(slice, name) {
         let mut stanza = slice.buffer();
         let Some(session) = slice.sessions.get(sid) else {
@@ -842,14 +882,18 @@ fn write_unavailable(jid: &str, out: &mut Vec<u8>) {
 
 /// Splices `to` in and routes to one address.
 fn send_to(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], kind: Kind) {
-    let (Some(rest), true) = (stanza.strip_prefix(START), slice.env.is_local(to)) else {
+    send_with(slice, to, from, stanza, meta_of(kind));
+}
+
+fn send_with(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
+    let (Some(rest), true) = (stanza.strip_prefix(START), slice.is_reached(to)) else {
         return;
     };
     let mut out = slice.buffer();
     out.extend_from_slice(START);
     attribute("to", to.as_str(), &mut out);
     out.extend_from_slice(rest);
-    slice.route(to, from, &out, meta_of(kind), None);
+    slice.route(to, from, &out, meta, None);
     slice.reuse(out);
 }
 
