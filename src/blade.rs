@@ -40,6 +40,7 @@ use crate::store::sql::admin::Store;
 use crate::store::sql::lane::{AnswerSink, Lane, LaneConfig};
 use crate::store::sql::{self, Database};
 use crate::store::tier::Ticket;
+use crate::xmpp::component::Hosts;
 use crate::xmpp::sasl::decoy::{Decoy, Profile, Shape};
 use crate::xmpp::slice::Job;
 
@@ -87,6 +88,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let mut config = config;
     let listen = open_ports(&mut config)?;
     let (tls, fingerprint) = load_tls(&config)?;
+    let components = Arc::new(Hosts::new(config.component_hosts()?));
     let secret = secret(&config.data_dir)?;
     let database = crate::admin::database(&config)?;
     let mut accounts = Accounts::new(&database)?;
@@ -179,6 +181,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
             Some(Parts {
                 config: shared.clone(),
                 tls: tls.clone(),
+                components: components.clone(),
                 ring: ring.clone(),
                 decoy: decoy.clone(),
                 id_key,
@@ -247,11 +250,12 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
             break;
         }
         match reload(&current, &load) {
-            Ok((config, tls, sentence)) => {
+            Ok((config, tls, components, sentence)) => {
                 let shared = Arc::new(config.clone());
+                let components = Arc::new(components);
                 for sender in &senders {
-                    let _ =
-                        sender.send(Inbound::Reload(shared.clone(), tls.clone()), INBOX_PATIENCE);
+                    let reload = Inbound::Reload(shared.clone(), tls.clone(), components.clone());
+                    let _ = sender.send(reload, INBOX_PATIENCE);
                 }
                 observe::set_log_level(config.log.level.as_str());
                 current = config;
@@ -292,6 +296,11 @@ fn open_ports(config: &mut Config) -> Result<Vec<(SocketAddr, Door)>, String> {
     let doors = [
         ("c2s.listen", &mut config.c2s.listen, Door::Xmpp),
         ("c2s.listen_tls", &mut config.c2s.listen_tls, Door::XmppTls),
+        (
+            "component.listen",
+            &mut config.component.listen,
+            Door::Component,
+        ),
         ("http.listen", &mut config.http.listen, Door::Http),
     ];
     for (key, addresses, door) in doors {
@@ -652,11 +661,12 @@ fn answer_sink(inbox: InboxSender<Inbound>) -> AnswerSink {
 fn reload(
     current: &Config,
     load: &impl Fn() -> Result<Config, String>,
-) -> Result<(Config, TlsConfig, String), String> {
+) -> Result<(Config, TlsConfig, Hosts, String), String> {
     let wanted = load()?;
     let (live, restart) = reloadable_diff(current, &wanted);
     let merged = current.with_live_keys_of(&wanted);
     let (tls, fingerprint) = load_tls(&merged)?;
+    let components = Hosts::new(merged.component_hosts()?);
     let mut sentence = format!("reloaded: certificate (SHA-256 {fingerprint})");
     if !live.is_empty() {
         sentence.push_str(&format!(", {}", live.join(", ")));
@@ -668,7 +678,7 @@ fn reload(
             restart.join(", ")
         ));
     }
-    Ok((merged, tls, sentence))
+    Ok((merged, tls, components, sentence))
 }
 
 fn announce(
@@ -697,8 +707,12 @@ fn announce(
     for (name, door) in [
         ("XMPP, STARTTLS", Door::Xmpp),
         ("XMPP, TLS", Door::XmppTls),
+        ("components", Door::Component),
         ("HTTP", Door::Http),
     ] {
+        if door == Door::Component && at(door).is_empty() {
+            continue;
+        }
         out.push_str(&format!("  {name:<15} {}\n", at(door)));
     }
     out.push_str(&format!(
@@ -792,6 +806,17 @@ impl Operators {
                 limit,
             } => self.list(&prefix, &after, limit),
             UsersKnown { names } => self.known(&names),
+            ComponentList => {
+                let mut components = Vec::new();
+                for reply in self.ask_all(|_| Some(ComponentList)) {
+                    match reply {
+                        (_, AdminReply::Components { components: some }) => components.extend(some),
+                        (_, other) => return other,
+                    }
+                }
+                components.sort_unstable_by(|a, b| (&a.host, a.since).cmp(&(&b.host, b.since)));
+                AdminReply::Components { components }
+            }
             Journals => self.journals(),
             Figures => self.figures(),
             SessionList {

@@ -17,7 +17,9 @@ use clap::{
 
 use crate::admin::client::Accounts;
 use crate::admin::lock::DataLock;
-use crate::admin::{AdminReply, AdminRequest, Existing, Keys, LIST_MAX, SessionLine, UserDetail};
+use crate::admin::{
+    AdminReply, AdminRequest, ComponentLine, Existing, Keys, LIST_MAX, SessionLine, UserDetail,
+};
 use crate::config::Config;
 use crate::observe::Stage;
 use crate::store::change::ArchivedChange;
@@ -58,6 +60,9 @@ enum Command {
     /// Look at the sessions of the running server, or end them.
     #[command(subcommand, after_help = "Example:\n  nitro session list alice")]
     Session(Session),
+    /// Look at the components (XEP-0114) that are connected to the running server.
+    #[command(subcommand, after_help = "Example:\n  nitro component list")]
+    Component(Component),
     /// Watch the running server, core by core: sessions, rates, latencies, lag, queues, tiers.
     ///
     /// A row is a core. Quantiles are those of the interval; h shows what the columns mean, q quits.
@@ -219,6 +224,13 @@ enum Session {
 }
 
 #[derive(Debug, Subcommand)]
+enum Component {
+    /// List their connections.
+    #[command(after_help = "Example:\n  nitro component list")]
+    List,
+}
+
+#[derive(Debug, Subcommand)]
 enum Journal {
     /// Read all journals and tell what is damaged; changes nothing.
     #[command(after_help = "Example:\n  nitro journal verify")]
@@ -323,6 +335,7 @@ pub fn run() -> ExitCode {
                 }
                 Command::User(command) => user(&config, command),
                 Command::Session(command) => session(&config, command),
+                Command::Component(Component::List) => components(&config),
                 Command::Top {
                     interval,
                     once,
@@ -406,6 +419,7 @@ fn completions(shell: clap_complete::Shell) -> Result<(), String> {
 
 fn check_config(config: &Config, options: &Options) -> Result<(), String> {
     crate::admin::redis_tls(config, &crate::admin::redis_instances(config)?)?;
+    config.component_hosts()?;
     let from = match &options.config {
         Some(path) => path.display().to_string(),
         None => "the defaults".into(),
@@ -572,6 +586,37 @@ fn session(config: &Config, command: Session) -> Result<(), String> {
             }
         }
     }
+}
+
+fn components(config: &Config) -> Result<(), String> {
+    let mut accounts = Accounts::open(config)?;
+    if !accounts.is_running() {
+        return Err(format!(
+            "no nitro runs on {}, so no component is connected; start it with: nitro serve",
+            config.data_dir.display()
+        ));
+    }
+    match accounts.call(AdminRequest::ComponentList)? {
+        AdminReply::Components { components } => {
+            print(&components.iter().map(component_text).collect::<String>())
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn component_text(component: &ComponentLine) -> String {
+    let since = UNIX_EPOCH + Duration::from_secs(component.since);
+    let age = SystemTime::now().duration_since(since).unwrap_or_default();
+    format!(
+        "{}  {}  shard {}  {} s  {} stanzas in, {} out  {} bytes wait\n",
+        component.host,
+        component.address,
+        component.shard,
+        age.as_secs(),
+        component.stanzas_in,
+        component.stanzas_out,
+        component.waiting_bytes,
+    )
 }
 
 /// The prepared localpart of `alice` or `alice@domain`.

@@ -135,7 +135,8 @@ keys! {
         live shared_max: usize = 16 => 1..=1000;
         /// Connections of one shard at these addresses; more are turned away with `<resource-constraint/>`.
         live connections_max: usize = 256 => 1..=100_000;
-        /// Bytes that wait for a component that does not read; stanzas beyond it are answered with `<resource-constraint/>`.
+        /// Bytes that wait for a component that does not read; stanzas beyond it are answered with `<resource-constraint/>`. Four times
+        /// as many may come at once for one that does.
         live queue_bytes_max: usize = 4_194_304 => 65_536..=1_073_741_824;
         /// Seconds without a stanza after which a component is sent white space, so that a dead connection shows.
         live keepalive_seconds: u64 = 60 => 1..=86_400;

@@ -84,6 +84,7 @@ impl Direct {
                 },
             },
             SessionList { .. } => AdminReply::Sessions { sessions: vec![] },
+            ComponentList => AdminReply::Components { components: vec![] },
             SessionKick { .. } => AdminReply::Kicked { sessions: 0 },
             // `open` has carried all of them over.
             Journals => AdminReply::Journals {

@@ -68,6 +68,8 @@ pub enum AdminRequest {
         name: String,
         resource: Option<String>,
     },
+    /// The connections of components. -> `Components`.
+    ComponentList,
     /// Which of these users exist? -> `Known`, in the same order.
     UsersKnown { names: Vec<String> },
     /// -> `Imported`, in the same order. See [`import_user`].
@@ -99,6 +101,10 @@ pub enum AdminReply {
     /// In byte order of full JIDs.
     Sessions {
         sessions: Vec<SessionLine>,
+    },
+    /// By name, the oldest connection first.
+    Components {
+        components: Vec<ComponentLine>,
     },
     /// How many sessions ended.
     Kicked {
@@ -234,6 +240,22 @@ pub struct SessionLine {
     pub priority: Option<i8>,
     /// Its connection was cut and it can be resumed.
     pub parked: bool,
+}
+
+/// One connection of a component in a list.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ComponentLine {
+    /// The name that it serves.
+    pub host: String,
+    pub address: String,
+    /// Unix seconds.
+    pub since: u64,
+    pub shard: usize,
+    /// Stanzas from it and for it.
+    pub stanzas_in: u64,
+    pub stanzas_out: u64,
+    /// Bytes that it has not taken yet.
+    pub waiting_bytes: u64,
 }
 
 /// The salted keys of one account; at least one is there.

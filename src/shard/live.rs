@@ -22,7 +22,7 @@ const CONGESTED_PAUSE: Duration = Duration::from_micros(100);
 /// Presences that go out in one turn for each login that may compute: each costs a fraction of a login's step.
 const PRESENCES_PER_PLACE: usize = 2;
 /// Reads of one connection in one turn.
-const READS_MAX: usize = 4;
+pub(super) const READS_MAX: usize = 4;
 /// How long a connection may take to hear its last words.
 const FAREWELL_MS: u64 = 3000;
 
@@ -253,6 +253,11 @@ impl Shard {
                         true
                     }
                 },
+                Some(Kind::Component(_)) => {
+                    drop(links);
+                    self.component_ready(link, event);
+                    false
+                }
                 Some(Kind::Closing { .. }) => {
                     drop(links);
                     self.go_on_closing(link);
@@ -286,8 +291,13 @@ impl Shard {
     /// more, because an end that came with the last bytes is not reported again.
     pub(super) fn read(&self, link: u64, to_the_end: bool) {
         let mut links = self.links.borrow_mut();
-        let Some(Kind::Live(live)) = links.get_mut(link) else {
-            return;
+        let live = match links.get_mut(link) {
+            Some(Kind::Live(live)) => live,
+            Some(Kind::Component(_)) => {
+                drop(links);
+                return self.component_read(link, to_the_end);
+            }
+            _ => return,
         };
         let mut slice = self.slice.borrow_mut();
         let mut scratch = self.scratch.borrow_mut();
@@ -394,8 +404,11 @@ impl Shard {
             Inbound::Redis(reply) => self.redis_reply(reply),
             Inbound::Admin(call) => super::admin::call(&mut self.slice.borrow_mut(), call),
             Inbound::Decoy(decoy) => *self.decoy.borrow_mut() = decoy,
-            Inbound::Reload(config, tls) => {
-                self.slice.borrow_mut().env.limits = limits(&config);
+            Inbound::Reload(config, tls, components) => {
+                let mut slice = self.slice.borrow_mut();
+                slice.env.limits = limits(&config);
+                slice.component_configure(components, super::component::settings(&config));
+                drop(slice);
                 self.admission.configure(&config);
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
@@ -418,6 +431,7 @@ impl Shard {
                     }
                 }
                 login::turn_all_away(self);
+                self.component_stop();
                 let mut slice = self.slice.borrow_mut();
                 slice.end_all(&StreamError::text("system-shutdown", "the server stops"));
             }
@@ -476,7 +490,9 @@ impl Shard {
                 }
             }
         }
+        self.component_flush(&mut slice);
         let closing = std::mem::take(&mut slice.fx.closing);
+        let ending = std::mem::take(&mut slice.components.ending);
         for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {
             if !give_job(&self.helpers, &self.own_inbox, ticket, job) {
                 slice.computed(ticket, Computed::Busy);
@@ -521,6 +537,9 @@ impl Shard {
         drop(waiting);
         for end in closing {
             self.begin_closing(end.link, &end.bytes);
+        }
+        for end in ending {
+            self.component_close(end.link, &end.bytes);
         }
     }
 
@@ -624,10 +643,12 @@ impl Shard {
 
     fn all_closed(&self) -> bool {
         let links = self.links.borrow();
-        let open = links
-            .slab
-            .iter()
-            .any(|(_, l)| matches!(l.kind, Kind::Live(_) | Kind::Closing { .. }));
+        let open = links.slab.iter().any(|(_, l)| {
+            matches!(
+                l.kind,
+                Kind::Live(_) | Kind::Component(_) | Kind::Closing { .. }
+            )
+        });
         !open && self.negotiating.get() == 0
     }
 }
@@ -638,7 +659,7 @@ fn has_all(transport: &Transport) -> bool {
 }
 
 /// Why reading ends.
-enum End {
+pub(super) enum End {
     /// The connection broke.
     Lost,
     /// The stream ends: with an error, or because the client closed it.

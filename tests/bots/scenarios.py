@@ -11,7 +11,8 @@ import typing
 
 from aio import AioBot
 from bot import Message, Presence, Push, Refused, StreamEnd
-from server import Blade
+from components import Echo
+from server import Blade, free_ports
 from slix import SlixBot
 
 LIBRARIES = [SlixBot, AioBot]
@@ -476,3 +477,50 @@ async def unsupported_binding_is_refused(stage):
         if "-PLUS<" in connection.features:
             answer = await connection.attempt("SCRAM-SHA-256", "y")
             assert "<failure" in answer, answer
+
+
+@scenario(own=True)
+async def foreign_component_serves_its_name(stage):
+    """slixmpp's ComponentXMPP: chat, discovery, subscription and presence with users on two libraries, reconnect."""
+    [port] = free_ports(1)
+    secret = "open sesame & <more>"
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program,
+        component__listen=f'["127.0.0.1:{port}"]', component__hosts=f'{{ "echo.localhost" = "{secret}" }}')
+    wrong = Echo("echo.localhost", "wrong", blade.host, port)
+    echo = Echo("echo.localhost", secret, blade.host, port)
+    users = Stage(blade, stage.tag)
+    try:
+        event, error = await wrong.happens("session_start", "stream_error")
+        assert event == "stream_error" and error["condition"] == "not-authorized", (event, error)
+        await wrong.leave()
+        await echo.come()
+        alice = await users.online(SlixBot, "alice")
+        bob = await users.online(AioBot, "bob")
+        for bot in (alice, bob):
+            texts = ["hello", "<&>\"'", "grüße, 価格, 🙂", *(f"number {n}" for n in range(50))]
+            for text in texts:
+                bot.chat("any@echo.localhost/desk", text)
+            assert await bot.bodies(len(texts)) == texts
+            bot.subscribe("any@echo.localhost")
+            await bot.wait(Presence, sender="any@echo.localhost/echo", kind="available")
+            await bot.wait(Push, jid="any@echo.localhost", subscription="to")
+        disco = alice.client["xep_0030"]
+        info = await disco.get_info(jid="echo.localhost")
+        assert ("client", "bot", None, "Echo") in info["disco_info"]["identities"], info
+        items = await disco.get_items(jid="localhost")
+        assert "echo.localhost" in [str(item[0]) for item in items["disco_items"]["items"]], items
+        answer = await echo["xep_0030"].get_info(jid="localhost", ifrom="echo.localhost", local=False)
+        assert "jabber:iq:version" in answer["disco_info"]["features"], answer
+        await echo.leave()
+        alice.chat("any@echo.localhost", "nobody there")
+        await alice.wait(Message, sender="any@echo.localhost")
+        echo = Echo("echo.localhost", secret, blade.host, port)
+        await echo.come()
+        alice.chat("any@echo.localhost", "back again")
+        assert await alice.bodies(1) == ["back again"]
+        assert "echo.localhost" in blade.command("component", "list")
+    finally:
+        await users.leave()
+        await echo.leave()
+        await asyncio.to_thread(blade.stop)

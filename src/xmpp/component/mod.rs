@@ -11,7 +11,7 @@
 //! came, or its sender gets an error: XEP-0114 has no acknowledgement, so what the kernel took counts as delivered, and what it did
 //! not take when the connection ends comes back. A user's message is in his archive, durably, before the component gets it, and
 //! no acknowledgement (XEP-0198) covers it before it was handed over or refused. Nothing here grows beyond
-//! `component.queue_bytes_max` for each connection.
+//! `component.queue_bytes_max` for each connection (four times that within one turn).
 
 mod handshake;
 #[cfg(test)]
@@ -52,6 +52,9 @@ const SERVER_QUERIES: &[&str] = &[
     "jabber:iq:version",
     "jabber:iq:last",
 ];
+
+/// So many times `component.queue_bytes_max` may come in one turn for a component that keeps up.
+const BURST: usize = 4;
 
 const NOT_CONNECTED: StanzaError = StanzaError {
     kind: "wait",
@@ -168,6 +171,8 @@ pub struct Conn {
     /// Bytes that the kernel has taken since the connection began.
     taken: u64,
     marks: VecDeque<Mark>,
+    /// The kernel has not taken all that it was offered.
+    stuck: bool,
     dirty: bool,
     /// When something was written last, ms of the monotonic clock.
     said_ms: u64,
@@ -179,7 +184,7 @@ pub struct Conn {
 
 impl Conn {
     /// Bytes that the kernel has not taken.
-    fn waiting(&self) -> usize {
+    pub fn waiting(&self) -> usize {
         self.bytes(self.taken, self.end()).len()
     }
 
@@ -353,6 +358,7 @@ impl Slice {
             base: 0,
             taken: 0,
             marks: VecDeque::new(),
+            stuck: false,
             dirty: false,
             said_ms: self.now.ms,
             acknowledged: (0, self.now.ms),
@@ -559,6 +565,7 @@ impl Slice {
             conn.said_ms = ms;
         }
         conn.taken += bytes as u64;
+        conn.stuck = conn.waiting() > 0;
         let mut settled: SmallVec<[Receipt; 8]> = SmallVec::new();
         while let Some(mark) = conn.marks.front()
             && mark.end <= conn.taken
@@ -952,6 +959,8 @@ fn hand(
     let Some(conn) = slice.components.conns.get_mut(&id.number) else {
         return false;
     };
+    // what comes in one turn, before the kernel was offered it, says nothing about the component
+    let most = if conn.stuck { most } else { most * BURST };
     if conn.waiting() + stanza.len() > most {
         return false;
     }

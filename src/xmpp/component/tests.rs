@@ -112,7 +112,7 @@ fn a_user_is_not_taken_for_the_namesake_of_a_component() {
     assert_eq!(w.component_takes(part).len(), 1);
     assert!(w.take(orchard).is_empty());
     let sent = w.tier.users[&name].archive.values();
-    assert_eq!(sent.filter(|entry| &*entry.peer == namesake).count(), 1);
+    assert_eq!(sent.filter(|entry| *entry.peer == *namesake).count(), 1);
     for payload in [
         "<query xmlns='jabber:iq:roster'/>",
         "<query xmlns='jabber:iq:private'><x xmlns='y'/></query>",
