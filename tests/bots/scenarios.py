@@ -518,7 +518,7 @@ async def foreign_component_serves_its_name(stage):
         echo = Echo("echo.localhost", secret, blade.host, port)
         await echo.come()
         alice.chat("any@echo.localhost", "back again")
-        assert await alice.bodies(1) == ["back again"]
+        await alice.wait(Message, body="back again")
         assert "echo.localhost" in blade.command("component", "list")
     finally:
         await users.leave()
