@@ -43,6 +43,15 @@ pub enum Item {
     },
     /// Who of these users (local parts, each ended by a line feed) is online, asks full JID `from`.
     Probe { from: Span, names: Span },
+    /// Presence of full JID `from` for those with whom he shares a group, `to` not yet stamped; not for those in `except` (local
+    /// parts, each ended by a line feed). `probe`: he asks for theirs.
+    Group {
+        from: Span,
+        stanza: Span,
+        meta: Meta,
+        except: Span,
+        probe: bool,
+    },
     /// The fate of a stanza is decided: durable, delivered or refused.
     Settled(Receipt),
     /// About a connection for the name of a component.

@@ -9,6 +9,7 @@ pub mod bind;
 pub mod component;
 pub mod error;
 pub mod feature;
+pub mod groups;
 pub mod iq;
 pub mod jid;
 pub mod ledger;
@@ -18,6 +19,7 @@ pub mod negotiation;
 pub mod pace;
 #[cfg(test)]
 mod promise;
+pub mod regroup;
 pub mod sasl;
 pub mod session;
 #[cfg(test)]

@@ -9,6 +9,7 @@ use std::cell::OnceCell;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use fnv::FnvHashMap;
 use smallvec::SmallVec;
@@ -19,10 +20,12 @@ use super::component::{self, Components, Host};
 use super::error::{StanzaError, StreamError};
 use super::feature::offline::Offline;
 use super::feature::{self, Hooks, Refusal, presence, stable_id};
+use super::groups::Groups;
 use super::jid::Jid;
 use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
 use super::pace::Pace;
+use super::regroup::Regrouping;
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
 use super::warmth::{Behind, Waits, Warmth};
@@ -403,6 +406,9 @@ pub struct Slice {
     pub overlay: Overlay,
     pub warmth: Warmth,
     pub components: Components,
+    /// An administrator's groups: the same for all shards.
+    pub groups: Arc<Groups>,
+    pub regrouping: Regrouping,
     /// Sessions that have ended while stanzas of theirs were not decided: `<failed/>` waits for that.
     ended: FnvHashMap<SessionId, Ended>,
     /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
@@ -490,6 +496,8 @@ impl Slice {
             overlay,
             warmth: Warmth::default(),
             components: Components::default(),
+            groups: Arc::default(),
+            regrouping: Regrouping::default(),
             ended: FnvHashMap::default(),
             counts: FnvHashMap::default(),
             halves: Vec::new(),
@@ -594,6 +602,16 @@ impl Slice {
                 }
                 Item::Probe { from, names } => {
                     presence::probe_in(self, batch.text(names), batch.text(from));
+                }
+                Item::Group {
+                    from,
+                    stanza,
+                    meta,
+                    except,
+                    probe,
+                } => {
+                    let presence = (batch.get(stanza), meta);
+                    presence::group_in(self, batch.text(from), presence, batch.text(except), probe);
                 }
                 Item::Settled(receipt) => self.settle(receipt),
                 Item::Component { host, conn, word } => {
@@ -1796,6 +1814,15 @@ impl Slice {
             Some(Slot::Present(user)) => Some(user),
             _ => None,
         }
+    }
+
+    /// Does the user share a group with this contact?
+    pub fn together(&self, name: &str, contact: &Jid<'_>) -> bool {
+        !self.groups.is_empty()
+            && self.env.is_local(contact)
+            && contact
+                .local()
+                .is_some_and(|other| self.groups.together(name, other))
     }
 
     pub fn user_mut(&mut self, name: &str) -> Option<&mut User> {

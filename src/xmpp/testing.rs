@@ -576,6 +576,9 @@ impl World {
                 }
                 slice.fx.loaded.clear();
                 moved |= self.write_to_components(from);
+                let slice = &mut self.slices[from];
+                moved |= !slice.regrouping.is_empty();
+                slice.regroup_some();
             }
         }
     }

@@ -2,7 +2,7 @@
 //! table of features. An account answers its own user and those who may see its presence; to anybody else it looks like one
 //! that does not exist.
 
-use super::{FEATURES, Feature, Iq, IqRoute, NONE, Target, caps};
+use super::{FEATURES, Feature, Iq, IqRoute, NONE, Target, caps, roster};
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::jid::Jid;
@@ -71,13 +71,7 @@ pub fn may_see(slice: &Slice, name: &str, asker: &Jid<'_>) -> bool {
     if slice.env.is_local(asker) && asker.local() == Some(name) {
         return true;
     }
-    let Some(user) = slice.user(name) else {
-        return false;
-    };
-    user.record
-        .get()
-        .roster_item(asker.bare())
-        .is_some_and(|item| item.subscription().from())
+    slice.user(name).is_some() && roster::subscription(slice, name, asker).from()
 }
 
 fn server_info(slice: &mut Slice, iq: Iq) {

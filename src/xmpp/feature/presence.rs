@@ -10,7 +10,7 @@
 
 use smallvec::SmallVec;
 
-use super::{Feature, NONE, blocking, subscription};
+use super::{Feature, NONE, blocking, roster, subscription};
 use crate::observe::{Stage, record};
 use crate::store::tier::Last;
 use crate::xml::view::View;
@@ -296,6 +296,7 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
     };
     let record = user.record.get();
     let blocks = !record.blocked.is_empty();
+    let shared = slice.groups.person(name).is_some();
     for item in record.roster.iter() {
         let subscription = item.subscription();
         // without a probe nobody gives
@@ -314,6 +315,10 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
             }
             continue;
         };
+        if shared && slice.groups.together(name, contact) {
+            // with the others of the group
+            continue;
+        }
         // XEP-0191 section 4: a blocked contact gets no presence, and is not asked for his
         if blocks
             && Jid::parse(item.jid.as_str())
@@ -342,12 +347,93 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
         }
     }
     slice.reuse(names);
+    if shared {
+        broadcast_to_groups(slice, name, from, stanza, meta, probe);
+    }
     for (group, contact) in elsewhere {
         if group != GIVES {
             send_with(slice, &contact, from, stanza, meta.with(Meta::SERVER));
         }
         if group != GETS {
             ask(slice, from, &contact);
+        }
+    }
+}
+
+/// The same for those with whom the user shares a group: each shard knows its own.
+fn broadcast_to_groups(
+    slice: &mut Slice,
+    name: &str,
+    from: &str,
+    stanza: &[u8],
+    meta: Meta,
+    probe: bool,
+) {
+    let groups = slice.groups.clone();
+    let (Some(person), Some(user)) = (groups.person(name), slice.user(name)) else {
+        return;
+    };
+    let blocked = &user.record.get().blocked;
+    let mut except = String::new();
+    for jid in blocked.iter() {
+        if jid.as_str() == &*slice.env.domain {
+            return;
+        }
+        if let Some(contact) = local_name(jid.as_str(), &slice.env.domain)
+            && groups.together(name, contact)
+        {
+            except.extend([contact, "\n"]);
+        }
+    }
+    for shard in 0..slice.fx.mesh.len() {
+        if shard == usize::from(slice.env.shard) {
+            group_in(slice, from, (stanza, meta), &except, probe);
+        } else if groups.reaches(person, shard) {
+            let batch = &mut slice.fx.mesh[shard];
+            let item = Item::Group {
+                from: batch.put(from.as_bytes()),
+                stanza: batch.put(stanza),
+                meta,
+                except: batch.put(except.as_bytes()),
+                probe,
+            };
+            batch.items.push(item);
+        }
+    }
+}
+
+/// Presence of full JID `from` for all users of this slice with whom he shares a group, `except` (local parts, each ended by a
+/// line feed). `probe`: he is told of theirs.
+pub fn group_in(
+    slice: &mut Slice,
+    from: &str,
+    (stanza, meta): (&[u8], Meta),
+    except: &str,
+    probe: bool,
+) {
+    let Ok(from) = Jid::parse(from) else {
+        return;
+    };
+    let groups = slice.groups.clone();
+    let Some(person) = from.local().and_then(|local| groups.person(local)) else {
+        return;
+    };
+    let shard = usize::from(slice.env.shard);
+    let mut shared = None;
+    for group in groups.of(person) {
+        for contact in groups.contacts_of_shard(person, &group.name, shard) {
+            let name = &*contact.name;
+            // who is not on line is neither told nor asked
+            let online = slice
+                .user(name)
+                .is_some_and(|user| !user.sessions.is_empty());
+            if !online || except.lines().any(|one| one == name) {
+                continue;
+            }
+            tell(slice, name, &from, stanza, meta, &mut shared);
+            if probe {
+                asked(slice, name, &from);
+            }
         }
     }
 }
@@ -559,7 +645,7 @@ fn show_to(
     let Some(user) = slice.user(name) else { return };
     // the sender's side may lag behind: what counts is what the recipient's own roster says
     let item = user.record.get().roster_item(from.bare());
-    if !item.is_some_and(|i| i.subscription().to()) {
+    if !item.is_some_and(|i| i.subscription().to()) && !slice.together(name, from) {
         return;
     }
     let sessions = available_of(slice, user);
@@ -589,7 +675,7 @@ fn asked(slice: &mut Slice, name: &str, from: &Jid<'_>) {
     let sees = match slice.users.get(name) {
         Some(Slot::Present(user)) => {
             let item = user.record.get().roster_item(from.bare());
-            item.is_some_and(|i| i.subscription().from())
+            item.is_some_and(|i| i.subscription().from()) || slice.together(name, from)
         }
         Some(Slot::Missing) => false,
         _ => return,
@@ -812,7 +898,7 @@ pub fn show(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
 }
 
 /// All available resources of the user, for one address.
-fn show_all(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
+pub fn show_all(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
     for sid in available_sessions(slice, name) {
         let mut stanza = slice.buffer();
         let Some(session) = slice.sessions.get(sid) else {
@@ -843,10 +929,8 @@ fn meta_of(kind: Kind) -> Meta {
 
 /// Is the contact subscribed to the user's presence?
 fn sees(slice: &Slice, name: &str, contact: &str) -> bool {
-    let item = slice
-        .user(name)
-        .and_then(|u| u.record.get().roster_item(contact));
-    item.is_some_and(|i| i.subscription().from())
+    roster::own_subscription(slice, name, contact).from()
+        || Jid::parse(contact).is_ok_and(|contact| slice.together(name, &contact))
 }
 
 fn is_available(slice: &Slice, sid: SessionId) -> bool {

@@ -202,6 +202,11 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
         return;
     };
     let before = State::of(record, to.as_str());
+    let together = slice.together(&user, &to);
+    if together && (opens || before == State::default()) {
+        // an administrator's group has settled it
+        return;
+    }
     let step = before.outbound(kind);
     let reaches = step.pass && reached && !server;
     let stanza = reaches.then(|| {
@@ -231,7 +236,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
     let made = change.make(slice, &user, move |slice, result, push| {
         match result {
             Ok(()) => {
-                if kind == Kind::Unsubscribed && before.subscription.from() {
+                if kind == Kind::Unsubscribed && before.subscription.from() && !together {
                     // 3.2.2: while the contact is still subscribed
                     presence::hide(slice, &then_user, &to);
                 }
@@ -368,7 +373,9 @@ impl News {
         match self.meta.kind {
             Kind::Subscribed => ask(slice, &self.user, &self.from),
             // 3.3.3
-            Kind::Unsubscribe if self.before.subscription.from() => {
+            Kind::Unsubscribe
+                if self.before.subscription.from() && !slice.together(&self.user, &self.from) =>
+            {
                 presence::hide(slice, &self.user, &self.from.to_bare());
             }
             _ => {}
