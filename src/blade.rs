@@ -17,6 +17,7 @@ use crate::admin::lock::DataLock;
 use crate::admin::server::AdminServer;
 use crate::admin::{AdminReply, AdminRequest, JournalLine, Outcome, UserLine};
 use crate::config::{Config, LogFormat, reloadable_diff};
+use crate::groups_file;
 use crate::net::{self, TlsConfig};
 use crate::observe::{self, Gauges, IntervalLog, IntervalLogConfig, Observer, Recorder};
 use crate::rt::{self, InboxSender};
@@ -41,6 +42,7 @@ use crate::store::sql::lane::{AnswerSink, Lane, LaneConfig};
 use crate::store::sql::{self, Database};
 use crate::store::tier::Ticket;
 use crate::xmpp::component::Hosts;
+use crate::xmpp::groups::Groups;
 use crate::xmpp::sasl::decoy::{Decoy, Profile, Shape};
 use crate::xmpp::slice::Job;
 
@@ -171,6 +173,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
     ];
     let shared = Arc::new(config.clone());
+    let groups = Arc::new(groups_file::load(&config, &ring)?);
     let meshes = rt::mesh(shards, config.limits.mesh_queue_batches_max)
         .map_err(|e| format!("the mesh cannot be made: {e}"))?;
     let parts: Vec<Option<Parts>> = inboxes
@@ -182,6 +185,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 config: shared.clone(),
                 tls: tls.clone(),
                 components: components.clone(),
+                groups: groups.clone(),
                 ring: ring.clone(),
                 decoy: decoy.clone(),
                 id_key,
@@ -225,7 +229,9 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
             }
         }
     })?;
+    let shared_groups = Arc::new(Mutex::new((shared.clone(), groups)));
     let handler = Operators {
+        groups: shared_groups.clone(),
         senders: senders.clone(),
         ring: ring.clone(),
         accounts: Mutex::new(accounts),
@@ -249,13 +255,18 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         if signal != SIGHUP {
             break;
         }
-        match reload(&current, &load) {
-            Ok((config, tls, components, sentence)) => {
+        match reload(&current, &load, &ring) {
+            Ok((config, tls, components, groups, sentence)) => {
                 let shared = Arc::new(config.clone());
                 let components = Arc::new(components);
                 for sender in &senders {
                     let reload = Inbound::Reload(shared.clone(), tls.clone(), components.clone());
                     let _ = sender.send(reload, INBOX_PATIENCE);
+                }
+                let groups = Arc::new(groups);
+                if let Ok(mut now) = shared_groups.lock() {
+                    *now = (shared, groups.clone());
+                    send_groups(&senders, &groups);
                 }
                 observe::set_log_level(config.log.level.as_str());
                 current = config;
@@ -661,12 +672,14 @@ fn answer_sink(inbox: InboxSender<Inbound>) -> AnswerSink {
 fn reload(
     current: &Config,
     load: &impl Fn() -> Result<Config, String>,
-) -> Result<(Config, TlsConfig, Hosts, String), String> {
+    ring: &Ring,
+) -> Result<(Config, TlsConfig, Hosts, Groups, String), String> {
     let wanted = load()?;
     let (live, restart) = reloadable_diff(current, &wanted);
     let merged = current.with_live_keys_of(&wanted);
     let (tls, fingerprint) = load_tls(&merged)?;
     let components = Hosts::new(merged.component_hosts()?);
+    let groups = groups_file::load(&merged, ring)?;
     let mut sentence = format!("reloaded: certificate (SHA-256 {fingerprint})");
     if !live.is_empty() {
         sentence.push_str(&format!(", {}", live.join(", ")));
@@ -678,7 +691,13 @@ fn reload(
             restart.join(", ")
         ));
     }
-    Ok((merged, tls, components, sentence))
+    Ok((merged, tls, components, groups, sentence))
+}
+
+fn send_groups(senders: &[InboxSender<Inbound>], groups: &Arc<Groups>) {
+    for sender in senders {
+        let _ = sender.send(Inbound::Groups(groups.clone()), INBOX_PATIENCE);
+    }
 }
 
 fn announce(
@@ -780,6 +799,8 @@ impl Helpers {
 
 /// Answers the admin socket: each request goes to the shard that owns its user; lists come from the database.
 struct Operators {
+    /// The configuration and the groups that are in force.
+    groups: Arc<Mutex<(Arc<Config>, Arc<Groups>)>>,
     senders: Vec<InboxSender<Inbound>>,
     ring: Arc<Ring>,
     accounts: Mutex<Accounts>,
@@ -817,6 +838,7 @@ impl Operators {
                 components.sort_unstable_by(|a, b| (&a.host, a.since).cmp(&(&b.host, b.since)));
                 AdminReply::Components { components }
             }
+            GroupList | GroupReload | GroupShow { .. } => self.groups(request),
             Journals => self.journals(),
             Figures => self.figures(),
             SessionList {
@@ -967,6 +989,25 @@ impl Operators {
                 .any(|(state, wanted)| state.drained_seq() < *wanted)
         {
             std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn groups(&self, request: AdminRequest) -> AdminReply {
+        let Ok(mut now) = self.groups.lock() else {
+            return AdminReply::refused("the server is stopping");
+        };
+        match request {
+            AdminRequest::GroupShow { group } => AdminReply::group(&now.1, &group),
+            AdminRequest::GroupReload => match groups_file::load(&now.0, &self.ring) {
+                Ok(groups) => {
+                    now.1 = Arc::new(groups);
+                    // under the lock: the shards get what was loaded last in the end
+                    send_groups(&self.senders, &now.1);
+                    AdminReply::groups(&now.1)
+                }
+                Err(sentence) => AdminReply::refused(sentence),
+            },
+            _ => AdminReply::groups(&now.1),
         }
     }
 

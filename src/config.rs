@@ -144,6 +144,17 @@ keys! {
         live timeout_seconds: u64 = 60 => 1..=3600;
     }
 
+    /// Groups that an administrator keeps: everybody in one has everybody else in his roster (see "Shared groups" in README.md).
+    groups: Groups {
+        /// CSV with the columns `group`, `username` and, if wanted, `name` (what contacts see). SIGHUP and `nitro group reload` read
+        /// it again. Empty: no groups.
+        live file: PathBuf = PathBuf::new();
+        /// Members of one group.
+        live members_max: usize = 5000 => 1..=100_000;
+        /// Rows of the file: members of all groups together.
+        live memberships_max: usize = 200_000 => 1..=10_000_000;
+    }
+
     /// The HTTP door: health checks and metrics. It has no authentication: keep it on loopback.
     http: Http {
         /// Addresses to listen on.

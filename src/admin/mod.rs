@@ -25,6 +25,7 @@ use crate::store::redis::{Address, Generations};
 use crate::store::settle;
 use crate::store::sql::Database;
 use crate::store::sql::admin::Store;
+use crate::xmpp::groups::Groups;
 
 /// Bytes of one request or reply with its newline; what is longer ends the connection.
 pub const LINE_BYTES_MAX: usize = 8 << 20;
@@ -70,6 +71,12 @@ pub enum AdminRequest {
     },
     /// The connections of components. -> `Components`.
     ComponentList,
+    /// An administrator's groups. -> `Groups`.
+    GroupList,
+    /// -> `Group` or `Refused`.
+    GroupShow { group: String },
+    /// Reads their file again. -> `Groups` or `Refused`.
+    GroupReload,
     /// Which of these users exist? -> `Known`, in the same order.
     UsersKnown { names: Vec<String> },
     /// -> `Imported`, in the same order. See [`import_user`].
@@ -105,6 +112,14 @@ pub enum AdminReply {
     /// By name, the oldest connection first.
     Components {
         components: Vec<ComponentLine>,
+    },
+    /// Names and numbers of members, in byte order.
+    Groups {
+        groups: Vec<(String, usize)>,
+    },
+    /// Local part of each member and what contacts see, in byte order.
+    Group {
+        members: Vec<(String, String)>,
     },
     /// How many sessions ended.
     Kicked {
@@ -327,6 +342,24 @@ impl AdminReply {
     pub fn refused(sentence: impl Into<String>) -> AdminReply {
         AdminReply::Refused {
             sentence: sentence.into(),
+        }
+    }
+
+    pub fn groups(groups: &Groups) -> AdminReply {
+        let sizes = groups.sizes().map(|(name, size)| (name.to_owned(), size));
+        AdminReply::Groups {
+            groups: sizes.collect(),
+        }
+    }
+
+    pub fn group(groups: &Groups, name: &str) -> AdminReply {
+        let Some(members) = groups.members(name) else {
+            return AdminReply::refused(format!("there is no group {name}; see: nitro group list"));
+        };
+        AdminReply::Group {
+            members: members
+                .map(|person| (person.name.to_string(), person.label.to_string()))
+                .collect(),
         }
     }
 

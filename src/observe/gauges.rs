@@ -159,6 +159,9 @@ snapshot! {
     /// Presences that were never sent because a newer one of the same full JID came while they waited. When it rises without a
     /// storm, clients change their presence in a loop.
     counter presence_merged = "nitro_presence_merged";
+    /// Users on line who wait to be told of a change of the groups (groups.file). When they do not go down after a reload, the group
+    /// is large and many are on line: each is told of each, piece by piece.
+    gauge regrouping = "nitro_group_changes_waiting";
     /// Connections of components that serve their names. When it falls, a component or its network is gone: `nitro component list`
     /// and the log say which.
     gauge components = "nitro_component_connections";

@@ -127,9 +127,13 @@ pub fn call(slice: &mut Slice, call: Call) {
         }
         ImportUsers { existing, users } => import_users(slice, existing, users, reply),
         ImportRosters { rosters } => import_rosters(slice, rosters, reply),
-        UserList { .. } | UsersKnown { .. } | Journals | Figures => {
-            answer(&reply, AdminReply::refused("this request is not a shard's"))
-        }
+        UserList { .. }
+        | UsersKnown { .. }
+        | Journals
+        | Figures
+        | GroupList
+        | GroupReload
+        | GroupShow { .. } => answer(&reply, AdminReply::refused("this request is not a shard's")),
     }
 }
 

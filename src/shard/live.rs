@@ -38,7 +38,8 @@ impl Shard {
             let busy = !self.unread.borrow().is_empty()
                 || rt::others_runnable()
                 || self.admission.is_wanted()
-                || self.slice.borrow().pace.waiting() > 0;
+                || self.slice.borrow().pace.waiting() > 0
+                || !self.slice.borrow().regrouping.is_empty();
             let commit = self.journal.wait(&self.slice.borrow());
             let mut slept = None;
             let harvested = match busy {
@@ -80,6 +81,9 @@ impl Shard {
                 };
                 self.read(link, true);
                 self.breathe().await;
+            }
+            if !self.ways.borrow().congested() {
+                self.slice.borrow_mut().regroup_some();
             }
             self.flush();
             self.admit();
@@ -413,6 +417,7 @@ impl Shard {
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
             }
+            Inbound::Groups(groups) => self.slice.borrow_mut().regroup(groups),
             Inbound::Histograms(n, empty, reply) => {
                 // nobody waits any more: the next one gets them
                 let _ = reply.send((n, exchange(empty)));

@@ -51,6 +51,7 @@ use crate::store::sql::lane::LaneSender;
 use crate::store::tier::{Answer, Ticket};
 use crate::xml::{Framer, StreamNs};
 use crate::xmpp::component::Hosts;
+use crate::xmpp::groups::Groups;
 use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
@@ -74,6 +75,8 @@ pub enum Inbound {
     Admin(admin::Call),
     /// Configuration, certificate and secrets of components were loaded again.
     Reload(Arc<Config>, TlsConfig, Arc<Hosts>),
+    /// An administrator's groups were loaded again.
+    Groups(Arc<Groups>),
     /// What challenges of unknown users must look like has changed.
     Decoy(Arc<Decoy>),
     /// Hand over what was recorded, go on with the empty set, send it with the number given.
@@ -107,6 +110,7 @@ pub struct Parts {
     pub config: Arc<Config>,
     pub tls: TlsConfig,
     pub components: Arc<Hosts>,
+    pub groups: Arc<Groups>,
     pub ring: Arc<Ring>,
     pub decoy: Arc<Decoy>,
     pub id_key: [u64; 2],
@@ -300,6 +304,7 @@ impl Shard {
             read_back: Rc::new(read_back),
         };
         let mut slice = Slice::new(env, shards, config.cache.bytes_max / shards, start);
+        slice.groups = parts.groups;
         slice.component_configure(parts.components, component::settings(&config));
         let redis = parts.redis.map(|redis| Redis::new(number, redis));
         if redis.is_some() {
@@ -429,6 +434,7 @@ impl Shard {
             knocks_moved: self.knocks_moved.get(),
             presence_waiting: slice.pace.waiting() as u64,
             presence_merged: slice.pace.merged,
+            regrouping: slice.regrouping.len() as u64,
             components: slice.components.conns().filter(|conn| conn.up).count() as u64,
             component_joins: slice.components.counters.joins,
             component_ends: slice.components.counters.ends,

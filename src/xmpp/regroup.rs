@@ -32,6 +32,11 @@ struct Affected {
 }
 
 impl Regrouping {
+    /// Users.
+    pub fn len(&self) -> usize {
+        self.users.len()
+    }
+
     pub fn is_empty(&self) -> bool {
         self.users.is_empty()
     }
