@@ -5,8 +5,10 @@ import base64
 import dataclasses
 import itertools
 import os
+import pathlib
 import re
 import ssl
+import tempfile
 import typing
 
 from aio import AioBot
@@ -524,3 +526,38 @@ async def foreign_component_serves_its_name(stage):
         await users.leave()
         await echo.leave()
         await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True)
+async def groups_are_in_every_members_roster(stage):
+    """An administrator's group with members on two libraries; a reload while they are on line."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "groups.csv"
+        names = [f"{name}-{stage.tag}" for name in ("alice", "bob", "carol")]
+        rows = [f"Desk,{name},The {name}" for name in names]
+        file.write_text("\n".join(["group,username,name", *rows[:2]]) + "\n")
+        blade = await asyncio.to_thread(Blade, stage.server.program, groups__file=f'"{file}"')
+        users = Stage(blade, stage.tag)
+        try:
+            alice = await users.online(SlixBot, "alice")
+            bob = await users.online(AioBot, "bob")
+            await alice.wait(Presence, sender=bob.full, kind="available")
+            await bob.wait(Presence, sender=alice.full, kind="available")
+            item = alice.client.client_roster[bob.jid]
+            assert (item["subscription"], item["name"], item["groups"]) == ("both", f"The {names[1]}", ["Desk"])
+            carol = await users.online(SlixBot, "carol")
+            file.write_text("\n".join(["group,username,name", *rows]) + "\n")
+            assert "3 members" in blade.command("group", "reload")
+            for bot in (alice, bob):
+                await bot.wait(Push, jid=carol.jid, subscription="both")
+                await bot.wait(Presence, sender=carol.full, kind="available")
+                await carol.wait(Push, jid=bot.jid, subscription="both")
+                await carol.wait(Presence, sender=bot.full, kind="available")
+            file.write_text("\n".join(["group,username,name", *rows[1:]]) + "\n")
+            blade.command("group", "reload")
+            for bot in (bob, carol):
+                await bot.wait(Push, jid=alice.jid, subscription="remove")
+                await bot.wait(Presence, sender=alice.full, kind="unavailable")
+        finally:
+            await users.leave()
+            await asyncio.to_thread(blade.stop)
