@@ -1134,8 +1134,11 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) -> Fate {
-        if !self.env.is_local(to) {
-            return component::arrived(self, to, from, stanza, meta, receipt);
+        match self.host(to.domain()) {
+            Host::Own => {}
+            Host::Component | Host::Unknown => {
+                return component::arrived(self, to, from, stanza, meta, receipt);
+            }
         }
         let name = to.local().expect("only users are routed to");
         let full = match self.users.get_mut(name) {
