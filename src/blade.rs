@@ -17,6 +17,7 @@ use crate::admin::lock::DataLock;
 use crate::admin::server::AdminServer;
 use crate::admin::{AdminReply, AdminRequest, JournalLine, Outcome, UserLine};
 use crate::config::{Config, LogFormat, reloadable_diff};
+use crate::groups_file;
 use crate::net::{self, TlsConfig};
 use crate::observe::{self, Gauges, IntervalLog, IntervalLogConfig, Observer, Recorder};
 use crate::rt::{self, InboxSender};
@@ -40,6 +41,8 @@ use crate::store::sql::admin::Store;
 use crate::store::sql::lane::{AnswerSink, Lane, LaneConfig};
 use crate::store::sql::{self, Database};
 use crate::store::tier::Ticket;
+use crate::xmpp::component::Hosts;
+use crate::xmpp::groups::Groups;
 use crate::xmpp::sasl::decoy::{Decoy, Profile, Shape};
 use crate::xmpp::slice::Job;
 
@@ -87,6 +90,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let mut config = config;
     let listen = open_ports(&mut config)?;
     let (tls, fingerprint) = load_tls(&config)?;
+    let components = Arc::new(Hosts::new(config.component_hosts()?));
     let secret = secret(&config.data_dir)?;
     let database = crate::admin::database(&config)?;
     let mut accounts = Accounts::new(&database)?;
@@ -169,6 +173,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
     ];
     let shared = Arc::new(config.clone());
+    let groups = Arc::new(groups_file::load(&config, &ring)?);
     let meshes = rt::mesh(shards, config.limits.mesh_queue_batches_max)
         .map_err(|e| format!("the mesh cannot be made: {e}"))?;
     let parts: Vec<Option<Parts>> = inboxes
@@ -179,6 +184,8 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
             Some(Parts {
                 config: shared.clone(),
                 tls: tls.clone(),
+                components: components.clone(),
+                groups: groups.clone(),
                 ring: ring.clone(),
                 decoy: decoy.clone(),
                 id_key,
@@ -222,7 +229,9 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
             }
         }
     })?;
+    let shared_groups = Arc::new(Mutex::new((shared.clone(), groups)));
     let handler = Operators {
+        groups: shared_groups.clone(),
         senders: senders.clone(),
         ring: ring.clone(),
         accounts: Mutex::new(accounts),
@@ -246,12 +255,18 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         if signal != SIGHUP {
             break;
         }
-        match reload(&current, &load) {
-            Ok((config, tls, sentence)) => {
+        match reload(&current, &load, &ring) {
+            Ok((config, tls, components, groups, sentence)) => {
                 let shared = Arc::new(config.clone());
+                let components = Arc::new(components);
                 for sender in &senders {
-                    let _ =
-                        sender.send(Inbound::Reload(shared.clone(), tls.clone()), INBOX_PATIENCE);
+                    let reload = Inbound::Reload(shared.clone(), tls.clone(), components.clone());
+                    let _ = sender.send(reload, INBOX_PATIENCE);
+                }
+                let groups = Arc::new(groups);
+                if let Ok(mut now) = shared_groups.lock() {
+                    *now = (shared, groups.clone());
+                    send_groups(&senders, &groups);
                 }
                 observe::set_log_level(config.log.level.as_str());
                 current = config;
@@ -292,6 +307,11 @@ fn open_ports(config: &mut Config) -> Result<Vec<(SocketAddr, Door)>, String> {
     let doors = [
         ("c2s.listen", &mut config.c2s.listen, Door::Xmpp),
         ("c2s.listen_tls", &mut config.c2s.listen_tls, Door::XmppTls),
+        (
+            "component.listen",
+            &mut config.component.listen,
+            Door::Component,
+        ),
         ("http.listen", &mut config.http.listen, Door::Http),
     ];
     for (key, addresses, door) in doors {
@@ -653,11 +673,14 @@ fn answer_sink(inbox: InboxSender<Inbound>) -> AnswerSink {
 fn reload(
     current: &Config,
     load: &impl Fn() -> Result<Config, String>,
-) -> Result<(Config, TlsConfig, String), String> {
+    ring: &Ring,
+) -> Result<(Config, TlsConfig, Hosts, Groups, String), String> {
     let wanted = load()?;
     let (live, restart) = reloadable_diff(current, &wanted);
     let merged = current.with_live_keys_of(&wanted);
     let (tls, fingerprint) = load_tls(&merged)?;
+    let components = Hosts::new(merged.component_hosts()?);
+    let groups = groups_file::load(&merged, ring)?;
     let mut sentence = format!("reloaded: certificate (SHA-256 {fingerprint})");
     if !live.is_empty() {
         sentence.push_str(&format!(", {}", live.join(", ")));
@@ -669,7 +692,13 @@ fn reload(
             restart.join(", ")
         ));
     }
-    Ok((merged, tls, sentence))
+    Ok((merged, tls, components, groups, sentence))
+}
+
+fn send_groups(senders: &[InboxSender<Inbound>], groups: &Arc<Groups>) {
+    for sender in senders {
+        let _ = sender.send(Inbound::Groups(groups.clone()), INBOX_PATIENCE);
+    }
 }
 
 fn announce(
@@ -698,8 +727,12 @@ fn announce(
     for (name, door) in [
         ("XMPP, STARTTLS", Door::Xmpp),
         ("XMPP, TLS", Door::XmppTls),
+        ("components", Door::Component),
         ("HTTP", Door::Http),
     ] {
+        if door == Door::Component && at(door).is_empty() {
+            continue;
+        }
         out.push_str(&format!("  {name:<15} {}\n", at(door)));
     }
     out.push_str(&format!(
@@ -767,6 +800,8 @@ impl Helpers {
 
 /// Answers the admin socket: each request goes to the shard that owns its user; lists come from the database.
 struct Operators {
+    /// The configuration and the groups that are in force.
+    groups: Arc<Mutex<(Arc<Config>, Arc<Groups>)>>,
     senders: Vec<InboxSender<Inbound>>,
     ring: Arc<Ring>,
     accounts: Mutex<Accounts>,
@@ -793,6 +828,18 @@ impl Operators {
                 limit,
             } => self.list(&prefix, &after, limit),
             UsersKnown { names } => self.known(&names),
+            ComponentList => {
+                let mut components = Vec::new();
+                for reply in self.ask_all(|_| Some(ComponentList)) {
+                    match reply {
+                        (_, AdminReply::Components { components: some }) => components.extend(some),
+                        (_, other) => return other,
+                    }
+                }
+                components.sort_unstable_by(|a, b| (&a.host, a.since).cmp(&(&b.host, b.since)));
+                AdminReply::Components { components }
+            }
+            GroupList | GroupReload | GroupShow { .. } => self.groups(request),
             Journals => self.journals(),
             Figures => self.figures(),
             ArchivePurged => {
@@ -951,6 +998,25 @@ impl Operators {
                 .any(|(state, wanted)| state.drained_seq() < *wanted)
         {
             std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    fn groups(&self, request: AdminRequest) -> AdminReply {
+        let Ok(mut now) = self.groups.lock() else {
+            return AdminReply::refused("the server is stopping");
+        };
+        match request {
+            AdminRequest::GroupShow { group } => AdminReply::group(&now.1, &group),
+            AdminRequest::GroupReload => match groups_file::load(&now.0, &self.ring) {
+                Ok(groups) => {
+                    now.1 = Arc::new(groups);
+                    // under the lock: the shards get what was loaded last in the end
+                    send_groups(&self.senders, &now.1);
+                    AdminReply::groups(&now.1)
+                }
+                Err(sentence) => AdminReply::refused(sentence),
+            },
+            _ => AdminReply::groups(&now.1),
         }
     }
 

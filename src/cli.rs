@@ -17,13 +17,16 @@ use clap::{
 
 use crate::admin::client::Accounts;
 use crate::admin::lock::DataLock;
-use crate::admin::{AdminReply, AdminRequest, Existing, Keys, LIST_MAX, SessionLine, UserDetail};
+use crate::admin::{
+    AdminReply, AdminRequest, ComponentLine, Existing, Keys, LIST_MAX, SessionLine, UserDetail,
+};
 use crate::config::Config;
 use crate::observe::Stage;
 use crate::store::change::ArchivedChange;
 use crate::store::journal::disk::{Disk, Folder};
 use crate::store::journal::repair;
 use crate::store::record::ScramKeys;
+use crate::store::ring::Ring;
 use crate::user_import::{self, Sources};
 use crate::xmpp::{jid, sasl};
 use crate::{backup, migrate, purge, top};
@@ -58,6 +61,12 @@ enum Command {
     /// Look at the sessions of the running server, or end them.
     #[command(subcommand, after_help = "Example:\n  nitro session list alice")]
     Session(Session),
+    /// Groups that are in every member's roster (key groups.file).
+    #[command(subcommand, after_help = "Example:\n  nitro group reload")]
+    Group(Group),
+    /// Look at the components (XEP-0114) that are connected to the running server.
+    #[command(subcommand, after_help = "Example:\n  nitro component list")]
+    Component(Component),
     /// Watch the running server, core by core: sessions, rates, latencies, lag, queues, tiers.
     ///
     /// A row is a core. Quantiles are those of the interval; h shows what the columns mean, q quits.
@@ -247,6 +256,32 @@ enum Session {
 }
 
 #[derive(Debug, Subcommand)]
+enum Group {
+    /// List the groups that are in force, with their numbers of members.
+    #[command(after_help = "Example:\n  nitro group list")]
+    List,
+    /// List the members of a group.
+    #[command(after_help = "Example:\n  nitro group show 'Equities EU'")]
+    Show {
+        /// Its name.
+        group: String,
+    },
+    /// Have the running server read the file again; who is on line sees the changes at once.
+    #[command(after_help = "Example:\n  nitro group reload")]
+    Reload,
+    /// Read the file and tell what is wrong with it; changes nothing.
+    #[command(after_help = "Example:\n  nitro group check")]
+    Check,
+}
+
+#[derive(Debug, Subcommand)]
+enum Component {
+    /// List their connections.
+    #[command(after_help = "Example:\n  nitro component list")]
+    List,
+}
+
+#[derive(Debug, Subcommand)]
 enum Journal {
     /// Read all journals and tell what is damaged; changes nothing.
     #[command(after_help = "Example:\n  nitro journal verify")]
@@ -354,6 +389,8 @@ pub fn run() -> ExitCode {
                 }
                 Command::User(command) => user(&config, command),
                 Command::Session(command) => session(&config, command),
+                Command::Group(command) => group(&config, command),
+                Command::Component(Component::List) => components(&config),
                 Command::Top {
                     interval,
                     once,
@@ -445,6 +482,8 @@ fn completions(shell: clap_complete::Shell) -> Result<(), String> {
 
 fn check_config(config: &Config, options: &Options) -> Result<(), String> {
     crate::admin::redis_tls(config, &crate::admin::redis_instances(config)?)?;
+    config.component_hosts()?;
+    crate::groups_file::load(config, &Ring::of_shards(1))?;
     let from = match &options.config {
         Some(path) => path.display().to_string(),
         None => "the defaults".into(),
@@ -611,6 +650,68 @@ fn session(config: &Config, command: Session) -> Result<(), String> {
             }
         }
     }
+}
+
+fn group(config: &Config, command: Group) -> Result<(), String> {
+    let request = match command {
+        Group::Check => {
+            let groups = crate::groups_file::load(config, &Ring::of_shards(1))?;
+            let (count, people) = (groups.len(), groups.people());
+            return print(&format!("{count} groups with {people} users: no mistake\n"));
+        }
+        Group::List => AdminRequest::GroupList,
+        Group::Reload => AdminRequest::GroupReload,
+        Group::Show { group } => AdminRequest::GroupShow { group },
+    };
+    let mut accounts = Accounts::open(config)?;
+    if !accounts.is_running() {
+        return Err(format!(
+            "no nitro runs on {}; to look at the file: nitro group check",
+            config.data_dir.display()
+        ));
+    }
+    match accounts.call(request)? {
+        AdminReply::Groups { groups } => {
+            let line = |(name, members): &(String, usize)| format!("{name}  {members} members\n");
+            print(&groups.iter().map(line).collect::<String>())
+        }
+        AdminReply::Group { members } => {
+            let line = |(name, label): &(String, String)| format!("{name}  {label}\n");
+            print(&members.iter().map(line).collect::<String>())
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn components(config: &Config) -> Result<(), String> {
+    let mut accounts = Accounts::open(config)?;
+    if !accounts.is_running() {
+        return Err(format!(
+            "no nitro runs on {}, so no component is connected; start it with: nitro serve",
+            config.data_dir.display()
+        ));
+    }
+    match accounts.call(AdminRequest::ComponentList)? {
+        AdminReply::Components { components } => {
+            print(&components.iter().map(component_text).collect::<String>())
+        }
+        other => Err(unexpected(&other)),
+    }
+}
+
+fn component_text(component: &ComponentLine) -> String {
+    let since = UNIX_EPOCH + Duration::from_secs(component.since);
+    let age = SystemTime::now().duration_since(since).unwrap_or_default();
+    format!(
+        "{}  {}  shard {}  {} s  {} stanzas in, {} out  {} bytes wait\n",
+        component.host,
+        component.address,
+        component.shard,
+        age.as_secs(),
+        component.stanzas_in,
+        component.stanzas_out,
+        component.waiting_bytes,
+    )
 }
 
 /// The prepared localpart of `alice` or `alice@domain`.

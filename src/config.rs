@@ -119,6 +119,42 @@ keys! {
         restart backlog: usize = 4096 => 1..=65_535;
     }
 
+    /// Components (XEP-0114): programs that serve names of their own (see "Components" in README.md).
+    component: Component {
+        /// Addresses for components; a component may run on another machine. The protocol is in the clear: keep it on loopback, in a
+        /// network of its own or in a tunnel. Empty: none.
+        restart listen: Vec<SocketAddr> = Vec::new();
+        /// The names that components serve, subdomains or any others, and the secret of each: `"irc.example.com" = "secret"`, or
+        /// `"irc.example.com" = { secret_file = "/etc/nitro/irc.secret", policy = "share" }` (or `secret`; a policy of its own may
+        /// be left out). SIGHUP reads the files again: connections that stand go on, those of a name that is gone end.
+        live hosts: ComponentHosts = ComponentHosts::default();
+        /// What happens to a further connection for a name: "refuse" (it gets `<conflict/>`), "replace" (the older one gets it) or
+        /// "share": each sender's stanzas go to one of the connections, by consistent hashing of the bare JID.
+        live policy: ComponentPolicy = ComponentPolicy::Refuse;
+        /// Connections of one name where they share it.
+        live shared_max: usize = 16 => 1..=1000;
+        /// Connections of one shard at these addresses; more are turned away with `<resource-constraint/>`.
+        live connections_max: usize = 256 => 1..=100_000;
+        /// Bytes that wait for a component that does not read; stanzas beyond it are answered with `<resource-constraint/>`. Four times
+        /// as many may come at once for one that does.
+        live queue_bytes_max: usize = 4_194_304 => 65_536..=1_073_741_824;
+        /// Seconds without a stanza after which a component is sent white space, so that a dead connection shows.
+        live keepalive_seconds: u64 = 60 => 1..=86_400;
+        /// Seconds in which a component's machine must acknowledge something of what it was sent; then the connection is cut.
+        live timeout_seconds: u64 = 60 => 1..=3600;
+    }
+
+    /// Groups that an administrator keeps: everybody in one has everybody else in his roster (see "Shared groups" in README.md).
+    groups: Groups {
+        /// CSV with the columns `group`, `username` and, if wanted, `name` (what contacts see). SIGHUP and `nitro group reload` read
+        /// it again. Empty: no groups.
+        live file: PathBuf = PathBuf::new();
+        /// Members of one group.
+        live members_max: usize = 5000 => 1..=100_000;
+        /// Rows of the file: members of all groups together.
+        live memberships_max: usize = 200_000 => 1..=10_000_000;
+    }
+
     /// The HTTP door: health checks and metrics. It has no authentication: keep it on loopback.
     http: Http {
         /// Addresses to listen on.
@@ -481,6 +517,42 @@ impl Config {
         }
     }
 
+    /// Each component's name, secret and policy; files of secrets are read now.
+    ///
+    /// # Errors
+    /// A sentence about a file that cannot be read or holds no secret.
+    pub fn component_hosts(&self) -> Result<Vec<(String, String, ComponentPolicy)>, String> {
+        const SECRET_BYTES_MAX: u64 = 4096;
+        let read = |name: &str, path: &Path| {
+            use std::io::Read as _;
+            let mut text = String::new();
+            let wrong = |why: String| format!("component.hosts: {name}: {}: {why}", path.display());
+            std::fs::File::open(path)
+                .and_then(|file| file.take(SECRET_BYTES_MAX).read_to_string(&mut text))
+                .map_err(|e| wrong(format!("{e}; make the file readable for nitro")))?;
+            match text.trim_end_matches(['\r', '\n']) {
+                "" => Err(wrong("there is no secret in it; write one line".into())),
+                secret => Ok(secret.to_owned()),
+            }
+        };
+        self.component
+            .hosts
+            .0
+            .iter()
+            .map(|(name, host)| {
+                let secret = match &host.secret {
+                    ComponentSecret::Text(secret) => secret.clone(),
+                    ComponentSecret::File(path) => read(name, path)?,
+                };
+                Ok((
+                    name.clone(),
+                    secret,
+                    host.policy.unwrap_or(self.component.policy),
+                ))
+            })
+            .collect()
+    }
+
     /// The folder of the journals.
     pub fn journal_dir(&self) -> PathBuf {
         match self.journal.dir.as_os_str().is_empty() {
@@ -738,6 +810,132 @@ choice! {
         Anyone = "anyone",
         /// Those in `rooms.admins`.
         Admins = "admins",
+    }
+}
+
+choice! {
+    /// What happens to a further connection for a component's name.
+    ComponentPolicy {
+        /// It is refused.
+        Refuse = "refuse",
+        /// It takes the place of the older one.
+        Replace = "replace",
+        /// They share the senders.
+        Share = "share",
+    }
+}
+
+/// The names that components serve (key `component.hosts`), normalised.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ComponentHosts(BTreeMap<String, ComponentHost>);
+
+/// One of them, as it stands in the configuration.
+#[derive(Clone, PartialEq, Eq)]
+struct ComponentHost {
+    secret: ComponentSecret,
+    /// `None`: `component.policy`.
+    policy: Option<ComponentPolicy>,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+enum ComponentSecret {
+    Text(String),
+    File(PathBuf),
+}
+
+impl std::fmt::Debug for ComponentHost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ComponentHost")
+    }
+}
+
+impl ComponentHosts {
+    const EXAMPLE: &str = r#"{ "irc.example.com" = "secret" }"#;
+
+    fn host(value: &DeValue) -> Result<ComponentHost, String> {
+        const FORM: &str = r#"a secret in quotes, or { secret_file = "PATH", policy = "share" }"#;
+        let (secret, policy) = match value {
+            DeValue::String(secret) => (ComponentSecret::Text(secret.to_string()), None),
+            DeValue::Table(table) => {
+                let (mut secret, mut policy) = (None, None);
+                for (key, value) in table {
+                    let value = value.get_ref();
+                    let given = match &**key.get_ref() {
+                        "policy" => {
+                            policy = Some(ComponentPolicy::read(value)?);
+                            continue;
+                        }
+                        "secret" => ComponentSecret::Text(String::read(value)?),
+                        "secret_file" => ComponentSecret::File(PathBuf::read(value)?),
+                        other => return Err(format!("{other:?} is not known here; write {FORM}")),
+                    };
+                    if secret.replace(given).is_some() {
+                        return Err("secret and secret_file are both there; leave one out".into());
+                    }
+                }
+                let missing = || format!("the secret is missing; write {FORM}");
+                (secret.ok_or_else(missing)?, policy)
+            }
+            other => return Err(mistyped(other, FORM)),
+        };
+        match &secret {
+            ComponentSecret::Text(text) if text.is_empty() => {
+                Err("the secret is empty; write one".into())
+            }
+            ComponentSecret::File(path) if path.as_os_str().is_empty() => {
+                Err("secret_file is empty; write a path".into())
+            }
+            _ => Ok(ComponentHost { secret, policy }),
+        }
+    }
+}
+
+impl Value for ComponentHosts {
+    fn read(value: &DeValue) -> Result<Self, String> {
+        const HOSTS_MAX: usize = 1000;
+        let DeValue::Table(table) = value else {
+            return Err(mistyped(
+                value,
+                &format!("names with their secrets, e.g. {}", Self::EXAMPLE),
+            ));
+        };
+        if table.len() > HOSTS_MAX {
+            return Err(format!(
+                "there are {} names; write at most {HOSTS_MAX}",
+                table.len()
+            ));
+        }
+        let mut hosts = BTreeMap::new();
+        for (name, value) in table {
+            let name = normal_domain(name.get_ref())?;
+            let host = Self::host(value.get_ref()).map_err(|why| format!("{name}: {why}"))?;
+            if hosts.insert(name.clone(), host).is_some() {
+                return Err(format!("{name} is there twice; leave one out"));
+            }
+        }
+        Ok(ComponentHosts(hosts))
+    }
+
+    fn show(&self) -> String {
+        let host = |(name, host): (&String, &ComponentHost)| {
+            let mut fields = vec![match &host.secret {
+                ComponentSecret::Text(secret) => format!("secret = {}", quote(secret)),
+                ComponentSecret::File(path) => {
+                    format!("secret_file = {}", quote(&path.to_string_lossy()))
+                }
+            }];
+            if let Some(policy) = host.policy {
+                fields.push(format!("policy = {}", policy.show()));
+            }
+            format!("{} = {{ {} }}", quote(name), fields.join(", "))
+        };
+        match self.0.is_empty() {
+            true => "{}".into(),
+            false => {
+                let all: Vec<String> = self.0.iter().map(host).collect();
+                format!("{{ {} }}", all.join(", "))
+            }
+        }
     }
 }
 
@@ -1162,6 +1360,23 @@ impl Loading {
                 "it is the same as domain; write e.g. \"rooms.\" before it".into(),
             );
         }
+        if c.component.hosts.0.contains_key(&c.domain) {
+            return wrong(
+                "component.hosts",
+                format!(
+                    "{} is the domain of this server; leave it to the server",
+                    c.domain
+                ),
+            );
+        }
+        if let Some(rooms) = c.rooms_host()
+            && c.component.hosts.0.contains_key(&*rooms)
+        {
+            return wrong(
+                "component.hosts",
+                format!("{rooms} is this server's own (rooms.host); give one of them another name"),
+            );
+        }
         // The pair of a smaller and a larger limit; whichever was set by the operator is named.
         let l = &c.limits;
         for (small, large, key_small, key_large) in [
@@ -1176,6 +1391,12 @@ impl Loading {
                 l.send_queue_bytes_max,
                 "limits.stanza_bytes_max",
                 "limits.send_queue_bytes_max",
+            ),
+            (
+                l.stanza_bytes_max,
+                c.component.queue_bytes_max,
+                "limits.stanza_bytes_max",
+                "component.queue_bytes_max",
             ),
             (
                 l.stanza_bytes_max,
@@ -1389,6 +1610,36 @@ mod tests {
     }
 
     #[test]
+    fn components_have_secrets_in_the_file_or_in_files_of_their_own_and_a_policy() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        std::fs::write(&path, "of a file\n").unwrap();
+        let text = format!(
+            "[component]\npolicy = 'replace'\n[component.hosts]\n'IRC.localhost' = 'one'\n\
+             'bot.example' = {{ secret_file = '{}', policy = 'share' }}",
+            path.display()
+        );
+        let config = file(&text).unwrap();
+        let wanted = [
+            ("bot.example", "of a file", ComponentPolicy::Share),
+            ("irc.localhost", "one", ComponentPolicy::Replace),
+        ];
+        let wanted = wanted.map(|(name, secret, policy)| (name.into(), secret.into(), policy));
+        assert_eq!(config.component_hosts().unwrap(), wanted);
+        let shown = format!("component.hosts={}", config.component.hosts.show());
+        assert_eq!(
+            set(&[&shown]).unwrap().component.hosts,
+            config.component.hosts
+        );
+        assert!(!format!("{config:?}").contains("one\""));
+        std::fs::write(&path, "\n").unwrap();
+        assert!(config.component_hosts().unwrap_err().contains("no secret"));
+        std::fs::remove_file(&path).unwrap();
+        let why = config.component_hosts().unwrap_err();
+        assert!(why.contains("bot.example") && why.contains("readable"));
+    }
+
+    #[test]
     fn a_file_that_cannot_be_read_is_named() {
         let why = Config::load(Some(Path::new("/nowhere/n.toml")), &[])
             .unwrap_err()
@@ -1450,6 +1701,18 @@ mod tests {
             (
                 "cores = 'many'",
                 r#"nitro.toml:1: cores: "many" names no cores; write "all", or numbers and spans such as "0-3" or "0,2""#,
+            ),
+            (
+                "component.hosts = ['irc.localhost']",
+                r#"nitro.toml:1: component.hosts: found a list; write names with their secrets, e.g. { "irc.example.com" = "secret" }"#,
+            ),
+            (
+                "[component.hosts]\n'irc.localhost' = { policy = 'share' }",
+                r#"nitro.toml:1: component.hosts: irc.localhost: the secret is missing; write a secret in quotes, or { secret_file = "PATH", policy = "share" }"#,
+            ),
+            (
+                "[component.hosts]\n'localhost' = 'x'",
+                "nitro.toml:1: component.hosts: localhost is the domain of this server; leave it to the server",
             ),
             (
                 "registration = 'maybe'",

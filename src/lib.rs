@@ -5,6 +5,7 @@ pub mod backup;
 pub mod blade;
 pub mod cli;
 pub mod config;
+pub mod groups_file;
 pub mod migrate;
 pub mod net;
 pub mod observe;

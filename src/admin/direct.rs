@@ -84,6 +84,10 @@ impl Direct {
                 },
             },
             SessionList { .. } => AdminReply::Sessions { sessions: vec![] },
+            GroupList | GroupReload | GroupShow { .. } => {
+                AdminReply::refused("nitro does not run; see: nitro group check")
+            }
+            ComponentList => AdminReply::Components { components: vec![] },
             SessionKick { .. } => AdminReply::Kicked { sessions: 0 },
             ArchivePurged => AdminReply::Done,
             // `open` has carried all of them over.

@@ -25,6 +25,7 @@ use crate::store::redis::{Address, Generations};
 use crate::store::settle;
 use crate::store::sql::Database;
 use crate::store::sql::admin::Store;
+use crate::xmpp::groups::Groups;
 
 /// Bytes of one request or reply with its newline; what is longer ends the connection.
 pub const LINE_BYTES_MAX: usize = 8 << 20;
@@ -68,6 +69,14 @@ pub enum AdminRequest {
         name: String,
         resource: Option<String>,
     },
+    /// The connections of components. -> `Components`.
+    ComponentList,
+    /// An administrator's groups. -> `Groups`.
+    GroupList,
+    /// -> `Group` or `Refused`.
+    GroupShow { group: String },
+    /// Reads their file again. -> `Groups` or `Refused`.
+    GroupReload,
     /// Which of these users exist? -> `Known`, in the same order.
     UsersKnown { names: Vec<String> },
     /// -> `Imported`, in the same order. See [`import_user`].
@@ -101,6 +110,18 @@ pub enum AdminReply {
     /// In byte order of full JIDs.
     Sessions {
         sessions: Vec<SessionLine>,
+    },
+    /// By name, the oldest connection first.
+    Components {
+        components: Vec<ComponentLine>,
+    },
+    /// Names and numbers of members, in byte order.
+    Groups {
+        groups: Vec<(String, usize)>,
+    },
+    /// Local part of each member and what contacts see, in byte order.
+    Group {
+        members: Vec<(String, String)>,
     },
     /// How many sessions ended.
     Kicked {
@@ -238,6 +259,22 @@ pub struct SessionLine {
     pub parked: bool,
 }
 
+/// One connection of a component in a list.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ComponentLine {
+    /// The name that it serves.
+    pub host: String,
+    pub address: String,
+    /// Unix seconds.
+    pub since: u64,
+    pub shard: usize,
+    /// Stanzas from it and for it.
+    pub stanzas_in: u64,
+    pub stanzas_out: u64,
+    /// Bytes that it has not taken yet.
+    pub waiting_bytes: u64,
+}
+
 /// The salted keys of one account; at least one is there.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -307,6 +344,24 @@ impl AdminReply {
     pub fn refused(sentence: impl Into<String>) -> AdminReply {
         AdminReply::Refused {
             sentence: sentence.into(),
+        }
+    }
+
+    pub fn groups(groups: &Groups) -> AdminReply {
+        let sizes = groups.sizes().map(|(name, size)| (name.to_owned(), size));
+        AdminReply::Groups {
+            groups: sizes.collect(),
+        }
+    }
+
+    pub fn group(groups: &Groups, name: &str) -> AdminReply {
+        let Some(members) = groups.members(name) else {
+            return AdminReply::refused(format!("there is no group {name}; see: nitro group list"));
+        };
+        AdminReply::Group {
+            members: members
+                .map(|person| (person.name.to_string(), person.label.to_string()))
+                .collect(),
         }
     }
 

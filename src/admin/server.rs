@@ -221,7 +221,13 @@ fn check(request: &AdminRequest) -> Result<(), String> {
             name.as_deref().map_or(Ok(()), check_name)
         }
         SessionKick { name, .. } => check_name(name),
-        Journals | Figures | ArchivePurged => Ok(()),
+        Journals
+        | Figures
+        | ArchivePurged
+        | ComponentList
+        | GroupList
+        | GroupReload
+        | GroupShow { .. } => Ok(()),
         UsersKnown { names } => {
             too_many(names.len(), BATCH_MAX)?;
             names.iter().try_for_each(|name| check_name(name))

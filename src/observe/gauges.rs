@@ -186,6 +186,37 @@ snapshot! {
     /// Presences that were never sent because a newer one of the same full JID came while they waited. When it rises without a
     /// storm, clients change their presence in a loop.
     counter presence_merged = "nitro_presence_merged";
+    /// Users on line who wait to be told of a change of the groups (groups.file). When they do not go down after a reload, the group
+    /// is large and many are on line: each is told of each, piece by piece.
+    gauge regrouping = "nitro_group_changes_waiting";
+    /// Connections of components that serve their names. When it falls, a component or its network is gone: `nitro component list`
+    /// and the log say which.
+    gauge components = "nitro_component_connections";
+    /// Connections of components that came to serve their names. When it rises steadily, a component reconnects in a loop: the log
+    /// has the reason for each end.
+    counter component_joins = "nitro_component_connects";
+    /// Connections of components that ended after their handshake. When it rises, see nitro_component_connects.
+    counter component_ends = "nitro_component_disconnects";
+    /// Connections of components refused because another one serves the name. When it rises, a component runs twice, or its old
+    /// connection hangs: see component.policy and component.timeout_seconds.
+    counter component_conflicts = "nitro_component_conflicts";
+    /// Stanzas from components. When it is far above the usual, a component floods: look at nitro_loop_lag_seconds of its shard.
+    counter component_stanzas_in = "nitro_component_stanzas_in";
+    /// Stanzas for components, handed to their connections. When it stands still while nitro_component_queue_bytes is not 0, a
+    /// component does not read.
+    counter component_stanzas_out = "nitro_component_stanzas_out";
+    /// Bytes that wait for components which do not read. When it stays near component.queue_bytes_max, the component is too slow:
+    /// give its name more connections (component.policy).
+    gauge component_queue = "nitro_component_queue_bytes";
+    /// Stanzas refused because a component did not keep up (component.queue_bytes_max). When it rises, see
+    /// nitro_component_queue_bytes.
+    counter component_slow = "nitro_component_slow_refused";
+    /// Stanzas refused because no connection serves the component's name. When it rises, start the component: `nitro component
+    /// list` shows those that are there.
+    counter component_unreachable = "nitro_component_unreachable";
+    /// Stanzas returned because a component's connection ended before it took them. When it rises, see
+    /// nitro_component_disconnects.
+    counter component_lost = "nitro_component_returned";
 }
 
 /// Figures of the whole blade.

@@ -6,10 +6,11 @@ use std::rc::Rc;
 use std::sync::mpsc::Sender;
 
 use crate::admin::{
-    AdminReply, AdminRequest, Existing, ImportRoster, ImportUser, Outcome, SessionLine, UserDetail,
-    import_roster, import_user,
+    AdminReply, AdminRequest, ComponentLine, Existing, ImportRoster, ImportUser, Outcome,
+    SessionLine, UserDetail, import_roster, import_user,
 };
 use crate::store::record::Record;
+use crate::xmpp::component::Conn;
 use crate::xmpp::error::StreamError;
 use crate::xmpp::feature::{register, roster};
 use crate::xmpp::slice::{Op, Slice, Slot, Then, WriteError};
@@ -114,11 +115,29 @@ pub fn call(slice: &mut Slice, call: Call) {
             slice.recent.clear();
             answer(&reply, AdminReply::Done);
         }
+        ComponentList => {
+            let conns = slice.components.conns().filter(|conn| conn.up);
+            let line = |conn: &Conn| ComponentLine {
+                host: conn.host.to_string(),
+                address: conn.peer.to_string(),
+                since: conn.since,
+                shard: slice.env.shard as usize,
+                stanzas_in: conn.stanzas_in,
+                stanzas_out: conn.stanzas_out,
+                waiting_bytes: conn.waiting() as u64,
+            };
+            let components = conns.map(line).collect();
+            answer(&reply, AdminReply::Components { components });
+        }
         ImportUsers { existing, users } => import_users(slice, existing, users, reply),
         ImportRosters { rosters } => import_rosters(slice, rosters, reply),
-        UserList { .. } | UsersKnown { .. } | Journals | Figures => {
-            answer(&reply, AdminReply::refused("this request is not a shard's"))
-        }
+        UserList { .. }
+        | UsersKnown { .. }
+        | Journals
+        | Figures
+        | GroupList
+        | GroupReload
+        | GroupShow { .. } => answer(&reply, AdminReply::refused("this request is not a shard's")),
     }
 }
 

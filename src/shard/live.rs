@@ -22,7 +22,7 @@ const CONGESTED_PAUSE: Duration = Duration::from_micros(100);
 /// Presences that go out in one turn for each login that may compute: each costs a fraction of a login's step.
 const PRESENCES_PER_PLACE: usize = 2;
 /// Reads of one connection in one turn.
-const READS_MAX: usize = 4;
+pub(super) const READS_MAX: usize = 4;
 /// How long a connection may take to hear its last words.
 const FAREWELL_MS: u64 = 3000;
 /// And how much of what it goes on sending is read away meanwhile, to let it hear them.
@@ -40,7 +40,8 @@ impl Shard {
             let busy = !self.unread.borrow().is_empty()
                 || rt::others_runnable()
                 || self.admission.is_wanted()
-                || self.slice.borrow().pace.waiting() > 0;
+                || self.slice.borrow().pace.waiting() > 0
+                || !self.slice.borrow().regrouping.is_empty();
             let commit = self.journal.wait(&self.slice.borrow());
             let mut slept = None;
             let harvested = match busy {
@@ -82,6 +83,9 @@ impl Shard {
                 };
                 self.read(link, true);
                 self.breathe().await;
+            }
+            if !self.ways.borrow().congested() {
+                self.slice.borrow_mut().regroup_some();
             }
             self.flush();
             self.admit();
@@ -255,6 +259,11 @@ impl Shard {
                         true
                     }
                 },
+                Some(Kind::Component(_)) => {
+                    drop(links);
+                    self.component_ready(link, event);
+                    false
+                }
                 Some(Kind::Closing { .. }) => {
                     drop(links);
                     self.go_on_closing(link);
@@ -288,8 +297,13 @@ impl Shard {
     /// more, because an end that came with the last bytes is not reported again.
     pub(super) fn read(&self, link: u64, to_the_end: bool) {
         let mut links = self.links.borrow_mut();
-        let Some(Kind::Live(live)) = links.get_mut(link) else {
-            return;
+        let live = match links.get_mut(link) {
+            Some(Kind::Live(live)) => live,
+            Some(Kind::Component(_)) => {
+                drop(links);
+                return self.component_read(link, to_the_end);
+            }
+            _ => return,
         };
         let mut slice = self.slice.borrow_mut();
         let mut scratch = self.scratch.borrow_mut();
@@ -396,14 +410,16 @@ impl Shard {
             Inbound::Redis(reply) => self.redis_reply(reply),
             Inbound::Admin(call) => super::admin::call(&mut self.slice.borrow_mut(), call),
             Inbound::Decoy(decoy) => *self.decoy.borrow_mut() = decoy,
-            Inbound::Reload(config, tls) => {
+            Inbound::Reload(config, tls, components) => {
                 let mut slice = self.slice.borrow_mut();
                 slice.env.limits = limits(&config, slice.env.ring.members());
+                slice.component_configure(components, super::component::settings(&config));
                 drop(slice);
                 self.admission.configure(&config);
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
             }
+            Inbound::Groups(groups) => self.slice.borrow_mut().regroup(groups),
             Inbound::Histograms(n, empty, reply) => {
                 // nobody waits any more: the next one gets them
                 let _ = reply.send((n, exchange(empty)));
@@ -422,6 +438,7 @@ impl Shard {
                     }
                 }
                 login::turn_all_away(self);
+                self.component_stop();
                 let mut slice = self.slice.borrow_mut();
                 slice.end_all(&StreamError::text("system-shutdown", "the server stops"));
             }
@@ -480,7 +497,9 @@ impl Shard {
                 }
             }
         }
+        self.component_flush(&mut slice);
         let closing = std::mem::take(&mut slice.fx.closing);
+        let ending = std::mem::take(&mut slice.components.ending);
         for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {
             if !give_job(&self.helpers, &self.own_inbox, ticket, job) {
                 slice.computed(ticket, Computed::Busy);
@@ -525,6 +544,9 @@ impl Shard {
         drop(waiting);
         for end in closing {
             self.begin_closing(end.link, &end.bytes);
+        }
+        for end in ending {
+            self.component_close(end.link, &end.bytes);
         }
     }
 
@@ -633,10 +655,12 @@ impl Shard {
 
     fn all_closed(&self) -> bool {
         let links = self.links.borrow();
-        let open = links
-            .slab
-            .iter()
-            .any(|(_, l)| matches!(l.kind, Kind::Live(_) | Kind::Closing { .. }));
+        let open = links.slab.iter().any(|(_, l)| {
+            matches!(
+                l.kind,
+                Kind::Live(_) | Kind::Component(_) | Kind::Closing { .. }
+            )
+        });
         !open && self.negotiating.get() == 0
     }
 }
@@ -647,7 +671,7 @@ fn has_all(transport: &Transport) -> bool {
 }
 
 /// Why reading ends.
-enum End {
+pub(super) enum End {
     /// The connection broke.
     Lost,
     /// The stream ends: with an error, or because the client closed it.

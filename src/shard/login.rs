@@ -184,6 +184,7 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
             match listener.accept() {
                 Ok(Some((socket, peer))) => match door {
                     Door::Http => rt::spawn(Queue::House, http::serve(shard.clone(), socket)),
+                    Door::Component => shard.component_accepted(socket, peer),
                     _ => knocks(&shard, socket, peer, door == Door::XmppTls),
                 },
                 // that the server stops is told by HTTP to the end (see [`http`]): load balancers ask

@@ -13,10 +13,12 @@
 //! | `moves` | what travels between shards, and what happens when a way is full |
 //! | `http` | `/healthz`, `/readyz` and `/metrics` |
 //! | `figures` | the metrics of the whole blade, put together |
+//! | `component` | connections of components |
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
 
 pub mod admin;
 pub mod admission;
+mod component;
 pub mod doors;
 pub mod figures;
 mod http;
@@ -48,6 +50,8 @@ use crate::store::ring::Ring;
 use crate::store::sql::lane::LaneSender;
 use crate::store::tier::{Answer, Ticket};
 use crate::xml::{Framer, StreamNs};
+use crate::xmpp::component::Hosts;
+use crate::xmpp::groups::Groups;
 use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Computed, Env, Job, Limits, Now, Slice, Start};
@@ -69,8 +73,10 @@ pub enum Inbound {
     /// What the Redis ring needs from outside.
     Redis(crate::store::redis::keeper::Reply),
     Admin(admin::Call),
-    /// Configuration and certificate were loaded again.
-    Reload(Arc<Config>, TlsConfig),
+    /// Configuration, certificate and secrets of components were loaded again.
+    Reload(Arc<Config>, TlsConfig, Arc<Hosts>),
+    /// An administrator's groups were loaded again.
+    Groups(Arc<Groups>),
     /// What challenges of unknown users must look like has changed.
     Decoy(Arc<Decoy>),
     /// Hand over what was recorded, go on with the empty set, send it with the number given.
@@ -94,6 +100,8 @@ pub enum Door {
     Xmpp,
     /// XEP-0368.
     XmppTls,
+    /// XEP-0114.
+    Component,
     Http,
 }
 
@@ -101,6 +109,8 @@ pub enum Door {
 pub struct Parts {
     pub config: Arc<Config>,
     pub tls: TlsConfig,
+    pub components: Arc<Hosts>,
+    pub groups: Arc<Groups>,
     pub ring: Arc<Ring>,
     pub decoy: Arc<Decoy>,
     pub id_key: [u64; 2],
@@ -162,6 +172,8 @@ pub struct Shard {
     /// Connections that came from other shards.
     hand_overs: Cell<u64>,
     http_open: Cell<usize>,
+    /// Connections at the ports for components.
+    components_open: Rc<Cell<usize>>,
     /// Sessions that have begun, until their login task hands the connection over.
     bound: RefCell<Vec<(u64, SessionId)>>,
     /// The namespaces that most stream headers declare.
@@ -193,6 +205,7 @@ enum Kind {
     /// A connection that logs in: told when it may compute.
     Login(Rc<Login>),
     Live(Box<LiveLink>),
+    Component(Box<component::ComponentLink>),
     /// Says its last words.
     Closing {
         transport: Box<Transport>,
@@ -294,6 +307,8 @@ impl Shard {
             read_back: Rc::new(read_back),
         };
         let mut slice = Slice::new(env, shards, config.cache.bytes_max / shards, start);
+        slice.groups = parts.groups;
+        slice.component_configure(parts.components, component::settings(&config));
         let redis = parts.redis.map(|redis| Redis::new(number, redis));
         if redis.is_some() {
             slice.ring_on();
@@ -328,6 +343,7 @@ impl Shard {
             turn_began_us: Cell::new(parts.started.elapsed().as_micros() as u64),
             hand_overs: Cell::new(0),
             http_open: Cell::new(0),
+            components_open: Rc::default(),
             bound: RefCell::default(),
             usual_ns: RefCell::new(Rc::new(StreamNs::client())),
             gauges: parts.gauges,
@@ -432,6 +448,17 @@ impl Shard {
             knocks_moved: self.knocks_moved.get(),
             presence_waiting: slice.pace.waiting() as u64,
             presence_merged: slice.pace.merged,
+            regrouping: slice.regrouping.len() as u64,
+            components: slice.components.conns().filter(|conn| conn.up).count() as u64,
+            component_joins: slice.components.counters.joins,
+            component_ends: slice.components.counters.ends,
+            component_conflicts: slice.components.counters.refused,
+            component_stanzas_in: slice.components.counters.stanzas_in,
+            component_stanzas_out: slice.components.counters.stanzas_out,
+            component_queue: slice.components.waiting() as u64,
+            component_slow: slice.components.counters.overflows,
+            component_unreachable: slice.components.counters.unreachable,
+            component_lost: slice.components.counters.lost,
         };
         self.gauges.publish(self.number, snapshot);
     }
@@ -501,6 +528,7 @@ impl Shard {
             };
             self.confirm_deliveries();
             self.tick_gates(now_ms);
+            self.component_tick(now_ms);
             self.publish();
             self.end_closing(now_ms);
             self.flush();

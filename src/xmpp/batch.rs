@@ -2,6 +2,7 @@
 //! as one mesh message. An item names its strings by [`Span`], so a chat message to another core costs one copy and no
 //! allocation beyond the batch's own growth.
 
+use super::component::{ConnId, Word};
 use super::meta::Meta;
 use super::session::SessionId;
 
@@ -25,7 +26,7 @@ pub struct Receipt {
 
 #[derive(Debug)]
 pub enum Item {
-    /// A stanza for one local address (bare or full). `receipt`: the sender waits for its fate.
+    /// A stanza for one local address (bare or full), or for one of a component that is connected there. `receipt`: the sender waits for its fate.
     Stanza {
         to: Span,
         from: Span,
@@ -61,8 +62,23 @@ pub enum Item {
     Room { stanza: Span, meta: Meta, to: Span },
     /// What there is to know of a room, for the list of rooms that each shard has; empty: it is no more.
     Listing { name: Span, listed: Span },
+    /// Presence of full JID `from` for those with whom he shares a group, `to` not yet stamped; not for those in `except` (local
+    /// parts, each ended by a line feed). `probe`: he asks for theirs.
+    Group {
+        from: Span,
+        stanza: Span,
+        meta: Meta,
+        except: Span,
+        probe: bool,
+    },
     /// The fate of a stanza is decided: durable, delivered or refused.
     Settled(Receipt),
+    /// About a connection for the name of a component.
+    Component {
+        host: Span,
+        conn: ConnId,
+        word: Word,
+    },
 }
 
 /// Strings in one buffer, named by [`Span`].

@@ -38,6 +38,7 @@ impl StanzaError {
         POLICY_VIOLATION = "modify" "policy-violation";
         REGISTRATION_REQUIRED = "auth" "registration-required";
         REMOTE_SERVER_NOT_FOUND = "cancel" "remote-server-not-found";
+        REMOTE_SERVER_TIMEOUT = "wait" "remote-server-timeout";
         RESOURCE_CONSTRAINT = "wait" "resource-constraint";
         SERVICE_UNAVAILABLE = "cancel" "service-unavailable";
         SUBSCRIPTION_REQUIRED = "auth" "subscription-required";

@@ -28,10 +28,11 @@ pub struct Iq {
 }
 
 impl Iq {
-    /// Local part of the account that is asked (the asker's own when there is no `to`); for [`Target::Server`] the asker's.
+    /// Local part of the account that is asked (the asker's own when there is no `to`); for [`Target::Server`] the asker's. Empty,
+    /// which no account is, when a component asks the server.
     pub fn account(&self) -> &str {
         let to = self.to.as_ref().and_then(|to| to.local());
-        to.unwrap_or_else(|| self.from.local().expect("only users ask"))
+        to.or_else(|| self.from.local()).unwrap_or_default()
     }
 
     /// Is it the asker's own account?
@@ -128,12 +129,12 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
             }
             return room::host::outbound(slice, sid, view, to, kind);
         }
-        Some(to) if !slice.env.serves(to) => {
+        Some(to) if !slice.is_reached(to) => {
             return message::bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
         }
-        Some(to) if to.local().is_none() => Target::Server,
+        Some(to) if slice.env.is_local(to) && to.local().is_none() => Target::Server,
         Some(to) => {
-            // another user, or one of the sender's own sessions
+            // another user, one of the sender's own sessions, or a component
             if let Err(error) = message::may_send(slice, sid, to) {
                 return message::bounce_out(slice, sid, view, &error);
             }
@@ -210,7 +211,7 @@ pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta:
 }
 
 /// Finds the handler in the table of features.
-fn handle(slice: &mut Slice, iq: Iq, target: Target) {
+pub fn handle(slice: &mut Slice, iq: Iq, target: Target) {
     let route = slice.hooks.iq.iter().find(|r| {
         r.name == iq.payload.name
             && r.ns == iq.payload.ns

@@ -55,6 +55,14 @@ pub enum Act {
         meta: Meta,
         receipt: Option<Receipt>,
     },
+    /// A stanza of the user's for a component: it must not overtake what he sent before, nor be read before it is durable.
+    ToComponent {
+        to: Span,
+        from: Span,
+        stanza: Span,
+        meta: Meta,
+        receipt: Option<Receipt>,
+    },
     /// Presence of one of the user's contacts, who may have sent him messages before.
     Presence {
         from: Span,
@@ -170,7 +178,11 @@ impl Ledger {
     fn put(&mut self, seq: u64, slot: Option<Slot>, user: &Rc<str>, act: Act) {
         if matches!(
             act,
-            Act::Received { .. } | Act::Sent { .. } | Act::Behind { .. } | Act::Presence { .. }
+            Act::Received { .. }
+                | Act::Sent { .. }
+                | Act::Behind { .. }
+                | Act::ToComponent { .. }
+                | Act::Presence { .. }
         ) {
             *self.behind.entry(user.clone()).or_insert(0) += 1;
         }

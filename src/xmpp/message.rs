@@ -45,10 +45,11 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
     let Ok(to) = to else {
         return bounce_out(slice, sid, view, &StanzaError::JID_MALFORMED);
     };
-    if !slice.env.serves(&to) {
+    if !slice.is_reached(&to) {
         return bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
     }
-    if to.local().is_none() {
+    let local = slice.env.is_local(&to);
+    if local && to.local().is_none() {
         // nobody reads what is sent to the server itself
         return bounce_out(slice, sid, view, &StanzaError::SERVICE_UNAVAILABLE);
     }
@@ -109,7 +110,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
             twin: 0,
         });
         // what a user sends to himself stands in his archive once
-        let twin = match to.local() == Some(&user) {
+        let twin = match local && to.local() == Some(&user) {
             true => 0,
             false => record_sent(slice, (&user, sid), receipt, &to, &jid, &stanza, meta),
         };

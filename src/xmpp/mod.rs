@@ -6,9 +6,11 @@
 pub mod accept;
 pub mod batch;
 pub mod bind;
+pub mod component;
 pub mod error;
 pub mod feature;
 pub mod form;
+pub mod groups;
 pub mod iq;
 pub mod jid;
 pub mod ledger;
@@ -19,6 +21,7 @@ pub mod pace;
 #[cfg(test)]
 mod promise;
 pub mod pubsub;
+pub mod regroup;
 pub mod room;
 pub mod sasl;
 pub mod session;

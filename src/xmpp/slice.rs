@@ -10,19 +10,23 @@ use std::cell::OnceCell;
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use fnv::FnvHashMap;
 use smallvec::SmallVec;
 
 use super::accept::Acceptance;
 use super::batch::{Batch, Item, Receipt};
+use super::component::{self, Components, Host};
 use super::error::{StanzaError, StreamError};
 use super::feature::offline::Offline;
 use super::feature::{self, Hooks, Refusal, presence, retract, stable_id};
+use super::groups::Groups;
 use super::jid::Jid;
 use super::ledger::{Act, Acts, Entry, Ledger};
 use super::meta::{Kind, Meta};
 use super::pace::Pace;
+use super::regroup::Regrouping;
 use super::sasl::{self, PasswordCheck, SaslError, ScramKeys};
 use super::session::{Session, SessionId, Sessions};
 use super::warmth::{Behind, Waits, Warmth};
@@ -457,6 +461,10 @@ pub struct Slice {
     /// The newest entries of archives that somebody reads.
     pub recent: Recent,
     pub warmth: Warmth,
+    pub components: Components,
+    /// An administrator's groups: the same for all shards.
+    pub groups: Arc<Groups>,
+    pub regrouping: Regrouping,
     /// Sessions that have ended while stanzas of theirs were not decided: `<failed/>` waits for that.
     ended: FnvHashMap<SessionId, Ended>,
     /// How many stanzas of streams that are no more were durable (XEP-0198 section 5), and until when it is known.
@@ -550,6 +558,9 @@ impl Slice {
             overlay,
             recent,
             warmth: Warmth::default(),
+            components: Components::default(),
+            groups: Arc::default(),
+            regrouping: Regrouping::default(),
             ended: FnvHashMap::default(),
             counts: FnvHashMap::default(),
             halves: Vec::new(),
@@ -686,7 +697,20 @@ impl Slice {
                 Item::Listing { name, listed } => {
                     room::directory::told(self, batch.text(name), batch.get(listed));
                 }
+                Item::Group {
+                    from,
+                    stanza,
+                    meta,
+                    except,
+                    probe,
+                } => {
+                    let presence = (batch.get(stanza), meta);
+                    presence::group_in(self, batch.text(from), presence, batch.text(except), probe);
+                }
                 Item::Settled(receipt) => self.settle(receipt),
+                Item::Component { host, conn, word } => {
+                    self.component_word(batch.text(host), conn, word);
+                }
             }
         }
     }
@@ -1145,8 +1169,8 @@ impl Slice {
 
     // ---- routing -----------------------------------------------------------------------------------------------
 
-    /// Sends a stanza (self-contained bytes, `from` and `to` as the recipient will see them) to a local user, wherever
-    /// he lives. `receipt` is the inbound stanza that hangs on it: usually `slice.current`.
+    /// Sends a stanza (self-contained bytes, `from` and `to` as the recipient will see them) to a local user or a component,
+    /// wherever he lives. `receipt` is the inbound stanza that hangs on it: usually `slice.current`.
     pub fn route(
         &mut self,
         to: &Jid<'_>,
@@ -1155,6 +1179,16 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) {
+        match self.host(to.domain()) {
+            Host::Own | Host::Rooms => {}
+            Host::Component => return component::route(self, to, from, stanza, meta, receipt),
+            Host::Unknown => {
+                if let Some(receipt) = receipt {
+                    self.refused(receipt);
+                }
+                return component::nowhere(self, to, from, stanza, meta);
+            }
+        }
         let Some(name) = self.env.entity(to) else {
             return;
         };
@@ -1192,8 +1226,16 @@ impl Slice {
         }
     }
 
+    /// A component gets the stanza, or its sender an error: [`Slice::settle`] tells.
+    pub(super) fn opened(&mut self, receipt: Receipt) {
+        self.defer(receipt);
+        if receipt.twin != 0 && receipt.shard == self.env.shard {
+            self.ledger.opened(receipt.twin);
+        }
+    }
+
     /// Nobody will journal the recipient's side of a message.
-    fn refused(&mut self, receipt: Receipt) {
+    pub(super) fn refused(&mut self, receipt: Receipt) {
         if receipt.shard != self.env.shard {
             self.settle(receipt);
         } else if receipt.twin != 0 {
@@ -1215,7 +1257,7 @@ impl Slice {
         self.route(to, from, &bytes, meta, receipt);
     }
 
-    /// Delivers to a user of this slice.
+    /// Delivers to a user of this slice, or to a component that is connected here.
     fn deliver(
         &mut self,
         to: &Jid<'_>,
@@ -1224,8 +1266,12 @@ impl Slice {
         meta: Meta,
         receipt: Option<Receipt>,
     ) -> Fate {
-        if self.env.is_room(to) {
-            return room::deliver(self, to, from, stanza, meta, receipt);
+        match self.host(to.domain()) {
+            Host::Own => {}
+            Host::Rooms => return room::deliver(self, to, from, stanza, meta, receipt),
+            Host::Component | Host::Unknown => {
+                return component::arrived(self, to, from, stanza, meta, receipt);
+            }
         }
         let name = to.local().expect("only users are routed to");
         let full = match self.users.get_mut(name) {
@@ -1597,6 +1643,23 @@ impl Slice {
                     self.settle(receipt);
                 }
             }
+            Act::ToComponent {
+                to,
+                from,
+                stanza,
+                meta,
+                receipt,
+            } => {
+                self.ledger.release(&user);
+                let (from, stanza) = (strings.text(from), strings.get(stanza));
+                let fate = match Jid::parse(strings.text(to)) {
+                    Ok(to) => component::send(self, &to, from, stanza, meta, receipt),
+                    Err(_) => Fate::Decided,
+                };
+                if let (Fate::Decided, Some(receipt)) = (fate, receipt) {
+                    self.settle(receipt);
+                }
+            }
             Act::Presence { from, stanza, meta } => {
                 self.ledger.release(&user);
                 if let Ok(from) = Jid::parse(strings.text(from)) {
@@ -1936,6 +1999,15 @@ impl Slice {
             Some(Slot::Present(user)) => Some(user),
             _ => None,
         }
+    }
+
+    /// Does the user share a group with this contact?
+    pub fn together(&self, name: &str, contact: &Jid<'_>) -> bool {
+        !self.groups.is_empty()
+            && self.env.is_local(contact)
+            && contact
+                .local()
+                .is_some_and(|other| self.groups.together(name, other))
     }
 
     pub fn user_mut(&mut self, name: &str) -> Option<&mut User> {

@@ -4,16 +4,18 @@
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use fnv::FnvHashMap;
 
 use super::bind::{Arrival, bind};
+use super::component::{ConnId, Hosts, Settings};
 use super::error::StreamError;
 use super::feature;
 use super::parse_stanza;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Limits, Now, Slice, Start, User};
+use crate::config::ComponentPolicy;
 use crate::store::change::{ArchivedChange, ArchivedMarks, Id, Message};
 use crate::store::journal::{Group, Place, Slot};
 use crate::store::overlay::Position;
@@ -114,6 +116,24 @@ pub struct World {
     /// Peers without stream management have at once what they are sent.
     pub confirms: bool,
     clients: Vec<Connection>,
+    components: Vec<ComponentEnd>,
+}
+
+/// A component's connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Component {
+    pub shard: usize,
+    pub id: ConnId,
+    link: usize,
+}
+
+#[derive(Default)]
+struct ComponentEnd {
+    connection: Connection,
+    /// The kernel takes so much.
+    room: usize,
+    /// It serves its name.
+    opened: bool,
 }
 
 /// A client's session.
@@ -203,6 +223,7 @@ impl World {
             room: usize::MAX,
             confirms: true,
             clients: Vec::new(),
+            components: Vec::new(),
         };
         world.start(shards, &limits);
         world
@@ -212,6 +233,7 @@ impl World {
     pub fn crash(&mut self, shards: usize) {
         let limits = self.slices[0].env.limits.clone();
         self.clients.clear();
+        self.components.clear();
         self.tier.queue.clear();
         self.tier.held = false;
         self.start(shards, &limits);
@@ -389,6 +411,77 @@ impl World {
         self.run();
     }
 
+    /// These names are components', from now on.
+    pub fn serve(&mut self, hosts: &[(&str, ComponentPolicy)], settings: Settings) {
+        let host = |(name, policy): &(&str, ComponentPolicy)| {
+            ((*name).to_owned(), "secret".to_owned(), *policy)
+        };
+        let hosts = Arc::new(Hosts::new(hosts.iter().map(host)));
+        for slice in &mut self.slices {
+            slice.component_configure(hosts.clone(), settings);
+        }
+        self.run();
+    }
+
+    /// A component that has proved its secret, on a shard.
+    pub fn component(&mut self, shard: usize, host: &str) -> Component {
+        let link = self.components.len();
+        self.components.push(ComponentEnd {
+            room: usize::MAX,
+            ..ComponentEnd::default()
+        });
+        let ns = Rc::new(StreamNs::client());
+        let id = self.slices[shard].component_join(link as u64, host, ns, "127.0.0.1:1");
+        self.run();
+        Component { shard, id, link }
+    }
+
+    /// The component sends one element, and everything that follows from it happens.
+    pub fn component_sends(&mut self, component: Component, xml: &str) {
+        let slice = &mut self.slices[component.shard];
+        if let Err(error) = slice.component_element(component.id, xml.as_bytes()) {
+            slice.component_end(component.id, Some(error));
+        }
+        self.run();
+    }
+
+    /// What the component has got since it was asked last, its handshake not counted.
+    pub fn component_takes(&mut self, component: Component) -> Vec<String> {
+        let out = self.component_raw(component);
+        let end = b"</stream:stream>";
+        let mut all = elements(out.as_bytes().strip_suffix(end).unwrap_or(out.as_bytes()));
+        all.retain(|element| !element.starts_with("<handshake"));
+        all
+    }
+
+    /// The same as it came, white space and a stanza that is not whole included.
+    pub fn component_raw(&mut self, component: Component) -> String {
+        let out = &mut self.components[component.link].connection.out;
+        String::from_utf8(std::mem::take(out)).unwrap()
+    }
+
+    /// From now on the kernel takes so many bytes for the component, in all.
+    pub fn component_room(&mut self, component: Component, bytes: usize) {
+        self.components[component.link].room = bytes;
+        self.slices[component.shard]
+            .components
+            .dirty
+            .push(component.id);
+        self.run();
+    }
+
+    pub fn component_serves(&self, component: Component) -> bool {
+        let end = &self.components[component.link];
+        end.opened && !end.connection.closed
+    }
+
+    /// The component's connection breaks.
+    pub fn component_cut(&mut self, component: Component) {
+        self.components[component.link].connection.closed = true;
+        self.slices[component.shard].component_lost(component.id);
+        self.run();
+    }
+
     /// What the client has got since it was asked last, one text per element.
     pub fn take(&mut self, client: Client) -> Vec<String> {
         let out = std::mem::take(&mut self.clients[client.link].out);
@@ -521,8 +614,40 @@ impl World {
                     client.closed = true;
                 }
                 slice.fx.loaded.clear();
+                moved |= self.write_to_components(from);
+                let slice = &mut self.slices[from];
+                moved |= !slice.regrouping.is_empty();
+                slice.regroup_some();
             }
         }
+    }
+
+    fn write_to_components(&mut self, shard: usize) -> bool {
+        let slice = &mut self.slices[shard];
+        let (opened, dirty, ending) = (
+            std::mem::take(&mut slice.components.opened),
+            std::mem::take(&mut slice.components.dirty),
+            std::mem::take(&mut slice.components.ending),
+        );
+        let moved = !(opened.is_empty() && dirty.is_empty() && ending.is_empty());
+        for link in opened {
+            self.components[link as usize].opened = true;
+        }
+        for id in dirty {
+            if let Some((link, bytes)) = slice.component_out(id) {
+                let end = &mut self.components[link as usize];
+                let taken = bytes.len().min(end.room);
+                end.connection.out.extend_from_slice(&bytes[..taken]);
+                end.room -= taken;
+                slice.component_wrote(id, taken);
+            }
+        }
+        for ending in ending {
+            let connection = &mut self.components[ending.link as usize].connection;
+            connection.out.extend_from_slice(&ending.bytes);
+            connection.closed = true;
+        }
+        moved
     }
 }
 

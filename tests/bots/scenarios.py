@@ -6,13 +6,16 @@ import dataclasses
 import hashlib
 import itertools
 import os
+import pathlib
 import re
 import ssl
+import tempfile
 import typing
 
 from aio import AioBot
 from bot import Event, Message, Presence, Push, Refused, StreamEnd
-from server import Blade
+from components import Echo
+from server import Blade, free_ports
 from slix import SlixBot
 
 LIBRARIES = [SlixBot, AioBot]
@@ -638,3 +641,85 @@ async def people_talk_in_a_room(stage, one, other):
     await alice.wait(Message, body="alone")
     await bob.settled()
     assert "alone" not in bob.bodies_now()
+
+
+@scenario(own=True)
+async def foreign_component_serves_its_name(stage):
+    """slixmpp's ComponentXMPP: chat, discovery, subscription and presence with users on two libraries, reconnect."""
+    [port] = free_ports(1)
+    secret = "open sesame & <more>"
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program,
+        component__listen=f'["127.0.0.1:{port}"]', component__hosts=f'{{ "echo.localhost" = "{secret}" }}')
+    wrong = Echo("echo.localhost", "wrong", blade.host, port)
+    echo = Echo("echo.localhost", secret, blade.host, port)
+    users = Stage(blade, stage.tag)
+    try:
+        event, error = await wrong.happens("session_start", "stream_error")
+        assert event == "stream_error" and error["condition"] == "not-authorized", (event, error)
+        await wrong.leave()
+        await echo.come()
+        alice = await users.online(SlixBot, "alice")
+        bob = await users.online(AioBot, "bob")
+        for bot in (alice, bob):
+            texts = ["hello", "<&>\"'", "grüße, 価格, 🙂", *(f"number {n}" for n in range(50))]
+            for text in texts:
+                bot.chat("any@echo.localhost/desk", text)
+            assert await bot.bodies(len(texts)) == texts
+            bot.subscribe("any@echo.localhost")
+            await bot.wait(Presence, sender="any@echo.localhost/echo", kind="available")
+            await bot.wait(Push, jid="any@echo.localhost", subscription="to")
+        disco = alice.client["xep_0030"]
+        info = await disco.get_info(jid="echo.localhost")
+        assert ("client", "bot", None, "Echo") in info["disco_info"]["identities"], info
+        items = await disco.get_items(jid="localhost")
+        assert "echo.localhost" in [str(item[0]) for item in items["disco_items"]["items"]], items
+        answer = await echo["xep_0030"].get_info(jid="localhost", ifrom="echo.localhost", local=False)
+        assert "jabber:iq:version" in answer["disco_info"]["features"], answer
+        await echo.leave()
+        alice.chat("any@echo.localhost", "nobody there")
+        await alice.wait(Message, sender="any@echo.localhost")
+        echo = Echo("echo.localhost", secret, blade.host, port)
+        await echo.come()
+        alice.chat("any@echo.localhost", "back again")
+        await alice.wait(Message, body="back again")
+        assert "echo.localhost" in blade.command("component", "list")
+    finally:
+        await users.leave()
+        await echo.leave()
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True)
+async def groups_are_in_every_members_roster(stage):
+    """An administrator's group with members on two libraries; a reload while they are on line."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "groups.csv"
+        names = [f"{name}-{stage.tag}" for name in ("alice", "bob", "carol")]
+        rows = [f"Desk,{name},The {name}" for name in names]
+        file.write_text("\n".join(["group,username,name", *rows[:2]]) + "\n")
+        blade = await asyncio.to_thread(Blade, stage.server.program, groups__file=f'"{file}"')
+        users = Stage(blade, stage.tag)
+        try:
+            alice = await users.online(SlixBot, "alice")
+            bob = await users.online(AioBot, "bob")
+            await alice.wait(Presence, sender=bob.full, kind="available")
+            await bob.wait(Presence, sender=alice.full, kind="available")
+            item = alice.client.client_roster[bob.jid]
+            assert (item["subscription"], item["name"], item["groups"]) == ("both", f"The {names[1]}", ["Desk"])
+            carol = await users.online(SlixBot, "carol")
+            file.write_text("\n".join(["group,username,name", *rows]) + "\n")
+            assert "3 members" in blade.command("group", "reload")
+            for bot in (alice, bob):
+                await bot.wait(Push, jid=carol.jid, subscription="both")
+                await bot.wait(Presence, sender=carol.full, kind="available")
+                await carol.wait(Push, jid=bot.jid, subscription="both")
+                await carol.wait(Presence, sender=bot.full, kind="available")
+            file.write_text("\n".join(["group,username,name", *rows[1:]]) + "\n")
+            blade.command("group", "reload")
+            for bot in (bob, carol):
+                await bot.wait(Push, jid=alice.jid, subscription="remove")
+                await bot.wait(Presence, sender=alice.full, kind="unavailable")
+        finally:
+            await users.leave()
+            await asyncio.to_thread(blade.stop)

@@ -280,6 +280,22 @@ fn watchers<'a>(
         }
     }
     for jid in listed {
+        if *jid == *slice.env.domain
+            && let Some(person) = slice.groups.person(name)
+        {
+            for contact in slice.groups.contacts(person) {
+                add(
+                    &format!("{}@{}", contact.name, slice.env.domain),
+                    true,
+                    true,
+                );
+            }
+        }
+        if let Ok(parsed) = Jid::parse(jid)
+            && slice.together(name, &parsed)
+        {
+            add(jid, true, true);
+        }
         if let Ok(parsed) = Jid::parse(jid)
             && !parsed.is_bare()
             && let Some(contact) = record.roster_item(parsed.bare())

@@ -2,7 +2,7 @@
 //! table of features. An account answers its own user and those who may see its presence; to anybody else it looks like one
 //! that does not exist.
 
-use super::{FEATURES, Feature, Iq, IqRoute, NONE, Target, caps, pep};
+use super::{FEATURES, Feature, Iq, IqRoute, NONE, Target, caps, pep, roster};
 use crate::xml::dom::Element;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::form::{self, Field, Form};
@@ -72,13 +72,7 @@ pub fn may_see(slice: &Slice, name: &str, asker: &Jid<'_>) -> bool {
     if slice.env.is_local(asker) && asker.local() == Some(name) {
         return true;
     }
-    let Some(user) = slice.user(name) else {
-        return false;
-    };
-    user.record
-        .get()
-        .roster_item(asker.bare())
-        .is_some_and(|item| item.subscription().from())
+    slice.user(name).is_some() && roster::subscription(slice, name, asker).from()
 }
 
 fn server_info(slice: &mut Slice, iq: Iq) {
@@ -116,9 +110,11 @@ fn server_items(slice: &mut Slice, iq: Iq) {
         slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
     } else {
         let rooms = slice.env.rooms.as_deref();
-        let rooms = rooms.map(|host| Element::new("item", NS_ITEMS).attr("jid", host));
-        let items = Element::new("query", NS_ITEMS);
-        let items = rooms.into_iter().fold(items, Element::child);
+        // and the components that are connected
+        let hosts = rooms.into_iter().chain(slice.components.served());
+        let items = hosts.fold(Element::new("query", NS_ITEMS), |query, host| {
+            query.child(Element::new("item", NS_ITEMS).attr("jid", host))
+        });
         slice.iq_result(&iq, Some(items));
     }
 }

@@ -10,12 +10,13 @@
 
 use smallvec::SmallVec;
 
-use super::{Feature, NONE, avatar, blocking, caps, subscription};
+use super::{Feature, NONE, avatar, blocking, caps, roster, subscription};
 use crate::observe::{Stage, record};
 use crate::store::tier::Last;
 use crate::xml::view::View;
 use crate::xmpp::NS_CLIENT;
 use crate::xmpp::batch::{Item, Receipt};
+use crate::xmpp::component::Host;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::ledger::Act;
@@ -251,14 +252,14 @@ fn directed(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, to: 
     if slice.env.is_room(to) {
         return room::outbound(slice, sid, view, kind, to);
     }
-    if !slice.env.is_local(to) {
+    if !slice.is_reached(to) {
         // 4.3: a probe is no reason for an error
         if kind == Kind::Available {
             bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
         }
         return;
     }
-    if to.local().is_none() {
+    if slice.env.is_local(to) && to.local().is_none() {
         // the server itself: nobody is there to be told
         return;
     }
@@ -324,11 +325,13 @@ const GIVES: u32 = 2;
 fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta, probe: bool) {
     let mut names = slice.buffer();
     let mut places: SmallVec<[Place; 32]> = SmallVec::new();
+    let mut elsewhere: SmallVec<[(u32, Jid<'static>); 0]> = SmallVec::new();
     let Some(user) = slice.user(name) else {
         return;
     };
     let record = user.record.get();
     let blocks = !record.blocked.is_empty();
+    let shared = slice.groups.person(name).is_some();
     for item in record.roster.iter() {
         let subscription = item.subscription();
         // without a probe nobody gives
@@ -339,8 +342,18 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
             (false, false) => continue,
         };
         let Some(contact) = local_name(item.jid.as_str(), &slice.env.domain) else {
+            if let Ok(jid) = Jid::parse(item.jid.as_str())
+                && slice.host(jid.domain()) == Host::Component
+                && blocking::may_send(slice, name, &jid).is_ok()
+            {
+                elsewhere.push((group, jid.into_owned()));
+            }
             continue;
         };
+        if shared && slice.groups.together(name, contact) {
+            // with the others of the group
+            continue;
+        }
         // XEP-0191 section 4: a blocked contact gets no presence, and is not asked for his
         if blocks
             && Jid::parse(item.jid.as_str())
@@ -369,6 +382,112 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
         }
     }
     slice.reuse(names);
+    if shared {
+        broadcast_to_groups(slice, name, from, stanza, meta, probe);
+    }
+    for (group, contact) in elsewhere {
+        if group != GIVES {
+            send_with(slice, &contact, from, stanza, meta.with(Meta::SERVER));
+        }
+        if group != GETS {
+            ask(slice, from, &contact);
+        }
+    }
+}
+
+/// The same for those with whom the user shares a group: each shard knows its own.
+fn broadcast_to_groups(
+    slice: &mut Slice,
+    name: &str,
+    from: &str,
+    stanza: &[u8],
+    meta: Meta,
+    probe: bool,
+) {
+    let groups = slice.groups.clone();
+    let (Some(person), Some(user)) = (groups.person(name), slice.user(name)) else {
+        return;
+    };
+    let blocked = &user.record.get().blocked;
+    let mut except = String::new();
+    for jid in blocked.iter() {
+        if jid.as_str() == &*slice.env.domain {
+            return;
+        }
+        if let Some(contact) = local_name(jid.as_str(), &slice.env.domain)
+            && groups.together(name, contact)
+        {
+            except.extend([contact, "\n"]);
+        }
+    }
+    for shard in 0..slice.fx.mesh.len() {
+        if shard == usize::from(slice.env.shard) {
+            group_in(slice, from, (stanza, meta), &except, probe);
+        } else if groups.reaches(person, shard) {
+            let batch = &mut slice.fx.mesh[shard];
+            let item = Item::Group {
+                from: batch.put(from.as_bytes()),
+                stanza: batch.put(stanza),
+                meta,
+                except: batch.put(except.as_bytes()),
+                probe,
+            };
+            batch.items.push(item);
+        }
+    }
+}
+
+/// Presence of full JID `from` for all users of this slice with whom he shares a group, `except` (local parts, each ended by a
+/// line feed). `probe`: he is told of theirs.
+pub fn group_in(
+    slice: &mut Slice,
+    from: &str,
+    (stanza, meta): (&[u8], Meta),
+    except: &str,
+    probe: bool,
+) {
+    let Ok(from) = Jid::parse(from) else {
+        return;
+    };
+    let groups = slice.groups.clone();
+    let Some(person) = from.local().and_then(|local| groups.person(local)) else {
+        return;
+    };
+    let shard = usize::from(slice.env.shard);
+    let mut shared = None;
+    for group in groups.of(person) {
+        for contact in groups.contacts_of_shard(person, &group.name, shard) {
+            let name = &*contact.name;
+            // who is not on line is neither told nor asked
+            let online = slice
+                .user(name)
+                .is_some_and(|user| !user.sessions.is_empty());
+            if !online || except.lines().any(|one| one == name) {
+                continue;
+            }
+            tell(slice, name, &from, stanza, meta, &mut shared);
+            if probe {
+                asked(slice, name, &from);
+            }
+        }
+    }
+}
+
+/// A probe of full JID `from` for a contact whose presence a component keeps (4.3).
+fn ask(slice: &mut Slice, from: &str, contact: &Jid<'_>) {
+    let mut stanza = START.to_vec();
+    attribute("from", from, &mut stanza);
+    stanza.extend_from_slice(b" type='probe'/>");
+    let meta = Meta::new(Kind::Probe).with(Meta::SERVER);
+    send_with(slice, contact, from, &stanza, meta);
+}
+
+/// The same on behalf of an available session.
+pub fn probe_component(slice: &mut Slice, sid: SessionId, contact: &Jid<'_>) {
+    let session = slice.sessions.get(sid).filter(|s| s.presence.is_some());
+    if let Some(from) = session.map(|session| session.jid.clone()) {
+        ask(slice, &from, &contact.to_bare());
+    }
 }
 
 fn text_of<'a>(place: &Place, names: &'a [u8]) -> &'a str {
@@ -564,7 +683,7 @@ fn show_to(
     let Some(user) = slice.user(name) else { return };
     // the sender's side may lag behind: what counts is what the recipient's own roster says
     let item = user.record.get().roster_item(from.bare());
-    if !item.is_some_and(|i| i.subscription().to()) {
+    if !item.is_some_and(|i| i.subscription().to()) && !slice.together(name, from) {
         return;
     }
     let sessions = available_of(slice, user);
@@ -594,7 +713,7 @@ fn asked(slice: &mut Slice, name: &str, from: &Jid<'_>) {
     let sees = match slice.users.get(name) {
         Some(Slot::Present(user)) => {
             let item = user.record.get().roster_item(from.bare());
-            item.is_some_and(|i| i.subscription().from())
+            item.is_some_and(|i| i.subscription().from()) || slice.together(name, from)
         }
         Some(Slot::Missing | Slot::Room(_)) => false,
         _ => return,
@@ -611,6 +730,9 @@ fn asked(slice: &mut Slice, name: &str, from: &Jid<'_>) {
 
 /// The presence of each available resource of `name` for full JID `from`.
 fn answer_probe(slice: &mut Slice, name: &str, from: &Jid<'_>) {
+    if !slice.env.is_local(from) {
+        return show_all(slice, name, from);
+    }
     let Some(asker) = from.local() else {
         return;
     };
@@ -808,9 +930,13 @@ pub fn hide(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
 /// The contact (bare or full JID) sees the user's resources again: the user does not block him any more (XEP-0191 3.4).
 /// Only if the contact is subscribed.
 pub fn show(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
-    if !sees(slice, name, contact.bare()) {
-        return;
+    if sees(slice, name, contact.bare()) {
+        show_all(slice, name, contact);
     }
+}
+
+/// All available resources of the user, for one address.
+pub fn show_all(slice: &mut Slice, name: &str, contact: &Jid<'_>) {
     for sid in available_sessions(slice, name) {
         let mut stanza = slice.buffer();
         let Some(session) = slice.sessions.get(sid) else {
@@ -841,10 +967,8 @@ fn meta_of(kind: Kind) -> Meta {
 
 /// Is the contact subscribed to the user's presence?
 fn sees(slice: &Slice, name: &str, contact: &str) -> bool {
-    let item = slice
-        .user(name)
-        .and_then(|u| u.record.get().roster_item(contact));
-    item.is_some_and(|i| i.subscription().from())
+    roster::own_subscription(slice, name, contact).from()
+        || Jid::parse(contact).is_ok_and(|contact| slice.together(name, &contact))
 }
 
 fn is_available(slice: &Slice, sid: SessionId) -> bool {
@@ -880,14 +1004,18 @@ fn write_unavailable(jid: &str, out: &mut Vec<u8>) {
 
 /// Splices `to` in and routes to one address.
 fn send_to(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], kind: Kind) {
-    let (Some(rest), true) = (stanza.strip_prefix(START), slice.env.is_local(to)) else {
+    send_with(slice, to, from, stanza, meta_of(kind));
+}
+
+fn send_with(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
+    let (Some(rest), true) = (stanza.strip_prefix(START), slice.is_reached(to)) else {
         return;
     };
     let mut out = slice.buffer();
     out.extend_from_slice(START);
     attribute("to", to.as_str(), &mut out);
     out.extend_from_slice(rest);
-    slice.route(to, from, &out, meta_of(kind), None);
+    slice.route(to, from, &out, meta, None);
     slice.reuse(out);
 }
 

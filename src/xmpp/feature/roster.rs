@@ -7,10 +7,11 @@
 use std::borrow::Cow;
 
 use super::{Feature, Iq, IqRoute, NONE, Target, presence, subscription};
-use crate::store::record::{ArchivedRosterItem, RosterItem, Subscription};
+use crate::store::record::{ArchivedRosterItem, ArchivedUserRecord, RosterItem, Subscription};
 use crate::xml::dom::Element;
 use crate::xml::escape::escape_text;
 use crate::xmpp::error::StanzaError;
+use crate::xmpp::groups::Person;
 use crate::xmpp::jid::{self, Jid};
 use crate::xmpp::message::attribute;
 use crate::xmpp::meta::{Kind, Meta};
@@ -61,9 +62,11 @@ fn get(slice: &mut Slice, sid: SessionId, iq: &Iq) -> Result<(), StanzaError> {
         return Err(StanzaError::ITEM_NOT_FOUND);
     };
     let record = user.record.get();
+    let shared = slice.groups.person(&user.name);
     let version = version(
         record.created_at.to_native(),
         record.roster_version.to_native(),
+        slice.groups.version(&user.name),
     );
     out.extend_from_slice(b"<iq type='result'");
     attribute("id", &iq.id, &mut out);
@@ -75,8 +78,13 @@ fn get(slice: &mut Slice, sid: SessionId, iq: &Iq) -> Result<(), StanzaError> {
         out.extend_from_slice(b"/>");
     } else {
         open_query(&version, &mut out);
-        for item in record.roster.iter() {
-            write_archived(item, &mut out);
+        match shared {
+            None => {
+                for item in record.roster.iter() {
+                    write_archived(item, &mut out);
+                }
+            }
+            Some(person) => write_merged(slice, record, person, &mut out),
         }
         out.extend_from_slice(b"</query></iq>");
     }
@@ -164,11 +172,12 @@ fn put(slice: &mut Slice, iq: Iq, jid: Jid<'static>, name: String, groups: Vec<S
     let Some(item) = item_or_room(slice, &user, jid.as_str()) else {
         return slice.iq_error(&iq, &FULL);
     };
-    let item = RosterItem {
+    let mut item = RosterItem {
         name,
         groups,
         ..item
     };
+    leave_out_shared(slice, &user, &jid, &mut item);
     let version = next_version(slice, &user);
     let query = push_query(slice, &user, &item, version);
     slice.edit(
@@ -190,12 +199,20 @@ fn put(slice: &mut Slice, iq: Iq, jid: Jid<'static>, name: String, groups: Vec<S
 /// 2.5: takes an item out; its subscriptions end.
 fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) {
     let user = iq.account().to_owned();
+    let together = slice.together(&user, &jid);
     let Some(item) = item(slice, &user, jid.as_str()) else {
-        return slice.iq_error(&iq, &StanzaError::ITEM_NOT_FOUND);
+        let error = match together {
+            true => StanzaError::NOT_ALLOWED.text("an administrator's group has this contact"),
+            false => StanzaError::ITEM_NOT_FOUND,
+        };
+        return slice.iq_error(&iq, &error);
     };
     let version = next_version(slice, &user);
     let old = item.clone();
-    let query = removal_query(slice, &user, jid.as_str(), version);
+    let query = match together {
+        true => push_query(slice, &user, &empty(jid.as_str()), version),
+        false => removal_query(slice, &user, jid.as_str(), version),
+    };
     let dissolves = old.subscription != Subscription::None || old.ask;
     if dissolves && slice.forwards_full() {
         return slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
@@ -210,7 +227,9 @@ fn remove(slice: &mut Slice, iq: Iq, jid: Jid<'static>) {
             Ok(()) => {
                 slice.iq_result(&iq, None);
                 push(slice, iq.account(), &query);
-                if let (true, Ok(contact)) = (item.subscription.from(), Jid::parse(&item.jid)) {
+                if let (true, Ok(contact)) = (item.subscription.from(), Jid::parse(&item.jid))
+                    && !slice.together(iq.account(), &contact)
+                {
                     presence::hide(slice, iq.account(), &contact);
                 }
             }
@@ -228,25 +247,139 @@ pub const FULL: StanzaError = StanzaError::RESOURCE_CONSTRAINT.text("the roster 
 /// The item of a contact, copied.
 pub fn item(slice: &Slice, user: &str, contact: &str) -> Option<RosterItem> {
     let item = slice.user(user)?.record.get().roster_item(contact)?;
-    Some(RosterItem {
+    Some(owned(item))
+}
+
+fn owned(item: &ArchivedRosterItem) -> RosterItem {
+    RosterItem {
         jid: item.jid.as_str().to_owned(),
         name: item.name.as_str().to_owned(),
         groups: item.groups.iter().map(|g| g.as_str().to_owned()).collect(),
         subscription: item.subscription(),
         ask: item.ask,
         approved: item.approved,
-    })
+    }
 }
 
 /// The item of a contact, or an empty one if the roster has room for it.
 pub fn item_or_room(slice: &Slice, user: &str, contact: &str) -> Option<RosterItem> {
     item(slice, user, contact).or_else(|| {
         let items = slice.user(user)?.record.get().roster.len();
-        (items < slice.env.limits.roster_items_max).then(|| RosterItem {
-            jid: contact.to_owned(),
-            ..RosterItem::default()
-        })
+        (items < slice.env.limits.roster_items_max).then(|| empty(contact))
     })
+}
+
+fn empty(contact: &str) -> RosterItem {
+    RosterItem {
+        jid: contact.to_owned(),
+        ..RosterItem::default()
+    }
+}
+
+// ---- an administrator's groups -----------------------------------------------------------------------------------
+
+/// The subscription between a user of this slice and a contact: both ways if they share a group, else what the record says.
+pub fn subscription(slice: &Slice, user: &str, contact: &Jid<'_>) -> Subscription {
+    match slice.together(user, contact) {
+        true => Subscription::Both,
+        false => own_subscription(slice, user, contact.bare()),
+    }
+}
+
+/// What the user's record says.
+pub fn own_subscription(slice: &Slice, user: &str, contact: &str) -> Subscription {
+    let item = slice
+        .user(user)
+        .and_then(|user| user.record.get().roster_item(contact));
+    item.map_or(Subscription::None, |item| item.subscription())
+}
+
+/// What the groups add to an item.
+fn with_shared(slice: &Slice, user: &str, item: &mut RosterItem) {
+    let Ok(jid) = Jid::parse(&item.jid) else {
+        return;
+    };
+    if !slice.env.is_local(&jid) || !jid.is_bare() {
+        return;
+    }
+    let (Some(person), Some(contact)) = (
+        slice.groups.person(user),
+        jid.local().and_then(|local| slice.groups.person(local)),
+    ) else {
+        return;
+    };
+    let common: Vec<&str> = slice.groups.common(person, contact).collect();
+    if common.is_empty() || person.name == contact.name {
+        return;
+    }
+    for group in common {
+        if !item.groups.iter().any(|own| own == group) {
+            item.groups.push(group.to_owned());
+        }
+    }
+    if item.name.is_empty() {
+        item.name = contact.label.to_string();
+    }
+    item.subscription = Subscription::Both;
+    item.ask = false;
+    item.approved = false;
+}
+
+/// A client that changes an item repeats what the groups have added to it: that is not the user's own.
+fn leave_out_shared(slice: &Slice, user: &str, jid: &Jid<'_>, item: &mut RosterItem) {
+    if !slice.together(user, jid) {
+        return;
+    }
+    let mut added = empty(jid.as_str());
+    with_shared(slice, user, &mut added);
+    item.groups.retain(|group| !added.groups.contains(group));
+    if item.name == added.name {
+        item.name.clear();
+    }
+}
+
+/// The user's own items with what the groups add, and the contacts that only groups give.
+fn write_merged(slice: &Slice, record: &ArchivedUserRecord, person: &Person, out: &mut Vec<u8>) {
+    let mut jid = String::new();
+    for own in record.roster.iter() {
+        let mut item = owned(own);
+        with_shared(slice, &person.name, &mut item);
+        write_owned(&item, out);
+    }
+    for contact in slice.groups.contacts(person) {
+        jid.clear();
+        jid.extend([&*contact.name, "@", &*slice.env.domain]);
+        if record.roster_item(&jid).is_none() {
+            let groups = slice.groups.common(person, contact);
+            let flags = (Subscription::Both, false, false);
+            write_item(&jid, &contact.label, groups, flags, out);
+        }
+    }
+}
+
+/// Pushes a contact as it is now, or its removal; `groups`: the version of the groups that the client has then.
+pub fn push_shared(slice: &mut Slice, user: &str, contact: &str, groups: u64) {
+    let Some(found) = slice.user(user) else {
+        return;
+    };
+    let record = found.record.get();
+    let version = version(
+        record.created_at.to_native(),
+        record.roster_version.to_native(),
+        groups,
+    );
+    let own = record.roster_item(contact).map(owned);
+    let gone = own.is_none() && !Jid::parse(contact).is_ok_and(|jid| slice.together(user, &jid));
+    let mut item = own.unwrap_or_else(|| empty(contact));
+    with_shared(slice, user, &mut item);
+    let mut query = Vec::with_capacity(160);
+    open_query(&version, &mut query);
+    match gone {
+        true => write_removal(contact, &mut query),
+        false => write_owned(&item, &mut query),
+    }
+    query.extend_from_slice(b"</query></iq>");
+    push(slice, user, &query);
 }
 
 /// Pushes an item as the record has it now, or its removal.
@@ -267,10 +400,15 @@ pub fn push_item(slice: &mut Slice, user: &str, contact: &str) {
 /// What [`push`] sends for a new or changed item (2.1.6): all of the push behind its start tag's attributes.
 pub fn push_query(slice: &Slice, user: &str, item: &RosterItem, ver: u64) -> Vec<u8> {
     let mut out = Vec::with_capacity(160);
-    open_query(&version(created_at(slice, user), ver), &mut out);
-    let groups = item.groups.iter().map(String::as_str);
-    let flags = (item.subscription, item.ask, item.approved);
-    write_item(&item.jid, &item.name, groups, flags, &mut out);
+    open_query(&version_of(slice, user, ver), &mut out);
+    match slice.groups.is_empty() {
+        true => write_owned(item, &mut out),
+        false => {
+            let mut item = item.clone();
+            with_shared(slice, user, &mut item);
+            write_owned(&item, &mut out);
+        }
+    }
     out.extend_from_slice(b"</query></iq>");
     out
 }
@@ -278,17 +416,23 @@ pub fn push_query(slice: &Slice, user: &str, item: &RosterItem, ver: u64) -> Vec
 /// What [`push`] sends for a removed item (2.5.2).
 fn removal_query(slice: &Slice, user: &str, contact: &str, ver: u64) -> Vec<u8> {
     let mut out = Vec::with_capacity(160);
-    open_query(&version(created_at(slice, user), ver), &mut out);
-    out.extend_from_slice(b"<item");
-    attribute("jid", contact, &mut out);
-    out.extend_from_slice(b" subscription='remove'/></query></iq>");
+    open_query(&version_of(slice, user, ver), &mut out);
+    write_removal(contact, &mut out);
+    out.extend_from_slice(b"</query></iq>");
     out
 }
 
-fn created_at(slice: &Slice, user: &str) -> u64 {
-    slice
+fn write_removal(contact: &str, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"<item");
+    attribute("jid", contact, out);
+    out.extend_from_slice(b" subscription='remove'/>");
+}
+
+fn version_of(slice: &Slice, user: &str, ver: u64) -> String {
+    let created = slice
         .user(user)
-        .map_or(0, |u| u.record.get().created_at.to_native())
+        .map(|u| u.record.get().created_at.to_native());
+    version(created.unwrap_or_default(), ver, slice.groups.version(user))
 }
 
 /// Sends a push to all interested resources of the user.
@@ -320,9 +464,13 @@ pub fn next_version(slice: &mut Slice, user: &str) -> u64 {
     id.max(now + 1)
 }
 
-/// The version as clients see it; opaque to them. An account that was removed and made again has another.
-fn version(created_at: u64, version: u64) -> String {
-    format!("{created_at:x}-{version:x}")
+/// The version as clients see it; opaque to them. An account that was removed and made again has another, and so has one whose
+/// groups have changed.
+fn version(created_at: u64, version: u64, groups: u64) -> String {
+    match groups {
+        0 => format!("{created_at:x}-{version:x}"),
+        groups => format!("{created_at:x}-{version:x}-{groups:x}"),
+    }
 }
 
 /// Ends the start tag of an `<iq>` and opens its query; `</query></iq>` closes both.
@@ -336,6 +484,12 @@ fn write_archived(item: &ArchivedRosterItem, out: &mut Vec<u8>) {
     let groups = item.groups.iter().map(|g| g.as_str());
     let flags = (item.subscription(), item.ask, item.approved);
     write_item(item.jid.as_str(), item.name.as_str(), groups, flags, out);
+}
+
+fn write_owned(item: &RosterItem, out: &mut Vec<u8>) {
+    let groups = item.groups.iter().map(String::as_str);
+    let flags = (item.subscription, item.ask, item.approved);
+    write_item(&item.jid, &item.name, groups, flags, out);
 }
 
 fn write_item<'a>(

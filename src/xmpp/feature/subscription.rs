@@ -15,6 +15,7 @@ use crate::store::record::{
 };
 use crate::xml::view::View;
 use crate::xmpp::batch::{Item, Receipt};
+use crate::xmpp::component::Host;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::message::{self, attribute, bounce_out};
@@ -182,13 +183,14 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
     );
     // 3.1.2: a full JID is taken as its bare one
     let to = to.to_bare();
-    let local = slice.env.is_local(&to);
+    let reached = slice.is_reached(&to);
+    let server = slice.env.is_local(&to) && to.local().is_none();
     let opens = matches!(kind, Kind::Subscribe | Kind::Subscribed);
     let refusal = if to.as_str() == own {
         Some(StanzaError::NOT_ALLOWED.text("one's own presence needs no subscription"))
-    } else if opens && !local {
+    } else if opens && !reached {
         Some(StanzaError::REMOTE_SERVER_NOT_FOUND)
-    } else if opens && to.local().is_none() {
+    } else if opens && server {
         Some(StanzaError::SERVICE_UNAVAILABLE)
     } else {
         message::may_send(slice, sid, &to).err()
@@ -200,8 +202,13 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
         return;
     };
     let before = State::of(record, to.as_str());
+    let together = slice.together(&user, &to);
+    if together && (opens || before == State::default()) {
+        // an administrator's group has settled it
+        return;
+    }
     let step = before.outbound(kind);
-    let reaches = step.pass && local && to.local().is_some();
+    let reaches = step.pass && reached && !server;
     let stanza = reaches.then(|| {
         let lang = slice.sessions.get(sid).and_then(|s| s.lang.as_deref());
         message::compose(view, &own, Some(&to), lang, Vec::new())
@@ -229,7 +236,7 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
     let made = change.make(slice, &user, move |slice, result, push| {
         match result {
             Ok(()) => {
-                if kind == Kind::Unsubscribed && before.subscription.from() {
+                if kind == Kind::Unsubscribed && before.subscription.from() && !together {
                     // 3.2.2: while the contact is still subscribed
                     presence::hide(slice, &then_user, &to);
                 }
@@ -366,7 +373,9 @@ impl News {
         match self.meta.kind {
             Kind::Subscribed => ask(slice, &self.user, &self.from),
             // 3.3.3
-            Kind::Unsubscribe if self.before.subscription.from() => {
+            Kind::Unsubscribe
+                if self.before.subscription.from() && !slice.together(&self.user, &self.from) =>
+            {
                 presence::hide(slice, &self.user, &self.from.to_bare());
             }
             _ => {}
@@ -425,6 +434,12 @@ pub fn deliver_requests(slice: &mut Slice, sid: SessionId) {
 
 /// Asks for the contact's presence, on behalf of each available resource of the user.
 fn ask(slice: &mut Slice, user: &str, contact: &Jid<'_>) {
+    if slice.host(contact.domain()) == Host::Component {
+        for sid in slice.sessions_of(user) {
+            presence::probe_component(slice, sid, contact);
+        }
+        return;
+    }
     let Some(name) = contact.local().filter(|_| slice.env.is_local(contact)) else {
         return;
     };
@@ -530,7 +545,8 @@ impl Change {
 
 /// The server speaks for the user: an empty subscription stanza between bare JIDs.
 pub fn say(slice: &mut Slice, kind: Kind, own: &str, contact: &Jid<'_>, id: Option<&str>) {
-    if contact.local().is_none() || !slice.env.is_local(contact) {
+    let server = slice.env.is_local(contact) && contact.local().is_none();
+    if server || !slice.is_reached(contact) {
         return;
     }
     let contact = contact.to_bare();

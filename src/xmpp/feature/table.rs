@@ -34,6 +34,7 @@ const CORE: &[(&str, &str, &str, &str)] = &[
         "0.5.0",
         "src/xmpp/sasl/scram.rs",
     ),
+    ("Components", "XEP-0114", "1.6", "src/xmpp/component/"),
 ];
 
 /// Begin and end of the table in the README.
