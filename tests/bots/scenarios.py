@@ -327,8 +327,8 @@ async def archive_is_read_page_by_page(stage):
 async def retracted_message_is_a_tombstone_in_both_archives(stage):
     alice = await stage.online(SlixBot, "alice")
     bob = await stage.online(SlixBot, "bob")
-    wrong = alice.say(bob.full, "to the wrong one")
-    alice.say(bob.full, "to the right one")
+    wrong = alice.chat_with_id(bob.full, "to the wrong one")
+    alice.chat(bob.full, "to the right one")
     await bob.bodies(2)
     # who has not sent it cannot do that
     bob.retract(alice.full, wrong)

@@ -289,7 +289,7 @@ class SlixBot(Bot):
         answer = await self.ask(iq.send())
         return answer.xml.findtext(".//{urn:example:notes}notes")
 
-    def say(self, to, body):
+    def chat_with_id(self, to, body):
         """As `chat`, for a message that may be retracted; its id."""
         message = self.client.make_message(mto=to, mbody=body, mtype="chat")
         message.send()
