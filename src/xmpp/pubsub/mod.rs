@@ -1,7 +1,7 @@
 //! Publish-subscribe (XEP-0060), the part that an account needs for itself: nodes with items, access models, configuration,
 //! and what is told of changes. No socket, no slice: whoever drives it reads and writes documents and sends what it gives.
 //!
-//! In: the documents of a user, and [`edit::Op`]s. Out: documents to be written, [`edit::Event`]s to be told when they are
+//! In: the documents of a user, and [`edit::Op`]s. Out: documents to be written, [`event::Event`]s to be told when they are
 //! durable, or one error for all. Promise: ops are made together or not at all, and nothing that is stored grows beyond
 //! [`edit::Bounds`].
 //!
@@ -12,13 +12,13 @@
 //!
 //! - the *index* (key `pep`): all nodes of a user with their configuration, affiliations and counts, and the item of those
 //!   that keep one item of [`nodes::INLINE_BYTES_MAX`] at most (mood, nickname, avatar metadata, device list). That is what is
-//!   needed when a contact comes on line, in one read. An account with the nodes of a usual client (13 of them, 6 with their
-//!   item inline) has an index of less than 2.5 KB;
+//!   needed when a contact comes on line, in one read. Ten nodes, six of them with an inline item of 200 bytes, make an index of
+//!   2.5 KB;
 //! - *buckets* (keys `pep:NODE:BUCKET`, both numbers): the other items, spread by a hash of their ids over 1, 2, 4 … 64 buckets, so
 //!   that one holds about [`nodes::BUCKET_BYTES`]. A published item writes its bucket and the index.
 //!
-//! So a displayed marker with 200 conversations writes about 10 KB instead of 30 (`what_a_publication_writes_is_bounded` measures it),
-//! a mood or an avatar the index only. Numbers of nodes are used again, so the rows of a user are bounded too.
+//! So a displayed marker among 200 writes 7 KB in the mean instead of 30 (`what_a_publication_writes_is_bounded` holds the bound), a mood
+//! or an avatar's metadata the index only. Numbers of nodes are used again, so the rows of a user are bounded too.
 
 pub mod config;
 pub mod edit;

@@ -19,7 +19,7 @@ pub const KEY: &str = "pep";
 pub const INLINE_BYTES_MAX: usize = 1024;
 
 /// How much a bucket is to hold; beyond it a node gets twice as many.
-pub const BUCKET_BYTES: usize = 8192;
+pub const BUCKET_BYTES: usize = 4096;
 
 /// Buckets of a node.
 pub const BUCKETS_MAX: u16 = 64;
