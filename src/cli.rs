@@ -261,7 +261,7 @@ enum Group {
     #[command(after_help = "Example:\n  nitro group list")]
     List,
     /// List the members of a group.
-    #[command(after_help = "Example:\n  nitro group show Equities")]
+    #[command(after_help = "Example:\n  nitro group show desk")]
     Show {
         /// Its name.
         group: String,

@@ -39,6 +39,8 @@ pub struct Person {
     pub label: Box<str>,
     /// Places in [`Groups::groups`], ascending.
     groups: SmallVec<[u32; 4]>,
+    /// See [`Groups::version`].
+    version: u64,
 }
 
 /// A row: `user` is a prepared local part.
@@ -66,6 +68,7 @@ impl Groups {
                 name: name.into(),
                 label: label.into(),
                 groups: SmallVec::new(),
+                version: 0,
             })
             .collect();
         let place = |(at, person): (usize, &Person)| (person.name.clone(), at as u32);
@@ -89,7 +92,14 @@ impl Groups {
                 by_shard,
             }
         });
-        let groups = groups.collect();
+        let groups: Vec<Group> = groups.collect();
+        for person in &mut people {
+            let mut all = String::new();
+            for at in &person.groups {
+                let _ = write!(all, "{:x} ", groups[*at as usize].hash);
+            }
+            person.version = hash(&all).max(1);
+        }
         Groups {
             groups,
             people,
@@ -202,14 +212,20 @@ impl Groups {
 
     /// Changes with all that a user sees in his roster; the same after a restart. 0: he is in no group.
     pub fn version(&self, user: &str) -> u64 {
-        let Some(person) = self.person(user) else {
-            return 0;
-        };
-        let mut all = String::new();
-        for group in self.of(person) {
-            let _ = write!(all, "{:x} ", group.hash);
-        }
-        hash(&all).max(1)
+        self.person(user).map_or(0, |person| person.version)
+    }
+
+    /// All for whom these groups look different than those before.
+    pub fn changed<'a>(&'a self, before: &'a Groups) -> impl Iterator<Item = &'a str> {
+        let differ = self
+            .people
+            .iter()
+            .filter(|person| before.version(&person.name) != person.version);
+        let gone = before
+            .people
+            .iter()
+            .filter(|person| self.person(&person.name).is_none());
+        differ.chain(gone).map(|person| &*person.name)
     }
 }
 

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::feature::{blocking, presence, roster};
-use super::groups::Groups;
+use super::groups::{Groups, Person};
 use super::jid::Jid;
 use super::slice::Slice;
 
@@ -56,11 +56,13 @@ impl Slice {
             })
             .collect();
         let known: fnv::FnvHashSet<Rc<str>> = users.iter().map(|a| a.user.clone()).collect();
-        let mut online: Vec<Rc<str>> = self.sessions.iter().map(|s| s.user.clone()).collect();
-        online.sort_unstable();
-        online.dedup();
-        for user in online {
-            if !known.contains(&user) && before.version(&user) != self.groups.version(&user) {
+        let now = self.groups.clone();
+        for name in now.changed(&before) {
+            let Some(user) = self.user(name).filter(|user| !user.sessions.is_empty()) else {
+                continue;
+            };
+            let user = user.name.clone();
+            if !known.contains(&user) {
                 users.push_back(Affected {
                     user,
                     before: before.clone(),
@@ -124,29 +126,22 @@ impl Slice {
 
 /// The contacts that the user has not had, has no more, or has with another name or in other groups.
 fn changed(before: &Groups, now: &Groups, user: &str) -> Vec<Box<str>> {
-    let of = |groups: &Groups| -> Vec<(Box<str>, Box<str>, Vec<Box<str>>)> {
-        let Some(person) = groups.person(user) else {
-            return Vec::new();
+    let (was, is) = (before.person(user), now.person(user));
+    let looks_as_before = |contact: &&Person| {
+        let (Some(was), Some(is)) = (was, is) else {
+            return false;
         };
-        let look = groups.contacts(person).map(|contact| {
-            let common = groups.common(person, contact).map(Box::from).collect();
-            (contact.name.clone(), contact.label.clone(), common)
-        });
-        let mut all: Vec<_> = look.collect();
-        all.sort_unstable();
-        all
+        before.person(&contact.name).is_some_and(|old| {
+            old.label == contact.label && before.common(was, old).eq(now.common(is, contact))
+        })
     };
-    let (before, now) = (of(before), of(now));
-    let gone = before
-        .iter()
-        .filter(|look| now.binary_search(look).is_err());
-    let new = now
-        .iter()
-        .filter(|look| before.binary_search(look).is_err());
-    let mut names: Vec<Box<str>> = gone.chain(new).map(|(name, ..)| name.clone()).collect();
-    names.sort_unstable();
-    names.dedup();
-    names
+    let new = is.into_iter().flat_map(|is| now.contacts(is));
+    let new = new.filter(|contact| !looks_as_before(contact));
+    let gone = was.into_iter().flat_map(|was| before.contacts(was));
+    let gone = gone.filter(|contact| !now.together(user, &contact.name));
+    gone.chain(new)
+        .map(|contact| contact.name.clone())
+        .collect()
 }
 
 #[cfg(test)]
@@ -283,7 +278,7 @@ mod tests {
                 let got = got.concat();
                 assert!(
                     got.contains(&format!("<item jid='{contact}@localhost' name='Label of {contact}' subscription='both'>"))
-                        && got.contains(&format!("<presence to='")),
+                        && got.contains("<presence to='"),
                     "{got}"
                 );
             }

@@ -379,6 +379,10 @@ pub fn push_shared(slice: &mut Slice, user: &str, contact: &str, groups: u64) {
         false => write_owned(&item, &mut query),
     }
     query.extend_from_slice(b"</query></iq>");
+    for sid in slice.sessions_of(user) {
+        // that they are many is the administrator's doing
+        slice.allow(sid, (query.len() + 128, 1));
+    }
     push(slice, user, &query);
 }
 
