@@ -194,6 +194,8 @@ impl Group {
 fn is_forward(payload: &[u8]) -> bool {
     match ArchivedChange::access(payload) {
         Ok(ArchivedChange::Message(message)) => message.what == Message::SENT,
+        // it goes with its message
+        Ok(ArchivedChange::Retract(_)) => true,
         _ => false,
     }
 }
