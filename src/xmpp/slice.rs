@@ -1687,6 +1687,7 @@ impl Slice {
             }
             Act::Reflected { meta, receipt } => {
                 let message = message_of(group, slot);
+                self.archived(&user, message);
                 self.overlay.add(at, &user, item_of(group, slot, place));
                 room::message::reflected(self, &user, message, meta);
                 if let Some(receipt) = receipt {
