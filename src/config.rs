@@ -353,7 +353,8 @@ keys! {
         restart missing_ttl_seconds: u64 = 60 => 1..=3600;
         /// Seconds that a session is believed in; it is renewed three times in that span.
         restart sessions_ttl_seconds: u64 = 90 => 15..=3600;
-        /// Milliseconds that an instance has for an answer, then it is left alone for a while.
+        /// Milliseconds that an instance may be silent when it owes an answer (eight times as many for the oldest one while
+        /// others are answered), then it is left alone for a while.
         restart timeout_ms: u64 = 250 => 10..=10_000;
         /// Milliseconds for a connection.
         restart connect_timeout_ms: u64 = 250 => 10..=10_000;

@@ -138,6 +138,26 @@ fn an_endless_stanza_name_or_attribute_is_cut_at_the_limit_before_and_after_log_
 }
 
 #[test]
+fn who_goes_on_sending_after_his_stream_error_is_read_away_for_a_moment_only() {
+    let blade = client::blade(&[]);
+    let mut socket = TcpStream::connect(blade.c2s).unwrap();
+    socket.write_all(HEADER.as_bytes()).unwrap();
+    let nested = b"<a>".repeat(64 << 10);
+    socket.write_all(&nested).unwrap();
+    // what the kernel's buffers take is no more than a few megabytes
+    let mut taken = 0;
+    while taken < 256 << 20 {
+        match socket.write(&nested) {
+            Ok(count) => taken += count,
+            Err(_) => break,
+        }
+    }
+    assert!(taken < 64 << 20, "{taken} bytes");
+    let said = rest(&mut socket, Duration::from_secs(8)).unwrap();
+    assert!(said.contains("<policy-violation"), "{said}");
+}
+
+#[test]
 fn a_stanza_that_comes_byte_by_byte_is_a_stanza() {
     let blade = client::blade(&[]);
     blade.add_user("alice", PASSWORD);

@@ -151,9 +151,8 @@ snapshot! {
     gauge gate_second = "nitro_gate_second_waiting";
     /// Waits at the gates that ended. When the rate is far below that of nitro_binds, few had to wait.
     counter gate_waits = "nitro_gate_waits";
-    /// Milliseconds of these waits together: divide by nitro_gate_waits. When that grows beyond what clients bear, see
-    /// nitro_gate_refused.
-    counter gate_wait_ms = "nitro_gate_wait_milliseconds";
+    /// These waits together: divide by nitro_gate_waits. When that grows beyond what clients bear, see nitro_gate_refused.
+    counter gate_wait_us = "nitro_gate_wait_seconds";
     /// Connections refused because they waited longer than storm.wait_seconds_max. When it rises, more cores are needed, or a
     /// higher storm.lag_us_target.
     counter gate_late = "nitro_gate_refused";

@@ -1,5 +1,4 @@
-//! How late a loop is. In: its turns, and when it slept because it had nothing to do. Out: [`Stage::LoopLag`], and the same
-//! figures for whoever steers by them.
+//! How late a loop is. In: its turns, and when it slept because it had nothing to do. Out: [`Stage::LoopLag`].
 //!
 //! A probe is due every millisecond, like an event that comes then and waits until the loop looks again. Those that are due
 //! while the loop works are as late as its next look; those that are due while it sleeps wake it, so they are not. That
@@ -20,10 +19,12 @@ const STOPPED_US: u64 = 10_000_000;
 #[derive(Debug)]
 pub struct LoopLag {
     due_us: u64,
+    #[cfg(test)]
     seen: Lag,
 }
 
 /// What probes have met.
+#[cfg(test)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lag {
     pub probes: u64,
@@ -37,6 +38,7 @@ impl LoopLag {
     pub fn new(now_us: u64) -> LoopLag {
         LoopLag {
             due_us: now_us + PROBE_US,
+            #[cfg(test)]
             seen: Lag::default(),
         }
     }
@@ -72,8 +74,9 @@ impl LoopLag {
         self.looked(now_us);
     }
 
-    /// What was seen since it was taken last: for one taker.
-    pub fn take(&mut self) -> Lag {
+    /// What was seen since it was taken last.
+    #[cfg(test)]
+    fn take(&mut self) -> Lag {
         std::mem::take(&mut self.seen)
     }
 
@@ -82,9 +85,12 @@ impl LoopLag {
             1 => record(Stage::LoopLag, late_us),
             n => record_n(Stage::LoopLag, late_us, n.min(u64::from(u32::MAX)) as u32),
         }
-        self.seen.probes += n;
-        self.seen.late_us += late_us * n;
-        self.seen.worst_us = self.seen.worst_us.max(late_us);
+        #[cfg(test)]
+        {
+            self.seen.probes += n;
+            self.seen.late_us += late_us * n;
+            self.seen.worst_us = self.seen.worst_us.max(late_us);
+        }
     }
 }
 

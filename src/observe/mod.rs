@@ -33,7 +33,7 @@ pub use histogram::{
     histogram, record, record_n,
 };
 pub use interval_log::{IntervalLog, IntervalLogConfig};
-pub use lag::{Lag, LoopLag};
+pub use lag::LoopLag;
 pub use log::{LEFT_OUT, repeats, set_log_level, start_log};
 pub use page::{BUCKETS_US, Format, render};
 pub use process::{PROCESS, Process};

@@ -25,6 +25,8 @@ const PRESENCES_PER_PLACE: usize = 2;
 const READS_MAX: usize = 4;
 /// How long a connection may take to hear its last words.
 const FAREWELL_MS: u64 = 3000;
+/// And how much of what it goes on sending is read away meanwhile, to let it hear them.
+const FAREWELL_BYTES_MAX: usize = 256 << 10;
 
 impl Shard {
     /// Turns until the shard has stopped.
@@ -566,6 +568,7 @@ impl Shard {
             transport: Box::new(transport),
             until_ms,
             shut: false,
+            read: 0,
         });
         let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else {
             return;
@@ -581,7 +584,10 @@ impl Shard {
     fn go_on_closing(&self, link: u64) {
         let mut links = self.links.borrow_mut();
         let Some(Kind::Closing {
-            transport, shut, ..
+            transport,
+            shut,
+            read,
+            ..
         }) = links.get_mut(link)
         else {
             return;
@@ -596,9 +602,10 @@ impl Shard {
                 Ok(false) => break false,
                 Err(_) => break true,
             }
-            match transport.socket().recv(&mut [0; 4096]) {
+            match transport.socket().recv(&mut [0; 16 << 10]) {
                 Ok(0) => break true,
-                Ok(_) => {}
+                Ok(more) if *read + more > FAREWELL_BYTES_MAX => break true,
+                Ok(more) => *read += more,
                 Err(error) => break error.kind() != std::io::ErrorKind::WouldBlock,
             }
         };

@@ -198,6 +198,8 @@ enum Kind {
         transport: Box<Transport>,
         until_ms: u64,
         shut: bool,
+        /// Bytes that were read away.
+        read: usize,
     },
     Inbox,
     Mesh,
@@ -417,7 +419,7 @@ impl Shard {
             gate_first: self.admission.knocks() as u64,
             gate_second: self.admission.at_second_gate() as u64,
             gate_waits: self.admission.waits.get().0,
-            gate_wait_ms: self.admission.waits.get().1,
+            gate_wait_us: self.admission.waits.get().1 * 1000,
             gate_late: self.admission.late.get(),
             logins_slowed: self.logins_slowed.get(),
             knocks_moved: self.knocks_moved.get(),

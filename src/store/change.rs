@@ -141,7 +141,8 @@ impl Message<'_> {
     pub const ARCHIVE: u8 = 1;
     /// Waits for one of the owner's clients to take it.
     pub const PENDING: u8 = 2;
-    /// The owner sent it. Without [`Message::RECEIVED`] it must be forwarded to its addressee until it is settled.
+    /// The owner sent it. Without [`Message::RECEIVED`] it must be forwarded to its addressee until it is settled. Alone: the
+    /// other half of the change before it.
     pub const SENT: u8 = 4;
     /// The owner received it.
     pub const RECEIVED: u8 = 8;

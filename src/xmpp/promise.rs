@@ -132,6 +132,56 @@ fn what_an_ended_session_has_sent_is_counted_when_it_is_decided() {
 }
 
 #[test]
+fn what_waits_for_somebody_who_is_being_loaded_is_bounded_and_refused_beyond_that() {
+    const SENT: usize = 10;
+    const PING: &str = "<ping xmlns='urn:xmpp:ping'/>";
+    for shards in [1, 2] {
+        let mut w = World::with(shards, |limits| limits.load_queue_bytes_max = 600);
+        let (alice, bob) = (w.on(0, "alice"), w.on(shards - 1, "bob"));
+        w.add(&alice);
+        w.add(&bob);
+        let a = managed(&mut w, &alice, "a");
+        w.tier.held = true;
+        for n in 0..SENT {
+            w.send(a, &chat(&bob, &n.to_string()));
+        }
+        // what nobody stores waits in the same bound
+        w.send(
+            a,
+            &format!("<iq type='get' id='p' to='{bob}@localhost'>{PING}</iq>"),
+        );
+        w.release();
+        let answers = w.take(a);
+        let refused: Vec<_> = answers
+            .iter()
+            .filter(|x| x.contains("type='error'"))
+            .collect();
+        let wait = |x: &&String| x.contains("<resource-constraint") && x.contains("type='wait'");
+        assert!(refused.iter().all(wait), "{answers:?}");
+        assert!(refused.len() > 2 && refused.len() < SENT, "{answers:?}");
+        let slice = w.slice_of(&bob);
+        assert_eq!(slice.counters.load_queue_full as usize, refused.len());
+        w.send(a, R);
+        let h = format!("h='{}'", SENT + 2);
+        assert!(w.take(a).iter().any(|x| x.contains(&h)), "all are decided");
+        // who was accepted comes, and there is room again
+        w.send(a, &chat(&bob, "later"));
+        let b = w.online_now(&bob, "b");
+        let accepted = SENT + 1 - refused.len();
+        let mut expected: Vec<_> = (0..accepted).map(|n| n.to_string()).collect();
+        expected.push("later".into());
+        let came = got(&mut w, b);
+        assert_eq!(
+            came.iter()
+                .filter(|x| *x != "presence")
+                .cloned()
+                .collect::<Vec<_>>(),
+            expected
+        );
+    }
+}
+
+#[test]
 fn a_crash_brings_back_what_no_client_has_acknowledged_with_the_same_stable_id() {
     for (shards, after) in [(1, 1), (2, 2), (2, 1), (1, 2)] {
         for dry in [false, true] {

@@ -167,7 +167,8 @@ impl Group {
     }
 
     /// What is not durable yet and fits into `room` bytes together with a head: end in the buffer, number of records.
-    /// All of it if possible, else as many records as fit.
+    /// All of it if possible, else as many records as fit, but no cut between a change and its other half, which is forwarded
+    /// to somebody else ([`Message::SENT`] alone), unless nothing would be left: a crash must not find the one without the other.
     pub(super) fn piece(&self, room: u32) -> (usize, u32) {
         let from = GROUP_HEAD as usize + self.written.bytes;
         let room = from + (room.saturating_sub(GROUP_HEAD)) as usize;
@@ -175,13 +176,25 @@ impl Group {
             return (self.bytes.len(), self.records - self.written.records);
         }
         let (mut at, mut records) = (from, 0);
+        let mut cut = (from, 0);
         loop {
-            let end = at + RECORD_HEAD as usize + u32_at(&self.bytes, at) as usize;
+            let payload = at + RECORD_HEAD as usize;
+            let end = payload + u32_at(&self.bytes, at) as usize;
+            if records > 0 && !is_forward(&self.bytes[payload..end]) {
+                cut = (at, records);
+            }
             if end > room {
-                return (at, records);
+                return if cut.1 > 0 { cut } else { (at, records) };
             }
             (at, records) = (end, records + 1);
         }
+    }
+}
+
+fn is_forward(payload: &[u8]) -> bool {
+    match ArchivedChange::access(payload) {
+        Ok(ArchivedChange::Message(message)) => message.what == Message::SENT,
+        _ => false,
     }
 }
 
@@ -306,6 +319,43 @@ mod tests {
         );
         assert_eq!(group.piece(GROUP_HEAD), (GROUP_HEAD as usize, 0));
         assert!(ArchivedChange::access(group.payload(slots[9])).is_ok());
+    }
+
+    #[test]
+    fn a_change_and_its_other_half_are_never_cut_apart() {
+        let mut group = Group::new();
+        let removal = Change::RemoveUser {
+            name: "somebody",
+            revision: 1,
+        };
+        let half = Change::Message(Message {
+            id: 5,
+            owner: "somebody",
+            what: Message::SENT,
+            kind: 0,
+            flags: 0,
+            peer: "other@localhost",
+            twin: 0,
+            stream: "",
+            count: 0,
+            stanza: b"<presence type='subscribe'/>",
+        });
+        let end = |slot: Slot| (slot.offset + slot.len) as usize;
+        let first = group.append(7, &removal);
+        let change = group.append(8, &removal);
+        let halves = [group.append(9, &half), group.append(10, &half)];
+        let last = group.append(11, &removal);
+        for room in end(change)..end(halves[1]) {
+            assert_eq!(group.piece(room as u32), (end(first), 1));
+        }
+        for room in end(halves[1])..end(last) {
+            assert_eq!(group.piece(room as u32), (end(halves[1]), 4));
+        }
+        // they alone are more than a segment: better than nothing
+        group.written.bytes = end(first) - GROUP_HEAD as usize;
+        group.written.records = 1;
+        let room = end(halves[0]) - end(first) + GROUP_HEAD as usize;
+        assert_eq!(group.piece(room as u32), (end(halves[0]), 2));
     }
 
     #[test]

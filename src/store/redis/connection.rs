@@ -21,9 +21,13 @@ pub struct Limits {
     pub out_bytes_max: usize,
     /// Bytes of one reply.
     pub reply_bytes_max: usize,
-    /// How long a command may wait for its reply, microseconds.
+    /// How long a command may wait for its reply while nothing at all is answered, microseconds. A server that goes on
+    /// answering is slow and not dead: it has [`PATIENCE`] times as long.
     pub timeout_us: u64,
 }
+
+/// How many time-outs the oldest command may wait while those before it are being answered.
+pub const PATIENCE: u64 = 8;
 
 /// The server does not speak the protocol.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -54,6 +58,8 @@ pub struct Connection<T> {
     parsed: usize,
     framer: Framer,
     in_flight: VecDeque<InFlight<T>>,
+    /// When the last reply came.
+    heard_us: u64,
 }
 
 /// What a buffer keeps when it is empty.
@@ -74,12 +80,19 @@ impl<T> Connection<T> {
             parsed: 0,
             framer: Framer::default(),
             in_flight: VecDeque::new(),
+            heard_us: 0,
         }
     }
 
     /// May another command be sent? The bytes are looked at before a command, so they may exceed the bound by one.
     pub fn has_room(&self) -> bool {
         self.in_flight.len() < self.limits.commands_max
+            && self.out.len() - self.written < self.limits.out_bytes_max
+    }
+
+    /// The same for a command for which nobody waits: a quarter of the room is kept for what log-ins read.
+    pub fn has_room_to_spare(&self) -> bool {
+        self.in_flight.len() < self.limits.commands_max - self.limits.commands_max / 4
             && self.out.len() - self.written < self.limits.out_bytes_max
     }
 
@@ -132,6 +145,7 @@ impl<T> Connection<T> {
         let value = redis::parse_redis_value(&rest[..end]).map_err(|_| Broken::Garbage)?;
         self.parsed += end;
         let asked = self.in_flight.pop_front().ok_or(Broken::Unasked)?;
+        self.heard_us = now_us;
         Ok(Some(Reply {
             tag: asked.tag,
             value,
@@ -139,10 +153,12 @@ impl<T> Connection<T> {
         }))
     }
 
-    /// When the oldest command without reply has waited too long.
+    /// When the oldest command without reply has waited too long: a time-out from when it was sent or from the last reply,
+    /// whichever is later, but [`PATIENCE`] of them at most.
     pub fn deadline_us(&self) -> Option<u64> {
-        let oldest = self.in_flight.front()?;
-        Some(oldest.sent_us + self.limits.timeout_us)
+        let sent_us = self.in_flight.front()?.sent_us;
+        let silent_us = sent_us.max(self.heard_us) + self.limits.timeout_us;
+        Some(silent_us.min(sent_us + PATIENCE * self.limits.timeout_us))
     }
 
     /// Commands without reply.
@@ -326,8 +342,48 @@ mod tests {
         connection.feed(b"+PONG\r\n+PONG\r\n");
         while connection.next(60).unwrap().is_some() {}
         assert!(connection.has_room());
-        assert_eq!(connection.deadline_us(), Some(150));
+        // sent at 50, but what was before it was answered at 60
+        assert_eq!(connection.deadline_us(), Some(160));
         assert_eq!(connection.into_unanswered().collect::<Vec<_>>(), [2]);
+    }
+
+    #[test]
+    fn a_server_that_goes_on_answering_is_slow_and_not_dead_but_not_for_ever() {
+        let mut connection = connection(2);
+        connection.send(&redis::cmd("PING"), 2, 5);
+        connection.feed(b"+PONG\r\n");
+        while connection.next(100).unwrap().is_some() {}
+        assert_eq!(
+            connection.deadline_us(),
+            Some(200),
+            "one time-out of silence"
+        );
+        connection.feed(b"+PONG\r\n");
+        while connection.next(790).unwrap().is_some() {}
+        assert_eq!(
+            connection.deadline_us(),
+            Some(805),
+            "eight since it was sent"
+        );
+        connection.feed(b"+PONG\r\n");
+        while connection.next(800).unwrap().is_some() {}
+        assert_eq!(connection.deadline_us(), None);
+        connection.send(&redis::cmd("PING"), 3, 2_000);
+        assert_eq!(
+            connection.deadline_us(),
+            Some(2_100),
+            "silence counts from the question"
+        );
+    }
+
+    #[test]
+    fn a_quarter_of_the_room_is_kept_for_what_somebody_waits_for() {
+        let mut connection = Connection::new(Limits {
+            commands_max: 4,
+            ..LIMITS
+        });
+        (0..3).for_each(|tag| connection.send(&redis::cmd("PING"), tag, 0));
+        assert!(connection.has_room() && !connection.has_room_to_spare());
     }
 
     proptest! {

@@ -363,7 +363,7 @@ impl Instance {
     }
 
     pub fn touch(&mut self, name: &str, since: u32, now_us: u64) {
-        let Some(generation) = self.readable() else {
+        let Some(generation) = self.readable().filter(|_| self.has_room_to_spare()) else {
             return;
         };
         let mut expire = redis::cmd("PEXPIRE");
@@ -376,7 +376,7 @@ impl Instance {
     /// Commands about sessions, whose keys have no generation: they end by their own deadlines. False: not sent.
     pub fn sessions_send(&mut self, commands: &[Cmd], now_us: u64) -> bool {
         match &mut self.link {
-            Link::Ready(connection) if connection.has_room() => {
+            Link::Ready(connection) if connection.has_room_to_spare() => {
                 for command in commands {
                     connection.send(command, Sent::Quiet("the command about sessions"), now_us);
                 }
@@ -768,6 +768,10 @@ impl Instance {
         }
     }
 
+    fn has_room_to_spare(&self) -> bool {
+        matches!(&self.link, Link::Ready(connection) if connection.has_room_to_spare())
+    }
+
     /// Only where there is a connection.
     fn send(&mut self, command: &Cmd, sent: Sent, now_us: u64) {
         if let Link::Ready(connection) = &mut self.link {
@@ -789,7 +793,7 @@ impl Instance {
         else {
             unreachable!("usable means connected under a good generation");
         };
-        if !connection.has_room() {
+        if !connection.has_room_to_spare() {
             return Err(Full);
         }
         *clean = false;

@@ -33,7 +33,7 @@ const STOP_WITHIN: Duration = Duration::from_secs(2);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
 /// Between the begins of two load statements, unless a full one waits: a lonely load goes at once, those of a storm share
 /// statements. Below `sasl.answer_ms_min`, so that no log-in waits longer for it.
-const LOADS_PACE: Duration = Duration::from_millis(2);
+const LOADS_PACE: Duration = Duration::from_micros(2_800);
 
 /// How the lane runs; see [`LaneConfig::new`] for the defaults.
 #[derive(Debug, Clone)]
