@@ -718,10 +718,8 @@ fn every_stanza_to_a_room_is_counted_once_its_fate_is_known() {
             format!(
                 "<iq type='set' id='9' to='{room}'><query xmlns='http://jabber.org/protocol/muc#admin'><item nick='Nobody' role='none'/></query></iq>"
             ),
-            format!("<message type='chat' to='gone@rooms.localhost/Bob'><body>x</body></message>"),
-            format!(
-                "<iq type='get' id='10' to='gone@rooms.localhost'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>"
-            ),
+            "<message type='chat' to='gone@rooms.localhost/Bob'><body>x</body></message>".to_owned(),
+            "<iq type='get' id='10' to='gone@rooms.localhost'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>".to_owned(),
         ] {
             w.send(a, &stanza);
             assert_eq!(w.session(a).accept.waiting(), 0, "{shards} {stanza}");
