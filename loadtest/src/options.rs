@@ -473,8 +473,8 @@ pub struct RoomOptions {
     #[arg(long, default_value_t = 100)]
     pub body: usize,
     /// Mark messages so that no archive keeps them (XEP-0334).
-    #[arg(long = "room-no-store")]
-    pub no_store: bool,
+    #[arg(long)]
+    pub room_no_store: bool,
     /// Seconds to measure.
     #[arg(long, default_value_t = 10.0, value_parser = positive)]
     pub duration: f64,

@@ -78,7 +78,7 @@ pub fn run(global: &Global, options: &RoomOptions) -> Result<Report, String> {
         pace: Pace::Rate(options.rate),
         messages: None,
         body: options.body,
-        no_store: options.no_store,
+        no_store: options.room_no_store,
         traffic: Traffic::Room {
             occupants,
             senders: options.senders,

@@ -1194,6 +1194,14 @@ impl Slice {
         };
         let owner = self.env.owner(&name);
         if owner == self.env.shard {
+            if let (true, Some(receipt)) = (self.env.is_room(to), receipt) {
+                // a room may settle at once, so its part is open before
+                self.defer(receipt);
+                if self.deliver(to, from, stanza, meta, Some(receipt)) == Fate::Decided {
+                    self.finish(receipt);
+                }
+                return;
+            }
             match (self.deliver(to, from, stanza, meta, receipt), receipt) {
                 (Fate::Open, Some(receipt)) => self.defer(receipt),
                 (Fate::Decided, Some(receipt)) => self.refused(receipt),
@@ -1241,6 +1249,22 @@ impl Slice {
         } else if receipt.twin != 0 {
             self.ledger.opened(receipt.twin);
             self.ledger.settled(receipt.twin, self.now.ms);
+        }
+    }
+
+    /// A room has decided the fate of a stanza, and nobody else will: its part is over.
+    pub(super) fn finish(&mut self, receipt: Receipt) {
+        if receipt.shard != self.env.shard {
+            return self.settle(receipt);
+        }
+        self.refused(receipt);
+        self.passed_on(receipt);
+    }
+
+    /// A room has given a stanza on with its receipt: what becomes of it is for others to say, the room's own part is over.
+    pub(super) fn passed_on(&mut self, receipt: Receipt) {
+        if receipt.shard == self.env.shard {
+            self.settle(Receipt { twin: 0, ..receipt });
         }
     }
 

@@ -118,7 +118,7 @@ fn invite(
             slice.route_element(&to, &room.jid, &message, meta, None);
         }
         if let Some(receipt) = receipt {
-            slice.settle(receipt);
+            slice.finish(receipt);
         }
     };
     if members.is_empty() {
@@ -173,10 +173,11 @@ fn decline_to(
         .attr("from", &*room.jid);
     let meta = Meta::new(Kind::Normal).with(Meta::SERVER | Meta::CARBON);
     slice.route_element(&to, &room.jid, &message, meta, receipt);
-    Ok(match receipt {
-        Some(_) => Fate::Open,
-        None => Fate::Decided,
-    })
+    let Some(receipt) = receipt else {
+        return Ok(Fate::Decided);
+    };
+    slice.passed_on(receipt);
+    Ok(Fate::Open)
 }
 
 /// Sections 7.13 and 8.6: a visitor asks for voice, or a moderator answers.

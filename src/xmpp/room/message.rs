@@ -260,7 +260,7 @@ fn change_subject(
             let everybody = room.everybody(&slice.env);
             fanout::send(slice, &everybody, &stanza, Meta::new(Kind::GroupChat));
             if let Some(receipt) = receipt {
-                slice.settle(receipt);
+                slice.finish(receipt);
             }
         },
     )?;
@@ -358,7 +358,10 @@ fn private(
         element.attrs.push(("from".into(), from.clone()));
         if at == 0 {
             slice.route_element(&to, &from, &element, meta, stanza.receipt);
-            fate = Fate::Open;
+            if let Some(receipt) = stanza.receipt {
+                slice.passed_on(receipt);
+                fate = Fate::Open;
+            }
         } else {
             let copy = meta.with(Meta::COPY);
             slice.route_element(&to, &from, &element, copy, None);

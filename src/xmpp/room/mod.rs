@@ -444,7 +444,7 @@ impl Room {
             self.flow.waiting_bytes -= waiting.stanza.len();
             let receipt = waiting.receipt;
             if let (Fate::Decided, Some(receipt)) = (self.deal_with(slice, waiting), receipt) {
-                slice.settle(receipt);
+                slice.finish(receipt);
             }
         }
     }

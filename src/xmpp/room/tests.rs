@@ -675,3 +675,61 @@ fn the_list_of_rooms_is_the_same_on_all_shards() {
     w.send(b, ask);
     assert!(!w.take(b).concat().contains("desk"));
 }
+
+#[test]
+fn every_stanza_to_a_room_is_counted_once_its_fate_is_known() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        let blocked = w.session(b).bare().to_owned();
+        let carol = w.on(0, "carol");
+        w.add(&carol);
+        w.send(a, "<enable xmlns='urn:xmpp:sm:3' resume='true'/>");
+        w.take(a);
+        let join = "<x xmlns='http://jabber.org/protocol/muc#user'>";
+        for stanza in [
+            format!("<message type='groupchat' to='{room}'><body>x</body></message>"),
+            format!(
+                "<message type='groupchat' to='{room}'><active xmlns='http://jabber.org/protocol/chatstates'/></message>"
+            ),
+            format!("<message type='groupchat' to='{room}'><subject>x</subject></message>"),
+            format!("<message type='chat' to='{room}/Bob'><body>x</body></message>"),
+            format!("<message type='chat' to='{room}/Nobody'><body>x</body></message>"),
+            format!("<message to='{room}'>{join}<invite to='{carol}@localhost'/></x></message>"),
+            format!("<message to='{room}'>{join}<decline to='{room}/Bob'/></x></message>"),
+            format!("<message to='{room}'><body>x</body></message>"),
+            format!(
+                "<iq type='get' id='1' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'/></iq>"
+            ),
+            format!(
+                "<iq type='set' id='2' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'/></iq>"
+            ),
+            format!(
+                "<iq type='get' id='3' to='{room}'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>"
+            ),
+            format!("<iq type='set' id='4' to='{room}'><query xmlns='urn:xmpp:mam:2'/></iq>"),
+            format!("<iq type='get' id='5' to='{room}'><vCard xmlns='vcard-temp'/></iq>"),
+            format!(
+                "<iq type='get' id='6' to='{room}/Bob'><query xmlns='jabber:iq:version'/></iq>"
+            ),
+            format!("<iq type='get' id='7' to='{room}'><unknown xmlns='urn:x'/></iq>"),
+            format!(
+                "<iq type='set' id='8' to='{room}'><query xmlns='http://jabber.org/protocol/muc#admin'><item jid='{carol}@localhost' affiliation='member'/></query></iq>"
+            ),
+            format!(
+                "<iq type='set' id='9' to='{room}'><query xmlns='http://jabber.org/protocol/muc#admin'><item nick='Nobody' role='none'/></query></iq>"
+            ),
+            "<message type='chat' to='gone@rooms.localhost/Bob'><body>x</body></message>".to_owned(),
+            "<iq type='get' id='10' to='gone@rooms.localhost'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>".to_owned(),
+        ] {
+            w.send(a, &stanza);
+            assert_eq!(w.session(a).accept.waiting(), 0, "{shards} {stanza}");
+        }
+        // who has blocked the room refuses what comes through it
+        w.send(b, &format!("<iq type='set' id='b'><block xmlns='urn:xmpp:blocking'><item jid='{room}'/></block></iq>"));
+        w.send(
+            a,
+            &format!("<message type='chat' to='{room}/Bob'><body>x</body></message>"),
+        );
+        assert_eq!(w.session(a).accept.waiting(), 0, "{shards} {blocked}");
+    }
+}
