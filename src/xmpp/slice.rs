@@ -2409,7 +2409,10 @@ impl Slice {
     }
 
     fn evict(&mut self) {
-        self.users.evict(|_, _| {});
+        let mut rooms = 0;
+        self.users
+            .evict(|_, slot| rooms += usize::from(matches!(slot, Slot::Room(_))));
+        self.rooms.count -= rooms;
     }
 
     /// A new id or revision; see [`Id`].

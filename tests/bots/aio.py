@@ -285,6 +285,16 @@ class AioBot(Bot):
     async def leave_room(self, room, nick):
         await self.room.leave()
 
+    async def persist(self, room):
+        """An owner makes the room a lasting one."""
+        room = aioxmpp.JID.fromstr(room)
+        form = aioxmpp.muc.ConfigurationForm.from_xso(await self.rooms.get_room_config(room))
+        form.persistentroom.value = True
+        await self.rooms.set_room_config(room, form.render_reply())
+
+    async def put_out(self, room, nick):
+        await self.room.muc_set_role(nick, "none")
+
     @property
     def roster_client(self):
         return self.services[aioxmpp.roster.RosterClient]

@@ -616,11 +616,10 @@ async def unsupported_binding_is_refused(stage):
             assert "<failure" in answer, answer
 
 
-@scenario(each=True)
-async def people_talk_in_a_room(stage, library):
-    # aioxmpp has not got its answer to the request for the configuration form yet: the owner is on slixmpp
-    alice = await stage.online(SlixBot, "alice")
-    bob = await stage.online(library, "bob")
+@scenario(pairs=True)
+async def people_talk_in_a_room(stage, one, other):
+    alice = await stage.online(one, "alice")
+    bob = await stage.online(other, "bob")
     room = f"desk-{stage.tag}@rooms.localhost"
     await alice.enter(room, "Alice")
     await alice.persist(room)
