@@ -14,6 +14,7 @@ pub mod displayed;
 pub mod hints;
 pub mod last;
 pub mod legacy_session;
+pub mod moderation;
 pub mod occupant_id;
 pub mod offline;
 pub mod omemo;
@@ -178,7 +179,7 @@ macro_rules! features {
 features! {
     disco roster subscription presence blocking carbons offline archive archive_prefs retract rsm stable_id hints sm csi ping caps pep
     private_nodes avatar vcard vcard4 profile bookmarks displayed omemo private register last time version legacy_session rooms
-    occupant_id self_ping
+    occupant_id self_ping moderation
 }
 
 /// The rows' hooks, collected once, so that a message only meets those that exist.

@@ -10,7 +10,7 @@
 
 use std::rc::Rc;
 
-use super::{Feature, NONE, stable_id, time};
+use super::{Feature, NONE, moderation, occupant_id, stable_id, time};
 use crate::store::change::{Change, Id, Message, Retract};
 use crate::store::tier::{Entry, Page, Retraction};
 use crate::xml::dom::Element;
@@ -36,6 +36,15 @@ const TARGET_BYTES_MAX: usize = 1023;
 
 /// A message with `<retract/>` is being journalled, with this id and these bits of [`Message`]: so is the retraction.
 pub fn journal(slice: &mut Slice, owner: &Rc<str>, id: u64, what: u8, peer: &str, stanza: &[u8]) {
+    put(slice, owner, id, what & SIDES, bare(peer), stanza);
+}
+
+/// The same for a message to a room, by the occupant with this identifier (XEP-0421): it names its target by the room's stable id.
+pub fn journal_in_room(slice: &mut Slice, room: &Rc<str>, id: u64, by: &str, stanza: &[u8]) {
+    put(slice, room, id, Message::RECEIVED, by, stanza);
+}
+
+fn put(slice: &mut Slice, owner: &Rc<str>, id: u64, side: u8, peer: &str, stanza: &[u8]) {
     let Some(message) = crate::xmpp::parse_stanza(stanza) else {
         return;
     };
@@ -53,8 +62,8 @@ pub fn journal(slice: &mut Slice, owner: &Rc<str>, id: u64, what: u8, peer: &str
     let retract = Retract {
         id,
         owner,
-        side: what & SIDES,
-        peer: bare(peer),
+        side,
+        peer,
         target,
         tombstone: tombstone.as_bytes(),
     };
@@ -73,10 +82,9 @@ pub fn moderate(
     by: &str,
     reason: Option<&str>,
 ) {
-    const NS_MODERATE: &str = "urn:xmpp:message-moderate:1";
     let tombstone = Element::new("retracted", NS)
         .attr("stamp", time::stamp_ms(Id(id).unix_ms()))
-        .child(Element::new("moderated", NS_MODERATE).attr("by", by));
+        .child(Element::new("moderated", moderation::NS).attr("by", by));
     let tombstone = match reason {
         Some(reason) => tombstone.child(Element::new("reason", NS).text(reason)),
         None => tombstone,
@@ -134,7 +142,9 @@ pub fn bury(env: &Env, page: &mut Page, retractions: &[Retraction]) -> Vec<Entry
 struct Names {
     /// By ids of its sender's: its own, and that of the message which it corrects.
     own: Vec<String>,
+    /// In a room: its stable id, and the identifier of who has sent it.
     stable: Option<String>,
+    occupant: Option<String>,
 }
 
 impl Names {
@@ -156,7 +166,13 @@ impl Names {
         own.dedup();
         let in_room = meta.kind == Kind::GroupChat;
         let stable = in_room.then(|| stable_id::shown(entry.id, env.id_key));
-        Names { own, stable }
+        let occupant = message.find("occupant-id", occupant_id::NS);
+        let occupant = occupant.and_then(|e| e.get("id")).map(str::to_owned);
+        Names {
+            own,
+            stable,
+            occupant,
+        }
     }
 
     fn all(self) -> impl Iterator<Item = String> {
@@ -167,8 +183,10 @@ impl Names {
         if retraction.id <= entry.id {
             return false;
         }
-        if retraction.side == 0 {
-            return self.stable.as_deref() == Some(&*retraction.target);
+        if let Some(stable) = &self.stable {
+            // by a moderator, or by whoever has sent it
+            let may = retraction.side == 0 || self.occupant.as_deref() == Some(&*retraction.peer);
+            return **stable == *retraction.target && may;
         }
         retraction.side == entry.what & SIDES
             && *retraction.peer == *bare(&entry.peer)

@@ -1,6 +1,9 @@
 //! What a room says of itself, and keeps for others: service discovery (XEP-0045 section 6.4 to 6.6), registration (7.10), its
 //! picture (XEP-0486), its archive (XEP-0313 section 7.3).
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use super::join::check_nick;
 use super::mediated::ask;
 use super::privilege::Role;
@@ -10,7 +13,9 @@ use crate::store::room::{Affiliate, Affiliation};
 use crate::store::tier::Page;
 use crate::xml::Element;
 use crate::xmpp::error::StanzaError;
-use crate::xmpp::feature::{archive, disco, occupant_id, register, self_ping, stable_id, vcard};
+use crate::xmpp::feature::{
+    archive, disco, moderation, occupant_id, register, retract, self_ping, stable_id, vcard,
+};
 use crate::xmpp::form::{self, Field, Form, Values};
 use crate::xmpp::iq::Iq;
 use crate::xmpp::meta::{Kind, Meta};
@@ -81,7 +86,12 @@ pub fn disco_info(slice: &mut Slice, room: &mut Room, iq: Iq) {
         either(s.non_anonymous, "muc_nonanonymous", "muc_semianonymous"),
     ];
     if s.archived {
-        features.extend([archive::NS, "urn:xmpp:mam:2#extended"]);
+        features.extend([
+            archive::NS,
+            "urn:xmpp:mam:2#extended",
+            retract::NS,
+            moderation::NS,
+        ]);
     }
     features.sort_unstable();
     query = query.child(identity(name));
@@ -389,13 +399,17 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
         Err(error) => return slice.iq_error(&iq, &error),
     };
     query.wanted.name = (*room.name).into();
-    room.queries += 1;
     let name = room.name.clone();
     let wanted = query.wanted.clone();
+    // an answer from memory comes at once, while this room is at work
+    let waits = Rc::new(Cell::new(false));
+    let waited = waits.clone();
     slice.read_archive(
         wanted,
         Box::new(move |slice, page| {
-            at_work(slice, &name, |_, room| room.queries -= 1);
+            if waited.replace(true) {
+                at_work(slice, &name, |_, room| room.queries -= 1);
+            }
             match page {
                 Ok(page) => show(slice, &iq, &query, page),
                 Err(error) => {
@@ -405,6 +419,9 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
             }
         }),
     );
+    if !waits.replace(true) {
+        room.queries += 1;
+    }
 }
 
 fn show(slice: &mut Slice, iq: &Iq, query: &archive::PageQuery, mut page: Page) {

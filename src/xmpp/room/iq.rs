@@ -4,10 +4,10 @@
 //! answer finds its way back by the same: the room remembers nothing.
 
 use super::privilege::Role;
-use super::{NS_ADMIN, NS_OWNER, Room, admin, info, owner};
+use super::{NS_ADMIN, NS_OWNER, Room, admin, info, moderation, owner};
 use crate::xml::Element;
 use crate::xmpp::error::StanzaError;
-use crate::xmpp::feature::{archive, disco, ping, register, vcard};
+use crate::xmpp::feature::{self, archive, disco, ping, register, vcard};
 use crate::xmpp::iq::Iq;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::meta::{Kind, Meta};
@@ -57,6 +57,7 @@ pub fn inbound(
         ("query", register::NS) => info::registration(slice, room, iq),
         ("vCard", vcard::NS) => info::card(slice, room, iq),
         ("query", archive::NS) => info::archive(slice, room, iq),
+        ("moderate", feature::moderation::NS) => moderation::handle(slice, room, iq),
         ("ping", ping::NS) if !set => slice.iq_result(&iq, None),
         _ => slice.iq_error(&iq, &StanzaError::SERVICE_UNAVAILABLE),
     }

@@ -14,7 +14,7 @@ use crate::xml::escape::escape_text;
 use crate::xml::view::View;
 use crate::xml::{Element, StreamNs};
 use crate::xmpp::error::StanzaError;
-use crate::xmpp::feature::{occupant_id, stable_id};
+use crate::xmpp::feature::{occupant_id, retract, stable_id};
 use crate::xmpp::jid::Jid;
 use crate::xmpp::ledger::Act;
 use crate::xmpp::message::{attribute, compose};
@@ -25,7 +25,7 @@ use crate::xmpp::{NS_CLIENT, parse_stanza};
 /// Does the room keep it, if it has an archive?
 fn kept(meta: Meta) -> bool {
     meta.kind == Kind::GroupChat
-        && (meta.has(Meta::BODY) || meta.has(Meta::STORE))
+        && (meta.has(Meta::BODY) || meta.has(Meta::STORE) || meta.has(Meta::RETRACT))
         && !meta.has(Meta::NO_STORE)
         && !meta.has(Meta::NO_ARCHIVE)
 }
@@ -137,6 +137,9 @@ fn to_all(
         receipt: stanza.receipt,
     };
     slice.ledger.journal(&room.name, &change, act);
+    if stanza.meta.has(Meta::RETRACT) {
+        retract::journal_in_room(slice, &room.name, message_id, &id, &said);
+    }
     Ok(Fate::Open)
 }
 

@@ -38,6 +38,7 @@ pub mod iq;
 pub mod join;
 pub mod mediated;
 pub mod message;
+pub mod moderation;
 pub mod nick;
 pub mod occupants;
 pub mod owner;

@@ -733,3 +733,98 @@ fn every_stanza_to_a_room_is_counted_once_its_fate_is_known() {
         assert_eq!(w.session(a).accept.waiting(), 0, "{shards} {blocked}");
     }
 }
+
+/// What the archive shows of each message: its body, or `-` for a tombstone, or `!` for a retraction.
+fn shown(w: &mut World, client: Client, room: &str) -> Vec<String> {
+    w.send(
+        client,
+        &format!("<iq type='set' id='q' to='{room}'><query xmlns='urn:xmpp:mam:2'/></iq>"),
+    );
+    let all = w.take(client);
+    assert!(all.last().unwrap().contains("<fin"), "{all:?}");
+    let entries = all.iter().filter(|xml| xml.contains("<result"));
+    let entry = |xml: &String| match xml.split("<body>").nth(1) {
+        _ if xml.contains("<retracted") => "-".to_owned(),
+        _ if xml.contains("<retract ") => "!".to_owned(),
+        Some(rest) => rest.split("</body>").next().unwrap().to_owned(),
+        None => "?".to_owned(),
+    };
+    entries.map(entry).collect()
+}
+
+/// The stable id of a message that has come.
+fn stable_id_of(message: &str) -> String {
+    let rest = message.split("<stanza-id").nth(1).unwrap();
+    let rest = rest.split(" id='").nth(1).unwrap();
+    rest.split('\'').next().unwrap().to_owned()
+}
+
+fn moderate(w: &mut World, client: Client, room: &str, id: &str) {
+    w.send(
+        client,
+        &format!(
+            "<iq type='set' id='mod' to='{room}'><moderate id='{id}' xmlns='urn:xmpp:message-moderate:1'>\
+             <retract xmlns='urn:xmpp:message-retract:1'/><reason>not here</reason></moderate></iq>"
+        ),
+    );
+}
+
+#[test]
+fn a_moderator_takes_back_what_another_has_said_and_nobody_else_does() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        say(&mut w, b, &room, "secret");
+        w.take(a);
+        let id = stable_id_of(&w.take(b).concat());
+        moderate(&mut w, b, &room, &id);
+        has(&mut w, b, &["<forbidden"]);
+        moderate(&mut w, a, &room, "0123456789abcdef");
+        has(&mut w, a, &["<item-not-found"]);
+        moderate(&mut w, a, &room, &id);
+        let told = [
+            "type='groupchat'",
+            &format!("<retract xmlns='urn:xmpp:message-retract:1' id='{id}'"),
+            &format!("by='{room}/Alice'"),
+            "<reason>not here</reason>",
+        ];
+        has(&mut w, b, &told);
+        let answered = has(&mut w, a, &told);
+        let result = answered.find("type='result'").expect("it is answered");
+        assert!(answered.find("<retract").unwrap() < result);
+        assert_eq!(shown(&mut w, b, &room), ["-", "!"], "{shards}");
+        // after a crash as well
+        w.crash(shards);
+        let names = [w.on(0, "alice"), w.on(shards - 1, "bob")];
+        let again = w.online(&names[1], "b");
+        assert_eq!(shown(&mut w, again, &room), ["-", "!"], "{shards}");
+    }
+}
+
+#[test]
+fn who_has_said_it_takes_it_back_and_another_occupant_does_not() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        say(&mut w, b, &room, "typo");
+        w.take(a);
+        let id = stable_id_of(&w.take(b).concat());
+        let retract = format!(
+            "<message type='groupchat' id='r' to='{room}'><retract id='{id}' xmlns='urn:xmpp:message-retract:1'/></message>"
+        );
+        w.send(a, &retract);
+        w.take(a);
+        assert_eq!(shown(&mut w, a, &room), ["typo", "!"], "{shards}");
+        w.send(b, &retract);
+        w.take(b);
+        assert_eq!(shown(&mut w, b, &room), ["-", "!", "!"], "{shards}");
+    }
+}
+
+#[test]
+fn pages_that_come_from_memory_are_no_queries_that_wait() {
+    let (mut w, a, _, room) = two(1);
+    say(&mut w, a, &room, "hello");
+    w.take(a);
+    for _ in 0..100 {
+        assert_eq!(shown(&mut w, a, &room), ["hello"]);
+    }
+}
