@@ -217,6 +217,9 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
             })
         })
         .collect();
+    // before anybody can connect: who has come is told that the server stops
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
+        .map_err(|e| format!("signals cannot be heard: {e}"))?;
     let parts = Arc::new(Mutex::new(parts));
     let (failed, failures) = mpsc::channel::<String>();
     let threads = rt::run_shards(&cores, move |n| {
@@ -249,8 +252,6 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     announce(&config, &listen, &fingerprint, account_count, shards, up);
 
     let mut current = config;
-    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP])
-        .map_err(|e| format!("signals cannot be heard: {e}"))?;
     for signal in signals.forever() {
         if signal != SIGHUP {
             break;
