@@ -250,9 +250,9 @@ keys! {
         /// Items of one node, whatever its configuration says; then the oldest goes.
         live pubsub_items_max: usize = 1000 => 1..=100_000;
         /// Bytes of one item; beyond it `<not-acceptable/>` with `<payload-too-big/>`.
-        live pubsub_item_bytes_max: usize = 196_608 => 1024..=16_777_216;
+        live pubsub_item_bytes_max: usize = 196_608 => 1024..=4_194_304;
         /// Bytes of all items and nodes of one user; beyond it `<policy-violation/>`.
-        live pubsub_bytes_max: usize = 1_048_576 => 4096..=67_108_864;
+        live pubsub_bytes_max: usize = 1_048_576 => 4096..=8_388_608;
         /// Addresses in the list of affiliations of one node; beyond it `<resource-constraint/>`.
         live pubsub_affiliations_max: usize = 100 => 1..=10_000;
         /// Items in one answer; the others are on further pages (XEP-0059).

@@ -616,6 +616,16 @@ impl Overlay {
         page.entries.retain(|entry| {
             !dropped.contains(&entry.id) && !self.unarchived.contains_key(&entry.id)
         });
+        // what SQL still has of somebody else who had this name
+        let begins = self.begins(&query.name);
+        if begins > page.last_id {
+            page = Page {
+                complete: true,
+                count: page.count.map(|_| 0),
+                missing: page.missing,
+                ..Page::default()
+            };
+        }
         page.retracted |= self.has_retractions(&query.name);
         let beyond = self.archived(&query.name, page.last_id);
         page.missing
@@ -676,6 +686,21 @@ impl Overlay {
         page.entries
             .extend(extra.into_iter().map(|(_, entry)| entry));
         Ok(page)
+    }
+
+    /// The revision with which the owner of this name began, or the one before him ended, if SQL does not have that yet; else 0.
+    fn begins(&self, name: &str) -> u64 {
+        let items = self.users.get(name).into_iter().flat_map(Undrained::items);
+        let revisions = items.filter_map(|item| match item {
+            Item::Removed { revision }
+            | Item::Record {
+                revision,
+                fresh: true,
+                ..
+            } => Some(*revision),
+            _ => None,
+        });
+        revisions.max().unwrap_or(0)
     }
 
     fn has_retractions(&self, name: &str) -> bool {

@@ -417,8 +417,8 @@ impl ArchivedUserRecord {
     }
 
     /// XEP-0441: does the user want messages with `peer` (a bare or full JID) archived? A full JID goes before its bare one,
-    /// and "never" before "always".
-    pub fn archives(&self, peer: &str) -> bool {
+    /// and "never" before "always". `shared`: is it somebody with whom he shares a group?
+    pub fn archives(&self, peer: &str, shared: impl FnOnce() -> bool) -> bool {
         let Some(archiving) = self.archiving.as_ref() else {
             return true;
         };
@@ -437,7 +437,7 @@ impl ArchivedUserRecord {
         match archiving.default {
             ArchivedArchiveDefault::Always => true,
             ArchivedArchiveDefault::Never => false,
-            ArchivedArchiveDefault::Roster => self.roster_item(bare).is_some(),
+            ArchivedArchiveDefault::Roster => self.roster_item(bare).is_some() || shared(),
         }
     }
 
@@ -632,9 +632,9 @@ pub(crate) mod tests {
             ("trader00000@example.com/desk", true),
             ("stranger@example.com", false),
         ] {
-            assert_eq!(record.get().archives(peer), archived, "{peer}");
+            assert_eq!(record.get().archives(peer, || false), archived, "{peer}");
         }
-        assert!(Record::new(&user(0)).get().archives("anybody@x"));
+        assert!(Record::new(&user(0)).get().archives("anybody@x", || false));
     }
 
     #[test]

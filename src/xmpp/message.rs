@@ -49,8 +49,8 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
         return bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
     }
     let local = slice.env.is_local(&to);
-    if local && to.local().is_none() {
-        // nobody reads what is sent to the server itself
+    if to.local().is_none() && (local || slice.env.is_room(&to)) {
+        // nobody reads what is sent to the server itself, or to the service of rooms
         return bounce_out(slice, sid, view, &StanzaError::SERVICE_UNAVAILABLE);
     }
     if let Err(error) = may_send(slice, sid, &to) {

@@ -143,6 +143,8 @@ impl Meta {
 
     /// Its recipient's session is no longer in the chat room that it is from.
     pub const OUT: u16 = 1024;
+    /// Of a room: it is his own presence there, so he is in.
+    pub const IN: u16 = 2048;
 
     pub fn new(kind: Kind) -> Meta {
         Meta {

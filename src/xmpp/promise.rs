@@ -715,3 +715,23 @@ fn undrained_changes_are_what_a_login_and_a_read_see() {
     w.send(a, "<iq type='get' id='v'><vCard xmlns='vcard-temp'/></iq>");
     assert!(w.take(a).concat().contains("<FN>A</FN>"));
 }
+
+#[test]
+fn subscriptions_that_lead_nowhere_do_not_fill_the_room_for_those_under_way() {
+    for shards in [1, 2] {
+        let mut w = World::with(shards, |limits| limits.mesh_backlog_bytes_max = 5000);
+        let (alice, nobody) = (w.on(0, "alice"), w.on(0, "nobody"));
+        w.add(&alice);
+        let a = managed(&mut w, &alice, "a");
+        let long = "x".repeat(500);
+        for _ in 0..30 {
+            w.send(a, &format!("<presence type='subscribe' to='{nobody}@localhost'><status>{long}</status></presence>"));
+            w.send(
+                a,
+                &format!("<presence type='unsubscribe' to='{nobody}@localhost'/>"),
+            );
+        }
+        assert!(!w.slice_of(&alice).forwards_full(), "{shards}");
+        assert!(!w.take(a).concat().contains("resource-constraint"));
+    }
+}

@@ -97,7 +97,8 @@ impl Slice {
         }
         if !left.is_empty() {
             affected.left = Some(left);
-            self.regrouping.users.push_back(affected);
+            // one user after the other: only his list is held
+            self.regrouping.users.push_front(affected);
         }
     }
 

@@ -1190,7 +1190,11 @@ impl Slice {
             }
         }
         let Some(name) = self.env.entity(to) else {
-            return;
+            // nobody reads what is sent to the server or to the service of rooms itself
+            if let Some(receipt) = receipt {
+                self.refused(receipt);
+            }
+            return self.bounce(to, from, stanza, meta, &StanzaError::SERVICE_UNAVAILABLE);
         };
         let owner = self.env.owner(&name);
         if owner == self.env.shard {
@@ -1248,7 +1252,15 @@ impl Slice {
             self.settle(receipt);
         } else if receipt.twin != 0 {
             self.ledger.opened(receipt.twin);
-            self.ledger.settled(receipt.twin, self.now.ms);
+            self.settled_twin(receipt.twin);
+        }
+    }
+
+    /// The fate of a sent message is decided: its sender's owner need not forward it again.
+    fn settled_twin(&mut self, twin: u64) {
+        self.ledger.settled(twin, self.now.ms);
+        if let Some(bytes) = self.forwards.remove(&twin) {
+            self.forwarded_bytes -= bytes;
         }
     }
 
@@ -1755,6 +1767,9 @@ impl Slice {
                 }
             }
             Act::Retracted => {
+                if let ArchivedChange::Retract(retract) = change_of(group, slot) {
+                    room::at_work(self, &user, |_, room| room.history.retract(retract));
+                }
                 self.overlay.add(at, &user, item_of(group, slot, place));
                 self.recent.forget(&user);
             }
@@ -1991,10 +2006,7 @@ impl Slice {
             return;
         }
         if receipt.twin != 0 {
-            self.ledger.settled(receipt.twin, self.now.ms);
-            if let Some(bytes) = self.forwards.remove(&receipt.twin) {
-                self.forwarded_bytes -= bytes;
-            }
+            self.settled_twin(receipt.twin);
         }
         if let Some(session) = self.sessions.get_mut(receipt.session) {
             if let Some(read) = session.accept.settle(receipt.seq) {
@@ -2189,9 +2201,7 @@ impl Slice {
                             &StanzaError::RESOURCE_CONSTRAINT,
                         );
                     }
-                    if let Some(receipt) = w.receipt {
-                        self.settle(receipt);
-                    }
+                    self.decided(&w);
                 }
             }
         }
@@ -2220,11 +2230,23 @@ impl Slice {
                         Ok(to) => self.deliver(&to, &w.from, &w.stanza, w.meta, w.receipt),
                         Err(_) => Fate::Decided,
                     };
-                    if let (Fate::Decided, Some(receipt)) = (fate, w.receipt) {
-                        self.settle(receipt);
+                    if fate == Fate::Decided {
+                        self.decided(&w);
                     }
                 }
             }
+        }
+    }
+
+    /// The fate of what had to wait is decided.
+    fn decided(&mut self, waiting: &Waiting) {
+        let Some(receipt) = waiting.receipt else {
+            return;
+        };
+        match Jid::parse(&waiting.to).is_ok_and(|to| self.env.is_room(&to)) {
+            // no record of a room's closes what its sender's owner has journalled
+            true => self.finish(receipt),
+            false => self.settle(receipt),
         }
     }
 
@@ -2296,6 +2318,12 @@ impl Slice {
             Op::AddUser { ref record }
                 if record.bytes().len() > self.env.limits.record_bytes_max =>
             {
+                return then(self, Err(WriteError::TooLarge));
+            }
+            Op::PutDocument {
+                value: Some(ref value),
+                ..
+            } if value.len() > self.env.limits.record_bytes_max => {
                 return then(self, Err(WriteError::TooLarge));
             }
             Op::AddUser { .. } => {}

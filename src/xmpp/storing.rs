@@ -4,6 +4,7 @@
 //! (XEP-0441). Out: the bits with which his owner journals it, and whether it is journalled at all. Nothing else in the server
 //! decides on storing, so whoever must be able to prove what was said overrules it here.
 
+use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::slice::Slice;
 use crate::store::change::Message;
@@ -52,9 +53,11 @@ pub fn what(slice: &Slice, user: &str, side: Side, peer: &str, meta: Meta) -> u8
 
 /// Does the user want messages with this peer archived?
 pub fn wanted(slice: &Slice, user: &str, peer: &str) -> bool {
-    slice
-        .user(user)
-        .is_none_or(|user| user.record.get().archives(peer))
+    slice.user(user).is_none_or(|found| {
+        let record = found.record.get();
+        let shared = || Jid::parse(peer).is_ok_and(|peer| slice.together(user, &peer));
+        record.archives(peer, shared)
+    })
 }
 
 /// Does it belong into archives (XEP-0313 section 6, XEP-0334)?

@@ -7,6 +7,8 @@
 
 use std::rc::Rc;
 
+use fnv::FnvHashMap;
+
 use super::{Feature, Iq, NONE, NodeRule, pep, private};
 use crate::xml::dom::{Element, Node};
 use crate::xmpp::error::StanzaError;
@@ -139,11 +141,17 @@ fn to_new(old: &Element, before: Option<&Element>) -> Element {
 /// Bookmarks of an old list, by address; of two for one room the last one counts.
 pub fn of_old_list(storage: &Element) -> Result<Vec<(String, Element)>, StanzaError> {
     let mut all: Vec<(String, Element)> = Vec::new();
+    let mut places: FnvHashMap<String, usize> = FnvHashMap::default();
     for old in storage.elements().filter(|e| e.is("conference", OLD_NODE)) {
         let jid = old.get("jid").ok_or(StanzaError::BAD_REQUEST)?;
         let jid = Jid::parse(jid).map_err(|_| StanzaError::JID_MALFORMED)?;
-        all.retain(|(one, _)| one != jid.as_str());
-        all.push((jid.as_str().to_owned(), old.clone()));
+        match places.get(jid.as_str()) {
+            Some(at) => all[*at].1 = old.clone(),
+            None => {
+                places.insert(jid.as_str().to_owned(), all.len());
+                all.push((jid.as_str().to_owned(), old.clone()));
+            }
+        }
     }
     Ok(all)
 }
@@ -165,6 +173,10 @@ pub fn replace(
     documents: Vec<(String, Vec<u8>)>,
     then: impl FnOnce(&mut Slice, Result<(), StanzaError>) + 'static,
 ) {
+    if list.len() > slice.env.limits.pubsub.items_max {
+        let error = StanzaError::RESOURCE_CONSTRAINT.text("too many bookmarks");
+        return then(slice, Err(error));
+    }
     let user = name.to_owned();
     pep::begin(
         slice,

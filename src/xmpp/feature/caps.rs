@@ -248,10 +248,12 @@ fn next(slice: &mut Slice, key: &str) {
         let Some(asked) = slice.caps.asked.get_mut(key) else {
             return;
         };
-        let Some(sid) = asked.waiting.pop() else {
+        if asked.waiting.is_empty() {
             slice.caps.asked.remove(key);
             return;
-        };
+        }
+        // who has waited longest: nobody keeps others from being asked
+        let sid = asked.waiting.remove(0);
         if slice
             .sessions
             .get(sid)

@@ -475,42 +475,72 @@ fn written(slice: &mut Slice, name: &Rc<str>, index: &Nodes) {
 
 // ---- who may see what --------------------------------------------------------------------------------------------
 
+/// Somebody who looks at nodes of a user's.
+struct Viewer<'a> {
+    record: &'a ArchivedUserRecord,
+    bare: &'a str,
+    /// Groups of an administrator's that the two share: in them everybody is everybody's contact.
+    shared: Vec<&'a str>,
+}
+
+impl<'a> Viewer<'a> {
+    fn new(slice: &'a Slice, record: &'a ArchivedUserRecord, name: &str, jid: &'a Jid<'_>) -> Self {
+        let mut shared = Vec::new();
+        if slice.together(name, jid)
+            && let Some(other) = jid.local()
+            && let Some(both) = slice.groups.person(name).zip(slice.groups.person(other))
+        {
+            shared.extend(slice.groups.common(both.0, both.1));
+        }
+        Viewer {
+            record,
+            bare: jid.bare(),
+            shared,
+        }
+    }
+
+    fn is_subscribed(&self) -> bool {
+        let item = self.record.roster_item(self.bare);
+        !self.shared.is_empty() || item.is_some_and(|item| item.subscription().from())
+    }
+}
+
 /// May somebody see the items of a node of the user's?
-fn may_see(record: &ArchivedUserRecord, node: &nodes::Node, bare: &str) -> Result<(), StanzaError> {
+fn may_see(viewer: &Viewer<'_>, node: &nodes::Node) -> Result<(), StanzaError> {
     let groups = |wanted: &str| node.config.roster_groups.iter().any(|one| one == wanted);
     visible(
-        record,
+        viewer,
         node.config.access,
-        node.affiliation(bare),
-        bare,
+        node.affiliation(viewer.bare),
         groups,
     )
 }
 
-fn may_see_archived(record: &ArchivedUserRecord, node: &ArchivedNode, bare: &str) -> bool {
+fn may_see_archived(viewer: &Viewer<'_>, node: &ArchivedNode) -> bool {
     let affiliation = node
         .affiliations
         .iter()
-        .find(|one| one.0 == *bare)
+        .find(|one| one.0 == *viewer.bare)
         .map(|one| match one.1 {
             ArchivedAffiliation::Member => Affiliation::Member,
             ArchivedAffiliation::Outcast => Affiliation::Outcast,
         });
     let groups = |wanted: &str| node.config.roster_groups.iter().any(|one| *one == *wanted);
-    visible(record, node.access(), affiliation, bare, groups).is_ok()
+    visible(viewer, node.access(), affiliation, groups).is_ok()
 }
 
 fn visible(
-    record: &ArchivedUserRecord,
+    viewer: &Viewer<'_>,
     access: Access,
     affiliation: Option<Affiliation>,
-    bare: &str,
     allowed: impl Fn(&str) -> bool,
 ) -> Result<(), StanzaError> {
-    let item = record.roster_item(bare);
-    let subscribed = item.is_some_and(|item| item.subscription().from());
-    let in_group = || item.is_some_and(|item| item.groups.iter().any(|group| allowed(group)));
-    nodes::may_see(access, affiliation, subscribed, in_group)
+    let item = viewer.record.roster_item(viewer.bare);
+    let in_group = || {
+        viewer.shared.iter().any(|group| allowed(group))
+            || item.is_some_and(|item| item.groups.iter().any(|group| allowed(group)))
+    };
+    nodes::may_see(access, affiliation, viewer.is_subscribed(), in_group)
 }
 
 /// A node of the account that the request may see; the owner sees all.
@@ -522,13 +552,14 @@ fn seen_node(slice: &Slice, iq: &Iq, node: &str) -> Result<nodes::Node, StanzaEr
     }
     let user = slice.user(iq.account());
     let record = user.ok_or(StanzaError::SERVICE_UNAVAILABLE)?.record.get();
+    let viewer = Viewer::new(slice, record, iq.account(), &iq.from);
     let seen = found.and_then(|found| {
-        may_see(record, found, iq.from.bare())?;
+        may_see(&viewer, found)?;
         Ok(found.clone())
     });
-    match record.roster_item(iq.from.bare()) {
-        Some(_) => seen,
-        None => seen.map_err(|_| StanzaError::SERVICE_UNAVAILABLE),
+    match record.roster_item(iq.from.bare()).is_some() || viewer.is_subscribed() {
+        true => seen,
+        false => seen.map_err(|_| StanzaError::SERVICE_UNAVAILABLE),
     }
 }
 
@@ -538,8 +569,8 @@ pub fn listed(slice: &Slice, iq: &Iq) -> Vec<(String, String)> {
     else {
         return Vec::new();
     };
-    let record = user.record.get();
-    let seen = |node: &nodes::Node| iq.own() || may_see(record, node, iq.from.bare()).is_ok();
+    let viewer = Viewer::new(slice, user.record.get(), iq.account(), &iq.from);
+    let seen = |node: &nodes::Node| iq.own() || may_see(&viewer, node).is_ok();
     let nodes = nodes.nodes.into_iter().filter(seen);
     nodes.map(|node| (node.name, node.config.title)).collect()
 }
@@ -567,19 +598,26 @@ pub fn notify(slice: &mut Slice, name: &str, told: &Told) {
     };
     let record = user.record.get();
     let mut names: BTreeMap<u16, Vec<String>> = BTreeMap::new();
-    for item in record.roster.iter() {
-        let jid = item.jid.as_str();
-        let local = jid.strip_suffix(&*slice.env.domain);
-        let Some(contact) = local.and_then(|jid| jid.strip_suffix('@')) else {
+    let own = record.roster.iter().filter_map(|item| {
+        let local = item.jid.strip_suffix(&*slice.env.domain)?;
+        let contact = local.strip_suffix('@')?;
+        item.subscription().from().then_some(contact)
+    });
+    let shared = slice.groups.person(name).into_iter();
+    let shared = shared.flat_map(|person| slice.groups.contacts(person));
+    let shared = shared.map(|person| &*person.name).filter(|contact| {
+        let item = record.roster_item(&format!("{contact}@{}", slice.env.domain));
+        item.is_none_or(|item| !item.subscription().from())
+    });
+    for contact in own.chain(shared) {
+        let Ok(jid) = Jid::from_parts(Some(contact), &slice.env.domain, None) else {
             continue;
         };
-        if !item.subscription().from() || may_see(record, &told.node, jid).is_err() {
+        if may_see(&Viewer::new(slice, record, name, &jid), &told.node).is_err() {
             continue;
         }
         // XEP-0191 section 4: a blocked contact hears nothing
-        if !record.blocked.is_empty()
-            && Jid::parse(jid).is_ok_and(|jid| blocking::blocks(slice, name, &jid))
-        {
+        if !record.blocked.is_empty() && blocking::blocks(slice, name, &jid) {
             continue;
         }
         let owner = slice.env.owner(contact);
@@ -634,7 +672,8 @@ pub fn event_in(slice: &mut Slice, names: &str, from: &str, node: &str, stanza: 
         };
         // the sender's side may lag behind: what counts is what the recipient's own roster says
         let item = user.record.get().roster_item(from.bare());
-        if item.is_some_and(|item| item.subscription().to())
+        let subscribed = item.is_some_and(|item| item.subscription().to());
+        if (subscribed || slice.together(name, &from))
             && slice.hooks.admission(slice, name, &from, NOTICE).is_ok()
         {
             to_sessions(slice, name, node, stanza);
@@ -764,11 +803,8 @@ fn greet(slice: &mut Slice, name: &str, from: &str, wants: &str) {
     };
     let own = slice.env.is_local(&to) && to.local() == Some(name);
     let record = user.record.get();
-    let subscribed = |r: &ArchivedUserRecord| {
-        let item = r.roster_item(to.bare());
-        item.is_some_and(|item| item.subscription().from())
-    };
-    if !own && (!subscribed(record) || blocking::blocks(slice, name, &to)) {
+    let viewer = Viewer::new(slice, record, name, &to);
+    if !own && (!viewer.is_subscribed() || blocking::blocks(slice, name, &to)) {
         return;
     }
     let Some(bytes) = user.pep.clone() else {
@@ -780,7 +816,7 @@ fn greet(slice: &mut Slice, name: &str, from: &str, wants: &str) {
     let mut cold: Vec<(String, String, bool)> = Vec::new();
     let mut warm: Vec<Vec<u8>> = Vec::new();
     for node in wants.lines().filter_map(|wanted| index.get(wanted)) {
-        if !node.greets() || !(own || may_see_archived(record, node, to.bare())) {
+        if !node.greets() || !(own || may_see_archived(&viewer, node)) {
             continue;
         }
         let payload = node.config.deliver_payloads;
@@ -879,7 +915,7 @@ fn request(slice: &mut Slice, iq: Iq) {
 fn refused_to(slice: &Slice, iq: &Iq) -> StanzaError {
     let user = slice.user(iq.account());
     let known = user.is_some_and(|u| u.record.get().roster_item(iq.from.bare()).is_some());
-    match known {
+    match known || slice.together(iq.account(), &iq.from) {
         true => StanzaError::FORBIDDEN,
         false => StanzaError::SERVICE_UNAVAILABLE,
     }

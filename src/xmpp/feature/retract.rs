@@ -36,7 +36,8 @@ const TARGET_BYTES_MAX: usize = 1023;
 
 /// A message with `<retract/>` is being journalled, with this id and these bits of [`Message`]: so is the retraction.
 pub fn journal(slice: &mut Slice, owner: &Rc<str>, id: u64, what: u8, peer: &str, stanza: &[u8]) {
-    put(slice, owner, id, what & SIDES, bare(peer), stanza);
+    let by: Box<str> = person(&slice.env, peer).into();
+    put(slice, owner, id, what & SIDES, &by, stanza);
 }
 
 /// The same for a message to a room, by the occupant with this identifier (XEP-0421): it names its target by the room's stable id.
@@ -127,7 +128,7 @@ pub fn bury(env: &Env, page: &mut Page, retractions: &[Retraction]) -> Vec<Entry
         let names = Names::of(env, entry);
         let retraction = retractions
             .iter()
-            .find(|one| names.are_meant_by(one, entry));
+            .find(|one| names.are_meant_by(env, one, entry));
         let tombstone = retraction.and_then(|one| tombstone(&entry.stanza, &one.tombstone));
         if let Some(tombstone) = tombstone {
             entry.stanza = tombstone;
@@ -150,9 +151,14 @@ struct Names {
 impl Names {
     fn of(env: &Env, entry: &Entry) -> Names {
         let meta = Meta::from_numbers(entry.kind, entry.flags);
-        // a retraction itself stays: clients that were away learn of it
+        let in_room = meta.kind == Kind::GroupChat;
+        let stable = in_room.then(|| stable_id::shown(entry.id, env.id_key));
+        // a retraction itself stays, clients that were away learn of it; but a moderator may take it back
         if meta.has(Meta::RETRACT) {
-            return Names::default();
+            return Names {
+                stable,
+                ..Names::default()
+            };
         }
         let Some(message) = crate::xmpp::parse_stanza(&entry.stanza) else {
             return Names::default();
@@ -164,8 +170,6 @@ impl Names {
         let mut own: Vec<String> = ids.map(str::to_owned).collect();
         own.sort_unstable();
         own.dedup();
-        let in_room = meta.kind == Kind::GroupChat;
-        let stable = in_room.then(|| stable_id::shown(entry.id, env.id_key));
         let occupant = message.find("occupant-id", occupant_id::NS);
         let occupant = occupant.and_then(|e| e.get("id")).map(str::to_owned);
         Names {
@@ -179,7 +183,7 @@ impl Names {
         self.own.into_iter().chain(self.stable)
     }
 
-    fn are_meant_by(&self, retraction: &Retraction, entry: &Entry) -> bool {
+    fn are_meant_by(&self, env: &Env, retraction: &Retraction, entry: &Entry) -> bool {
         if retraction.id <= entry.id {
             return false;
         }
@@ -189,7 +193,7 @@ impl Names {
             return **stable == *retraction.target && may;
         }
         retraction.side == entry.what & SIDES
-            && *retraction.peer == *bare(&entry.peer)
+            && *retraction.peer == *person(env, &entry.peer)
             && self.own.iter().any(|id| **id == *retraction.target)
     }
 }
@@ -209,9 +213,14 @@ fn tombstone(stanza: &[u8], tombstone: &[u8]) -> Option<Box<[u8]>> {
     Some(bytes.into())
 }
 
-/// An address without its resource.
-fn bare(jid: &str) -> &str {
-    jid.split_once('/').map_or(jid, |(bare, _)| bare)
+/// Who it is that speaks: an address without its resource, but in a room the resource tells people apart.
+fn person<'j>(env: &Env, jid: &'j str) -> &'j str {
+    let bare = jid.split_once('/').map_or(jid, |(bare, _)| bare);
+    let domain = bare.split_once('@').map_or(bare, |(_, domain)| domain);
+    match env.rooms.as_deref() == Some(domain) {
+        true => jid,
+        false => bare,
+    }
 }
 
 #[cfg(test)]

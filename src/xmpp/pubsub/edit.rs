@@ -429,6 +429,10 @@ impl<'b> Edit<'b> {
         at: usize,
         jids: Vec<(String, Option<Affiliation>)>,
     ) -> Result<(), StanzaError> {
+        let too_many = StanzaError::RESOURCE_CONSTRAINT.text("too many affiliations");
+        if jids.len() > self.bounds.affiliations_max {
+            return Err(too_many);
+        }
         let list = &mut self.nodes.nodes[at].affiliations;
         for (jid, affiliation) in jids {
             list.retain(|(one, _)| *one != jid);
@@ -438,7 +442,7 @@ impl<'b> Edit<'b> {
         }
         list.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
         if list.len() > self.bounds.affiliations_max {
-            return Err(StanzaError::RESOURCE_CONSTRAINT.text("too many affiliations"));
+            return Err(too_many);
         }
         Ok(())
     }

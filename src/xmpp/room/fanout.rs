@@ -89,14 +89,18 @@ fn deliver_one(
     else {
         return;
     };
-    let Some(user) = slice.user(name) else { return };
+    let Some(user) = slice.user(name) else {
+        return gone(slice, jid, stanza, meta);
+    };
     let blocks = !user.record.get().blocked.is_empty();
     let sid = user.sessions.iter().copied().find(|sid| {
         let session = slice.sessions.get(*sid);
         session.is_some_and(|session| session.resource() == resource)
     });
-    let Some(sid) = sid else { return };
-    if blocks || meta.has(Meta::OUT) {
+    let Some(sid) = sid else {
+        return gone(slice, jid, stanza, meta);
+    };
+    if blocks || meta.has(Meta::OUT) || meta.has(Meta::IN) {
         let sender = match from {
             Some(from) => from,
             None => match sender(stanza) {
@@ -108,6 +112,13 @@ fn deliver_one(
             && let Some(session) = slice.sessions.get_mut(sid)
         {
             session.rooms.retain(|room| **room != *sender.bare());
+        }
+        if meta.has(Meta::IN)
+            && let Some(session) = slice.sessions.get_mut(sid)
+            && !session.rooms.iter().any(|room| **room == *sender.bare())
+        {
+            // a word that he was out of it came behind his coming in again
+            session.rooms.push(sender.bare().into());
         }
         if blocks && slice.hooks.admission(slice, name, sender, meta).is_err() {
             return;
@@ -175,6 +186,22 @@ fn spliced<'s>(
         attr.push(b'\'');
     }
     stanza.split_at(1 + kind.stanza().len())
+}
+
+/// There is no such session any more: the room learns it, so that nobody stays in it as a ghost.
+fn gone(slice: &mut Slice, jid: &str, stanza: &[u8], meta: Meta) {
+    if meta.has(Meta::OUT) || !(meta.kind.is_presence() || meta.kind == Kind::GroupChat) {
+        return;
+    }
+    let Some(sender) = sender(stanza).filter(|sender| slice.env.is_room(sender)) else {
+        return;
+    };
+    let room = sender.to_bare();
+    let mut leaves = b"<presence type='unavailable'".to_vec();
+    attribute("from", jid, &mut leaves);
+    attribute("to", room.as_str(), &mut leaves);
+    leaves.extend_from_slice(b"/>");
+    slice.route(&room, jid, &leaves, Meta::new(Kind::Unavailable), None);
 }
 
 fn sender(stanza: &[u8]) -> Option<Jid<'static>> {

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use super::message::add;
 use super::{Limits, NS, Room};
-use crate::store::change::Id;
+use crate::store::change::{ArchivedRetract, Id};
 use crate::store::tier::{ArchiveQuery, Page};
 use crate::xml::Element;
 use crate::xmpp::feature::{stable_id, time};
@@ -77,6 +77,24 @@ impl History {
                 None => break,
             }
         }
+    }
+
+    /// What was retracted is not shown to who comes in later.
+    pub fn retract(&mut self, retract: &ArchivedRetract<'_>) {
+        let mut id = Vec::new();
+        attribute("id", &retract.target, &mut id);
+        let mut by = Vec::new();
+        attribute("id", &retract.peer, &mut by);
+        let has = |stanza: &[u8], part: &[u8]| memchr::memmem::find(stanza, part).is_some();
+        let bytes = &mut self.bytes;
+        self.past.retain(|past| {
+            // by a moderator, or by whoever has said it
+            let meant = has(&past.stanza, &id) && (retract.side == 0 || has(&past.stanza, &by));
+            if meant {
+                *bytes -= past.stanza.len();
+            }
+            !meant
+        });
     }
 
     /// With what the archive has.

@@ -185,6 +185,10 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
         return Ok(());
     }
     if iq.payload.find("remove", register::NS).is_some() {
+        if !room.state.affiliates.iter().any(|one| one.jid == bare) {
+            slice.iq_result(iq, None);
+            return Ok(());
+        }
         // owners and admins lose the nickname only
         let answer = reply(iq);
         let then = move |slice: &mut Slice, room: &mut Room| {
@@ -408,7 +412,9 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
         wanted,
         Box::new(move |slice, page| {
             if waited.replace(true) {
-                at_work(slice, &name, |_, room| room.queries -= 1);
+                at_work(slice, &name, |_, room| {
+                    room.queries = room.queries.saturating_sub(1);
+                });
             }
             match page {
                 Ok(page) => show(slice, &iq, &query, page),

@@ -160,7 +160,8 @@ fn said(room: &Room, nick: &str, id: &str, view: &View<'_>) -> Vec<u8> {
     let forged = view.children().iter().any(|c| {
         &*c.ns == occupant_id::NS || &*c.ns == NS_USER || (c.name == "delay" && c.ns == NS_DELAY)
     });
-    let mut out = if forged || stable_id::present(view) {
+    // what hangs on prefixes is written anew, so that nothing of the start tag stays but what is the room's
+    let mut out = if forged || !view.standalone() || stable_id::present(view) {
         let mut element = view.to_element();
         element.unset("to");
         element.set("from", &*from);
@@ -206,7 +207,8 @@ pub fn add(stanza: &mut Vec<u8>, write: impl FnOnce(&mut Vec<u8>)) {
 pub fn reflected(slice: &mut Slice, name: &str, message: &ArchivedMessage<'_>, meta: Meta) {
     let id = message.id.to_native();
     at_work(slice, name, |slice, room| {
-        room.flow.messages -= 1;
+        // of a room that has ended meanwhile: this one has begun anew
+        room.flow.messages = room.flow.messages.saturating_sub(1);
         let Some(stanza) = stable_id::stamp(slice, &room.jid, &message.stanza, id) else {
             return;
         };

@@ -552,7 +552,7 @@ impl Room {
         let act = Act::Written {
             then: Box::new(move |slice, _| {
                 at_work(slice, &name, |slice, room| {
-                    room.flow.changes -= 1;
+                    room.flow.changes = room.flow.changes.saturating_sub(1);
                     then(slice, room);
                 });
             }),

@@ -101,6 +101,10 @@ fn moderate(
     wanted: &Wanted,
     iq: Rc<Iq>,
 ) -> Result<(), StanzaError> {
+    // it may have become another one while the archive was read
+    if room.ending {
+        return Err(StanzaError::ITEM_NOT_FOUND);
+    }
     if slice.ledger.full {
         slice.counters.journal_refused += 1;
         return Err(StanzaError::RESOURCE_CONSTRAINT);

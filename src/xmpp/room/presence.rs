@@ -252,6 +252,7 @@ impl Room {
         let renamed = show.new_nick.is_some();
         let out = match show.kind {
             Kind::Unavailable if !renamed => Meta::OUT,
+            Kind::Available => Meta::IN,
             _ => 0,
         };
         let audience = Audience::of(&slice.env, [jid]);

@@ -828,3 +828,139 @@ fn pages_that_come_from_memory_are_no_queries_that_wait() {
         assert_eq!(shown(&mut w, a, &room), ["hello"]);
     }
 }
+
+#[test]
+fn what_goes_to_the_service_itself_is_refused_and_holds_nothing_up() {
+    for shards in [1, 2] {
+        let (mut w, a, _, _) = two(shards);
+        w.send(a, "<enable xmlns='urn:xmpp:sm:3'/>");
+        w.take(a);
+        let begun = w.slices[0].fx.floor;
+        w.send(a, "<presence type='subscribe' to='rooms.localhost'/>");
+        w.send(
+            a,
+            "<message type='chat' to='rooms.localhost'><body>x</body></message>",
+        );
+        has(&mut w, a, &["<service-unavailable"]);
+        w.send(a, "<r xmlns='urn:xmpp:sm:3'/>");
+        has(&mut w, a, &["h='2'"]);
+        w.advance(60_000);
+        let alice = w.on(0, "alice");
+        w.send(
+            a,
+            &format!("<message type='chat' to='{alice}@localhost'><body>x</body></message>"),
+        );
+        w.advance(60_000);
+        assert!(w.slices[0].fx.floor > begun, "nothing is open any more");
+    }
+}
+
+#[test]
+fn a_start_tag_with_prefixes_does_not_break_the_streams_of_those_who_are_in() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        w.send(
+            b,
+            &format!("<message type='groupchat' to='{room}' xmlns:f='u' f:y='1'><body>odd</body></message>"),
+        );
+        let got = has(&mut w, a, &["<body>odd</body>"]);
+        assert_eq!(got.matches(" to=").count(), 1, "{got}");
+        assert!(crate::xmpp::parse_stanza(got.as_bytes()).is_some(), "{got}");
+    }
+}
+
+#[test]
+fn a_new_room_shows_nothing_of_the_one_that_had_its_name() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        say(&mut w, a, &room, "secret");
+        w.run();
+        assert_eq!(shown(&mut w, b, &room), ["secret"]);
+        // the database has the message, but does not learn of the end
+        w.tier.dry = true;
+        for client in [b, a] {
+            w.send(
+                client,
+                &format!("<presence type='unavailable' to='{room}/x'/>"),
+            );
+        }
+        join(&mut w, b, &room, "Bob");
+        accept(&mut w, b, &room);
+        w.take(b);
+        assert_eq!(shown(&mut w, b, &room), [""; 0], "{shards}");
+        w.tier.dry = false;
+        w.run();
+        assert_eq!(shown(&mut w, b, &room), [""; 0], "{shards}");
+    }
+}
+
+#[test]
+fn what_was_taken_back_is_not_shown_to_who_comes_in_later() {
+    let (mut w, a, b, room) = two(2);
+    say(&mut w, b, &room, "secret");
+    say(&mut w, b, &room, "open");
+    w.take(a);
+    let id = stable_id_of(&w.take(b).concat());
+    // somebody else's attempt changes nothing
+    w.send(
+        a,
+        &format!("<message type='groupchat' id='r' to='{room}'><retract id='{id}' xmlns='urn:xmpp:message-retract:1'/></message>"),
+    );
+    w.add("carol");
+    let c = w.online("carol", "c");
+    join(&mut w, c, &room, "Carol");
+    has(&mut w, c, &["<body>secret</body>", "<body>open</body>"]);
+    moderate(&mut w, a, &room, &id);
+    w.add("dave");
+    let d = w.online("dave", "d");
+    join(&mut w, d, &room, "Dave");
+    let got = has(&mut w, d, &["<body>open</body>"]);
+    assert!(!got.contains("secret"), "{got}");
+}
+
+#[test]
+fn an_occupant_does_not_take_back_what_another_has_said_in_private() {
+    let (mut w, a, b, room) = two(2);
+    w.add("carol");
+    let c = w.online("carol", "c");
+    join(&mut w, c, &room, "Carol");
+    w.send(
+        b,
+        &format!(
+            "<message type='chat' id='m1' to='{room}/Alice'><body>between us</body></message>"
+        ),
+    );
+    let retract = format!(
+        "<message type='chat' id='r1' to='{room}/Alice'><retract id='m1' xmlns='urn:xmpp:message-retract:1'/></message>"
+    );
+    w.send(c, &retract);
+    w.take(a);
+    let alice = w.session(a).bare().to_owned();
+    assert_eq!(shown(&mut w, a, &alice)[0], "between us");
+    w.send(b, &retract);
+    w.take(a);
+    assert_eq!(shown(&mut w, a, &alice)[0], "-");
+}
+
+#[test]
+fn who_leaves_and_comes_back_in_one_breath_is_no_ghost() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        let leave = format!("<presence type='unavailable' to='{room}/Bob'/>");
+        let enter = format!(
+            "<presence to='{room}/Bob'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+        );
+        for xml in [&leave, &enter] {
+            w.element(b, xml).unwrap();
+        }
+        w.run();
+        w.take(a);
+        w.send(b, "</stream:stream>");
+        w.logout(b);
+        has(
+            &mut w,
+            a,
+            &[&format!("from='{room}/Bob'"), "type='unavailable'"],
+        );
+    }
+}

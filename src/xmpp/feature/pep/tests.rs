@@ -816,3 +816,42 @@ fn thousands_who_wait_for_a_user_who_has_come_do_not_pile_up() {
     w.release();
     assert_eq!(w.slices[0].pep.waiting(), 0);
 }
+
+#[test]
+fn who_shares_a_group_is_a_contact_and_who_does_not_is_none() {
+    use crate::xmpp::groups::{Groups, Row};
+    for shard in [0, 1] {
+        let mut w = World::new(2);
+        let names = [w.on(0, "alice"), w.on(shard, "bob"), w.on(shard, "carol")];
+        names.iter().for_each(|name| w.add(name));
+        let row = |user: &String| Row {
+            group: "Desk".into(),
+            user: user.as_str().into(),
+            label: String::new(),
+        };
+        let groups = Groups::new(names[..2].iter().map(row), &crate::xmpp::testing::ring(2));
+        let groups = std::sync::Arc::new(groups);
+        for slice in &mut w.slices {
+            slice.regroup(groups.clone());
+        }
+        w.run();
+        let bob = capable(&mut w, &names[1], "b", &[TUNE]);
+        let carol = capable(&mut w, &names[2], "c", &[TUNE]);
+        let alice = w.online(&names[0], "a");
+        w.take(bob);
+        succeeds(
+            &mut w,
+            alice,
+            &publish(TUNE, "", "<tune xmlns='http://jabber.org/protocol/tune'/>"),
+        );
+        assert_eq!(events(&mut w, bob).len(), 1, "{shard}");
+        assert_eq!(events(&mut w, carol).len(), 0);
+        succeeds(&mut w, bob, &get(&names[0], TUNE));
+        fails(
+            &mut w,
+            carol,
+            &get(&names[0], TUNE),
+            &["service-unavailable"],
+        );
+    }
+}
