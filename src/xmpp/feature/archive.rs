@@ -323,7 +323,7 @@ fn cannot_read(slice: &mut Slice, iq: &Iq, error: &ReadError) {
 }
 
 /// Waits more for the client than it may leave waiting, its offline messages included? A page may be on top of that, once.
-fn is_behind(slice: &Slice, sid: SessionId) -> bool {
+pub fn is_behind(slice: &Slice, sid: SessionId) -> bool {
     let limits: &Limits = &slice.env.limits;
     let (bytes, stanzas) = offline(limits);
     slice.sessions.get(sid).is_some_and(|session| {

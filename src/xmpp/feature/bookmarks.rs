@@ -173,6 +173,17 @@ pub fn replace(
     documents: Vec<(String, Vec<u8>)>,
     then: impl FnOnce(&mut Slice, Result<(), StanzaError>) + 'static,
 ) {
+    fill(slice, name, (list, false), documents, then);
+}
+
+/// `first`: only if there are none yet.
+fn fill(
+    slice: &mut Slice,
+    name: &str,
+    (list, first): (Vec<(String, Element)>, bool),
+    documents: Vec<(String, Vec<u8>)>,
+    then: impl FnOnce(&mut Slice, Result<(), StanzaError>) + 'static,
+) {
     if list.len() > slice.env.limits.pubsub.items_max {
         let error = StanzaError::RESOURCE_CONSTRAINT.text("too many bookmarks");
         return then(slice, Err(error));
@@ -187,6 +198,11 @@ pub fn replace(
                 Err(error) => return then(slice, Err(error)),
             };
             let made = turn.nodes.get(NODE).is_some();
+            if first && made {
+                // somebody was faster
+                then(slice, Ok(()));
+                return pep::end(slice, turn);
+            }
             let found = Box::new(move |slice: &mut Slice, found: Result<Vec<Item>, _>| {
                 let items = match found {
                     Ok(items) => items,
@@ -312,7 +328,7 @@ pub fn moved(
             let list = stored.find("storage", OLD_NODE).map(of_old_list);
             match list {
                 Some(Ok(list)) if !list.is_empty() => {
-                    replace(slice, &user, list, Vec::new(), then);
+                    fill(slice, &user, (list, true), Vec::new(), then);
                 }
                 _ => then(slice, Ok(())),
             }

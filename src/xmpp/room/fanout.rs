@@ -5,6 +5,7 @@
 use smallvec::SmallVec;
 
 use crate::xmpp::batch::Item;
+use crate::xmpp::feature::archive;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::message::attribute;
 use crate::xmpp::meta::{Kind, Meta};
@@ -129,6 +130,10 @@ fn deliver_one(
         return;
     }
     slice.counters.room_deliveries += 1;
+    if meta.has(Meta::COPY) && !archive::is_behind(slice, sid) {
+        // a page of the archive that he has asked for
+        slice.allow(sid, (stanza.len() + jid.len(), 1));
+    }
     if slice.ledger.holds(name) {
         return behind(slice, name, jid, stanza, meta);
     }

@@ -26,7 +26,9 @@ const NS_ROOM_INFO: &str = "http://jabber.org/protocol/muc#roominfo";
 const NODE_NICK: &str = "x-roomuser-item";
 const NODE_TRAFFIC: &str = "http://jabber.org/protocol/muc#traffic";
 /// Queries of one room's archive at work.
-const QUERIES_MAX: usize = 64;
+pub(super) const QUERIES_MAX: usize = 64;
+/// Those of them that are answered within a millisecond, from memory.
+const PAGES_MAX: u8 = 8;
 
 pub fn disco_info(slice: &mut Slice, room: &mut Room, iq: Iq) {
     if iq.set {
@@ -394,7 +396,12 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
         let query = Element::new("query", archive::NS).child(archive::form());
         return slice.iq_result(&iq, Some(query));
     }
-    if room.queries >= QUERIES_MAX {
+    let ms = slice.now.ms;
+    if room.pages.0 != ms {
+        room.pages = (ms, 0);
+    }
+    room.pages.1 = room.pages.1.saturating_add(1);
+    if room.queries >= QUERIES_MAX || room.pages.1 > PAGES_MAX {
         slice.counters.room_refused += 1;
         return slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
     }

@@ -100,7 +100,7 @@ fn update(
     Ok(())
 }
 
-fn bounded(presence: &Element) -> Result<Vec<u8>, StanzaError> {
+pub(super) fn bounded(presence: &Element) -> Result<Vec<u8>, StanzaError> {
     let payload = payload(presence);
     match payload.len() > PRESENCE_BYTES_MAX {
         true => {

@@ -114,11 +114,14 @@ fn invite(
     // it is kept for those who are not there
     let meta = Meta::new(Kind::Normal).with(Meta::SERVER | Meta::CARBON);
     let tell = move |slice: &mut Slice, room: &mut Room| {
-        for (to, message) in stanzas {
-            slice.route_element(&to, &room.jid, &message, meta, None);
+        let last = stanzas.len() - 1;
+        for (n, (to, message)) in stanzas.into_iter().enumerate() {
+            // what is counted is with who is invited, of several with the last one
+            let receipt = receipt.filter(|_| n == last);
+            slice.route_element(&to, &room.jid, &message, meta, receipt);
         }
         if let Some(receipt) = receipt {
-            slice.finish(receipt);
+            slice.passed_on(receipt);
         }
     };
     if members.is_empty() {
@@ -150,10 +153,15 @@ fn decline_to(
     decline: &Element,
     receipt: Option<Receipt>,
 ) -> Result<Fate, StanzaError> {
+    if room.state.affiliation(from.bare()) == Affiliation::Outcast {
+        return Err(StanzaError::FORBIDDEN);
+    }
     let to = decline.get("to").ok_or(StanzaError::BAD_REQUEST)?;
     let to = Jid::parse(to).map_err(|_| StanzaError::JID_MALFORMED)?;
     let place = match to.resource() {
         Some(nick) if to.bare() == &*room.jid => room.occupants.named(nick),
+        // where people are known by their nicknames, nobody learns so who is in
+        _ if !room.state.settings.non_anonymous => None,
         _ => room.occupants.of(to.bare()).next(),
     };
     let Some(inviter) = place.and_then(|place| room.occupants.get(place)) else {

@@ -137,6 +137,8 @@ pub struct Room {
     audience: Option<fanout::Audience>,
     /// Queries of its archive at work.
     pub queries: usize,
+    /// When archive queries came last, and how many then; ms of the monotonic clock.
+    pub pages: (u64, u8),
     flow: Flow,
 }
 
@@ -172,6 +174,7 @@ impl Room {
             history: History::default(),
             audience: None,
             queries: 0,
+            pages: (0, 0),
             flow: Flow::default(),
         }
     }

@@ -6,6 +6,7 @@
 
 use std::rc::Rc;
 
+use super::info::QUERIES_MAX;
 use super::{Room, at_work};
 use crate::store::change::{Change, Message};
 use crate::store::tier::ArchiveQuery;
@@ -31,6 +32,10 @@ struct Wanted {
 }
 
 pub fn handle(slice: &mut Slice, room: &mut Room, iq: Iq) {
+    if room.queries >= QUERIES_MAX {
+        slice.counters.room_refused += 1;
+        return slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
+    }
     let wanted = match read(slice, room, &iq) {
         Ok(wanted) => wanted,
         Err(error) => return slice.iq_error(&iq, &error),
@@ -43,9 +48,13 @@ pub fn handle(slice: &mut Slice, room: &mut Room, iq: Iq) {
         ..ArchiveQuery::default()
     };
     let (name, iq) = (room.name.clone(), Rc::new(iq));
+    room.queries += 1;
     slice.read_archive(
         query,
         Box::new(move |slice, page| {
+            at_work(slice, &name, |_, room| {
+                room.queries = room.queries.saturating_sub(1);
+            });
             let found = match &page {
                 Ok(page) => page.entries.iter().any(|entry| entry.id == wanted.id),
                 Err(_) => return slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT),

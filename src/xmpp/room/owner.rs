@@ -48,6 +48,7 @@ fn try_create(
     if nick.len() > limits.nick_bytes_max || Key::of(nick).is_none() {
         return Err(StanzaError::NOT_ACCEPTABLE.text("that is no nickname"));
     }
+    join::bounded(&presence)?;
     let mut state = RoomRecord {
         created_at: slice.now.unix,
         settings: settings::default(limits),

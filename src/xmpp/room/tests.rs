@@ -825,6 +825,7 @@ fn pages_that_come_from_memory_are_no_queries_that_wait() {
     say(&mut w, a, &room, "hello");
     w.take(a);
     for _ in 0..100 {
+        w.advance(10);
         assert_eq!(shown(&mut w, a, &room), ["hello"]);
     }
 }
@@ -963,4 +964,64 @@ fn who_leaves_and_comes_back_in_one_breath_is_no_ghost() {
             &[&format!("from='{room}/Bob'"), "type='unavailable'"],
         );
     }
+}
+
+#[test]
+fn an_invitation_is_counted_when_it_is_with_who_is_invited() {
+    let (mut w, a, _, room) = two(2);
+    let carol = w.on(1, "carol");
+    w.add(&carol);
+    w.online(&carol, "c");
+    w.send(a, "<enable xmlns='urn:xmpp:sm:3'/>");
+    w.take(a);
+    w.tier.held = true;
+    w.send(
+        a,
+        &format!(
+            "<message to='{room}'><x xmlns='{ITEM}'><invite to='{carol}@localhost'/></x></message>"
+        ),
+    );
+    // the sender's own journal has it, that of who is invited has not
+    w.tier.held = false;
+    w.commit_only(a.shard);
+    assert_eq!(w.session(a).accept.h(), 0);
+    w.run();
+    assert_eq!(w.session(a).accept.h(), 1);
+}
+
+#[test]
+fn a_declined_invitation_does_not_tell_who_is_in() {
+    let (mut w, a, b, room) = two(1);
+    w.add("carol");
+    let c = w.online("carol", "c");
+    let decline = |to: &str| {
+        format!("<message to='{room}'><x xmlns='{ITEM}'><decline to='{to}'/></x></message>")
+    };
+    w.send(c, &decline("alice@localhost"));
+    has(&mut w, c, &["<item-not-found"]);
+    assert_eq!(w.take(a), [""; 0]);
+    w.send(c, &decline(&format!("{room}/Alice")));
+    has(&mut w, a, &["<decline"]);
+    assert_eq!(w.take(b), [""; 0]);
+}
+
+#[test]
+fn whoever_asks_for_page_after_page_at_once_is_bounded() {
+    let (mut w, a, _, room) = two(1);
+    say(&mut w, a, &room, "hello");
+    w.take(a);
+    shown(&mut w, a, &room);
+    for n in 0..50 {
+        let query =
+            format!("<iq type='set' id='q{n}' to='{room}'><query xmlns='urn:xmpp:mam:2'/></iq>");
+        w.element(a, &query).unwrap();
+    }
+    w.run();
+    let got = w.take(a).concat();
+    assert!(
+        got.contains("<resource-constraint") && got.contains("<fin"),
+        "{got}"
+    );
+    w.advance(1000);
+    assert_eq!(shown(&mut w, a, &room), ["hello"]);
 }
