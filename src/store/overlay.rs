@@ -60,6 +60,19 @@ pub enum Item {
 }
 
 impl Item {
+    /// An account that begins or ends: the revision behind which lies all that is its owner's now.
+    fn begins(&self) -> Option<u64> {
+        match self {
+            Item::Removed { revision }
+            | Item::Record {
+                revision,
+                fresh: true,
+                ..
+            } => Some(*revision),
+            _ => None,
+        }
+    }
+
     /// What a change comes to; `place` is where it stands. `None`: marks, which name no user. An error: a record that this
     /// release does not read.
     pub fn of(change: &ArchivedChange<'_>, place: Place) -> Result<Option<Item>, String> {
@@ -516,13 +529,10 @@ impl Overlay {
                     key: k,
                     value,
                 } if **k == *key => (*revision, Some(&**value).filter(|v| !v.is_empty())),
-                Item::Removed { revision }
-                | Item::Record {
-                    revision,
-                    fresh: true,
-                    ..
-                } => (*revision, None),
-                _ => continue,
+                _ => match item.begins() {
+                    Some(revision) => (revision, None),
+                    None => continue,
+                },
             };
             if newest.is_none_or(|(r, _)| r <= revision) {
                 newest = Some((revision, value));
@@ -538,7 +548,7 @@ impl Overlay {
         };
         // a mark of an earlier start says done or dropped: one that was done stays in the archive, and dropped ones are few
         let mut gone = FnvHashSet::default();
-        let mut floor = last_id + 1;
+        let floor = self.begins(name).max(last_id + 1);
         let mut found = Vec::new();
         for item in user.items() {
             match item {
@@ -550,12 +560,6 @@ impl Overlay {
                 Item::Dropped(id) => {
                     gone.insert(*id);
                 }
-                Item::Removed { revision }
-                | Item::Record {
-                    revision,
-                    fresh: true,
-                    ..
-                } => floor = floor.max(*revision),
                 _ => {}
             }
         }
@@ -597,15 +601,8 @@ impl Overlay {
     /// Does the overlay know all about the user, so that SQL has nothing to add?
     pub fn is_whole(&self, name: &str) -> bool {
         self.users.get(name).is_some_and(|user| {
-            user.items().any(|item| match item {
-                Item::Removed { revision }
-                | Item::Record {
-                    revision,
-                    fresh: true,
-                    ..
-                } => !self.is_doubtful(*revision),
-                _ => false,
-            })
+            let mut begins = user.items().filter_map(Item::begins);
+            begins.any(|revision| !self.is_doubtful(revision))
         })
     }
 
@@ -691,16 +688,7 @@ impl Overlay {
     /// The revision with which the owner of this name began, or the one before him ended, if SQL does not have that yet; else 0.
     fn begins(&self, name: &str) -> u64 {
         let items = self.users.get(name).into_iter().flat_map(Undrained::items);
-        let revisions = items.filter_map(|item| match item {
-            Item::Removed { revision }
-            | Item::Record {
-                revision,
-                fresh: true,
-                ..
-            } => Some(*revision),
-            _ => None,
-        });
-        revisions.max().unwrap_or(0)
+        items.filter_map(Item::begins).max().unwrap_or(0)
     }
 
     fn has_retractions(&self, name: &str) -> bool {
@@ -717,18 +705,12 @@ impl Overlay {
         mut found: Vec<Retraction>,
     ) -> Vec<Retraction> {
         let dropped = self.dropped(name);
-        let mut floor = 0;
+        let floor = self.begins(name);
         for item in self.users.get(name).into_iter().flat_map(Undrained::items) {
             match item {
                 Item::Retraction(one) if keys.contains(&Retraction::key(&one.target)) => {
                     found.push((**one).clone());
                 }
-                Item::Removed { revision }
-                | Item::Record {
-                    revision,
-                    fresh: true,
-                    ..
-                } => floor = floor.max(*revision),
                 _ => {}
             }
         }

@@ -98,6 +98,25 @@ impl Batch {
     pub fn is_empty(&self) -> bool {
         self.items.is_empty()
     }
+
+    /// Adds [`Item::Stanza`].
+    pub fn stanza(
+        &mut self,
+        to: &str,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) {
+        let item = Item::Stanza {
+            to: self.put(to.as_bytes()),
+            from: self.put(from.as_bytes()),
+            stanza: self.put(stanza),
+            meta,
+            receipt,
+        };
+        self.items.push(item);
+    }
 }
 
 impl std::ops::Deref for Batch {

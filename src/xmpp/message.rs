@@ -268,26 +268,38 @@ pub fn attribute(name: &str, value: &str, out: &mut Vec<u8>) {
 
 /// Answers a stanza of a session of this slice by an error, if it may be answered by one.
 pub fn bounce_out(slice: &mut Slice, sid: SessionId, view: &View<'_>, error: &StanzaError) {
-    let typ = view.attr("type");
-    let answerable = match view.name() {
-        "iq" => !matches!(
-            Kind::iq(typ.as_deref()),
-            Some(Kind::IqResult | Kind::IqError)
-        ),
-        "message" => Kind::message(typ.as_deref()) != Kind::MessageError,
-        _ => typ.as_deref() != Some("error"),
-    };
     let Some(session) = slice.sessions.get(sid) else {
         return;
     };
-    if !answerable {
+    let Some((answer, kind)) = error_answer(view, &session.jid, error) else {
         return;
-    }
+    };
     slice.counters.bounces += 1;
+    slice.send_element(sid, &answer, Meta::new(kind).with(Meta::SERVER));
+}
+
+/// The error that `to` gets for his stanza, if it may be answered by one.
+pub fn error_answer(view: &View<'_>, to: &str, error: &StanzaError) -> Option<(Element, Kind)> {
+    let typ = view.attr("type");
+    let (answerable, kind) = match view.name() {
+        "iq" => {
+            let kind = Kind::iq(typ.as_deref());
+            let answer = matches!(kind, Some(Kind::IqResult | Kind::IqError));
+            (!answer, Kind::IqError)
+        }
+        "message" => {
+            let kind = Kind::message(typ.as_deref());
+            (kind != Kind::MessageError, Kind::MessageError)
+        }
+        _ => (typ.as_deref() != Some("error"), Kind::PresenceError),
+    };
+    if !answerable {
+        return None;
+    }
     let original = view.to_element();
     let mut answer = Element::new(view.name(), NS_CLIENT)
         .attr("type", "error")
-        .attr("to", &*session.jid);
+        .attr("to", to);
     if let Some(to) = original.get("to") {
         answer = answer.attr("from", to);
     }
@@ -297,13 +309,7 @@ pub fn bounce_out(slice: &mut Slice, sid: SessionId, view: &View<'_>, error: &St
     for child in original.elements() {
         answer = answer.child(child.clone());
     }
-    let answer = answer.child(error.element());
-    let kind = match view.name() {
-        "iq" => Kind::IqError,
-        "message" => Kind::MessageError,
-        _ => Kind::PresenceError,
-    };
-    slice.send_element(sid, &answer, Meta::new(kind).with(Meta::SERVER));
+    Some((answer.child(error.element()), kind))
 }
 
 /// Where a message goes (RFC 6121 8.5.2 and 8.5.3, table in 8.5.4).

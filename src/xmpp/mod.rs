@@ -46,11 +46,13 @@ pub fn random_id() -> String {
 /// The tree of a stanza that stands in a client's stream (default namespace `jabber:client`) and was within the limits when
 /// it entered.
 pub fn parse_stanza(stanza: &[u8]) -> Option<crate::xml::Element> {
-    let limits = crate::xml::Limits {
-        stanza_bytes_max: usize::MAX,
-        header_bytes_max: 0,
-        depth_max: u16::MAX,
-        attributes_max: u16::MAX,
-    };
-    crate::xml::Element::parse_in(stanza, &crate::xml::StreamNs::client(), &limits).ok()
+    crate::xml::Element::parse_in(stanza, &crate::xml::StreamNs::client(), &ENTERED).ok()
 }
+
+/// For what was within the limits of a stream when it entered.
+pub const ENTERED: crate::xml::Limits = crate::xml::Limits {
+    stanza_bytes_max: usize::MAX,
+    header_bytes_max: 0,
+    depth_max: u16::MAX,
+    attributes_max: u16::MAX,
+};

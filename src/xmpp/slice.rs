@@ -89,11 +89,6 @@ impl Env {
         self.rooms.as_deref() == Some(jid.domain())
     }
 
-    /// Does a stanza for it stay on this blade?
-    pub fn serves(&self, jid: &Jid<'_>) -> bool {
-        self.is_local(jid) || self.is_room(jid)
-    }
-
     /// Under which name the store and the shards know it: a user by the local part, a room as `NAME@rooms`.
     pub fn entity<'j>(&self, jid: &'j Jid<'_>) -> Option<Cow<'j, str>> {
         let local = jid.local()?;
@@ -1222,14 +1217,7 @@ impl Slice {
             return self.bounce(to, from, stanza, meta, &StanzaError::RESOURCE_CONSTRAINT);
         }
         let batch = &mut self.fx.mesh[owner as usize];
-        let item = Item::Stanza {
-            to: batch.put(to.as_str().as_bytes()),
-            from: batch.put(from.as_bytes()),
-            stanza: batch.put(stanza),
-            meta,
-            receipt,
-        };
-        batch.items.push(item);
+        batch.stanza(to.as_str(), from, stanza, meta, receipt);
         if let Some(receipt) = receipt {
             self.defer(receipt);
             if receipt.twin != 0 && receipt.shard == self.env.shard {

@@ -31,8 +31,9 @@ use super::error::{StanzaError, StreamError};
 use super::feature::hints;
 use super::jid::Jid;
 use super::ledger::Act;
+use super::message::error_answer;
 use super::meta::{Kind, Meta};
-use super::slice::{Fate, Slice};
+use super::slice::{Closing, Fate, Slice};
 use super::{NS_CLIENT, iq, message};
 use crate::config::ComponentPolicy as Policy;
 use crate::store::ring;
@@ -239,12 +240,6 @@ pub struct Counters {
     pub overflows: u64,
 }
 
-/// A connection that ends: these bytes, then close.
-pub struct Ending {
-    pub link: u64,
-    pub bytes: Vec<u8>,
-}
-
 /// A slice's part in it.
 #[derive(Default)]
 pub struct Components {
@@ -256,7 +251,7 @@ pub struct Components {
     last: u32,
     /// Those that have something to write.
     pub dirty: Vec<ConnId>,
-    pub ending: Vec<Ending>,
+    pub ending: Vec<Closing>,
     /// Those that serve their names from now on: they may be read.
     pub opened: Vec<u64>,
     pub counters: Counters,
@@ -421,7 +416,7 @@ impl Slice {
             // the peer may have a part of a stanza already
             let bytes = [conn.begun(), &bytes].concat();
             let link = conn.link;
-            self.components.ending.push(Ending { link, bytes });
+            self.components.ending.push(Closing { link, bytes });
         }
         self.component_return(conn);
     }
@@ -762,35 +757,12 @@ impl Slice {
         from: &Jid<'_>,
         error: &StanzaError,
     ) {
-        let answerable = match view.attr("type").as_deref() {
-            Some("error") => false,
-            Some("result") => view.name() != "iq",
-            _ => true,
-        };
-        if !answerable {
+        let Some((answer, kind)) = error_answer(view, from.as_str(), error) else {
             return;
-        }
+        };
         self.counters.bounces += 1;
-        let original = view.to_element();
-        let mut answer = Element::new(view.name(), NS_CLIENT)
-            .attr("type", "error")
-            .attr("to", from.as_str());
-        for key in ["to", "id"] {
-            if let Some(value) = original.get(key) {
-                answer.set(if key == "to" { "from" } else { key }, value);
-            }
-        }
-        for child in original.elements() {
-            answer = answer.child(child.clone());
-        }
-        let answer = answer.child(error.element());
         let mut bytes = Vec::with_capacity(256);
         answer.write(&mut bytes, NS_CLIENT);
-        let kind = match view.name() {
-            "iq" => Kind::IqError,
-            "message" => Kind::MessageError,
-            _ => Kind::PresenceError,
-        };
         let _ = hand(self, id, &bytes, Meta::new(kind).with(Meta::SERVER), None);
     }
 }
@@ -904,14 +876,7 @@ pub fn send(
         );
     }
     let batch = &mut slice.fx.mesh[usize::from(conn.shard)];
-    let item = Item::Stanza {
-        to: batch.put(to.as_str().as_bytes()),
-        from: batch.put(from.as_bytes()),
-        stanza: batch.put(stanza),
-        meta,
-        receipt,
-    };
-    batch.items.push(item);
+    batch.stanza(to.as_str(), from, stanza, meta, receipt);
     Fate::Open
 }
 

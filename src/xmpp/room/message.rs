@@ -20,7 +20,7 @@ use crate::xmpp::ledger::Act;
 use crate::xmpp::message::{attribute, compose};
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::slice::{Fate, Slice, Waiting};
-use crate::xmpp::{NS_CLIENT, parse_stanza};
+use crate::xmpp::{ENTERED, NS_CLIENT, parse_stanza};
 
 /// Does the room keep it, if it has an archive?
 fn kept(meta: Meta) -> bool {
@@ -91,7 +91,7 @@ fn to_all(
     let role = occupant.role;
     let nick = occupant.nick.clone();
     let id = occupant.id.clone();
-    let Ok(view) = View::parse(&stanza.stanza, &StreamNs::client(), &limits()) else {
+    let Ok(view) = View::parse(&stanza.stanza, &StreamNs::client(), &ENTERED) else {
         return Err(StanzaError::BAD_REQUEST);
     };
     let subject = view.child("subject", NS_CLIENT);
@@ -141,16 +141,6 @@ fn to_all(
         retract::journal_in_room(slice, &room.name, message_id, &id, &said);
     }
     Ok(Fate::Open)
-}
-
-fn limits() -> crate::xml::Limits {
-    // it was within the limits when it entered
-    crate::xml::Limits {
-        stanza_bytes_max: usize::MAX,
-        header_bytes_max: 0,
-        depth_max: u16::MAX,
-        attributes_max: u16::MAX,
-    }
 }
 
 /// The message as all get it, without `to` and stable id: from the nickname, with the occupant's id (XEP-0421); what claims to
