@@ -173,6 +173,9 @@ keys! {
         /// Origins of other hosts whose pages may come, e.g. ["https://desk.example.com"], or ["*"]: all. A page of the host that it asks
         /// (`Host`, `Origin`) always may; others get 403.
         live origins: Vec<String> = Vec::new();
+        /// Where clients find WebSocket, for host-meta (XEP-0156), e.g. "wss://chat.example.com/ws". Empty: the first port of
+        /// `web.listen_tls` under the name of `domain`.
+        live websocket_url: String = String::new();
         /// HTTP connections of clients of one shard at the same time; more are closed.
         live connections_max: usize = 10_000 => 1..=10_000_000;
         /// Seconds that a connection stays open between two requests.
@@ -302,6 +305,8 @@ keys! {
         live http_seconds_max: u64 = 10 => 1..=600;
         /// Bytes a second that a body must come at, and an answer be taken, on average; slower connections are cut.
         live http_bytes_per_second_min: u64 = 1024 => 1..=1_073_741_824;
+        /// Frames of one WebSocket message; more end the connection with status 1008.
+        live websocket_fragments_max: u32 = 256 => 1..=1_000_000;
         /// Connections of `nitro user` and `nitro session` to the admin socket at the same time.
         restart admin_connections_max: usize = 8 => 1..=1000;
     }

@@ -237,6 +237,8 @@ pub struct Gauges {
     pub http_refused: Counter,
     /// Pages of other hosts.
     pub http_origins_refused: Counter,
+    /// Opened.
+    pub websockets: Counter,
 }
 
 /// Of the blade.
@@ -263,6 +265,8 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// HTTP requests of web pages that web.origins does not allow. When it rises, a page was moved, or somebody tries to use the
     /// sessions of others.
     counter "nitro_http_origins_refused" => |g| g.http_origins_refused.get();
+    /// WebSockets opened. When it rises without nitro_binds, pages connect and cannot log in: look at nitro_auth_failures.
+    counter "nitro_websockets_opened" => |g| g.websockets.get();
     /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
     counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
 };
@@ -279,6 +283,7 @@ impl Gauges {
             http_requests: Counter::new(),
             http_refused: Counter::new(),
             http_origins_refused: Counter::new(),
+            websockets: Counter::new(),
         }
     }
 

@@ -228,7 +228,7 @@ fn knocks(shard: &Rc<Shard>, socket: Socket, peer: SocketAddr, door: Door) {
         let error = StreamError::text("system-shutdown", "the server stops");
         return turn_away(shard, Transport::plain(socket), door, &error);
     }
-    if shard.negotiating.get() + shard.admission.knocks() >= config.limits.logins_in_progress_max {
+    if shard.has_too_many_logins() {
         shut = Some(Shut::Logins);
     } else if !(match door.is_web() {
         true => config.is_web_proxy(peer.ip()),
@@ -357,6 +357,59 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
         },
     };
     negotiate(shard, connecting, None, guest).await;
+}
+
+/// A stream that comes over the web, past the first gate.
+pub(super) struct WebStream {
+    pub transport: Transport,
+    /// As a believed proxy names it.
+    pub client: SocketAddr,
+    pub proxied: bool,
+    /// By TLS at our door, or a proxy says so.
+    pub encrypted: bool,
+    pub pass: Pass,
+    /// Its place, if its connection's first request has begun it.
+    pub guest: Option<Guest>,
+    pub accepted_us: u64,
+}
+
+/// A stream has begun over the web.
+pub(super) async fn begin_stream(shard: Rc<Shard>, stream: WebStream) {
+    let config = shard.config.borrow().clone();
+    let policy = policy(&shard, &config, stream.client, stream.proxied, true);
+    let mut negotiation = Negotiation::new(&config.domain, policy);
+    if stream.encrypted {
+        // none where TLS ends at a proxy, or begins there again: then no mechanism with channel binding is offered
+        negotiation.encrypted(match stream.proxied {
+            true => ChannelBindings::default(),
+            false => bindings(stream.transport.channel_bindings()),
+        });
+    }
+    let connecting = Connecting {
+        transport: stream.transport,
+        framer: Framer::of_messages(),
+        rest: Vec::new(),
+        drained: false,
+        negotiation,
+        peer: stream.client,
+        pass: stream.pass,
+        deadline_ms: shard.now_ms() + config.limits.auth_seconds_max * 1000,
+        refusal: None,
+        times: Times {
+            accepted_us: stream.accepted_us,
+            tls_us: stream.accepted_us,
+            sasl_us: None,
+        },
+    };
+    let guest = stream.guest.unwrap_or_else(|| Guest::new(&shard));
+    negotiate(shard, connecting, None, guest).await;
+}
+
+fn bindings(bound: crate::net::ChannelBindings) -> ChannelBindings {
+    ChannelBindings {
+        exporter: bound.exporter,
+        server_end_point: bound.end_point.map(Into::into),
+    }
 }
 
 /// What this connection may do.
@@ -498,6 +551,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
             shard.close_transport(c.transport);
         }
         Outcome::Close => shard.close_transport(c.transport),
+        Outcome::Gone if c.transport.has_said_farewell() => shard.close_transport(c.transport),
         Outcome::Gone | Outcome::Bound => {}
     }
 }
@@ -742,10 +796,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()
         if handshake_done {
             record(Stage::TlsHandshake, shard.now_us() - c.times.tls_us);
             let bound = c.transport.channel_bindings();
-            c.negotiation.encrypted(ChannelBindings {
-                exporter: bound.exporter,
-                server_end_point: bound.end_point.map(Into::into),
-            });
+            c.negotiation.encrypted(bindings(bound));
         }
         if read || (handshake_done && c.refusal.is_some()) {
             return Ok(());
@@ -817,6 +868,12 @@ impl Shard {
         }
         self.links.borrow_mut().remove(link);
         outcome
+    }
+
+    /// Are so many logins in progress that no more may begin?
+    pub(super) fn has_too_many_logins(&self) -> bool {
+        let most = self.config.borrow().limits.logins_in_progress_max;
+        self.negotiating.get() + self.admission.knocks() >= most
     }
 
     /// Only the live loop gives out places: it must not sleep while somebody wants one.

@@ -12,6 +12,7 @@
 //! | `doors` | who may connect, how often, and how fast after failures |
 //! | `moves` | what travels between shards, and what happens when a way is full |
 //! | `http` | the HTTP door: requests of operators, of web pages and of other clients |
+//! | `web` | XMPP for web pages |
 //! | `figures` | the metrics of the whole blade, put together |
 //! | `component` | connections of components |
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
@@ -27,6 +28,7 @@ mod live;
 mod login;
 pub mod moves;
 pub mod redis;
+mod web;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;

@@ -189,7 +189,8 @@ impl Conn {
                 return Ok(Some(head));
             }
             if self.fill(shard, deadline_ms).await.is_err() {
-                return match shard.now_ms() >= deadline_ms && !self.unread.is_empty() {
+                let late = shard.now_us() / 1000 >= deadline_ms;
+                return match late && !self.unread.is_empty() {
                     true => Err(Refusal {
                         status: 408,
                         text: "too slow",
@@ -331,6 +332,12 @@ impl<'c> Exchange<'c> {
         self.answer_left = 0;
         self.write(&bytes).await?;
         Ok(After::Next)
+    }
+
+    /// Switches protocols: `head` is the whole answer.
+    pub async fn switch(&mut self, head: &[u8]) -> Result<(), Gone> {
+        self.answered = true;
+        self.write(head).await
     }
 
     /// Begins an answer whose body of `length` bytes is then [sent](Self::send) piece by piece (nothing of it after HEAD).

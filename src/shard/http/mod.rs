@@ -21,9 +21,9 @@ mod request;
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use super::Shard;
 use super::doors::Pass;
-use super::login::Guest;
+use super::login::{Guest, WebStream};
+use super::{Shard, login, web};
 use crate::net::{Socket, Transport};
 use exchange::{Answer, Conn, Exchange, Gone};
 
@@ -38,6 +38,14 @@ pub enum Side {
 pub enum After {
     /// The request was answered; the next one, if any.
     Next,
+    /// It carries an XMPP stream from now on.
+    Stream {
+        /// As a believed proxy names it.
+        client: SocketAddr,
+        proxied: bool,
+        /// On its whole way, as far as is known.
+        encrypted: bool,
+    },
 }
 
 /// What a path leads to.
@@ -46,6 +54,9 @@ enum Resource {
     Healthy,
     Ready,
     Metrics,
+    WebSocket,
+    HostMeta,
+    HostMetaJson,
 }
 
 /// Which web pages may use a resource.
@@ -53,10 +64,8 @@ enum Resource {
 pub enum Cors {
     /// Nobody asks for it from a page.
     No,
-    #[allow(dead_code)] // for routes of clients, which come next
     /// Those that `web.origins` allows; others are refused.
     Origins,
-    #[allow(dead_code)]
     /// All.
     Anyone,
 }
@@ -93,7 +102,26 @@ const OPERATORS: &[Route] = &[
     },
 ];
 
-const CLIENTS: &[Route] = &[];
+const CLIENTS: &[Route] = &[
+    Route {
+        path: "/ws",
+        methods: GET,
+        cors: Cors::Origins,
+        resource: Resource::WebSocket,
+    },
+    Route {
+        path: "/.well-known/host-meta",
+        methods: GET,
+        cors: Cors::Anyone,
+        resource: Resource::HostMeta,
+    },
+    Route {
+        path: "/.well-known/host-meta.json",
+        methods: GET,
+        cors: Cors::Anyone,
+        resource: Resource::HostMetaJson,
+    },
+];
 
 /// What a client hears in the clear who is turned away before anything was read.
 pub const BUSY: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 10\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
@@ -103,6 +131,9 @@ async fn handle(resource: Resource, exchange: &mut Exchange<'_>) -> Result<After
         Resource::Healthy => operators::healthy(exchange).await,
         Resource::Ready => operators::ready(exchange).await,
         Resource::Metrics => operators::metrics(exchange).await,
+        Resource::WebSocket => web::websocket::open(exchange).await,
+        Resource::HostMeta => web::host_meta::xml(exchange).await,
+        Resource::HostMetaJson => web::host_meta::json(exchange).await,
     }
 }
 
@@ -113,7 +144,8 @@ pub async fn serve_operators(shard: Rc<Shard>, socket: Socket, peer: SocketAddr)
         return;
     };
     if let Some(conn) = Conn::new(&shard, Transport::plain(socket), peer, Side::Operators) {
-        serve(shard.clone(), conn).await;
+        // nobody switches to a stream there
+        let _ = serve(&shard, conn).await;
     }
 }
 
@@ -129,12 +161,12 @@ pub async fn serve_client(
 ) {
     let side = Side::Clients;
     let most = shard.config.borrow().web.connections_max;
-    let Some(_place) = Place::take(&shard, most, side) else {
+    let Some(place) = Place::take(&shard, most, side) else {
         shard.gauges.turned_away.one();
         return;
     };
     let mut transport = Transport::plain(socket);
-    if tls && let Err(error) = transport.start_tls(&shard.tls.borrow(), &[]) {
+    if tls && let Err(error) = transport.start_https(&shard.tls.borrow()) {
         tracing::error!(%error, "TLS cannot be started");
         return;
     }
@@ -144,24 +176,28 @@ pub async fn serve_client(
     conn.accepted_us = accepted_us;
     conn.pass = pass;
     conn.guest = Some(guest);
-    serve(shard.clone(), conn).await;
+    let stream = serve(&shard, conn).await;
+    drop(place);
+    if let Some(stream) = stream {
+        login::begin_stream(shard, stream).await;
+    }
 }
 
-/// One request after the other.
-async fn serve(shard: Rc<Shard>, mut conn: Conn) {
+/// One request after the other; the stream that the last one has begun, if any.
+async fn serve(shard: &Rc<Shard>, mut conn: Conn) -> Option<WebStream> {
     let mut first = true;
     loop {
-        let head = match conn.head(&shard, first).await {
+        let head = match conn.head(shard, first).await {
             Ok(Some(head)) => head,
             Ok(None) => break,
             Err(refusal) => {
-                conn.refuse(&shard, refusal).await;
+                conn.refuse(shard, refusal).await;
                 break;
             }
         };
         first = false;
         shard.gauges.http_requests.one();
-        let mut exchange = Exchange::new(&shard, &mut conn, head);
+        let mut exchange = Exchange::new(shard, &mut conn, head);
         let Ok(after) = route(&mut exchange).await else {
             break;
         };
@@ -171,9 +207,33 @@ async fn serve(shard: Rc<Shard>, mut conn: Conn) {
                     break;
                 }
             }
+            After::Stream {
+                client,
+                proxied,
+                encrypted,
+            } => {
+                conn.leave(shard);
+                let Conn {
+                    transport,
+                    pass,
+                    guest,
+                    accepted_us,
+                    ..
+                } = conn;
+                return Some(WebStream {
+                    transport,
+                    client,
+                    proxied,
+                    encrypted,
+                    pass: pass?,
+                    guest,
+                    accepted_us,
+                });
+            }
         }
     }
-    conn.close(&shard);
+    conn.close(shard);
+    None
 }
 
 /// Finds the handler; answers what needs none.
@@ -190,8 +250,10 @@ async fn route(exchange: &mut Exchange<'_>) -> Result<After, Gone> {
         true => path.starts_with(route.path),
         false => *path == *route.path,
     });
-    // it is no login
-    exchange.conn.guest = None;
+    if found.is_none_or(|route| route.resource != Resource::WebSocket) {
+        // it is no login
+        exchange.conn.guest = None;
+    }
     let Some(route) = found else {
         let status = if &*path == "*" { 204 } else { 404 };
         return exchange.answer(Answer::text(status, hint)).await;
