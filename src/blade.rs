@@ -314,6 +314,8 @@ fn open_ports(config: &mut Config) -> Result<Vec<(SocketAddr, Door)>, String> {
             Door::Component,
         ),
         ("http.listen", &mut config.http.listen, Door::Http),
+        ("web.listen", &mut config.web.listen, Door::Web),
+        ("web.listen_tls", &mut config.web.listen_tls, Door::WebTls),
     ];
     for (key, addresses, door) in doors {
         let mut open = Vec::new();
@@ -730,8 +732,10 @@ fn announce(
         ("XMPP, TLS", Door::XmppTls),
         ("components", Door::Component),
         ("HTTP", Door::Http),
+        ("web", Door::Web),
+        ("web, TLS", Door::WebTls),
     ] {
-        if door == Door::Component && at(door).is_empty() {
+        if (door == Door::Component || door.is_web()) && at(door).is_empty() {
             continue;
         }
         out.push_str(&format!("  {name:<15} {}\n", at(door)));

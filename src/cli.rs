@@ -503,6 +503,7 @@ fn check_config(config: &Config, options: &Options) -> Result<(), String> {
          data         {}, database {}\n\
          clients      {} (STARTTLS), {} (TLS)\n\
          HTTP         {}\n\
+         web          {}, {} (TLS)\n\
          certificate  {}{}\n",
         options.sets.len(),
         config.domain,
@@ -512,6 +513,8 @@ fn check_config(config: &Config, options: &Options) -> Result<(), String> {
         list(&config.c2s.listen),
         list(&config.c2s.listen_tls),
         list(&config.http.listen),
+        list(&config.web.listen),
+        list(&config.web.listen_tls),
         certificate.display(),
         if own {
             " (self-signed, made when missing)"

@@ -101,7 +101,7 @@ keys! {
         /// Who may make an account in-band (XEP-0077): "off", "loopback" (clients on the same machine, never through a
         /// proxy) or "on" (everybody, within `limits.registrations_per_address_per_hour`).
         live registration: Registration = Registration::Loopback;
-        /// Networks of the proxies whose PROXY v2 header (and later Forwarded) is believed and required. A client that
+        /// Networks of the proxies whose PROXY v2 header is believed and required (for HTTP see `web.proxies`). A client that
         /// comes through one of them is never loopback.
         live trusted_proxies: Vec<IpNet> = Vec::new();
     }
@@ -159,6 +159,27 @@ keys! {
     http: Http {
         /// Addresses to listen on.
         restart listen: Vec<SocketAddr> = addresses(&["127.0.0.1:5280", "[::1]:5280"]);
+    }
+
+    /// HTTP for clients, apart from the operators' door (see "Web" in README.md).
+    web: Web {
+        /// Addresses for plain HTTP, for a reverse proxy. Empty: none.
+        restart listen: Vec<SocketAddr> = Vec::new();
+        /// Addresses for HTTPS, with the certificate of section `tls`. Empty: none.
+        restart listen_tls: Vec<SocketAddr> = Vec::new();
+        /// Networks of the reverse proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed. A client that comes through
+        /// one of them is never loopback.
+        live proxies: Vec<IpNet> = Vec::new();
+        /// Origins of other hosts whose pages may come, e.g. ["https://desk.example.com"], or ["*"]: all. A page of the host that it asks
+        /// (`Host`, `Origin`) always may; others get 403.
+        live origins: Vec<String> = Vec::new();
+        /// Where clients find WebSocket, for host-meta (XEP-0156), e.g. "wss://chat.example.com/ws". Empty: the first port of
+        /// `web.listen_tls` under the name of `domain`.
+        live websocket_url: String = String::new();
+        /// HTTP connections of clients of one shard at the same time; more are closed.
+        live connections_max: usize = 10_000 => 1..=10_000_000;
+        /// Seconds that a connection stays open between two requests.
+        live idle_seconds_max: u64 = 60 => 1..=3600;
     }
 
     /// Certificate and versions of TLS.
@@ -273,12 +294,19 @@ keys! {
         /// stanzas for that shard are refused with `<resource-constraint/>`.
         live mesh_backlog_bytes_max: usize = 67_108_864 => 1_048_576..=17_179_869_184;
 
-        /// HTTP connections at the same time.
+        /// HTTP connections of operators at the same time.
         live http_connections_max: usize = 256 => 1..=100_000;
         /// Bytes of an HTTP request's head.
         live http_head_bytes_max: usize = 8192 => 1024..=1_048_576;
-        /// Seconds for an HTTP request.
+        /// Header fields of an HTTP request.
+        live http_headers_max: usize = 64 => 8..=256;
+        /// Seconds for the head of an HTTP request; and for its body or its answer beside what
+        /// `limits.http_bytes_per_second_min` gives.
         live http_seconds_max: u64 = 10 => 1..=600;
+        /// Bytes a second that a body must come at, and an answer be taken, on average; slower connections are cut.
+        live http_bytes_per_second_min: u64 = 1024 => 1..=1_073_741_824;
+        /// Frames of one WebSocket message; more end the connection with status 1008.
+        live websocket_fragments_max: u32 = 256 => 1..=1_000_000;
         /// Connections of `nitro user` and `nitro session` to the admin socket at the same time.
         restart admin_connections_max: usize = 8 => 1..=1000;
     }
@@ -589,6 +617,11 @@ impl Config {
     /// Whether `address` is a proxy whose PROXY header is believed.
     pub fn is_trusted_proxy(&self, address: IpAddr) -> bool {
         holds(&self.trusted_proxies, address)
+    }
+
+    /// Whether `address` is a reverse proxy whose word about its client is believed.
+    pub fn is_web_proxy(&self, address: IpAddr) -> bool {
+        holds(&self.web.proxies, address)
     }
 
     /// This configuration with the reloadable keys of `new`: what is in force after SIGHUP.

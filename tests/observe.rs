@@ -89,7 +89,11 @@ fn a_reader_gets_the_content_type_of_what_it_asked_for() {
     let head = |accept: &str| {
         let mut socket = TcpStream::connect(blade.http).unwrap();
         socket.set_read_timeout(Some(WITHIN)).unwrap();
-        write!(socket, "GET /metrics HTTP/1.1\r\nHost: x\r\n{accept}\r\n").unwrap();
+        write!(
+            socket,
+            "GET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{accept}\r\n"
+        )
+        .unwrap();
         let mut answer = String::new();
         socket.read_to_string(&mut answer).unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();

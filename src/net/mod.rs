@@ -6,7 +6,8 @@
 //! |---|---|
 //! | `socket` | system calls on one connected socket |
 //! | `listener` | ports: binding, sharing, accepting, running out of descriptors |
-//! | `transport` | plain or TLS behind one type: reading, writing, what the kernel did not take |
+//! | `transport` | plain, TLS or WebSocket behind one type: reading, writing, what the kernel did not take |
+//! | `websocket` | frames of WebSocket, elements of XMPP in them |
 //! | `tls` | rustls: configuration, records in and out, channel bindings |
 //! | `tls_client` | the other side of TLS, towards Redis |
 //! | `certificate` | the self-signed certificate of a first start, fingerprints |
@@ -19,6 +20,7 @@ mod socket;
 mod tls;
 mod tls_client;
 mod transport;
+mod websocket;
 
 pub use certificate::{fingerprint, generate_certificate};
 pub use listener::{Listener, REFUSED_NO_DESCRIPTOR, listen_shared, probe_port};
@@ -27,6 +29,7 @@ pub use socket::Socket;
 pub use tls::{ChannelBindings, TlsConfig, TlsVersion};
 pub use tls_client::{TlsClient, TlsClientConfig};
 pub use transport::{Read, Scratch, Transport};
+pub use websocket::WebSocketLimits;
 
 #[cfg(test)]
 mod tests;

@@ -25,6 +25,8 @@ const RECORD_PLAINTEXT_BYTES: usize = 16 * 1024;
 const EXTRA_RECORDS_BYTES: usize = 256;
 /// Application protocol of XMPP over direct TLS (XEP-0368); clients that name none are welcome too.
 const ALPN_XMPP_CLIENT: &[u8] = b"xmpp-client";
+/// At the ports for HTTP, and only there: a browser is never led to a port that speaks another protocol.
+const ALPN_HTTP: &[u8] = b"http/1.1";
 
 /// The server's side of TLS for one certificate. Cheap to clone; reloading makes a new one, and connections keep theirs.
 #[derive(Clone)]
@@ -32,6 +34,7 @@ pub struct TlsConfig(Arc<Shared>);
 
 struct Shared {
     server: Arc<ServerConfig>,
+    https: Arc<ServerConfig>,
     /// tls-server-end-point (RFC 5929, 4.1).
     end_point: Option<Vec<u8>>,
     fingerprint: String,
@@ -99,7 +102,10 @@ impl TlsConfig {
         server.send_tls13_tickets = 1;
         server.alpn_protocols = vec![ALPN_XMPP_CLIENT.to_vec()];
         server.key_log = Arc::new(CatchExporter);
+        let mut https = server.clone();
+        https.alpn_protocols = vec![ALPN_HTTP.to_vec()];
         Ok(Self(Arc::new(Shared {
+            https: Arc::new(https),
             server: Arc::new(server),
             end_point,
             fingerprint,
@@ -164,8 +170,16 @@ pub(super) enum Opened {
 impl Tls {
     /// A connection before its handshake; `received` is what the peer has sent of it already.
     pub(super) fn new(config: &TlsConfig, received: &[u8]) -> io::Result<Self> {
-        let connection =
-            UnbufferedServerConnection::new(config.0.server.clone()).map_err(broken)?;
+        Self::with(config.0.server.clone(), config, received)
+    }
+
+    /// The same for HTTP.
+    pub(super) fn https(config: &TlsConfig) -> io::Result<Self> {
+        Self::with(config.0.https.clone(), config, &[])
+    }
+
+    fn with(server: Arc<ServerConfig>, config: &TlsConfig, received: &[u8]) -> io::Result<Self> {
+        let connection = UnbufferedServerConnection::new(server).map_err(broken)?;
         Ok(Self {
             connection,
             config: config.clone(),

@@ -1,16 +1,19 @@
-//! One client's bytes, plain or TLS, behind one type. In: readiness from the shard, plaintext to send. Out: plaintext
+//! One client's bytes, plain or TLS, each with or without WebSocket in it, behind one type. In: readiness from the shard, plaintext to send. Out: plaintext
 //! received. Promise: one call of [`Transport::read`] is at most one `recv`, one call of [`Transport::write`] at most
 //! one `send` in the usual case; what the kernel did not take is kept and sent in order
 //! (who writes bounds it: look at [`Transport::pending`]).
 
 use super::socket::Socket;
 use super::tls::{ChannelBindings, Opened, Tls, TlsConfig, TlsVersion};
+use super::websocket::{Decoded, WebSocket, WebSocketLimits};
 use std::io::{self, ErrorKind};
 
 /// Bytes taken from the kernel at once, and the unfinished TLS message (at most 64 KiB of handshake) before them.
 const INPUT_BYTES: usize = 96 * 1024;
 /// Plaintext encrypted and sent at once.
 const CHUNK_BYTES: usize = 64 * 1024;
+/// What a shard keeps for frames on their way out; more is given back.
+const FRAMED_BYTES_KEPT: usize = 1 << 20;
 /// Buffers that all connections of a shard share: make two, one to read with and one to write with, so that answers
 /// can be written while the bytes read are still borrowed.
 #[derive(Default)]
@@ -18,6 +21,8 @@ pub struct Scratch {
     input: Vec<u8>,
     plain: Vec<u8>,
     out: Vec<u8>,
+    /// The stream of a WebSocket where it does not fit into its place, and frames on their way out.
+    framed: Vec<u8>,
 }
 
 impl Scratch {
@@ -25,6 +30,28 @@ impl Scratch {
     pub fn new() -> Self {
         Self::default()
     }
+}
+
+impl Scratch {
+    /// What was received: as it came, or decrypted.
+    fn received(&mut self, sealed: bool) -> &mut [u8] {
+        match sealed {
+            true => &mut self.plain,
+            false => &mut self.input,
+        }
+    }
+}
+
+/// What came, and in which buffer it is.
+enum Got {
+    Data {
+        sealed: bool,
+        len: usize,
+        more: bool,
+    },
+    HandshakeDone,
+    WouldBlock,
+    Eof,
 }
 
 /// What one [`Transport::read`] gave.
@@ -49,6 +76,7 @@ pub enum Read<'s> {
 pub struct Transport {
     socket: Socket,
     tls: Option<Box<Tls>>,
+    web: Option<Box<WebSocket>>,
     /// Bytes as they go to the wire, from `sent` on. Owns no memory when all is sent.
     unsent: Vec<u8>,
     sent: usize,
@@ -60,6 +88,7 @@ impl Transport {
         Self {
             socket,
             tls: None,
+            web: None,
             unsent: Vec::new(),
             sent: 0,
         }
@@ -73,9 +102,26 @@ impl Transport {
         Ok(())
     }
 
+    /// Begins a server handshake for HTTP.
+    pub fn start_https(&mut self, config: &TlsConfig) -> io::Result<()> {
+        self.tls = Some(Box::new(Tls::https(config)?));
+        Ok(())
+    }
+
     /// The socket: its peer, its descriptor for the readiness set.
     pub fn socket(&self) -> &Socket {
         &self.socket
+    }
+
+    /// WebSocket from here on, `early` being what came behind the request. What is read and written is the XMPP stream that it
+    /// carries (RFC 7395), each message behind a [`MESSAGE`](crate::xml::MESSAGE); write whole elements only.
+    pub fn start_websocket(&mut self, limits: WebSocketLimits, early: Vec<u8>) {
+        self.web = Some(Box::new(WebSocket::new(limits, early)));
+    }
+
+    /// Whether the peer was told the end by the transport itself and should be left to hear it.
+    pub fn has_said_farewell(&self) -> bool {
+        self.web.as_ref().is_some_and(|web| web.is_closed())
     }
 
     /// Reads once from the kernel and decrypts. During a handshake it also answers the peer; what the kernel does not
@@ -83,14 +129,94 @@ impl Transport {
     ///
     /// Errors: the connection is broken, or the peer violates TLS (`InvalidData`; the alert was sent). Drop it then.
     pub fn read<'s>(&mut self, scratch: &'s mut Scratch) -> io::Result<Read<'s>> {
-        let Scratch { input, plain, out } = scratch;
+        if self.web.is_some() {
+            return self.read_websocket(scratch);
+        }
+        Ok(match self.receive(scratch)? {
+            Got::Data { sealed, len, more } => Read::Data {
+                bytes: &scratch.received(sealed)[..len],
+                more,
+            },
+            Got::HandshakeDone => Read::HandshakeDone,
+            Got::WouldBlock => Read::WouldBlock,
+            Got::Eof => Read::Eof,
+        })
+    }
+
+    fn read_websocket<'s>(&mut self, scratch: &'s mut Scratch) -> io::Result<Read<'s>> {
+        let (decoded, sealed, more) = loop {
+            let Some(web) = &mut self.web else {
+                return Ok(Read::Eof);
+            };
+            if web.is_closed() {
+                return Ok(Read::Eof);
+            }
+            let early = std::mem::take(&mut web.early);
+            let got = match early.is_empty() {
+                true => self.receive(scratch)?,
+                false => {
+                    let len = early.len();
+                    scratch.input = early;
+                    Got::Data {
+                        sealed: false,
+                        len,
+                        more: true,
+                    }
+                }
+            };
+            let (sealed, len, more) = match got {
+                Got::Data { sealed, len, more } => (sealed, len, more),
+                Got::HandshakeDone => return Ok(Read::HandshakeDone),
+                Got::WouldBlock => return Ok(Read::WouldBlock),
+                Got::Eof => return Ok(Read::Eof),
+            };
+            let Some(web) = &mut self.web else {
+                return Ok(Read::Eof);
+            };
+            let mut framed = std::mem::take(&mut scratch.framed);
+            let mut replies = Vec::new();
+            let bytes = &mut scratch.received(sealed)[..len];
+            let decoded = web.decode(bytes, &mut framed, &mut replies);
+            let closed = web.is_closed();
+            scratch.framed = framed;
+            // who does not read his pongs gets no more of them
+            if !replies.is_empty() && (closed || self.pending() == 0) {
+                self.send_all(&replies, &mut scratch.out)?;
+            }
+            // a peer that closed is told so by the next read
+            if decoded != Decoded::InPlace(0) || closed {
+                break (decoded, sealed, more || closed);
+            }
+            if !more {
+                return Ok(Read::WouldBlock);
+            }
+        };
+        Ok(match decoded {
+            Decoded::InPlace(0) => Read::Eof,
+            Decoded::InPlace(len) => Read::Data {
+                bytes: &scratch.received(sealed)[..len],
+                more,
+            },
+            Decoded::Turned => Read::Data {
+                bytes: &scratch.framed,
+                more,
+            },
+        })
+    }
+
+    /// Reads once from the kernel and decrypts: into one of the buffers.
+    fn receive(&mut self, scratch: &mut Scratch) -> io::Result<Got> {
+        let Scratch {
+            input, plain, out, ..
+        } = scratch;
         input.resize(INPUT_BYTES, 0);
         let Some(tls) = &mut self.tls else {
             return Ok(match receive(&self.socket, input)? {
-                None => Read::WouldBlock,
-                Some(0) => Read::Eof,
-                Some(received) => Read::Data {
-                    bytes: &input[..received],
+                None => Got::WouldBlock,
+                Some(0) => Got::Eof,
+                Some(received) => Got::Data {
+                    sealed: false,
+                    len: received,
                     more: received == INPUT_BYTES,
                 },
             });
@@ -99,7 +225,7 @@ impl Transport {
             return Err(ErrorKind::InvalidData.into());
         }
         if tls.closed_by_peer() {
-            return Ok(Read::Eof);
+            return Ok(Got::Eof);
         }
         let was_handshaking = tls.handshaking();
         plain.clear();
@@ -110,8 +236,8 @@ impl Transport {
             let (filled, full) = match unseen {
                 true => (kept, true),
                 false => match receive(&self.socket, &mut input[kept..])? {
-                    None => return Ok(Read::WouldBlock),
-                    Some(0) => return Ok(Read::Eof),
+                    None => return Ok(Got::WouldBlock),
+                    Some(0) => return Ok(Got::Eof),
                     Some(received) => (kept + received, kept + received == INPUT_BYTES),
                 },
             };
@@ -122,19 +248,20 @@ impl Transport {
             }
             let closed = opened? == Opened::Closed;
             return Ok(if !plain.is_empty() {
-                Read::Data {
-                    bytes: plain,
+                Got::Data {
+                    sealed: true,
+                    len: plain.len(),
                     // A peer that closed is told so by the next read.
                     more: full || closed,
                 }
             } else if closed {
-                Read::Eof
+                Got::Eof
             } else if was_handshaking && !handshaking {
-                Read::HandshakeDone
+                Got::HandshakeDone
             } else if full {
                 continue;
             } else {
-                Read::WouldBlock
+                Got::WouldBlock
             });
         }
     }
@@ -144,13 +271,30 @@ impl Transport {
     ///
     /// Errors: the connection is broken; a TLS handshake is under way.
     pub fn write(&mut self, bytes: &[u8], scratch: &mut Scratch) -> io::Result<()> {
+        let Some(web) = &mut self.web else {
+            return self.send_all(bytes, &mut scratch.out);
+        };
+        let mut framed = std::mem::take(&mut scratch.framed);
+        framed.clear();
+        let sent = match web.encode(bytes, &mut framed) {
+            Ok(()) => self.send_all(&framed, &mut scratch.out),
+            Err(error) => Err(error),
+        };
+        if framed.capacity() <= FRAMED_BYTES_KEPT {
+            scratch.framed = framed;
+        }
+        sent
+    }
+
+    /// Encrypts and sends, or keeps.
+    fn send_all(&mut self, bytes: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
         let Some(tls) = &mut self.tls else {
             return send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, bytes);
         };
         for chunk in bytes.chunks(CHUNK_BYTES) {
-            scratch.out.clear();
-            tls.seal(chunk, &mut scratch.out)?;
-            send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, &scratch.out)?;
+            out.clear();
+            tls.seal(chunk, out)?;
+            send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, out)?;
         }
         Ok(())
     }
@@ -176,6 +320,11 @@ impl Transport {
     /// Tells the peer that nothing more will come: TLS's close_notify, if a session stands. Sent or pending like any
     /// other bytes; shut the socket down when nothing is pending.
     pub fn close_notify(&mut self, scratch: &mut Scratch) -> io::Result<()> {
+        if let Some(web) = &mut self.web {
+            let mut farewell = Vec::new();
+            web.farewell(&mut farewell);
+            self.send_all(&farewell, &mut scratch.out)?;
+        }
         let Some(tls) = self.tls.as_mut().filter(|tls| !tls.handshaking()) else {
             return Ok(());
         };

@@ -231,6 +231,14 @@ pub struct Gauges {
     pub auth_failures: Counter,
     /// Logins cut because their clients were silent while others waited.
     pub logins_silent: Counter,
+    /// HTTP requests with a head that is one.
+    pub http_requests: Counter,
+    /// Refused by a bound of HTTP, or because they are no HTTP.
+    pub http_refused: Counter,
+    /// Pages of other hosts.
+    pub http_origins_refused: Counter,
+    /// Opened.
+    pub websockets: Counter,
 }
 
 /// Of the blade.
@@ -249,6 +257,16 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Logins cut because their clients were silent while others waited (storm.silent_seconds_max). When it rises without a storm,
     /// somebody opens connections and says nothing: look at their addresses.
     counter "nitro_logins_silent" => |g| g.logins_silent.get();
+    /// HTTP requests. When the rate is far above the usual, a page or a probe asks in a loop.
+    counter "nitro_http_requests" => |g| g.http_requests.get();
+    /// HTTP requests refused because they were malformed, too large or too slow. When it rises, somebody tries something, or a
+    /// proxy sends larger heads than limits.http_head_bytes_max.
+    counter "nitro_http_refused" => |g| g.http_refused.get();
+    /// HTTP requests of web pages that web.origins does not allow. When it rises, a page was moved, or somebody tries to use the
+    /// sessions of others.
+    counter "nitro_http_origins_refused" => |g| g.http_origins_refused.get();
+    /// WebSockets opened. When it rises without nitro_binds, pages connect and cannot log in: look at nitro_auth_failures.
+    counter "nitro_websockets_opened" => |g| g.websockets.get();
     /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
     counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
 };
@@ -262,6 +280,10 @@ impl Gauges {
             turned_away: Counter::new(),
             auth_failures: Counter::new(),
             logins_silent: Counter::new(),
+            http_requests: Counter::new(),
+            http_refused: Counter::new(),
+            http_origins_refused: Counter::new(),
+            websockets: Counter::new(),
         }
     }
 

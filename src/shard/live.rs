@@ -353,6 +353,10 @@ impl Shard {
                         slice.confirmed(sid);
                     }
                     slice.link_lost(sid);
+                    drop((links, slice, scratch));
+                    if live.transport.has_said_farewell() {
+                        self.close_transport(live.transport);
+                    }
                 }
             }
             End::Stream(error) => {

@@ -29,7 +29,7 @@ use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 pub struct Knock {
     socket: Socket,
     peer: SocketAddr,
-    tls_first: bool,
+    door: Door,
     /// None yet for one that comes through a proxy: whose place it takes stands in its first bytes.
     pass: Option<Pass>,
     /// Monotonic milliseconds of the blade.
@@ -114,7 +114,7 @@ const BEGINS_MS: u64 = 5000;
 const ALERT_INTERNAL_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 80];
 
 /// A login's dealings with the gates. Its place is given back however its task ends.
-struct Guest {
+pub(super) struct Guest {
     shard: Rc<Shard>,
     login: Rc<Login>,
 }
@@ -135,7 +135,7 @@ impl Guest {
     }
 
     /// Waits for `other` without a place, then for one.
-    async fn away<T>(&self, other: impl Future<Output = T>) -> T {
+    pub(super) async fn away<T>(&self, other: impl Future<Output = T>) -> T {
         let admission = &self.shard.admission;
         admission.away(&self.login, self.shard.now_ms());
         let outcome = other.await;
@@ -145,6 +145,11 @@ impl Guest {
             self.login.told.wait().await;
         }
         outcome
+    }
+
+    /// Milliseconds at the gates, which are not the client's fault.
+    pub(super) fn queued_ms(&self, now_ms: u64) -> u64 {
+        self.login.queued_ms(now_ms)
     }
 
     /// Waits at the second gate.
@@ -183,9 +188,12 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
         for _ in 0..ACCEPTS_MAX {
             match listener.accept() {
                 Ok(Some((socket, peer))) => match door {
-                    Door::Http => rt::spawn(Queue::House, http::serve(shard.clone(), socket)),
+                    Door::Http => {
+                        let serving = http::serve_operators(shard.clone(), socket, peer);
+                        rt::spawn(Queue::House, serving);
+                    }
                     Door::Component => shard.component_accepted(socket, peer),
-                    _ => knocks(&shard, socket, peer, door == Door::XmppTls),
+                    _ => knocks(&shard, socket, peer, door),
                 },
                 // that the server stops is told by HTTP to the end (see [`http`]): load balancers ask
                 Ok(None) if shard.stopping.get() && door != Door::Http => break 'open,
@@ -212,29 +220,32 @@ pub async fn accept(shard: Rc<Shard>, listener: Listener, door: Door) {
 }
 
 /// A connection was accepted: it waits at the first gate, here or where fewer wait.
-fn knocks(shard: &Rc<Shard>, socket: Socket, peer: SocketAddr, tls_first: bool) {
+fn knocks(shard: &Rc<Shard>, socket: Socket, peer: SocketAddr, door: Door) {
     let config = shard.config.borrow().clone();
     let mut pass = None;
     let mut shut = None;
     if shard.stopping.get() {
         let error = StreamError::text("system-shutdown", "the server stops");
-        return turn_away(shard, Transport::plain(socket), tls_first, &error);
+        return turn_away(shard, Transport::plain(socket), door, &error);
     }
-    if shard.negotiating.get() + shard.admission.knocks() >= config.limits.logins_in_progress_max {
+    if shard.has_too_many_logins() {
         shut = Some(Shut::Logins);
-    } else if !config.is_trusted_proxy(peer.ip()) {
+    } else if !(match door.is_web() {
+        true => config.is_web_proxy(peer.ip()),
+        false => config.is_trusted_proxy(peer.ip()),
+    }) {
         match shard.doors.enter(peer.ip(), false, &config) {
             Ok(entered) => pass = Some(entered),
             Err(why) => shut = Some(why),
         }
     }
     if let Some(shut) = shut {
-        return shard.turn_away(Transport::plain(socket), tls_first, shut);
+        return shard.turn_away(Transport::plain(socket), door, shut);
     }
     let knock = Box::new(Knock {
         socket,
         peer,
-        tls_first,
+        door,
         pass,
         arrived_ms: shard.now_ms(),
         arrived_us: shard.now_us(),
@@ -261,12 +272,12 @@ pub fn let_in(shard: Rc<Shard>, knock: Knock) {
 /// A connection has waited too long, and holds a place to be told so.
 pub fn too_late(shard: Rc<Shard>, knock: Knock) {
     let error = shard.overloaded();
-    if knock.tls_first {
+    if knock.door == Door::XmppTls {
         let guest = Guest::new(&shard);
         shard.admission.begun(&guest.login);
         rt::spawn(Queue::Login, begin(shard, knock, guest, Some(error)));
     } else {
-        turn_away(&shard, Transport::plain(knock.socket), false, &error);
+        turn_away(&shard, Transport::plain(knock.socket), knock.door, &error);
         shard.admission.done();
     }
 }
@@ -276,17 +287,28 @@ pub fn turn_all_away(shard: &Rc<Shard>) {
     let error = StreamError::text("system-shutdown", "the server stops");
     for knock in shard.admission.drain_knocks() {
         let transport = Transport::plain(knock.socket);
-        turn_away(shard, transport, knock.tls_first, &error);
+        turn_away(shard, transport, knock.door, &error);
     }
 }
 
 async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<StreamError>) {
+    if knock.door.is_web() {
+        let tls = knock.door.begins_with_tls();
+        let Knock {
+            socket,
+            peer,
+            pass,
+            arrived_us,
+            ..
+        } = knock;
+        return http::serve_client(shard, socket, peer, pass, tls, arrived_us, guest).await;
+    }
     let config = shard.config.borrow().clone();
     let mut transport = Transport::plain(knock.socket);
     let deadline_ms = shard.now_ms() + config.limits.auth_seconds_max * 1000;
     let mut rest = Vec::new();
     let mut client = knock.peer;
-    let tls_first = knock.tls_first;
+    let tls_first = knock.door.begins_with_tls();
     let proxied = knock.pass.is_none();
     let pass = match knock.pass {
         Some(pass) => pass,
@@ -305,7 +327,7 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
             }
             match shard.doors.enter(client.ip(), proxied, &config) {
                 Ok(pass) => pass,
-                Err(shut) => return shard.turn_away(transport, tls_first, shut),
+                Err(shut) => return shard.turn_away(transport, knock.door, shut),
             }
         }
     };
@@ -335,6 +357,59 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
         },
     };
     negotiate(shard, connecting, None, guest).await;
+}
+
+/// A stream that comes over the web, past the first gate.
+pub(super) struct WebStream {
+    pub transport: Transport,
+    /// As a believed proxy names it.
+    pub client: SocketAddr,
+    pub proxied: bool,
+    /// By TLS at our door, or a proxy says so.
+    pub encrypted: bool,
+    pub pass: Pass,
+    /// Its place, if its connection's first request has begun it.
+    pub guest: Option<Guest>,
+    pub accepted_us: u64,
+}
+
+/// A stream has begun over the web.
+pub(super) async fn begin_stream(shard: Rc<Shard>, stream: WebStream) {
+    let config = shard.config.borrow().clone();
+    let policy = policy(&shard, &config, stream.client, stream.proxied, true);
+    let mut negotiation = Negotiation::new(&config.domain, policy);
+    if stream.encrypted {
+        // none where TLS ends at a proxy, or begins there again: then no mechanism with channel binding is offered
+        negotiation.encrypted(match stream.proxied {
+            true => ChannelBindings::default(),
+            false => bindings(stream.transport.channel_bindings()),
+        });
+    }
+    let connecting = Connecting {
+        transport: stream.transport,
+        framer: Framer::of_messages(),
+        rest: Vec::new(),
+        drained: false,
+        negotiation,
+        peer: stream.client,
+        pass: stream.pass,
+        deadline_ms: shard.now_ms() + config.limits.auth_seconds_max * 1000,
+        refusal: None,
+        times: Times {
+            accepted_us: stream.accepted_us,
+            tls_us: stream.accepted_us,
+            sasl_us: None,
+        },
+    };
+    let guest = stream.guest.unwrap_or_else(|| Guest::new(&shard));
+    negotiate(shard, connecting, None, guest).await;
+}
+
+fn bindings(bound: crate::net::ChannelBindings) -> ChannelBindings {
+    ChannelBindings {
+        exporter: bound.exporter,
+        server_end_point: bound.end_point.map(Into::into),
+    }
 }
 
 /// What this connection may do.
@@ -378,11 +453,13 @@ pub fn arrived(shard: Rc<Shard>, moved: Moved) {
 }
 
 /// Says why a connection is not let in: in words where it expects plain text, else by a TLS alert.
-fn turn_away(shard: &Shard, mut transport: Transport, tls_first: bool, error: &StreamError) {
+fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &StreamError) {
     shard.gauges.turned_away.one();
     let mut out = Vec::new();
-    if tls_first {
+    if door.begins_with_tls() {
         out.extend_from_slice(&ALERT_INTERNAL_ERROR);
+    } else if door == Door::Web {
+        out.extend_from_slice(http::BUSY);
     } else {
         let config = shard.config.borrow().clone();
         let policy = Policy {
@@ -474,6 +551,7 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
             shard.close_transport(c.transport);
         }
         Outcome::Close => shard.close_transport(c.transport),
+        Outcome::Gone if c.transport.has_said_farewell() => shard.close_transport(c.transport),
         Outcome::Gone | Outcome::Bound => {}
     }
 }
@@ -718,10 +796,7 @@ async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()
         if handshake_done {
             record(Stage::TlsHandshake, shard.now_us() - c.times.tls_us);
             let bound = c.transport.channel_bindings();
-            c.negotiation.encrypted(ChannelBindings {
-                exporter: bound.exporter,
-                server_end_point: bound.end_point.map(Into::into),
-            });
+            c.negotiation.encrypted(bindings(bound));
         }
         if read || (handshake_done && c.refusal.is_some()) {
             return Ok(());
@@ -795,6 +870,12 @@ impl Shard {
         outcome
     }
 
+    /// Are so many logins in progress that no more may begin?
+    pub(super) fn has_too_many_logins(&self) -> bool {
+        let most = self.config.borrow().limits.logins_in_progress_max;
+        self.negotiating.get() + self.admission.knocks() >= most
+    }
+
     /// Only the live loop gives out places: it must not sleep while somebody wants one.
     pub(super) fn wake_for_gates(&self) {
         if self.admission.is_wanted() && self.admission.asleep.replace(false) {
@@ -832,7 +913,7 @@ impl Shard {
         often
     }
 
-    fn turn_away(&self, transport: Transport, tls_first: bool, shut: Shut) {
+    fn turn_away(&self, transport: Transport, door: Door, shut: Shut) {
         tracing::debug!(?shut, "turned away");
         let error = match shut {
             Shut::Logins | Shut::Blade => self.overloaded(),
@@ -840,7 +921,7 @@ impl Shard {
                 StreamError::text("resource-constraint", "too many connections")
             }
         };
-        turn_away(self, transport, tls_first, &error);
+        turn_away(self, transport, door, &error);
     }
 
     /// Whom the second gate lets in first: who has a session that can be resumed (whether he will is not known before he says

@@ -11,7 +11,8 @@
 //! | `redis` | its end of the Redis ring |
 //! | `doors` | who may connect, how often, and how fast after failures |
 //! | `moves` | what travels between shards, and what happens when a way is full |
-//! | `http` | `/healthz`, `/readyz` and `/metrics` |
+//! | `http` | the HTTP door: requests of operators, of web pages and of other clients |
+//! | `web` | XMPP for web pages |
 //! | `figures` | the metrics of the whole blade, put together |
 //! | `component` | connections of components |
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
@@ -27,6 +28,7 @@ mod live;
 mod login;
 pub mod moves;
 pub mod redis;
+mod web;
 
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -102,7 +104,23 @@ pub enum Door {
     XmppTls,
     /// XEP-0114.
     Component,
+    /// For operators.
     Http,
+    /// HTTP for clients, behind a reverse proxy.
+    Web,
+    /// HTTP for clients, with TLS.
+    WebTls,
+}
+
+impl Door {
+    /// Whether a client begins with the TLS handshake.
+    pub fn begins_with_tls(self) -> bool {
+        matches!(self, Door::XmppTls | Door::WebTls)
+    }
+
+    pub fn is_web(self) -> bool {
+        matches!(self, Door::Web | Door::WebTls)
+    }
 }
 
 /// All that a shard is made of; built by the blade, sent to its core.
@@ -172,6 +190,7 @@ pub struct Shard {
     /// Connections that came from other shards.
     hand_overs: Cell<u64>,
     http_open: Cell<usize>,
+    web_open: Cell<usize>,
     /// Connections at the ports for components.
     components_open: Rc<Cell<usize>>,
     /// Sessions that have begun, until their login task hands the connection over.
@@ -343,6 +362,7 @@ impl Shard {
             turn_began_us: Cell::new(parts.started.elapsed().as_micros() as u64),
             hand_overs: Cell::new(0),
             http_open: Cell::new(0),
+            web_open: Cell::new(0),
             components_open: Rc::default(),
             bound: RefCell::default(),
             usual_ns: RefCell::new(Rc::new(StreamNs::client())),

@@ -72,6 +72,8 @@ pub struct Framer {
     exact: bool,
     /// The open quote inside such a tag, else 0.
     quote: u8,
+    /// Where the stream comes in messages.
+    messages: Messages,
     /// Digest of the stream element's name.
     header: u8,
     /// Digests of the open elements' names. Only a shortcut: a wrong end tag (255 of 256) is refused as it comes, while the
@@ -95,6 +97,20 @@ enum Phase {
     Stream,
     Closed,
 }
+
+/// Where the transport carries messages (RFC 7395), it puts [`MESSAGE`] before each, and each holds one element.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Messages {
+    /// It carries an endless stream.
+    None,
+    /// The next message must begin.
+    Expected,
+    /// One has begun, its element has not.
+    Begun,
+}
+
+/// The begin of a message: INFORMATION SEPARATOR TWO, which no XML may hold, so that it is found wherever it does not belong.
+pub const MESSAGE: u8 = 0x1E;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Inside {
@@ -128,13 +144,25 @@ impl Framer {
             exact: false,
             quote: 0,
             header: 0,
+            messages: Messages::None,
             names: [0; NAMES],
+        }
+    }
+
+    /// The same for a stream of messages: [`MESSAGE`] comes before each, as [`FrameKind::Whitespace`].
+    pub fn of_messages() -> Self {
+        Self {
+            messages: Messages::Expected,
+            ..Self::new()
         }
     }
 
     /// After STARTTLS or SASL: a new stream header is expected (RFC 6120 §5.4.3.3 and §6.4.6).
     pub fn restart(&mut self) {
-        *self = Self::new();
+        *self = match self.messages {
+            Messages::None => Self::new(),
+            _ => Self::of_messages(),
+        };
     }
 
     /// The next frame. `buf` begins at the first byte not yet consumed; on Some the caller consumes `len` bytes and calls
@@ -217,6 +245,11 @@ impl Framer {
     /// Between the stream's children, or before the stream.
     fn between(&mut self, buf: &[u8]) -> Result<Between, XmlError> {
         let start = self.at as usize;
+        if self.messages != Messages::None
+            && let Some(step) = self.message(buf.get(start).copied())?
+        {
+            return Ok(step);
+        }
         let space = buf[start..].iter().take_while(|b| is_space(**b)).count();
         let at = start + space;
         let before_stream = matches!(self.phase, Phase::Prolog | Phase::Declared);
@@ -239,6 +272,26 @@ impl Framer {
                 Err(XmlError::BadFormat("text between stanzas"))
             }
             Some(_) => Err(XmlError::NotWellFormed("text outside of the stream")),
+        }
+    }
+
+    /// The byte between two elements, where these come in messages.
+    fn message(&mut self, next: Option<u8>) -> Result<Option<Between>, XmlError> {
+        match (next, self.messages) {
+            (Some(MESSAGE), Messages::Begun) => Err(XmlError::BadFormat("empty message")),
+            (Some(MESSAGE), _) if self.at == 0 => {
+                self.messages = Messages::Begun;
+                Ok(Some(Between::Whitespace(1)))
+            }
+            (Some(b'<'), Messages::Begun) => {
+                self.messages = Messages::Expected;
+                Ok(None)
+            }
+            (Some(b'<'), _) => Err(XmlError::BadFormat("two elements in one message")),
+            (Some(b), Messages::Begun) if is_space(b) => Err(XmlError::BadFormat(
+                "a message that does not begin with '<'",
+            )),
+            _ => Ok(None),
         }
     }
 

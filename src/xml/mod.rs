@@ -16,6 +16,7 @@ pub mod escape;
 pub mod framer;
 pub mod header;
 mod names;
+mod standalone;
 mod tag;
 #[cfg(test)]
 mod tests;
@@ -23,8 +24,9 @@ pub mod view;
 
 pub use dom::{Element, Node};
 pub use escape::{escape_attr, escape_text, unescape};
-pub use framer::{Frame, FrameKind, Framer, Limits};
+pub use framer::{Frame, FrameKind, Framer, Limits, MESSAGE};
 pub use header::{HeaderError, StreamHeader, StreamNs};
+pub use standalone::{Attributes, missing_declaration};
 pub use tag::Attr;
 pub use view::{Child, View};
 

@@ -47,6 +47,10 @@ pub struct Blade {
     pub c2s_tls: SocketAddr,
     /// HTTP port (`/healthz`, `/metrics`).
     pub http: SocketAddr,
+    /// HTTP for clients, plain.
+    pub web: SocketAddr,
+    /// HTTP for clients, TLS.
+    pub web_tls: SocketAddr,
 }
 
 impl Blade {
@@ -64,7 +68,7 @@ impl Blade {
             .prefix("nitro-test-")
             .tempdir()
             .expect("a temporary folder");
-        let [c2s, c2s_tls, http] = free_addresses();
+        let [c2s, c2s_tls, http, web, web_tls] = free_addresses();
         let data_dir = folder.path().join("data");
         let all = vec![
             format!("domain=\"{DOMAIN}\""),
@@ -76,6 +80,8 @@ impl Blade {
             format!("c2s.listen=[\"{c2s}\"]"),
             format!("c2s.listen_tls=[\"{c2s_tls}\"]"),
             format!("http.listen=[\"{http}\"]"),
+            format!("web.listen=[\"{web}\"]"),
+            format!("web.listen_tls=[\"{web_tls}\"]"),
         ];
         let mut blade = Blade {
             folder,
@@ -86,6 +92,8 @@ impl Blade {
             c2s,
             c2s_tls,
             http,
+            web,
+            web_tls,
         };
         for (key, value) in settings {
             blade.set(key, value);
