@@ -417,5 +417,21 @@ fn limits() -> Limits {
             presences_per_second_max: 10,
             persistent: false,
         },
+        push: nitro::xmpp::feature::push::Limits {
+            services_max: 16,
+            service_bytes_max: 4096,
+            sender: false,
+            body: false,
+            body_bytes_max: 1024,
+            placeholder: "New message".into(),
+            inactive: true,
+            repeat_ms: 3_600_000,
+            told_max: 1000,
+            per_second_max: 1000,
+            waiting_max: 1000,
+            answer_ms_max: 30_000,
+            retry_ms: 30_000,
+            tries_max: 10,
+        },
     }
 }

@@ -376,6 +376,38 @@ keys! {
         live presences_per_second_max: u32 = 10 => 1..=1_000_000;
     }
 
+    /// Push notifications (XEP-0357): app servers are told when something waits for somebody (see "Push notifications" in README.md).
+    push: PushSection {
+        /// Services that one user may have enabled; more are refused with `<resource-constraint/>`. 0: there are no push notifications.
+        live services_max: usize = 16 => 0..=1000;
+        /// Bytes of one of them: address, node and publish options.
+        live service_bytes_max: usize = 4096 => 256..=65_536;
+        /// Whether notifications say who has written. They go through app servers, and from there through others.
+        live sender: bool = false;
+        /// Whether notifications say what was written.
+        live body: bool = false;
+        /// Bytes of that; more is cut off.
+        live body_bytes_max: usize = 1024 => 16..=65_536;
+        /// What stands in its place otherwise: app servers take a notification with a text for an urgent one. Empty: nothing.
+        live placeholder: String = "New message".into();
+        /// Whether a client that has said that it is inactive (XEP-0352) counts as asleep, like one whose connection is gone.
+        live inactive: bool = true;
+        /// Minutes after which a user who has not been there since is told again, by the next message.
+        live repeat_minutes: u64 = 60 => 1..=525_600;
+        /// Users of one shard of whom that is remembered; others are told of each message.
+        live told_max: usize = 100_000 => 100..=10_000_000;
+        /// Notifications of one shard in a second; more wait.
+        live per_second_max: u32 = 500 => 1..=1_000_000;
+        /// Notifications of one shard that wait for an answer or for another try; more are left out.
+        live waiting_max: usize = 10_000 => 10..=1_000_000;
+        /// Seconds in which an app server must answer.
+        live answer_seconds_max: u64 = 30 => 1..=600;
+        /// Seconds until a notification that has failed is tried again, doubled each time up to an hour.
+        live retry_seconds: u64 = 30 => 1..=3600;
+        /// How often a notification is tried before its service is disabled.
+        live tries_max: u32 = 10 => 1..=100;
+    }
+
     /// Stream management (XEP-0198).
     stream_management: StreamManagement {
         /// Seconds that a session whose connection was cut can be resumed.

@@ -376,3 +376,51 @@ fn a_stop_tells_components_and_a_restart_lets_them_in_again() {
     let port = self::port(&blade, 2);
     connect(port);
 }
+
+/// The app server gets what a message for bob makes nitro say; bob's name is in it.
+fn notified(component: &mut Connection) -> String {
+    let push = component.find(|e| e.name == "iq" && e.attribute("type") == Some("set"));
+    let push = push.expect("a notification");
+    let answer = format!(
+        "<iq type='result' id='{}' from='{HOST}' to='{}'/>",
+        push.attribute("id").unwrap(),
+        push.attribute("from").unwrap()
+    );
+    component.send(answer.as_bytes()).unwrap();
+    let publish = &push.children[0].children[0];
+    publish.attribute("node").unwrap().to_owned()
+}
+
+#[test]
+fn push_services_survive_kill_9_and_a_user_is_told_wherever_he_lives() {
+    let (mut blade, port) = start(&[]);
+    let mut component = connect(port);
+    let names: Vec<String> = (0..4).map(|n| format!("phone{n}")).collect();
+    Client::register(&blade, "alice");
+    for name in &names {
+        Client::register(&blade, name);
+        let mut phone = Client::online(&blade, name, "r");
+        phone.send(&format!(
+            "<iq type='set' id='e'><enable xmlns='urn:xmpp:push:0' jid='{HOST}' node='{name}'/></iq>"
+        ));
+        let answer = phone.find(|e| e.attribute("id") == Some("e"));
+        assert_eq!(answer.attribute("type"), Some("result"));
+    }
+    // answered: so they are there after this
+    blade.kill();
+    drop(component);
+    blade.restart();
+    let port = self::port(&blade, 2);
+    component = connect(port);
+    let mut alice = Client::online(&blade, "alice", "r");
+    for _ in 0..3 {
+        for name in &names {
+            alice.send(&chat(&format!("{name}@localhost"), "Wherefore art thou?"));
+        }
+    }
+    let mut told: Vec<String> = names.iter().map(|_| notified(&mut component)).collect();
+    told.sort();
+    assert_eq!(told, names);
+    alice.settle();
+    assert_eq!(metric(&blade, "nitro_push_sent_total"), 4);
+}

@@ -186,6 +186,21 @@ snapshot! {
     /// Presences that were never sent because a newer one of the same full JID came while they waited. When it rises without a
     /// storm, clients change their presence in a loop.
     counter presence_merged = "nitro_presence_merged";
+    /// Push notifications published to app servers (XEP-0357). When it is high beside nitro_messages_offline, users come and go:
+    /// push.repeat_minutes bounds the rest.
+    counter push_sent = "nitro_push_sent";
+    /// Push notifications that an app server refused or did not answer in time (push.answer_seconds_max). When it rises, look at
+    /// nitro_component_connections: the app server may be away.
+    counter push_failed = "nitro_push_failed";
+    /// Push services that were disabled because they refuse notifications (push.tries_max). When many are at once, an app server has
+    /// lost its nodes: its clients enable them again at their next login. The log says which.
+    counter push_disabled = "nitro_push_disabled";
+    /// Push services and notifications left out by a limit (push.services_max, push.waiting_max). When it rises, see
+    /// nitro_push_waiting.
+    counter push_limited = "nitro_push_limited";
+    /// Push notifications that wait for an answer or for another try. When it comes near push.waiting_max, an app server is away
+    /// or slow.
+    gauge push_waiting = "nitro_push_waiting";
     /// Users on line who wait to be told of a change of the groups (groups.file). When they do not go down after a reload, the group
     /// is large and many are on line: each is told of each, piece by piece.
     gauge regrouping = "nitro_group_changes_waiting";

@@ -468,6 +468,11 @@ impl Shard {
             knocks_moved: self.knocks_moved.get(),
             presence_waiting: slice.pace.waiting() as u64,
             presence_merged: slice.pace.merged,
+            push_sent: slice.push.counters.sent,
+            push_failed: slice.push.counters.failed,
+            push_disabled: slice.push.counters.disabled,
+            push_limited: slice.push.counters.limited,
+            push_waiting: slice.push.waiting() as u64,
             regrouping: slice.regrouping.len() as u64,
             components: slice.components.conns().filter(|conn| conn.up).count() as u64,
             component_joins: slice.components.counters.joins,
@@ -610,6 +615,27 @@ pub fn limits(config: &Config, shards: usize) -> Limits {
         pep_waiting_max: l.pep_waiting_max,
         caps_remembered_max: l.caps_remembered_max,
         rooms: room_limits(config),
+        push: push_limits(config),
+    }
+}
+
+fn push_limits(config: &Config) -> crate::xmpp::feature::push::Limits {
+    let p = &config.push;
+    crate::xmpp::feature::push::Limits {
+        services_max: p.services_max,
+        service_bytes_max: p.service_bytes_max,
+        sender: p.sender,
+        body: p.body,
+        body_bytes_max: p.body_bytes_max,
+        placeholder: p.placeholder.as_str().into(),
+        inactive: p.inactive,
+        repeat_ms: p.repeat_minutes * 60_000,
+        told_max: p.told_max,
+        per_second_max: p.per_second_max,
+        waiting_max: p.waiting_max,
+        answer_ms_max: p.answer_seconds_max * 1000,
+        retry_ms: p.retry_seconds * 1000,
+        tries_max: p.tries_max,
     }
 }
 

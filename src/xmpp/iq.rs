@@ -2,7 +2,7 @@
 
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Target, caps, last};
+use super::feature::{Target, caps, last, push};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
@@ -178,6 +178,11 @@ pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta:
     let Ok(from_jid) = Jid::parse(from) else {
         return Fate::Decided;
     };
+    if to.is_bare() && matches!(meta.kind, Kind::IqResult | Kind::IqError) {
+        // only what this server has asked in the user's name is answered so
+        push::answered(slice, name, &from_jid, stanza, meta);
+        return Fate::Decided;
+    }
     if !slice.admits(to, &from_jid, stanza, meta) {
         return Fate::Decided;
     }

@@ -146,6 +146,7 @@ pub struct Limits {
     /// Capabilities of clients that are remembered.
     pub caps_remembered_max: usize,
     pub rooms: room::Limits,
+    pub push: feature::push::Limits,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -481,6 +482,8 @@ pub struct Slice {
     /// What is known of clients' capabilities.
     pub caps: feature::caps::Known,
     pub rooms: room::Rooms,
+    /// Push notifications at work.
+    pub push: feature::push::Push,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     /// How often users were asked for again; see [`AGAIN_MAX`].
     again: FnvHashMap<Box<str>, u8>,
@@ -568,6 +571,7 @@ impl Slice {
             pep: Default::default(),
             caps: Default::default(),
             rooms: Default::default(),
+            push: Default::default(),
             waits: FnvHashMap::default(),
             again: FnvHashMap::default(),
             ticket: 0,
@@ -839,6 +843,7 @@ impl Slice {
         }
         self.counts.retain(|_, (_, until)| *until > now);
         feature::caps::tick(self);
+        feature::push::tick(self);
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -976,6 +981,7 @@ impl Slice {
                 session.accept.forget_asked();
                 self.parked += 1;
                 self.timer(wait, sid, Timer::Resume);
+                feature::push::cut_off(self, sid);
             }
             _ => {
                 // `end` counts a session without link as parked

@@ -14,7 +14,7 @@ import typing
 
 from aio import AioBot
 from bot import Event, Message, Presence, Push, Refused, StreamEnd
-from components import Echo
+from components import AppServer, Echo
 from server import Blade, free_ports
 from slix import SlixBot
 
@@ -687,6 +687,52 @@ async def foreign_component_serves_its_name(stage):
     finally:
         await users.leave()
         await echo.leave()
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True)
+async def an_app_server_wakes_phones(stage):
+    """XEP-0357 with slixmpp at both ends: told once, again after the phone was there, disabled by an error."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, push__sender="true", push__body="true",
+        component__listen=f'["127.0.0.1:{port}"]', component__hosts='{ "push.example" = "secret" }')
+    server = AppServer("push.example", "secret", blade.host, port)
+    users = Stage(blade, stage.tag)
+    try:
+        await server.come()
+        alice = await users.online(AioBot, "alice")
+        phone = await users.online(SlixBot, "phone")
+        info = await phone.client["xep_0030"].get_info(jid=phone.jid)
+        assert "urn:xmpp:push:0" in info["disco_info"]["features"], info
+        await phone.enable_push("push.example", "yxs32", secret="eruio")
+        await phone.log_out()
+        await asyncio.to_thread(blade.wait_for_sessions, 1)
+        alice.chat(phone.jid, "Wherefore art thou?")
+        user, node, fields, options = await server.wait()
+        assert (user, node, options["secret"]) == (phone.jid, "yxs32", "eruio"), (user, node, options)
+        assert fields["message-count"] == "1" and fields["last-message-body"] == "Wherefore art thou?", fields
+        assert fields["last-message-sender"] == alice.full, fields
+        alice.chat(phone.jid, "Romeo?")
+        await alice.settled()
+        assert server.told.empty()
+        phone = await users.online(SlixBot, "phone", register=False)
+        assert await phone.bodies(2) == ["Wherefore art thou?", "Romeo?"]
+        await phone.log_out()
+        await asyncio.to_thread(blade.wait_for_sessions, 1)
+        server.error = "item-not-found"
+        alice.chat(phone.jid, "once more")
+        assert (await server.wait())[2]["message-count"] == "1"
+        phone = await users.online(SlixBot, "phone", register=False)
+        assert await phone.bodies(1) == ["once more"]
+        await phone.log_out()
+        await asyncio.to_thread(blade.wait_for_sessions, 1)
+        alice.chat(phone.jid, "nobody is told")
+        await alice.settled()
+        assert server.told.empty()
+    finally:
+        await users.leave()
+        await server.leave()
         await asyncio.to_thread(blade.stop)
 
 

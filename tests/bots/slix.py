@@ -116,6 +116,16 @@ class SlixBot(Bot):
                 texts = [text.strip() for text in item.itertext() if text.strip()]
                 self.note(Event(str(msg["from"]), items.get("node"), item.get("id"), "".join(texts)))
 
+    async def enable_push(self, jid, node, **options):
+        config = {"FORM_TYPE": "http://jabber.org/protocol/pubsub#publish-options"} | options
+        form = self.client["xep_0004"].make_form(ftype="submit")
+        for var, value in config.items():
+            form.add_field(var=var, value=value)
+        enable = ET.Element("{urn:xmpp:push:0}enable", jid=jid, node=node)
+        enable.append(form.xml)
+        iq = self.client.make_iq_set(enable)
+        await self.ask(iq.send())
+
     async def watch(self, *nodes):
         """Wants to hear of these nodes from when it comes on line."""
         for node in nodes:

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use smallvec::SmallVec;
 
-use super::{Feature, NONE, NonzaRoute, offline};
+use super::{Feature, NONE, NonzaRoute, offline, push};
 use crate::store::change::StreamCount;
 use crate::store::recovery::stream_key;
 use crate::xml::view::View;
@@ -103,6 +103,11 @@ impl Sm {
         self.kept.entries.len()
     }
 
+    /// The newest pending delivery that the client has not acknowledged.
+    pub fn newest_pending(&self) -> Option<(&[u8], Meta)> {
+        self.kept.newest_pending()
+    }
+
     /// Asks for an acknowledgement behind what goes out now, unless one is on its way.
     pub fn ask(&mut self, out: &mut Vec<u8>) {
         if !self.requested && !self.kept.entries.is_empty() && !out.is_empty() {
@@ -148,6 +153,18 @@ impl Kept {
         }
         self.entries
             .push_back(((self.bytes.len() - before) as u32, meta, id));
+    }
+
+    fn newest_pending(&self) -> Option<(&[u8], Meta)> {
+        let mut end = self.bytes.len();
+        for (len, meta, id) in self.entries.iter().rev() {
+            let begin = end - *len as usize;
+            if *id != 0 {
+                return Some((&self.bytes[begin..end], *meta));
+            }
+            end = begin;
+        }
+        None
     }
 
     /// Takes out everything.
@@ -461,6 +478,7 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
         slice.taken(&user, id);
     }
     slice.allow(sid, repeated);
+    push::is_there(slice, sid);
     Ok(())
 }
 
@@ -476,6 +494,7 @@ pub fn expire(slice: &mut Slice, sid: SessionId) {
 /// What a session that ends for good leaves unacknowledged (XEP-0198 section 5, RFC 6121 8.5.2): pending deliveries wait for
 /// another client, requests are answered by an error, everything else is dropped.
 pub fn redirect(slice: &mut Slice, user: &str, left: Vec<(Box<[u8]>, Meta, u64)>) {
+    let comes_back = left.iter().any(|(_, _, id)| *id != 0);
     for (stanza, meta, id) in left {
         if id != 0 {
             offline::come_back(slice, user, id, stanza, meta);
@@ -509,4 +528,7 @@ pub fn redirect(slice: &mut Slice, user: &str, left: Vec<(Box<[u8]>, Meta, u64)>
         message::redeliver(slice, &to, &stanza, meta);
     }
     offline::deliver_again(slice, user);
+    if comes_back {
+        push::came_back(slice, user);
+    }
 }
