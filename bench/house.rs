@@ -80,6 +80,8 @@ impl House {
         let env = Env {
             domain: DOMAIN.into(),
             rooms: Some(format!("rooms.{DOMAIN}").into()),
+            upload: None,
+            upload_key: None,
             shard: 0,
             ring: Rc::new(Ring::of_shards(1)),
             limits: limits(),
@@ -432,6 +434,12 @@ fn limits() -> Limits {
             answer_ms_max: 30_000,
             retry_ms: 30_000,
             tries_max: 10,
+        },
+        upload: nitro::xmpp::feature::upload::Limits {
+            url: "https://localhost:5443".into(),
+            file_bytes_max: 100_000,
+            slot_seconds: 300,
+            waiting_max: 100,
         },
     }
 }

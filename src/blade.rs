@@ -27,6 +27,7 @@ use crate::shard::doors::Doors;
 use crate::shard::figures::{Pages, Sources};
 use crate::shard::journal::Foreign;
 use crate::shard::redis::RedisParts;
+use crate::shard::upload::Files;
 use crate::shard::{Door, Inbound, Parts, Shard};
 use crate::store::change::Id;
 use crate::store::drain::{DrainConfig, Source};
@@ -166,6 +167,10 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let (observer, observing) = start_observer(&config, &senders, lane.counters())?;
     let pages = Pages { sources, observer };
     let helpers = Helpers::start(config.limits.password_checks_waiting_max);
+    let files_of_users = config
+        .upload_host()
+        .map(|_| Files::start(&config))
+        .transpose()?;
     let doors = Arc::new(Doors::default());
     let loads = Arc::new(Loads::new(shards));
     let id_key = [
@@ -189,6 +194,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 ring: ring.clone(),
                 decoy: decoy.clone(),
                 id_key,
+                upload: files_of_users.clone().map(|files| (secret, files)),
                 listen: listen
                     .iter()
                     .copied()

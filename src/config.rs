@@ -408,6 +408,40 @@ keys! {
         live tries_max: u32 = 10 => 1..=100;
     }
 
+    /// Uploaded files (XEP-0363; see "Uploads" in README.md). They come and go by the ports of section `web`.
+    upload: Upload {
+        /// Whether clients may upload, where `upload.url` is known.
+        restart enabled: bool = true;
+        /// The address of the service. Empty: `upload.` and `domain`.
+        restart host: String = String::new();
+        /// Where clients reach the web ports, e.g. "https://chat.example.com" or "https://files.example.com:5443": what stands before
+        /// `/upload/` in the addresses that they get. Empty: `https://`, the domain and the first port of `web.listen_tls`; without such
+        /// a port there are no uploads.
+        live url: String = String::new();
+        /// The folder of the files. Empty: `uploads` in `data_dir`. Backups leave it out: copy it as it is, files never change.
+        restart dir: PathBuf = PathBuf::new();
+        /// Bytes of one file; beyond it `<file-too-large/>`.
+        live file_bytes_max: u64 = 26_214_400 => 1..=1_099_511_627_776;
+        /// Bytes that one user may upload in 24 hours; beyond it `<resource-constraint/>`.
+        live user_bytes_per_day_max: u64 = 524_288_000 => 1..=1_099_511_627_776;
+        /// Bytes of all files of one user.
+        live user_bytes_max: u64 = 5_368_709_120 => 1..=1_099_511_627_776;
+        /// Files of one user.
+        live user_files_max: usize = 10_000 => 1..=1_000_000;
+        /// Bytes of all files.
+        live bytes_max: u64 = 107_374_182_400 => 1..=1_152_921_504_606_846_976;
+        /// Days that a file stays. 0: for ever.
+        live keep_days: u64 = 30 => 0..=36_500;
+        /// Seconds in which an upload must begin.
+        live slot_seconds: u64 = 300 => 10..=86_400;
+        /// Files that come or go at the same time; more get 503.
+        live transfers_max: usize = 256 => 1..=100_000;
+        /// Pieces of files and requests for slots that wait for the disk; more are refused.
+        restart waiting_max: usize = 1024 => 16..=1_000_000;
+        /// Threads that write and read them.
+        restart threads: usize = 2 => 1..=64;
+    }
+
     /// Stream management (XEP-0198).
     stream_management: StreamManagement {
         /// Seconds that a session whose connection was cut can be resumed.
@@ -632,6 +666,37 @@ impl Config {
     }
 
     /// The domain of chat rooms; `None`: there are none.
+    /// Domain of the service of uploads, if there is one.
+    pub fn upload_host(&self) -> Option<String> {
+        let on = self.upload.enabled && !self.upload_url().is_empty();
+        on.then(|| match self.upload.host.is_empty() {
+            true => format!("upload.{}", self.domain),
+            false => self.upload.host.clone(),
+        })
+    }
+
+    /// What addresses of files begin with, without `/` at the end; empty: not known.
+    pub fn upload_url(&self) -> String {
+        if !self.upload.url.is_empty() {
+            return self.upload.url.trim_end_matches('/').to_owned();
+        }
+        let Some(address) = self.web.listen_tls.first() else {
+            return String::new();
+        };
+        let host = idna::domain_to_ascii(&self.domain).unwrap_or_else(|_| self.domain.clone());
+        match address.port() {
+            443 => format!("https://{host}"),
+            port => format!("https://{host}:{port}"),
+        }
+    }
+
+    pub fn upload_dir(&self) -> PathBuf {
+        match self.upload.dir.as_os_str().is_empty() {
+            true => self.data_dir.join("uploads"),
+            false => self.upload.dir.clone(),
+        }
+    }
+
     pub fn rooms_host(&self) -> Option<String> {
         self.rooms
             .enabled
@@ -1434,6 +1499,24 @@ impl Loading {
                 ),
             );
         }
+        if let Some(upload) = c.upload_host() {
+            if upload == c.domain || Some(&*upload) == c.rooms_host().as_deref() {
+                return wrong(
+                    "upload.host",
+                    format!(
+                        "{upload} is another service's; write e.g. \"upload.\" before the domain"
+                    ),
+                );
+            }
+            if c.component.hosts.0.contains_key(&*upload) {
+                return wrong(
+                    "component.hosts",
+                    format!(
+                        "{upload} is this server's own (upload.host); give one of them another name, or switch upload.enabled off"
+                    ),
+                );
+            }
+        }
         if let Some(rooms) = c.rooms_host()
             && c.component.hosts.0.contains_key(&*rooms)
         {
@@ -1520,6 +1603,28 @@ fn check(c: &mut Config, key: &str) -> Result<(), String> {
                 );
             }
         },
+        "upload.host" if !c.upload.host.is_empty() => {
+            c.upload.host = normal_domain(&c.upload.host)?;
+        }
+        "upload.url" if !c.upload.url.is_empty() => {
+            let host = c
+                .upload
+                .url
+                .strip_prefix("https://")
+                .or(c.upload.url.strip_prefix("http://"));
+            let fine = |host: &str| {
+                !host.is_empty()
+                    && host
+                        .bytes()
+                        .all(|b| (b'!'..=b'~').contains(&b) && !b"\"'<>?#\\".contains(&b))
+            };
+            if !host.is_some_and(fine) {
+                return Err(
+                    "this is no address of a web server; write e.g. \"https://chat.example.com\""
+                        .into(),
+                );
+            }
+        }
         "redis.blade" if c.redis.blade.contains(':') => {
             return Err("it must not contain `:`; write e.g. \"blade1\"".into());
         }

@@ -422,5 +422,7 @@ fn push_services_survive_kill_9_and_a_user_is_told_wherever_he_lives() {
     told.sort();
     assert_eq!(told, names);
     alice.settle();
-    assert_eq!(metric(&blade, "nitro_push_sent_total"), 4);
+    wait_until("four are counted", Duration::from_secs(10), || {
+        metric(&blade, "nitro_push_sent_total") == 4
+    });
 }

@@ -15,6 +15,7 @@
 //! | `web` | XMPP for web pages |
 //! | `figures` | the metrics of the whole blade, put together |
 //! | `component` | connections of components |
+//! | `upload` | uploaded files: bodies that come and go by HTTP, threads for the disk |
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
 
 pub mod admin;
@@ -28,8 +29,10 @@ mod live;
 mod login;
 pub mod moves;
 pub mod redis;
+pub mod upload;
 mod web;
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -53,6 +56,7 @@ use crate::store::sql::lane::LaneSender;
 use crate::store::tier::{Answer, Ticket};
 use crate::xml::{Framer, StreamNs};
 use crate::xmpp::component::Hosts;
+use crate::xmpp::feature::upload::Key;
 use crate::xmpp::groups::Groups;
 use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
@@ -89,6 +93,8 @@ pub enum Inbound {
     ),
     /// The page that an HTTP request of this shard has asked for.
     Page(u64, String),
+    /// A thread has done something with the folder of uploads.
+    Uploaded(upload::Done),
     /// There is something unread: turn once more.
     Nudge,
     /// Say farewell to everybody and end.
@@ -132,6 +138,8 @@ pub struct Parts {
     pub ring: Arc<Ring>,
     pub decoy: Arc<Decoy>,
     pub id_key: [u64; 2],
+    /// Of the slots for uploads, and the threads that keep the files; none: there are no uploads.
+    pub upload: Option<([u8; 32], upload::Files)>,
     pub listen: Vec<(SocketAddr, Door)>,
     pub mesh: MeshEnd<moves::Sent>,
     pub inbox: Inbox<Inbound>,
@@ -207,6 +215,11 @@ pub struct Shard {
     pages: figures::Pages,
     /// HTTP requests that wait for their page.
     pages_waiting: RefCell<FnvHashMap<u64, SlotSetter<String>>>,
+    /// Of the folder of uploads.
+    files: Option<upload::Files>,
+    /// Who waits for what is done with it, by number.
+    upload_waits: RefCell<FnvHashMap<u64, SlotSetter<Box<dyn Any + Send>>>>,
+    upload_number: Cell<u64>,
     page_tickets: Cell<u64>,
 }
 
@@ -305,9 +318,12 @@ impl Shard {
     pub async fn run(number: usize, parts: Parts) -> Result<(), String> {
         let shards = parts.ring.members();
         let config = parts.config;
+        let (upload_key, files) = parts.upload.unzip();
         let env = Env {
             domain: config.domain.as_str().into(),
             rooms: config.rooms_host().map(Into::into),
+            upload: files.as_ref().and(config.upload_host()).map(Into::into),
+            upload_key: upload_key.as_ref().map(Key::new),
             shard: number as u16,
             ring: Rc::new((*parts.ring).clone()),
             limits: limits(&config, shards),
@@ -315,9 +331,11 @@ impl Shard {
             features: Default::default(),
         };
         let mesh = parts.mesh.connect();
-        let files = parts.files;
+        let journals = parts.files;
         let read_back = move |place, into: &mut Vec<u8>| {
-            files.read(place, into).map_err(|error| error.to_string())
+            journals
+                .read(place, into)
+                .map_err(|error| error.to_string())
         };
         let start = Start {
             next_seq: parts.journal.next_seq(),
@@ -372,6 +390,9 @@ impl Shard {
             unread_depth: HighWater::default(),
             pages: parts.pages,
             pages_waiting: RefCell::default(),
+            files,
+            upload_waits: RefCell::default(),
+            upload_number: Cell::new(0),
             page_tickets: Cell::new(0),
         });
         begin_recording();
@@ -468,6 +489,8 @@ impl Shard {
             knocks_moved: self.knocks_moved.get(),
             presence_waiting: slice.pace.waiting() as u64,
             presence_merged: slice.pace.merged,
+            upload_slots: slice.uploads.counters.slots,
+            upload_slots_refused: slice.uploads.counters.refused,
             push_sent: slice.push.counters.sent,
             push_failed: slice.push.counters.failed,
             push_disabled: slice.push.counters.disabled,
@@ -485,6 +508,9 @@ impl Shard {
             component_unreachable: slice.components.counters.unreachable,
             component_lost: slice.components.counters.lost,
         };
+        if let Some(files) = self.files.as_ref().filter(|_| self.number == 0) {
+            files.tell(&self.gauges);
+        }
         self.gauges.publish(self.number, snapshot);
     }
 
@@ -616,7 +642,14 @@ pub fn limits(config: &Config, shards: usize) -> Limits {
         caps_remembered_max: l.caps_remembered_max,
         rooms: room_limits(config),
         push: push_limits(config),
+        upload: upload::limits(config),
     }
+}
+
+/// Unix time in seconds.
+fn unix() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
 }
 
 fn push_limits(config: &Config) -> crate::xmpp::feature::push::Limits {

@@ -2,7 +2,7 @@
 
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Target, caps, last, push};
+use super::feature::{Target, caps, last, push, upload};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
@@ -62,9 +62,16 @@ impl Slice {
     }
 
     pub fn iq_error(&mut self, iq: &Iq, error: &StanzaError) {
-        let answer = answer(iq, "error")
-            .child(iq.payload.clone())
-            .child(error.element());
+        self.iq_error_element(iq, error.element());
+    }
+
+    /// The same with an application-specific condition that has attributes or children.
+    pub fn iq_error_with(&mut self, iq: &Iq, error: &StanzaError, detail: Element) {
+        self.iq_error_element(iq, error.element().child(detail));
+    }
+
+    fn iq_error_element(&mut self, iq: &Iq, error: Element) {
+        let answer = answer(iq, "error").child(iq.payload.clone()).child(error);
         self.iq_answer(iq, answer, Kind::IqError);
     }
 
@@ -128,6 +135,12 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
                 return;
             }
             return room::host::outbound(slice, sid, view, to, kind);
+        }
+        Some(to) if slice.env.is_upload(to) => {
+            if !requests {
+                return;
+            }
+            return upload::outbound(slice, sid, view, to, kind);
         }
         Some(to) if !slice.is_reached(to) => {
             return message::bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);

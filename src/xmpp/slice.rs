@@ -53,6 +53,9 @@ pub struct Env {
     pub domain: Box<str>,
     /// Domain of the chat rooms; `None`: there are none.
     pub rooms: Option<Box<str>>,
+    /// Domain of the service of uploads, and the key of its slots; `None`: there is none.
+    pub upload: Option<Box<str>>,
+    pub upload_key: Option<feature::upload::Key>,
     pub shard: u16,
     pub ring: Rc<Ring>,
     pub limits: Limits,
@@ -87,6 +90,11 @@ impl Env {
     /// Is it a chat room of this blade, somebody in it, or the service itself?
     pub fn is_room(&self, jid: &Jid<'_>) -> bool {
         self.rooms.as_deref() == Some(jid.domain())
+    }
+
+    /// Is it the service of uploads?
+    pub fn is_upload(&self, jid: &Jid<'_>) -> bool {
+        self.upload.as_deref() == Some(jid.domain()) && jid.local().is_none()
     }
 
     /// Under which name the store and the shards know it: a user by the local part, a room as `NAME@rooms`.
@@ -147,6 +155,7 @@ pub struct Limits {
     pub caps_remembered_max: usize,
     pub rooms: room::Limits,
     pub push: feature::push::Limits,
+    pub upload: feature::upload::Limits,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -291,6 +300,8 @@ pub struct Effects {
     pub closed: Vec<bool>,
     /// For the helper threads; answered by [`Slice::computed`].
     pub jobs: Vec<(Ticket, Job)>,
+    /// For those who keep the folder of uploads; answered by [`Slice::slot_reserved`].
+    pub slots: Vec<feature::upload::Ask>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
     /// Sessions without stream management that were given messages: [`Slice::confirmed`] when their peer has all.
@@ -484,6 +495,8 @@ pub struct Slice {
     pub rooms: room::Rooms,
     /// Push notifications at work.
     pub push: feature::push::Push,
+    /// Requests for slots at work.
+    pub uploads: feature::upload::Uploads,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     /// How often users were asked for again; see [`AGAIN_MAX`].
     again: FnvHashMap<Box<str>, u8>,
@@ -572,6 +585,7 @@ impl Slice {
             caps: Default::default(),
             rooms: Default::default(),
             push: Default::default(),
+            uploads: Default::default(),
             waits: FnvHashMap::default(),
             again: FnvHashMap::default(),
             ticket: 0,

@@ -26,10 +26,12 @@ use crate::store::sql::Ahead;
 use crate::store::tier::{
     Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request, Retraction,
 };
+use crate::store::upload::Refused;
 use crate::xml::{Element, FrameKind, Framer, Node, StreamNs};
 
 pub const DOMAIN: &str = "localhost";
 pub const ROOMS: &str = "rooms.localhost";
+pub const UPLOAD: &str = "upload.localhost";
 
 /// The ring of so many shards; made once, because that takes a while.
 pub fn ring(shards: usize) -> Rc<Ring> {
@@ -112,6 +114,12 @@ pub fn limits() -> Limits {
             retry_ms: 30_000,
             tries_max: 10,
         },
+        upload: feature::upload::Limits {
+            url: "https://localhost:5443".into(),
+            file_bytes_max: 100_000,
+            slot_seconds: 300,
+            waiting_max: 100,
+        },
     }
 }
 
@@ -129,6 +137,8 @@ pub struct World {
     pub now: Now,
     /// Presences that may go out in a turn of a slice.
     pub room: usize,
+    /// What those say who keep the folder of uploads.
+    pub slots: Result<(), Refused>,
     /// Peers without stream management have at once what they are sent.
     pub confirms: bool,
     clients: Vec<Connection>,
@@ -237,6 +247,7 @@ impl World {
             owners: (0, Id(0)),
             now,
             room: usize::MAX,
+            slots: Ok(()),
             confirms: true,
             clients: Vec::new(),
             components: Vec::new(),
@@ -323,6 +334,8 @@ impl World {
             let env = Env {
                 domain: DOMAIN.into(),
                 rooms: Some(ROOMS.into()),
+                upload: Some(UPLOAD.into()),
+                upload_key: Some(feature::upload::Key::new(&[9; 32])),
                 shard: shard as u16,
                 ring: ring.clone(),
                 limits: limits.clone(),
@@ -592,6 +605,10 @@ impl World {
                 for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {
                     moved = true;
                     slice.computed(ticket, job.run());
+                }
+                for ask in std::mem::take(&mut slice.fx.slots) {
+                    moved = true;
+                    slice.slot_reserved(ask.ticket, Some(self.slots));
                 }
                 let requests = std::mem::take(&mut slice.fx.requests);
                 self.tier

@@ -737,6 +737,37 @@ async def an_app_server_wakes_phones(stage):
 
 
 @scenario(own=True)
+async def a_picture_goes_up_and_comes_down(stage):
+    """slixmpp's own XEP-0363, over its own HTTP client and TLS: discovery, upload, download by somebody else, too large."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{port}"]', upload__file_bytes_max="100_000")
+    users = Stage(blade, stage.tag)
+    try:
+        alice = await users.online(SlixBot, "alice")
+        bob = await users.online(AioBot, "bob")
+        picture = os.urandom(65_000)
+        url = await alice.upload("my picture.png", picture, "image/png")
+        assert url.startswith(f"https://localhost:{port}/upload/") and url.endswith("/my%20picture.png"), url
+        alice.chat(bob.jid, url)
+        [body] = await bob.bodies(1)
+        status, headers, got = await alice.download(body)
+        assert (status, headers["content-type"], got == picture) == (200, "image/png", True), (status, headers)
+        status, headers, got = await alice.download(body, {"Range": "bytes=1000-1999"})
+        assert (status, got) == (206, picture[1000:2000]), (status, headers)
+        try:
+            await alice.upload("large.png", bytes(100_001), "image/png")
+        except Refused as refused:
+            assert str(refused) == "too large for 100000", refused
+        else:
+            raise AssertionError("too large a file was taken")
+        assert (await alice.download(body.replace("upload/", "upload/0")))[0] == 404
+    finally:
+        await users.leave()
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True)
 async def groups_are_in_every_members_roster(stage):
     """An administrator's group with members on two libraries; a reload while they are on line."""
     with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,13 @@
 """A bot on slixmpp."""
 
 import asyncio
+import io
+import ssl
 
+import aiohttp
 import slixmpp
 from slixmpp.exceptions import IqError
+from slixmpp.plugins.xep_0363 import http_upload
 from slixmpp.xmlstream import ET
 from slixmpp.xmlstream.handler import Callback
 from slixmpp.xmlstream.matcher import StanzaPath
@@ -12,7 +16,8 @@ from bot import WAIT_S, Bot, Event, Message, Presence, Push, Refused, StreamEnd
 
 PLUGINS = [
     "xep_0004", "xep_0012", "xep_0030", "xep_0045", "xep_0049", "xep_0054", "xep_0066", "xep_0077", "xep_0092", "xep_0191",
-    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0424", "xep_0441",
+    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0363", "xep_0424",
+    "xep_0441",
 ]
 
 # Those who publish and want to hear of nodes: they announce capabilities, and are asked for them.
@@ -115,6 +120,24 @@ class SlixBot(Bot):
             for item in items:
                 texts = [text.strip() for text in item.itertext() if text.strip()]
                 self.note(Event(str(msg["from"]), items.get("node"), item.get("id"), "".join(texts)))
+
+    def http(self):
+        context = ssl.create_default_context(cafile=self.server.certificate)
+        return aiohttp.TCPConnector(ssl=context)
+
+    async def upload(self, name, data, content_type):
+        plugin = self.client["xep_0363"]
+        # slixmpp has no way to say whom to trust; the rest is its own
+        http_upload.ClientSession = lambda **kw: aiohttp.ClientSession(connector=self.http(), **kw)
+        try:
+            return await plugin.upload_file(name, size=len(data), content_type=content_type, input_file=io.BytesIO(data))
+        except http_upload.FileTooBig as error:
+            raise Refused(f"too large for {error.args[1]}") from None
+
+    async def download(self, url, headers=None):
+        async with aiohttp.ClientSession(connector=self.http()) as session:
+            async with session.get(url, headers=headers) as answer:
+                return answer.status, {name.lower(): value for name, value in answer.headers.items()}, await answer.read()
 
     async def enable_push(self, jid, node, **options):
         config = {"FORM_TYPE": "http://jabber.org/protocol/pubsub#publish-options"} | options

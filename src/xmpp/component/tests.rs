@@ -531,7 +531,7 @@ fn disco_lists_the_components_that_are_connected() {
         orchard,
         &[&format!(
             "<iq type='result' id='d' from='localhost' to='{romeo}/orchard'>\
-             <query xmlns='http://jabber.org/protocol/disco#items'><item jid='rooms.localhost'/><item jid='{HOST}'/></query></iq>"
+             <query xmlns='http://jabber.org/protocol/disco#items'><item jid='rooms.localhost'/><item jid='upload.localhost'/><item jid='{HOST}'/></query></iq>"
         )],
     );
     w.component_cut(part);

@@ -33,7 +33,7 @@ use crate::xmpp::jid::Jid;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::pubsub;
 use crate::xmpp::session::{Session, SessionId};
-use crate::xmpp::slice::{Slice, WriteError};
+use crate::xmpp::slice::{Slice, Then};
 
 pub const NS: &str = "urn:xmpp:push:0";
 const NS_OPTIONS: &str = "http://jabber.org/protocol/pubsub#publish-options";
@@ -258,7 +258,7 @@ fn is(service: &<PushService as rkyv::Archive>::Archived, jid: &str, node: Optio
     *service.jid == *jid && node.is_none_or(|node| *service.node == *node)
 }
 
-fn answer(iq: Iq) -> Box<dyn FnOnce(&mut Slice, Result<(), WriteError>)> {
+fn answer(iq: Iq) -> Then {
     Box::new(move |slice, result| match result {
         Ok(()) => slice.iq_result(&iq, None),
         Err(error) => slice.iq_error(&iq, &StanzaError::from(error)),
