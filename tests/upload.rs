@@ -235,7 +235,7 @@ fn a_slot_is_for_one_body_of_its_length_type_token_and_time() {
         get: String::new(),
     };
     let renamed = Slot {
-        put: one.put.replace("a.png", "a.html"),
+        put: one.put.replace("/a.png", "/a.html"),
         get: String::new(),
     };
     let longer = Slot {
@@ -268,7 +268,7 @@ fn a_slot_is_for_one_body_of_its_length_type_token_and_time() {
         405
     );
     // expired: the entry says when it was given, and that cannot be changed
-    wait_until("the slot has expired", Duration::from_secs(30), || {
+    wait_until("the slot has expired", Duration::from_secs(60), || {
         put(at, &old, "image/png", b"0123") == 410
     });
     assert_eq!(files(&uploads), 1);
