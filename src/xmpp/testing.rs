@@ -223,6 +223,13 @@ pub struct Stored {
     pub last: Option<Last>,
 }
 
+impl Client {
+    /// Its connection, for the slice.
+    pub fn link(self) -> u64 {
+        self.link as u64
+    }
+}
+
 impl World {
     pub fn new(shards: usize) -> World {
         World::with(shards, |_| {})

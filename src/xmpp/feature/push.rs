@@ -929,6 +929,46 @@ mod tests {
     }
 
     #[test]
+    fn who_resumes_has_been_there() {
+        let mut s = scene();
+        let phone = s.phone();
+        s.w.send(phone, "<enable xmlns='urn:xmpp:sm:3' resume='true'/>");
+        s.w.cut(phone);
+        s.writes();
+        let asked = s.asked_once();
+        s.answers(&asked, "result", "");
+        s.writes();
+        assert!(s.asked().is_empty());
+        let slice = &mut s.w.slices[phone.shard];
+        crate::xmpp::feature::sm::resume(slice, phone.sid, phone.link(), 0).unwrap();
+        s.w.run();
+        s.w.cut(phone);
+        // what it has not acknowledged waits again
+        assert_eq!(s.asked().len(), 1);
+    }
+
+    #[test]
+    fn a_message_that_is_durable_before_its_recipient_is_known_is_told_when_he_is() {
+        let mut s = scene();
+        s.w.crash(1);
+        s.w.serve(&[(SERVER, ComponentPolicy::Refuse)], Settings::default());
+        s.app = s.w.component(0, SERVER);
+        let alice = s.w.tier.users.keys().next().unwrap().clone();
+        s.alice = s.w.online(&alice, "desk");
+        let message = format!(
+            "<message type='chat' to='{}@localhost'><body>x</body></message>",
+            s.bob
+        );
+        s.w.element(s.alice, &message).unwrap();
+        for _ in 0..3 {
+            s.w.commit_only(0);
+        }
+        assert!(s.w.slices[0].user(&s.bob).is_none());
+        s.w.run();
+        assert!(s.asked_once().contains("<value>1</value>"));
+    }
+
+    #[test]
     fn what_a_session_that_ends_leaves_is_told() {
         let mut s = scene();
         s.w.confirms = false;
