@@ -177,6 +177,23 @@ impl Groups {
         })
     }
 
+    /// Everybody with whom a user shares a group of `most` members or fewer, each once.
+    pub fn contacts_in_small<'a>(
+        &'a self,
+        user: &'a Person,
+        most: usize,
+    ) -> impl Iterator<Item = &'a Person> {
+        let small = move |at: &&u32| self.groups[**at as usize].members.len() <= most;
+        user.groups.iter().filter(small).flat_map(move |at| {
+            let members = self.groups[*at as usize].members.iter();
+            let people = members.map(|member| &self.people[*member as usize]);
+            people.filter(move |person| {
+                let mut common = user.groups.iter().filter(|at| person.groups.contains(at));
+                common.find(small) == Some(at) && person.name != user.name
+            })
+        })
+    }
+
     /// Those of one shard with whom a user shares this group and none before it.
     pub fn contacts_of_shard<'a>(
         &'a self,
