@@ -2437,7 +2437,8 @@ impl Slice {
                     revision,
                     pending: Vec::new(),
                     last: None,
-                    index: None,
+                    // nobody has made a node of it yet
+                    index: Some(Box::default()),
                 };
                 let mut user = Box::new(User::new(name, loaded, Offline::default()));
                 // not yet
