@@ -267,7 +267,7 @@ enum Group {
         group: String,
     },
     /// Put a user into a group: a line in the file, which a running server reads again at once.
-    #[command(after_help = "Example:\n  nitro group add desk alice --name 'Alice Archer'")]
+    #[command(after_help = "Example:\n  nitro group add desk alice --name Ally")]
     Add {
         /// The group; a new one begins with its first member.
         group: String,

@@ -364,6 +364,18 @@ mod tests {
         // directed presence, as into rooms
         w.send(a, &format!("<presence to='{bob}@localhost/b'/>"));
         assert!(w.take(b).concat().contains(&x(IMAGE)));
+        let room = "desk@rooms.localhost";
+        let enter = |nick: &str| {
+            format!(
+                "<presence to='{room}/{nick}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+            )
+        };
+        w.send(b, &enter("b"));
+        w.send(b, &format!("<iq type='set' id='o' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'><x xmlns='jabber:x:data' type='submit'/></query></iq>"));
+        w.take(b);
+        w.send(a, &enter("a"));
+        let there = w.take(b).concat();
+        assert!(there.contains(&x(IMAGE)), "{there}");
         w.send(a, "<presence/>");
         w.take(b);
         done(

@@ -249,9 +249,12 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
         }
         _ => {}
     }
-    let jid = session.jid.clone();
+    let (jid, user) = (session.jid.clone(), session.user.clone());
     let lang = session.lang.clone();
-    let stanza = compose(view, &jid, Some(to), lang.as_deref(), Vec::new());
+    let mut stanza = compose(view, &jid, Some(to), lang.as_deref(), Vec::new());
+    if kind == Kind::Available {
+        stanza = crate::xmpp::feature::avatar::announce(slice, &user, view, stanza);
+    }
     slice.route(to, &jid, &stanza, Meta::new(kind), None);
 }
 
