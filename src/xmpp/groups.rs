@@ -169,6 +169,15 @@ impl Groups {
         one != other && a.groups.iter().any(|at| b.groups.contains(at))
     }
 
+    /// Do two different users share a group of `most` members or fewer?
+    pub fn together_in_small(&self, one: &str, other: &str, most: usize) -> bool {
+        let (Some(a), Some(b)) = (self.person(one), self.person(other)) else {
+            return false;
+        };
+        let mut common = a.groups.iter().filter(|at| b.groups.contains(at));
+        one != other && common.any(|at| self.groups[*at as usize].members.len() <= most)
+    }
+
     /// Everybody with whom a user shares a group, each once, by groups.
     pub fn contacts<'a>(&'a self, user: &'a Person) -> impl Iterator<Item = &'a Person> {
         user.groups.iter().flat_map(move |at| {
@@ -222,8 +231,10 @@ impl Groups {
     }
 
     /// Has a shard users of one of these groups?
-    pub fn reaches(&self, user: &Person, shard: usize) -> bool {
-        self.of(user)
+    pub fn reaches(&self, user: &str, shard: usize) -> bool {
+        let person = self.person(user).into_iter();
+        person
+            .flat_map(|person| self.of(person))
             .any(|group| group.by_shard.get(shard).is_some_and(|m| !m.is_empty()))
     }
 

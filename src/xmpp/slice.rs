@@ -700,6 +700,7 @@ impl Slice {
                 Item::Listing { name, listed } => {
                     room::directory::told(self, batch.text(name), batch.get(listed));
                 }
+                Item::Regrouped { shard, times } => self.regrouped(shard, times),
                 Item::Group {
                     from,
                     stanza,
@@ -2053,6 +2054,14 @@ impl Slice {
             && contact
                 .local()
                 .is_some_and(|other| self.groups.together(name, other))
+    }
+
+    /// The same with the groups before, while not all shards have the new ones: who sends and who receives presence mean the same
+    /// contacts then.
+    pub fn still_together(&self, name: &str, contact: &Jid<'_>) -> bool {
+        let before = |other: &str| self.regrouping.before().any(|g| g.together(name, other));
+        self.together(name, contact)
+            || (self.env.is_local(contact) && contact.local().is_some_and(before))
     }
 
     pub fn user_mut(&mut self, name: &str) -> Option<&mut User> {
