@@ -148,6 +148,7 @@ impl House {
                 revision: 1,
                 pending: Vec::new(),
                 last: None,
+                index: None,
             }),
         }]);
         self.settle();
@@ -404,6 +405,7 @@ fn limits() -> Limits {
         },
         pubsub_page_items_max: 500,
         pep_waiting_max: 10_000,
+        group_greetings_members_max: 100,
         caps_remembered_max: 10_000,
         rooms: nitro::xmpp::room::Limits {
             creators: None,
@@ -418,6 +420,7 @@ fn limits() -> Limits {
             messages_per_second_max: 50,
             presences_per_second_max: 10,
             persistent: false,
+            archive_keep_ms: 0,
         },
         push: nitro::xmpp::feature::push::Limits {
             services_max: 16,

@@ -537,6 +537,7 @@ fn start_lane(
         drain: DrainConfig {
             linger: Duration::from_millis(config.journal.drain_after_ms),
             keep_days: config.archive.keep_days,
+            rooms_keep_days: config.rooms_keep_days(),
             ..DrainConfig::default()
         },
         ..LaneConfig::new(database.clone())
@@ -849,6 +850,16 @@ impl Operators {
                 }
                 components.sort_unstable_by(|a, b| (&a.host, a.since).cmp(&(&b.host, b.since)));
                 AdminReply::Components { components }
+            }
+            ComponentKick { host } => {
+                let mut sessions = 0;
+                for reply in self.ask_all(|_| Some(ComponentKick { host: host.clone() })) {
+                    match reply {
+                        (_, AdminReply::Kicked { sessions: some }) => sessions += some,
+                        (_, other) => return other,
+                    }
+                }
+                AdminReply::Kicked { sessions }
             }
             GroupList | GroupReload | GroupShow { .. } => self.groups(request),
             Journals => self.journals(),

@@ -124,6 +124,9 @@ keys! {
         /// Addresses for components; a component may run on another machine. The protocol is in the clear: keep it on loopback, in a
         /// network of its own or in a tunnel. Empty: none.
         restart listen: Vec<SocketAddr> = Vec::new();
+        /// Whether connections from `trusted_proxies` begin with a PROXY v2 header at these addresses, too, as they must at those of
+        /// clients. Others connect without one.
+        live proxy: bool = false;
         /// The names that components serve, subdomains or any others, and the secret of each: `"irc.example.com" = "secret"`, or
         /// `"irc.example.com" = { secret_file = "/etc/nitro/irc.secret", policy = "share" }` (or `secret`; a policy of its own may
         /// be left out). SIGHUP reads the files again: connections that stand go on, those of a name that is gone end.
@@ -153,6 +156,9 @@ keys! {
         live members_max: usize = 5000 => 1..=100_000;
         /// Rows of the file: members of all groups together.
         live memberships_max: usize = 200_000 => 1..=10_000_000;
+        /// Whoever comes on line is told the last items (mood, avatar and other nodes, XEP-0163) of all members of his groups up to this
+        /// size, and of no member of larger ones: those he hears when they change.
+        live last_items_members_max: usize = 100 => 0..=100_000;
     }
 
     /// The HTTP door: health checks and metrics. It has no authentication: keep it on loopback.
@@ -278,7 +284,8 @@ keys! {
         live pubsub_affiliations_max: usize = 100 => 1..=10_000;
         /// Items in one answer; the others are on further pages (XEP-0059).
         live pubsub_page_items_max: usize = 500 => 1..=10_000;
-        /// Contacts of one shard whose nodes wait to be read for somebody who has come; he does not hear of those beyond.
+        /// Contacts of one shard whose nodes wait to be read for somebody who has come (each contact counts for each who has come); he
+        /// does not hear of those beyond.
         live pep_waiting_max: usize = 10_000 => 1..=1_000_000;
         /// Capabilities of clients (XEP-0115) that one shard remembers; the oldest that no session uses goes.
         live caps_remembered_max: usize = 10_000 => 16..=1_000_000;
@@ -355,6 +362,9 @@ keys! {
         live admins: Vec<String> = Vec::new();
         /// Whether a new room stays when its last occupant leaves, if its maker does not say.
         live persistent: bool = false;
+        /// Days after which a message is taken out of the archives of rooms. 0: as in those of users (`archive.keep_days`); to keep
+        /// for long what users' archives lose, say 36500.
+        restart keep_days: u64 = 0 => 0..=36_500;
         /// Rooms that one shard has in memory; new ones are refused beyond.
         live rooms_max: usize = 10_000 => 1..=10_000_000;
         /// People in one room; its configuration may say less.
@@ -531,7 +541,7 @@ keys! {
     /// Archives of messages (XEP-0313).
     archive: Archive {
         /// Days after which a message is taken out of the archives, a little at a time; what waits for its recipient stays. 0:
-        /// never.
+        /// never. Rooms may have another number (`rooms.keep_days`).
         restart keep_days: u64 = 0 => 0..=36_500;
         /// Bytes, of the whole blade, for the newest messages of archives that are being read: a page of them costs no SQL. 0:
         /// none are kept.
@@ -662,6 +672,14 @@ impl Config {
             (dir.join("certificate.pem"), dir.join("key.pem"), true)
         } else {
             (self.tls.certificate.clone(), self.tls.key.clone(), false)
+        }
+    }
+
+    /// Days after which messages go out of the archives of rooms; 0: never.
+    pub fn rooms_keep_days(&self) -> u64 {
+        match self.rooms.keep_days {
+            0 => self.archive.keep_days,
+            days => days,
         }
     }
 

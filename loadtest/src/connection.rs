@@ -270,7 +270,7 @@ impl Connection {
                     let id = unescape(id.ok_or(Error::ResumptionNotOffered)?);
                     self.resumption_id = Some(String::from_utf8_lossy(&id).into_owned());
                 }
-                self.send_initial();
+                self.send_initial(target);
                 Ok(Effect::None)
             }
             State::EnableStreamManagement if name == b"failed" => Err(Error::Refused {
@@ -478,14 +478,22 @@ impl Connection {
         } else if target.acknowledgements {
             return Err(Error::ManagementNotOffered);
         } else {
-            self.send_initial();
+            self.send_initial(target);
         }
         Ok(())
     }
 
-    fn send_initial(&mut self) {
+    fn send_initial(&mut self, target: &Target) {
+        let presence = match target.caps {
+            true => {
+                "<presence><c xmlns='http://jabber.org/protocol/caps' hash='sha-1' \
+                 node='urn:x-nitro:loadtest' ver='QgayPKawpkPSDYmwT/WM94uAlu0='/></presence>"
+            }
+            false => "<presence/>",
+        };
         self.write(&[
-            "<iq type='get' id='roster'><query xmlns='jabber:iq:roster'/></iq><presence/>",
+            "<iq type='get' id='roster'><query xmlns='jabber:iq:roster'/></iq>",
+            presence,
         ]);
         self.sent = self.sent.wrapping_add(2);
         self.state = State::Initial;

@@ -151,6 +151,10 @@ pub struct Global {
     /// Resource to bind; empty: the server makes one.
     #[arg(long, global = true, default_value = "loadtest")]
     pub resource: String,
+    /// Announce capabilities (XEP-0115), as clients of people do: then the server needs what it knows of the user's nodes (XEP-0163) at
+    /// each login.
+    #[arg(long, global = true)]
+    pub caps: bool,
     /// When a login is complete.
     #[arg(long, global = true, value_enum, default_value_t = Until::Presence)]
     pub until: Until,
@@ -613,6 +617,7 @@ pub struct Target {
     pub tls: TlsMode,
     pub mechanism: Mechanism,
     pub until: Until,
+    pub caps: bool,
     pub stream_management: bool,
     /// A login to a server without stream management fails.
     pub acknowledgements: bool,
@@ -678,6 +683,7 @@ impl Global {
             tls: self.tls,
             mechanism,
             until: self.until,
+            caps: self.caps,
             stream_management: false,
             acknowledgements: false,
             resumption: false,

@@ -639,6 +639,7 @@ pub fn limits(config: &Config, shards: usize) -> Limits {
         },
         pubsub_page_items_max: l.pubsub_page_items_max,
         pep_waiting_max: l.pep_waiting_max,
+        group_greetings_members_max: config.groups.last_items_members_max,
         caps_remembered_max: l.caps_remembered_max,
         rooms: room_limits(config),
         push: push_limits(config),
@@ -690,6 +691,7 @@ fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
         messages_per_second_max: r.messages_per_second_max,
         presences_per_second_max: r.presences_per_second_max,
         persistent: r.persistent,
+        archive_keep_ms: config.rooms_keep_days() * 24 * 3_600_000,
     }
 }
 

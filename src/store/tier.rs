@@ -95,6 +95,8 @@ pub struct Loaded {
     /// Pending deliveries, ids ascending.
     pub pending: Vec<Pending>,
     pub last: Option<Last>,
+    /// The document [`INDEX_KEY`](super::warm::INDEX_KEY), empty if there is none. `None`: it was not asked for.
+    pub index: Option<Box<[u8]>>,
 }
 
 /// A message that waits for one of the user's clients.

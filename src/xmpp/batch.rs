@@ -73,6 +73,8 @@ pub enum Item {
     },
     /// The fate of a stanza is decided: durable, delivered or refused.
     Settled(Receipt),
+    /// A shard has new groups of an administrator's: how often that was so.
+    Regrouped { shard: u16, times: u64 },
     /// About a connection for the name of a component.
     Component {
         host: Span,

@@ -502,6 +502,13 @@ pub fn decide(slice: &mut Slice, name: &str, undecided: Vec<Pending>) {
         if pending.what & Message::ARCHIVE != 0 && !storing::wanted(slice, name, from) {
             let ms = slice.now.ms;
             slice.ledger.unarchived(&user, pending.id, ms);
+            // what names no entry of the archive has no stable id
+            if slice
+                .user(name)
+                .is_some_and(|user| user.offline.has(pending.id))
+            {
+                offline::keep(slice, name, pending.id, &pending.stanza, meta);
+            }
         }
         push::decided(slice, name, from, &pending.stanza, meta);
     }

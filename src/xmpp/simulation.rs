@@ -5,7 +5,8 @@
 //! committed, segments recycled, records drained in portions, each at any time. Then process or machine stops, in the
 //! middle of any call to the disk, with all that was on its way between shards; what was not synced is there or not. The
 //! next life may have another number of shards. In the end everything is sound and drained, and the model looks: what was
-//! accepted (`<a h/>`, an IQ's result) is there, once, in order; what was delivered is in the recipient's archive.
+//! accepted (`<a h/>`, an IQ's result) is there, once, in order; what was delivered is in the recipient's archive, unless he wants none
+//! (XEP-0441), and a tombstone (XEP-0424) stands there exactly where a retraction that is there too says so.
 //!
 //! `NITRO_SIM_SECONDS=3600 cargo test --release xmpp::simulation` runs for an hour, `NITRO_SIM_SEED=17` begins with that
 //! seed. A run that fails is tried with fewer actions, and the shortest that still fails is printed with its trace;
@@ -28,7 +29,7 @@ use crate::store::journal::sim::{Crash, Random, SimDisk};
 use crate::store::journal::stepped::Stepped;
 use crate::store::journal::{Floors, Options, Status, floors};
 use crate::store::overlay::Position;
-use crate::store::record::{Record, UserRecord};
+use crate::store::record::{ArchiveDefault, Record, UserRecord};
 use crate::store::recovery::Recovery;
 use crate::store::tier::{Answer, ArchiveQuery, Page, ReadError, Request};
 use crate::xml::{Element, StreamNs};
@@ -82,6 +83,8 @@ const EXPECTED: &[&str] = &[
     "tier away",
     "received",
     "shards changed",
+    "retracted",
+    "kept out of an archive",
 ];
 
 /// A run that has failed.
@@ -145,6 +148,8 @@ struct Sent {
     at: u64,
     stable_id: Option<String>,
     received: bool,
+    /// It retracts an earlier message of the same client to the same user.
+    retracts: Option<usize>,
 }
 
 /// A subscription that a client has asked for.
@@ -166,7 +171,7 @@ struct Asked {
 
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum What {
-    /// Key and value: "vcard", "password", "item USER".
+    /// Key and value: "vcard", "password", "archiving", "item USER".
     Put(String, String),
     Block(usize),
     Unblock(usize),
@@ -183,6 +188,8 @@ struct Account {
     clear: BTreeMap<usize, Option<u64>>,
     /// What the archive was seen to hold.
     archive: BTreeSet<u64>,
+    /// Whether messages are archived since a moment; `None`: perhaps. Before the first: they are.
+    archiving: Vec<(u64, Option<bool>)>,
     /// Clients of it; one: the order of first receipts is strict.
     peers: usize,
 }
@@ -1181,10 +1188,19 @@ impl Simulation {
             _ => ("type='chat'", "", true, true),
         };
         let id = self.messages.len();
+        let mut earlier = self
+            .messages
+            .iter()
+            .rposition(|m| m.peer == peer && m.to == to && m.archived && m.retracts.is_none());
+        earlier = earlier.filter(|_| archived && pending && self.random.one_in(5));
+        let retract =
+            earlier.map(|m| format!("<retract xmlns='urn:xmpp:message-retract:1' id='m{m}'/>"));
+        let retract = retract.unwrap_or_default();
         let xml = format!(
-            "<message {attributes} id='m{id}' to='user{to}@localhost{resource}'><body>m{id}</body>{payload}</message>"
+            "<message {attributes} id='m{id}' to='user{to}@localhost{resource}'><body>m{id}</body>{payload}{retract}</message>"
         );
         self.messages.push(Sent {
+            retracts: earlier,
             from: self.peers[peer].user,
             peer,
             to,
@@ -1250,7 +1266,7 @@ impl Simulation {
         let user = self.peers[peer].user;
         let n = self.asked.len();
         let other = self.random.below(self.accounts.len() as u64) as usize;
-        let (what, payload) = match self.random.below(9) {
+        let (what, payload) = match self.random.below(10) {
             0..3 => (
                 What::Put("vcard".into(), format!("v{n}")),
                 format!("<vCard xmlns='vcard-temp'><FN>v{n}</FN></vCard>"),
@@ -1282,6 +1298,14 @@ impl Simulation {
                     "<unblock xmlns='urn:xmpp:blocking'><item jid='user{other}@localhost'/></unblock>"
                 ),
             ),
+            9 => {
+                let (default, now) = (["always", "never"][self.random.below(2) as usize], self.now);
+                self.accounts[user].archiving.push((now, None));
+                (
+                    What::Put("archiving".into(), default.into()),
+                    format!("<prefs xmlns='urn:xmpp:mam:2' default='{default}'/>"),
+                )
+            }
             _ => return,
         };
         self.asked.push(Asked {
@@ -1498,9 +1522,13 @@ impl Simulation {
         let stable = element.find("stanza-id", "urn:xmpp:sid:0");
         let stable = stable.and_then(|s| s.get("id")).map(str::to_owned);
         self.note(format!("{jid} gets m{id}"));
+        let archives = self.archives(user, self.messages[id].at);
         let message = &mut self.messages[id];
         assert_eq!(message.to, user, "m{id} is not for {jid}: {xml}");
-        assert_eq!(message.archived, stable.is_some(), "m{id}: {xml}");
+        if let Some(archives) = archives {
+            let wanted = message.archived && archives;
+            assert_eq!(wanted, stable.is_some(), "m{id}: {xml}");
+        }
         let first = !std::mem::replace(&mut message.received, true);
         match (&message.stable_id, stable) {
             (Some(old), Some(new)) => assert_eq!(*old, new, "m{id} has got another stable id"),
@@ -1532,6 +1560,17 @@ impl Simulation {
         self.note(format!("{} hears of q{n} {what:?}: {done}", self.jid(peer)));
         if done {
             self.saw("changes accepted");
+        }
+        // changes are made in the order in which they were asked for
+        if let What::Put(key, value) = &what
+            && key == "archiving"
+        {
+            let later =
+                |one: &Asked| one.user == user && matches!(&one.what, What::Put(k, _) if k == key);
+            let last = !self.asked[n + 1..].iter().any(later);
+            let certain = (done && last).then_some(value == "always");
+            let now = self.now;
+            self.accounts[user].archiving.push((now, certain));
         }
         // an unblocking that no later block can have undone
         if let (What::Unblock(other), true) = (&what, done) {
@@ -1607,9 +1646,24 @@ impl Simulation {
             && clear(message.from, message.to)
     }
 
+    /// Does the user want what is sent at this moment, or a little later, in his archive? `None`: he has changed his mind since, or
+    /// it is not known.
+    fn archives(&self, user: usize, at: u64) -> Option<bool> {
+        let account = &self.accounts[user];
+        let mut state = Some(true);
+        for (when, archives) in &account.archiving {
+            if *when >= at || account.since != Some(0) {
+                return None;
+            }
+            state = *archives;
+        }
+        state
+    }
+
     fn check_archive(&mut self, user: usize) {
         let name = self.accounts[user].name.clone();
         let mut bodies: Vec<usize> = Vec::new();
+        let mut buried: BTreeSet<usize> = BTreeSet::new();
         let (mut after, mut last_id) = (None, 0);
         let mut ids = BTreeSet::new();
         loop {
@@ -1639,8 +1693,16 @@ impl Simulation {
                 last_id = entry.id;
                 ids.insert(entry.id);
                 let stanza = super::parse_stanza(&entry.stanza).unwrap();
-                let body = stanza.find("body", super::NS_CLIENT).unwrap();
-                bodies.push(body.text_content()[1..].parse().unwrap());
+                let id = stanza.get("id").unwrap()[1..].parse().unwrap();
+                bodies.push(id);
+                if stanza
+                    .find("retracted", "urn:xmpp:message-retract:1")
+                    .is_some()
+                {
+                    buried.insert(id);
+                }
+                let body = stanza.find("body", super::NS_CLIENT);
+                assert_eq!(body.is_none(), buried.contains(&id), "m{id}");
             }
             if page.complete {
                 break;
@@ -1655,6 +1717,19 @@ impl Simulation {
             vanished.is_empty(),
             "user{user}: {vanished:x?} were in the archive"
         );
+        let meant = once.iter().filter_map(|id| self.messages[*id].retracts);
+        let meant: BTreeSet<usize> = meant.filter(|id| once.contains(id)).collect();
+        let shown: Vec<_> = meant.difference(&buried).collect();
+        assert!(shown.is_empty(), "user{user}: {shown:?} were retracted");
+        for id in buried.difference(&meant) {
+            // a retraction hides also in the archive of somebody who did not want to keep it
+            let by = self
+                .messages
+                .iter()
+                .any(|m| m.retracts == Some(*id) && self.archives(user, m.at) != Some(true));
+            assert!(by, "user{user}: nobody retracts m{id}");
+        }
+        *self.seen.entry("retracted").or_insert(0) += buried.len() as u64;
         // what one client sent stands in the order in which it sent it
         let mut last = BTreeMap::new();
         for id in &bodies {
@@ -1671,7 +1746,12 @@ impl Simulation {
                     && self.accounts[user]
                         .since
                         .is_some_and(|s| s < message.at || s == 0));
-            if own && message.archived && owed {
+            let wants = self.archives(user, message.at);
+            if own && message.archived && wants == Some(false) {
+                assert!(!once.contains(&id), "m{id} is in the archive of user{user}");
+                *self.seen.entry("kept out of an archive").or_insert(0) += 1;
+            }
+            if own && message.archived && owed && wants == Some(true) {
                 assert!(
                     once.contains(&id),
                     "m{id} is not in the archive of user{user}"
@@ -1719,6 +1799,11 @@ impl Simulation {
                     let derived = super::sasl::derive(hash, value, &keys.salt, keys.iterations);
                     derived.is_ok_and(|derived| derived.stored_key == keys.stored_key)
                 }),
+                "archiving" => {
+                    let archiving = record.archiving.as_ref();
+                    let never = archiving.is_some_and(|a| a.default == ArchiveDefault::Never);
+                    never == (value == "never")
+                }
                 item => {
                     let contact = format!("{}@localhost", item.strip_prefix("item ").unwrap());
                     let item = record.roster.iter().find(|item| item.jid == contact);

@@ -44,6 +44,7 @@ use crate::store::tier::{
     Answer, ArchiveQuery, Entry as ArchiveEntry, Last, Loaded, Page, Query, ReadError, Request,
     Ticket,
 };
+use crate::store::warm::INDEX_KEY;
 use crate::xml;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
@@ -85,6 +86,11 @@ impl Env {
     /// Is it a user or the server of this blade?
     pub fn is_local(&self, jid: &Jid<'_>) -> bool {
         jid.domain() == &*self.domain
+    }
+
+    /// The user of this blade whose bare JID this is.
+    pub fn local_part<'j>(&self, bare: &'j str) -> Option<&'j str> {
+        bare.strip_suffix(&*self.domain)?.strip_suffix('@')
     }
 
     /// Is it a chat room of this blade, somebody in it, or the service itself?
@@ -141,7 +147,7 @@ pub struct Limits {
     pub archive_page_max: u32,
     /// Addresses in both lists of one user's preferences of archiving.
     pub archive_prefs_max: usize,
-    /// How long messages stay in archives; 0: for ever.
+    /// How long messages stay in users' archives; 0: for ever.
     pub archive_keep_ms: u64,
     /// Of the newest entries of archives that are kept in memory.
     pub archive_recent_bytes_max: usize,
@@ -149,8 +155,10 @@ pub struct Limits {
     pub pubsub: super::pubsub::edit::Bounds,
     /// Items of a node in one answer.
     pub pubsub_page_items_max: usize,
-    /// Contacts whose nodes wait to be read for somebody who has come.
+    /// What waits to be read of contacts' nodes for those who have come.
     pub pep_waiting_max: usize,
+    /// Members of a shared group that tell each other their last items at arrival.
+    pub group_greetings_members_max: usize,
     /// Capabilities of clients that are remembered.
     pub caps_remembered_max: usize,
     pub rooms: room::Limits,
@@ -190,7 +198,7 @@ pub struct User {
     /// What Redis says of messages that wait for him.
     pub waits: Waits,
     /// The index of his nodes as stored ([`feature::pep`]), once it was needed; empty: he has none.
-    pub pep: Option<Rc<[u8]>>,
+    pub pep: Option<Rc<feature::pep::Index>>,
 }
 
 impl User {
@@ -205,7 +213,7 @@ impl User {
             held: Vec::new(),
             last: loaded.last,
             waits: Waits::default(),
-            pep: None,
+            pep: loaded.index.map(feature::pep::Index::new),
         }
     }
 }
@@ -710,6 +718,7 @@ impl Slice {
                 Item::Listing { name, listed } => {
                     room::directory::told(self, batch.text(name), batch.get(listed));
                 }
+                Item::Regrouped { shard, times } => self.regrouped(shard, times),
                 Item::Group {
                     from,
                     stanza,
@@ -858,6 +867,7 @@ impl Slice {
         self.counts.retain(|_, (_, until)| *until > now);
         feature::caps::tick(self);
         feature::push::tick(self);
+        self.component_recovered();
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -1747,6 +1757,9 @@ impl Slice {
                     Undrained::Removed { .. } | Undrained::Last { .. } => {
                         self.ring_changed(&user, seq, None);
                     }
+                    Undrained::Document { key, .. } if **key == *INDEX_KEY => {
+                        self.ring_changed(&user, seq, None);
+                    }
                     _ => {}
                 }
                 if let Undrained::Removed { .. } | Undrained::Record { fresh: true, .. } = &item {
@@ -1880,7 +1893,15 @@ impl Slice {
             let from = super::parse_stanza(&entry.stanza)
                 .and_then(|stanza| stanza.get("from").map(str::to_owned));
             match (Jid::parse(&entry.peer), from) {
-                (Ok(to), Some(from)) => self.route(&to, &from, &entry.stanza, meta, Some(receipt)),
+                // the names of components are not known yet
+                (Ok(to), Some(from)) => match self.host(to.domain()) {
+                    Host::Own | Host::Rooms => {
+                        self.route(&to, &from, &entry.stanza, meta, Some(receipt));
+                    }
+                    Host::Component | Host::Unknown => {
+                        self.component_recover(&to, &from, &entry.stanza, meta, receipt);
+                    }
+                },
                 _ => self.refused(receipt),
             }
         }
@@ -2053,6 +2074,14 @@ impl Slice {
             && contact
                 .local()
                 .is_some_and(|other| self.groups.together(name, other))
+    }
+
+    /// The same with the groups before, while not all shards have the new ones: who sends and who receives presence mean the same
+    /// contacts then.
+    pub fn still_together(&self, name: &str, contact: &Jid<'_>) -> bool {
+        let before = |other: &str| self.regrouping.before().any(|g| g.together(name, other));
+        self.together(name, contact)
+            || (self.env.is_local(contact) && contact.local().is_some_and(before))
     }
 
     pub fn user_mut(&mut self, name: &str) -> Option<&mut User> {
@@ -2386,11 +2415,7 @@ impl Slice {
     /// Reads a page of an archive, from memory if it is there, what SQL does not have yet included. What was retracted is a
     /// tombstone (XEP-0424).
     pub fn read_archive(&mut self, query: ArchiveQuery, then: ThenPage) {
-        let keep_ms = self.env.limits.archive_keep_ms;
-        if keep_ms > 0 {
-            let before = Id::at(self.now.unix_ms.saturating_sub(keep_ms));
-            self.recent.expire(&query.name, before.0);
-        }
+        self.expire_archive(&query.name);
         if let Some(page) = self.recent.page(&query) {
             return then(self, Ok(page));
         }
@@ -2400,6 +2425,25 @@ impl Slice {
         self.overlay.hold(&name);
         let query = Query::Archive(query);
         self.fx.requests.push(Request::Read { ticket, query });
+    }
+
+    /// Ids of the first and the last entry of an archive, if they are in memory; the inner `None`: it is empty.
+    pub fn archive_ends(&mut self, name: &str) -> Option<Option<(u64, u64)>> {
+        self.expire_archive(name);
+        self.recent.ends(name)
+    }
+
+    /// What may be purged of an archive any time is not given any more.
+    fn expire_archive(&mut self, name: &str) {
+        let limits = &self.env.limits;
+        let keep_ms = match room::is_entity(name) {
+            true => limits.rooms.archive_keep_ms,
+            false => limits.archive_keep_ms,
+        };
+        if keep_ms > 0 {
+            let before = Id::at(self.now.unix_ms.saturating_sub(keep_ms));
+            self.recent.expire(name, before.0);
+        }
     }
 
     pub fn compute(&mut self, job: Job, then: ThenComputed) {
@@ -2422,6 +2466,8 @@ impl Slice {
                     revision,
                     pending: Vec::new(),
                     last: None,
+                    // nobody has made a node of it yet
+                    index: Some(Box::default()),
                 };
                 let mut user = Box::new(User::new(name, loaded, Offline::default()));
                 // not yet

@@ -83,6 +83,7 @@ pub fn limits() -> Limits {
         },
         pubsub_page_items_max: 50,
         pep_waiting_max: 1000,
+        group_greetings_members_max: 10,
         caps_remembered_max: 100,
         rooms: super::room::Limits {
             creators: None,
@@ -97,6 +98,7 @@ pub fn limits() -> Limits {
             messages_per_second_max: 1000,
             presences_per_second_max: 1000,
             persistent: false,
+            archive_keep_ms: 0,
         },
         push: feature::push::Limits {
             services_max: 4,
@@ -786,6 +788,7 @@ impl Tier {
                     revision: u.revision,
                     pending: u.pending.values().cloned().collect(),
                     last: u.last.clone(),
+                    index: None,
                 });
                 Answer::Loaded { name, user }
             }

@@ -643,6 +643,28 @@ async def people_talk_in_a_room(stage, one, other):
     assert "alone" not in bob.bodies_now()
 
 
+@scenario()
+async def invited_into_a_room_one_finds_its_archive_and_pings_oneself(stage):
+    alice = await stage.online(SlixBot, "alice")
+    bob = await stage.online(SlixBot, "bob")
+    room = f"archive-{stage.tag}@rooms.localhost"
+    await alice.enter(room, "Alice")
+    await alice.persist(room)
+    said = [f"number {n}" for n in range(25)]
+    for text in said:
+        alice.say(room, text)
+        await alice.wait(Message, body=text)
+    invitation = bob.happens("groupchat_direct_invite")
+    alice.invite(bob.jid, room, "the morning call")
+    assert await bob.invited(invitation) == (room, "the morning call")
+    await bob.enter(room, "Bob")
+    assert await bob.archive(of=room) == said
+    assert await bob.is_in(f"{room}/Bob") == "JOINED"
+    await bob.leave_room(room, "Bob")
+    await bob.settled()
+    assert await bob.is_in(f"{room}/Bob") != "JOINED"
+
+
 @scenario(own=True)
 async def foreign_component_serves_its_name(stage):
     """slixmpp's ComponentXMPP: chat, discovery, subscription and presence with users on two libraries, reconnect."""

@@ -16,7 +16,8 @@ from bot import WAIT_S, Bot, Event, Message, Presence, Push, Refused, StreamEnd
 
 PLUGINS = [
     "xep_0004", "xep_0012", "xep_0030", "xep_0045", "xep_0049", "xep_0054", "xep_0066", "xep_0077", "xep_0092", "xep_0191",
-    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0363", "xep_0424",
+    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0249", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0363",
+    "xep_0410", "xep_0424",
     "xep_0441",
 ]
 
@@ -230,6 +231,19 @@ class SlixBot(Bot):
     async def leave_room(self, room, nick):
         self.client["xep_0045"].leave_muc(slixmpp.JID(room), nick)
 
+    def invite(self, jid, room, reason):
+        self.client.plugin["xep_0249"].send_invitation(slixmpp.JID(jid), slixmpp.JID(room), reason=reason)
+
+    async def invited(self, invitation):
+        """The room and the reason of an invitation that `happens("groupchat_direct_invite")` has waited for."""
+        _, message = await self.first(invitation)
+        return str(message["groupchat_invite"]["jid"]), message["groupchat_invite"]["reason"]
+
+    async def is_in(self, occupant):
+        """What a ping to the own address in a room tells (XEP-0410): the library's word for it."""
+        status = await self.client.plugin["xep_0410"].send_self_ping(slixmpp.JID(occupant))
+        return status.name
+
     async def persist(self, room):
         """An owner makes the room a lasting one."""
         rooms = self.client["xep_0045"]
@@ -331,9 +345,10 @@ class SlixBot(Bot):
     def retract(self, to, id):
         return self.client["xep_0424"].send_retraction(slixmpp.JID(to), id)["id"]
 
-    async def archive(self, partner=None, page=10, reverse=False):
-        """What this bot's archive shows, all pages of it: bodies; of a tombstone the id of its retraction."""
+    async def archive(self, partner=None, page=10, reverse=False, of=None):
+        """What this bot's archive (or a room's) shows, all pages of it: bodies; of a tombstone the id of its retraction."""
         pages = self.client["xep_0313"].iterate(
+            jid=slixmpp.JID(of) if of else None,
             with_jid=slixmpp.JID(partner) if partner else None, rsm={"max": page}, reverse=reverse)
         shown = []
         async for message in pages:

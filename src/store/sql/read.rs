@@ -78,6 +78,7 @@ impl Sql {
                         revision,
                         pending: Vec::new(),
                         last,
+                        index: None,
                     })
                 }),
             );

@@ -423,6 +423,8 @@ pub(super) const KEY_SHAPES: &str =
 /// Prefix, behind the prefix, after, limit.
 pub(super) const LIST: &str = "SELECT name, created_at, updated_at, disabled FROM users
     WHERE name >= ? AND name < ? AND name > ? AND name NOT LIKE '%@%' ORDER BY name LIMIT ?";
+pub(super) const NEXT_ROOM: &str =
+    "SELECT name FROM users WHERE name > ? AND name LIKE '%@rooms' ORDER BY name LIMIT 1";
 pub(super) const QUARANTINED: &str = "SELECT count(*) FROM quarantine WHERE part = 0";
 
 pub(super) const TO_PURGE: &str = "SELECT owner FROM gone LIMIT 1";

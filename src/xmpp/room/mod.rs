@@ -98,11 +98,18 @@ pub struct Limits {
     pub presences_per_second_max: u32,
     /// What a room is when its maker says nothing.
     pub persistent: bool,
+    /// How long messages stay in the archives of rooms; 0: for ever.
+    pub archive_keep_ms: u64,
 }
 
 /// The store's name of a room.
 pub fn entity(local: &str) -> String {
     format!("{local}@{LABEL}")
+}
+
+/// Is it the store's name of a room?
+pub fn is_entity(name: &str) -> bool {
+    name.contains('@')
 }
 
 /// What a slice has of rooms beside the rooms.
@@ -194,6 +201,7 @@ impl Room {
             revision: self.revision,
             record: Some(self.record.clone()),
             last: None,
+            index: None,
             pending: false,
         })
     }
@@ -241,9 +249,12 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
         }
         _ => {}
     }
-    let jid = session.jid.clone();
+    let (jid, user) = (session.jid.clone(), session.user.clone());
     let lang = session.lang.clone();
-    let stanza = compose(view, &jid, Some(to), lang.as_deref(), Vec::new());
+    let mut stanza = compose(view, &jid, Some(to), lang.as_deref(), Vec::new());
+    if kind == Kind::Available {
+        stanza = crate::xmpp::feature::avatar::announce(slice, &user, view, stanza);
+    }
     slice.route(to, &jid, &stanza, Meta::new(kind), None);
 }
 
