@@ -407,6 +407,7 @@ fn limits() -> Limits {
             creators: None,
             rooms_max: 10_000,
             per_session_max: 200,
+            session_presences_per_second_max: 1000,
             occupants_max: 2000,
             affiliates_max: 5000,
             nick_bytes_max: 128,
@@ -415,6 +416,8 @@ fn limits() -> Limits {
             history_bytes_max: 1 << 18,
             messages_per_second_max: 50,
             presences_per_second_max: 10,
+            registrations_per_second_max: 1000,
+            requests_max: 100,
             persistent: false,
         },
     }

@@ -237,6 +237,9 @@ keys! {
         live directed_presence_max: usize = 500 => 1..=100_000;
         /// Chat rooms that one session is in.
         live rooms_per_session_max: usize = 200 => 1..=100_000;
+        /// Presences of one session for chat rooms in a second, on average: coming in, changes, other nicknames; twelve times as
+        /// many at once. More are refused with `<resource-constraint/>`.
+        live room_presences_per_second_max: u32 = 50 => 1..=1_000_000;
         /// Messages kept for a user who is off line (XEP-0160).
         live offline_messages_max: usize = 1000 => 0..=1_000_000;
         /// Bytes of messages kept for a user who is off line.
@@ -346,6 +349,10 @@ keys! {
         live messages_per_second_max: u32 = 50 => 1..=1_000_000;
         /// The same of presence.
         live presences_per_second_max: u32 = 10 => 1..=1_000_000;
+        /// Registrations with one room in a second (members, nicknames that are kept), on average; twenty times as many at once.
+        live registrations_per_second_max: u32 = 5 => 1..=1_000_000;
+        /// Requests for membership of one room that wait for an admin's answer, an hour at most.
+        live requests_max: usize = 100 => 1..=100_000;
     }
 
     /// Stream management (XEP-0198).

@@ -602,6 +602,7 @@ fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
         },
         rooms_max: r.rooms_max,
         per_session_max: config.limits.rooms_per_session_max,
+        session_presences_per_second_max: config.limits.room_presences_per_second_max,
         occupants_max: r.occupants_max,
         affiliates_max: r.affiliations_max,
         nick_bytes_max: r.nick_bytes_max,
@@ -610,6 +611,8 @@ fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
         history_bytes_max: r.history_bytes_max,
         messages_per_second_max: r.messages_per_second_max,
         presences_per_second_max: r.presences_per_second_max,
+        registrations_per_second_max: r.registrations_per_second_max,
+        requests_max: r.requests_max,
         persistent: r.persistent,
     }
 }

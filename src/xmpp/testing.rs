@@ -86,6 +86,7 @@ pub fn limits() -> Limits {
             creators: None,
             rooms_max: 100,
             per_session_max: 20,
+            session_presences_per_second_max: 1000,
             occupants_max: 1000,
             affiliates_max: 100,
             nick_bytes_max: 64,
@@ -94,6 +95,8 @@ pub fn limits() -> Limits {
             history_bytes_max: 1 << 18,
             messages_per_second_max: 1000,
             presences_per_second_max: 1000,
+            registrations_per_second_max: 1000,
+            requests_max: 100,
             persistent: false,
         },
     }

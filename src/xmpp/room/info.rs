@@ -25,6 +25,10 @@ pub const NS_REGISTER_FORM: &str = "http://jabber.org/protocol/muc#register";
 const NS_ROOM_INFO: &str = "http://jabber.org/protocol/muc#roominfo";
 const NODE_NICK: &str = "x-roomuser-item";
 const NODE_TRAFFIC: &str = "http://jabber.org/protocol/muc#traffic";
+/// Seconds' worth of registrations that may come at once.
+const REGISTRATIONS_BURST: u32 = 20;
+/// After so long without an answer a request for membership may come again.
+const REQUEST_MS: u64 = 3_600_000;
 /// Queries of one room's archive at work.
 pub(super) const QUERIES_MAX: usize = 64;
 /// Those of them that are answered within a millisecond, from memory.
@@ -186,6 +190,16 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
         slice.iq_result(iq, Some(query.child(form.element())));
         return Ok(());
     }
+    let limits = &slice.env.limits.rooms;
+    let (rate, requests_max) = (limits.registrations_per_second_max, limits.requests_max);
+    if !room
+        .registrations
+        .take(slice.now.ms, rate, REGISTRATIONS_BURST)
+    {
+        slice.counters.room_refused += 1;
+        let error = StanzaError::RESOURCE_CONSTRAINT.text("too many registrations at once");
+        return Err(error.wait());
+    }
     if iq.payload.find("remove", register::NS).is_some() {
         if !room.state.affiliates.iter().any(|one| one.jid == bare) {
             slice.iq_result(iq, None);
@@ -228,11 +242,15 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
     }
     // an admin decides (9.9)
     check_nick_of(slice, room, &nick, &bare)?;
-    let asked = room.occupants.find(iq.from.as_str());
-    if let Some(occupant) = asked.and_then(|place| room.occupants.get_mut(place))
-        && std::mem::replace(&mut occupant.asked, true)
-    {
+    let ms = slice.now.ms;
+    room.asked.retain(|_, at| *at + REQUEST_MS > ms);
+    if room.asked.contains_key(&*bare) {
         return Err(StanzaError::RESOURCE_CONSTRAINT.text("it was asked for already"));
+    }
+    if room.asked.len() >= requests_max {
+        slice.counters.room_refused += 1;
+        let error = StanzaError::RESOURCE_CONSTRAINT.text("too many wait for the admins' answer");
+        return Err(error.wait());
     }
     let form = Form::new(form::Kind::Form, NS_REGISTER_FORM)
         .title("Request for membership")
@@ -246,11 +264,17 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
             .text("no admin is in the room")
             .wait());
     }
+    room.asked.insert(bare.into(), ms);
     slice.iq_result(iq, None);
     Ok(())
 }
 
-fn check_nick_of(slice: &Slice, room: &Room, nick: &str, bare: &str) -> Result<(), StanzaError> {
+fn check_nick_of(
+    slice: &Slice,
+    room: &mut Room,
+    nick: &str,
+    bare: &str,
+) -> Result<(), StanzaError> {
     let own = room.occupants.of(bare).next();
     check_nick(slice, room, nick, bare, own).map(|_| ())
 }

@@ -36,6 +36,9 @@ fn try_create(
     let from = Jid::parse(from).map_err(|_| StanzaError::JID_MALFORMED)?;
     let nick = to.resource().ok_or(StanzaError::JID_MALFORMED)?;
     let presence = crate::xmpp::parse_stanza(stanza).ok_or(StanzaError::BAD_REQUEST)?;
+    if presence.find("x", NS).is_none() {
+        return Err(join::NOT_IN);
+    }
     if let Some(creators) = &limits.creators
         && !creators.iter().any(|jid| jid == from.bare())
     {
@@ -61,8 +64,8 @@ fn try_create(
     });
     let record = Record::room(&state);
     let mut room = Room::new(slice, name, to.bare(), record, 0);
-    // 10.1.1: who knows rooms is to configure it; who does not has it as it is
-    room.locked = presence.find("x", NS).is_some();
+    // 10.1.1: he is to configure it
+    room.locked = true;
     match slice.users.get_mut(name) {
         Some(place @ Slot::Missing) => *place = Slot::Room(Some(Box::new(room))),
         _ => {
@@ -70,11 +73,11 @@ fn try_create(
             return Err(StanzaError::RESOURCE_CONSTRAINT);
         }
     }
-    let (nick, from) = (nick.to_owned(), from.into_owned());
+    let (to, from) = (to.clone().into_owned(), from.into_owned());
     let made = at_work(slice, name, move |slice, room| {
         let first = move |slice: &mut Slice, room: &mut Room| {
             // all was checked, and nobody is in
-            let entered = join::enter(slice, room, &nick, &from, &presence, true);
+            let entered = join::enter(slice, room, &to, &from, &presence, true);
             debug_assert!(entered.is_ok());
             if entered.is_err() {
                 end(slice, room, None, |_, _| {});
@@ -84,19 +87,13 @@ fn try_create(
         let made = room.put(slice, state, true, first);
         if made.is_err() {
             room.gone = true;
+            if let Some(place) = slice.users.get_mut(&entity(room.local())) {
+                *place = Slot::Missing;
+            }
         }
         made
     });
-    match made {
-        Some(Ok(())) => Ok(()),
-        Some(Err(error)) => {
-            if let Some(place) = slice.users.get_mut(name) {
-                *place = Slot::Missing;
-            }
-            Err(error)
-        }
-        None => Err(StanzaError::RESOURCE_CONSTRAINT),
-    }
+    made.unwrap_or(Err(StanzaError::RESOURCE_CONSTRAINT))
 }
 
 pub fn handle(slice: &mut Slice, room: &mut Room, iq: Iq) {

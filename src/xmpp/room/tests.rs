@@ -1025,3 +1025,295 @@ fn whoever_asks_for_page_after_page_at_once_is_bounded() {
     w.advance(1000);
     assert_eq!(shown(&mut w, a, &room), ["hello"]);
 }
+
+#[test]
+fn who_comes_and_goes_without_end_is_refused_at_his_own_shard_and_can_always_leave() {
+    let mut w = World::with(2, |limits| {
+        limits.rooms.session_presences_per_second_max = 1
+    });
+    let alice = w.on(0, "alice");
+    w.add(&alice);
+    let a = w.online(&alice, "a");
+    let room = room_on(&w, 1);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    for n in 0..11 {
+        join(&mut w, a, &room, &format!("Alice{n}"));
+    }
+    w.take(a);
+    join(&mut w, a, &room, "Alice");
+    has(
+        &mut w,
+        a,
+        &["type='error'", "type='wait'", "resource-constraint"],
+    );
+    assert_eq!(w.slices[0].counters.room_refused, 1);
+    // nobody misses a leave from where he is not
+    w.send(
+        a,
+        "<presence type='unavailable' to='other@rooms.localhost/A'/>",
+    );
+    assert_eq!(w.slices[0].counters.room_refused, 2);
+    w.send(
+        a,
+        &format!("<presence type='unavailable' to='{room}/Alice10'/>"),
+    );
+    has(&mut w, a, &["type='unavailable'", "code='110'"]);
+    // with time it is possible again
+    w.advance(1000);
+    join(&mut w, a, &room, "Alice");
+    has(&mut w, a, &["code='201'"]);
+}
+
+#[test]
+fn whoever_comes_behind_the_end_of_a_room_is_in_the_next_one() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        let carol = w.on(0, "carol");
+        w.add(&carol);
+        let c = w.online(&carol, "c");
+        w.tier.held = true;
+        w.send(
+            a,
+            &format!(
+                "<iq type='set' id='d' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'><destroy/></query></iq>"
+            ),
+        );
+        join(&mut w, c, &room, "Carol");
+        join(&mut w, b, &room, "Robert");
+        w.release();
+        has(&mut w, a, &["<destroy"]);
+        has(&mut w, c, &["code='201'"]);
+        // somebody else has made it, and has not configured it yet
+        let got = has(&mut w, b, &["<destroy", "item-not-found", "not configured"]);
+        assert!(!got.contains("resource-constraint"), "{got}");
+        configure(&mut w, c, &room, &[]);
+        join(&mut w, b, &room, "Robert");
+        has(&mut w, b, &["code='110'", &format!("from='{room}/Carol'")]);
+    }
+}
+
+#[test]
+fn a_full_queue_of_a_room_keeps_nobody_in_and_holds_nothing_that_means_nothing() {
+    let mut w = World::with(1, |limits| limits.load_queue_bytes_max = 600);
+    for name in ["alice", "bob"] {
+        w.add(name);
+    }
+    let (a, b) = (w.online("alice", "a"), w.online("bob", "b"));
+    let room = room_on(&w, 0);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    join(&mut w, b, &room, "Bob");
+    w.take(a);
+    w.tier.held = true;
+    w.send(
+        a,
+        &format!("<message type='groupchat' to='{room}'><subject>x</subject></message>"),
+    );
+    let text = "x".repeat(300);
+    for _ in 0..5 {
+        say(&mut w, b, &room, &text);
+        // answers to nothing, and leaves
+        w.send(b, &format!("<iq type='result' id='{text}' to='{room}'/>"));
+    }
+    for _ in 0..5 {
+        w.send(
+            b,
+            &format!("<presence type='unavailable' to='{room}/Bob'/>"),
+        );
+    }
+    let bytes = room_of(&w, &room).flow.waiting_bytes;
+    assert!(bytes < 1200, "{bytes}");
+    w.release();
+    has(
+        &mut w,
+        a,
+        &[
+            "<subject>x",
+            &format!("from='{room}/Bob'"),
+            "type='unavailable'",
+        ],
+    );
+    assert_eq!(room_of(&w, &room).occupants.len(), 1);
+}
+
+/// The room in memory.
+fn room_of<'w>(w: &'w World, jid: &str) -> &'w super::Room {
+    let name = super::entity(jid.split('@').next().unwrap());
+    let owner = usize::from(w.slices[0].env.owner(&name));
+    match w.slices[owner].users.peek(&name) {
+        Some(crate::xmpp::slice::Slot::Room(Some(room))) => room,
+        _ => panic!("{jid} is not in memory"),
+    }
+}
+
+fn register(w: &mut World, client: Client, room: &str, nick: &str) {
+    w.send(
+        client,
+        &format!(
+            "<iq type='set' id='r' to='{room}'><query xmlns='jabber:iq:register'><x xmlns='jabber:x:data' type='submit'>\
+             <field var='FORM_TYPE'><value>http://jabber.org/protocol/muc#register</value></field>\
+             <field var='muc#register_roomnick'><value>{nick}</value></field></x></query></iq>"
+        ),
+    );
+}
+
+#[test]
+fn requests_for_membership_are_bounded_whoever_asks_and_wherever_he_is() {
+    let mut w = World::with(1, |limits| limits.rooms.requests_max = 2);
+    let names = ["alice", "bob", "carol", "dave"];
+    names.iter().for_each(|name| w.add(name));
+    let [a, b, c, d] = names.map(|name| w.online(name, "x"));
+    let room = room_on(&w, 0);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    w.take(a);
+    register(&mut w, b, &room, "Bob");
+    has(&mut w, b, &["type='result'"]);
+    register(&mut w, b, &room, "Bob");
+    has(&mut w, b, &["resource-constraint", "asked for already"]);
+    register(&mut w, c, &room, "Carol");
+    has(&mut w, c, &["type='result'"]);
+    register(&mut w, d, &room, "Dave");
+    has(&mut w, d, &["resource-constraint", "type='wait'"]);
+    let asked = w.take(a);
+    assert_eq!(asked.len(), 2, "{asked:#?}");
+    // an answer makes room
+    answer_registration(&mut w, a, &room, "carol@localhost", "Carol", false);
+    register(&mut w, d, &room, "Dave");
+    has(&mut w, d, &["type='result'"]);
+}
+
+fn answer_registration(w: &mut World, admin: Client, room: &str, jid: &str, nick: &str, yes: bool) {
+    w.send(
+        admin,
+        &format!(
+            "<message to='{room}'><x xmlns='jabber:x:data' type='submit'>\
+             <field var='FORM_TYPE'><value>http://jabber.org/protocol/muc#register</value></field>\
+             <field var='muc#register_jid'><value>{jid}</value></field>\
+             <field var='muc#register_roomnick'><value>{nick}</value></field>\
+             <field var='muc#register_allow'><value>{yes}</value></field></x></message>"
+        ),
+    );
+}
+
+#[test]
+fn registrations_with_a_room_have_a_rate() {
+    let mut w = World::with(1, |limits| limits.rooms.registrations_per_second_max = 1);
+    w.add("alice");
+    let a = w.online("alice", "a");
+    let room = room_on(&w, 0);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    w.take(a);
+    for n in 0..20 {
+        register(&mut w, a, &room, &format!("A{n}"));
+    }
+    let got = w.take(a).concat();
+    assert!(!got.contains("type='error'"), "{got}");
+    register(&mut w, a, &room, "A20");
+    has(&mut w, a, &["resource-constraint", "type='wait'"]);
+    w.advance(1000);
+    register(&mut w, a, &room, "A20");
+    has(&mut w, a, &["type='result'"]);
+}
+
+#[test]
+fn an_admins_yes_is_counted_when_it_is_durable() {
+    let (mut w, a, b, room) = two(1);
+    register(&mut w, b, &room, "Bobby");
+    w.take(b);
+    w.send(a, "<enable xmlns='urn:xmpp:sm:3'/>");
+    w.take(a);
+    w.tier.held = true;
+    answer_registration(&mut w, a, &room, "bob@localhost", "Bobby", true);
+    w.send(a, "<r xmlns='urn:xmpp:sm:3'/>");
+    assert_eq!(w.take(a), Vec::<String>::new());
+    w.release();
+    let got = has(&mut w, a, &["affiliation='member'", "<a "]);
+    assert!(got.contains("h='1'"), "{got}");
+}
+
+#[test]
+fn who_is_not_in_and_says_no_word_of_joining_is_told_that_he_is_out() {
+    let (mut w, _, b, room) = two(2);
+    // the room is as after a crash: nobody is in it
+    w.send(
+        b,
+        &format!("<presence type='unavailable' to='{room}/Bob'/>"),
+    );
+    w.take(b);
+    w.send(
+        b,
+        &format!("<presence to='{room}/Bob'><show>away</show></presence>"),
+    );
+    has(&mut w, b, &["type='error'", "item-not-found"]);
+    assert!(w.session(b).rooms.is_empty());
+    w.send(b, "<presence to='new@rooms.localhost/Bob'/>");
+    has(&mut w, b, &["type='error'", "item-not-found"]);
+    assert!(!w.tier.users.contains_key("new@rooms"));
+}
+
+#[test]
+fn who_gets_another_nickname_than_he_has_said_is_told_so() {
+    let (mut w, a, b, room) = two(2);
+    // another session of Bob's: the same nickname by RFC 8266
+    let bob = w.session(b).user.to_string();
+    let b2 = w.online(&bob, "b2");
+    w.take(b2);
+    join(&mut w, b2, &room, "BOB");
+    let got = has(&mut w, b2, &[&format!("from='{room}/Bob'"), "code='210'"]);
+    assert!(got.contains("code='110'"));
+    // spaces that nobody sees
+    w.take(a);
+    let carol = w.on(0, "carol");
+    w.add(&carol);
+    let c = w.online(&carol, "c");
+    join(&mut w, c, &room, "Carol  C");
+    has(
+        &mut w,
+        c,
+        &[&format!("from='{room}/Carol C'"), "code='210'"],
+    );
+    let got = has(&mut w, a, &[&format!("from='{room}/Carol C'")]);
+    assert!(!got.contains("code='210'"), "{got}");
+    // who has what he asked for is not told
+    let dave = w.on(1, "dave");
+    w.add(&dave);
+    let d = w.online(&dave, "d");
+    join(&mut w, d, &room, "Dave");
+    let got = has(&mut w, d, &["code='110'"]);
+    assert!(!got.contains("code='210'"), "{got}");
+}
+
+#[test]
+fn whose_affiliation_changes_while_he_is_not_in_is_told_so() {
+    let (mut w, a, b, room) = two(2);
+    let carol = w.on(0, "carol");
+    w.add(&carol);
+    let c = w.online(&carol, "c");
+    w.take(c);
+    let make =
+        format!("<item affiliation='member' jid='{carol}@localhost'><reason>hi</reason></item>");
+    admin(&mut w, a, &room, &make);
+    let got = has(
+        &mut w,
+        c,
+        &["affiliation='member'", "role='none'", "code='101'", "hi"],
+    );
+    assert!(got.contains(&format!("from='{room}'")), "{got}");
+    // it is as it was: nothing to hear
+    admin(&mut w, a, &room, &make);
+    assert_eq!(w.take(c), Vec::<String>::new());
+    // who is in sees his presence
+    let bob = w.session(b).bare().to_owned();
+    w.take(b);
+    admin(
+        &mut w,
+        a,
+        &room,
+        &format!("<item affiliation='member' jid='{bob}'/>"),
+    );
+    let got = has(&mut w, b, &["<presence", "affiliation='member'"]);
+    assert!(!got.contains("code='101'"), "{got}");
+}
