@@ -332,6 +332,12 @@ keys! {
         live persistent: bool = false;
         /// Rooms that one shard has in memory; new ones are refused beyond.
         live rooms_max: usize = 10_000 => 1..=10_000_000;
+        /// Rooms that stay when nobody is in, made by one account; more are refused with `<resource-constraint/>`.
+        live persistent_per_owner_max: usize = 100 => 0..=10_000_000;
+        /// Such rooms altogether.
+        live persistent_max: usize = 100_000 => 0..=10_000_000;
+        /// How long a temporary room that a crash has left waits for those who come back, in seconds. Then it ends.
+        live left_seconds: u64 = 600 => 0..=86_400;
         /// People in one room; its configuration may say less.
         live occupants_max: usize = 2000 => 1..=100_000;
         /// Members, admins, owners and outcasts of one room.

@@ -313,6 +313,7 @@ impl Shard {
         if redis.is_some() {
             slice.ring_on();
         }
+        crate::xmpp::room::directory::find(&mut slice);
         let shard = Rc::new(Shard {
             number,
             slice: RefCell::new(slice),
@@ -611,6 +612,9 @@ fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
         history_bytes_max: r.history_bytes_max,
         messages_per_second_max: r.messages_per_second_max,
         presences_per_second_max: r.presences_per_second_max,
+        lasting_per_owner_max: r.persistent_per_owner_max,
+        lasting_max: r.persistent_max,
+        left_ms: r.left_seconds * 1000,
         registrations_per_second_max: r.registrations_per_second_max,
         requests_max: r.requests_max,
         persistent: r.persistent,

@@ -98,6 +98,11 @@ pub struct Limits {
     pub messages_per_second_max: u32,
     /// The same of presence; three times as much at once.
     pub presences_per_second_max: u32,
+    /// Lasting rooms that one person has made, and that there are.
+    pub lasting_per_owner_max: usize,
+    pub lasting_max: usize,
+    /// How long a temporary room that a crash has left waits for those who come back.
+    pub left_ms: u64,
     /// Registrations with a room in a second, on average; twenty times as many at once.
     pub registrations_per_second_max: u32,
     /// Requests for membership of a room that wait for an admin.
@@ -144,6 +149,10 @@ pub struct Room {
     pub history: History,
     /// Everybody who is in, as of the last message.
     audience: Option<fanout::Audience>,
+    /// Bare JID of who has made it; empty: not known yet. It counts for him while it lasts.
+    maker: Box<str>,
+    /// It was taken from the affiliations: the database may know better.
+    maker_guessed: bool,
     /// Nicknames that are kept for people.
     reserved: nick::Reserved,
     /// Bare JIDs of those who have asked to be members, and when; ms of the monotonic clock.
@@ -187,6 +196,8 @@ impl Room {
             occupants: Occupants::default(),
             history: History::default(),
             audience: None,
+            maker: "".into(),
+            maker_guessed: true,
             reserved: nick::Reserved::default(),
             asked: HashMap::new(),
             registrations: occupants::Bucket::default(),
@@ -387,9 +398,12 @@ pub fn loaded(slice: &mut Slice, name: &str, loaded: Loaded) {
     );
 }
 
-fn begin(slice: &mut Slice, room: Room) {
-    directory::tell(slice, &room);
+fn begin(slice: &mut Slice, mut room: Room) {
+    directory::tell(slice, &mut room);
     let name = room.name.clone();
+    if !room.state.settings.persistent {
+        directory::left(slice, &name);
+    }
     slice.loaded(&name, Slot::Room(Some(Box::new(room))));
     slice.ring_known(&name);
 }

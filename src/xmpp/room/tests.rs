@@ -1317,3 +1317,217 @@ fn whose_affiliation_changes_while_he_is_not_in_is_told_so() {
     let got = has(&mut w, b, &["<presence", "affiliation='member'"]);
     assert!(!got.contains("code='101'"), "{got}");
 }
+
+/// Local parts in the list of rooms that this client gets, and the whole answer.
+fn listed(w: &mut World, client: Client, set: &str) -> (Vec<String>, String) {
+    w.take(client);
+    w.send(
+        client,
+        &format!("<iq type='get' id='l' to='rooms.localhost'><query xmlns='http://jabber.org/protocol/disco#items'>{set}</query></iq>"),
+    );
+    let got = w.take(client).concat();
+    let names = got.split("<item jid='").skip(1);
+    let names = names.map(|item| item.split('@').next().unwrap().to_owned());
+    (names.collect(), got)
+}
+
+fn lasting(w: &mut World, client: Client, room: &str) -> String {
+    join(w, client, room, "Maker");
+    w.take(client);
+    configure(w, client, room, &[("muc#roomconfig_persistentroom", "1")]);
+    w.take(client).concat()
+}
+
+/// Counts of lasting rooms that Alice has made, as each shard sees them.
+fn made(w: &World, bare: &str) -> Vec<usize> {
+    let slices = w.slices.iter();
+    slices.map(|s| s.rooms.directory.made_by(bare)).collect()
+}
+
+#[test]
+fn lasting_rooms_are_bounded_for_who_makes_them_and_the_count_outlives_a_start() {
+    let mut w = World::with(2, |limits| limits.rooms.lasting_per_owner_max = 3);
+    let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+    w.add(&alice);
+    w.add(&bob);
+    let (a, b) = (w.online(&alice, "a"), w.online(&bob, "b"));
+    let bare = format!("{alice}@localhost");
+    for n in 0..3 {
+        let got = lasting(&mut w, a, &format!("r{n}@rooms.localhost"));
+        assert!(got.contains("type='result'"), "{got}");
+    }
+    assert_eq!(made(&w, &bare), [3, 3]);
+    let got = lasting(&mut w, a, "r3@rooms.localhost");
+    assert!(got.contains("resource-constraint"), "{got}");
+    // a temporary one is no matter, nor are those of others
+    accept(&mut w, a, "r3@rooms.localhost");
+    has(&mut w, a, &["type='result'"]);
+    let got = lasting(&mut w, b, "s0@rooms.localhost");
+    assert!(got.contains("type='result'"), "{got}");
+    // he gives one away; it was he who made it
+    admin(
+        &mut w,
+        a,
+        "r0@rooms.localhost",
+        &format!("<item affiliation='owner' jid='{bob}@localhost'/>"),
+    );
+    admin(
+        &mut w,
+        b,
+        "r0@rooms.localhost",
+        &format!("<item affiliation='none' jid='{bare}'/>"),
+    );
+    for shards in [2, 1, 3] {
+        w.crash(shards);
+        w.find_rooms();
+        assert_eq!(made(&w, &bare), vec![3; shards]);
+        let a = w.online(&alice, "a");
+        let got = lasting(&mut w, a, "r4@rooms.localhost");
+        assert!(got.contains("resource-constraint"), "{got}");
+    }
+    // one that ends makes room
+    let a = w.online(&alice, "a2");
+    w.send(a, "<iq type='set' id='d' to='r1@rooms.localhost'><query xmlns='http://jabber.org/protocol/muc#owner'><destroy/></query></iq>");
+    has(&mut w, a, &["type='result'"]);
+    assert_eq!(made(&w, &bare), [2, 2, 2]);
+    let got = lasting(&mut w, a, "r5@rooms.localhost");
+    assert!(got.contains("type='result'"), "{got}");
+}
+
+#[test]
+fn what_is_being_made_counts_before_it_is_durable() {
+    let mut w = World::with(1, |limits| {
+        limits.rooms.lasting_per_owner_max = 2;
+        limits.rooms.persistent = true;
+    });
+    w.add("alice");
+    let a = w.online("alice", "a");
+    w.tier.held = true;
+    for n in 0..4 {
+        join(&mut w, a, &format!("r{n}@rooms.localhost"), "Alice");
+    }
+    w.release();
+    let got = w.take(a).concat();
+    assert_eq!(got.matches("resource-constraint").count(), 2, "{got}");
+    assert_eq!(got.matches("code='201'").count(), 2, "{got}");
+    assert_eq!(made(&w, "alice@localhost"), [2]);
+}
+
+#[test]
+fn the_list_of_rooms_is_whole_after_a_start_page_by_page() {
+    let mut w = World::with(2, |limits| limits.rooms.lasting_max = 120);
+    let alice = w.on(0, "alice");
+    w.add(&alice);
+    let a = w.online(&alice, "a");
+    for n in 0..70 {
+        if n == 60 {
+            // the last ones are in the journal only
+            w.tier.dry = true;
+        }
+        let room = format!("r{n:02}@rooms.localhost");
+        join(&mut w, a, &room, "Maker");
+        let hidden = ["1", "0"][usize::from(n % 10 == 9)];
+        configure(
+            &mut w,
+            a,
+            &room,
+            &[
+                ("muc#roomconfig_persistentroom", "1"),
+                ("muc#roomconfig_publicroom", hidden),
+            ],
+        );
+        w.send(
+            a,
+            &format!("<presence type='unavailable' to='{room}/Maker'/>"),
+        );
+    }
+    w.crash(3);
+    let a = w.online(&alice, "a");
+    assert!(listed(&mut w, a, "").0.is_empty());
+    w.find_rooms();
+    let (all, _) = listed(&mut w, a, "");
+    let public = (0..70).filter(|n| n % 10 != 9);
+    let wanted: Vec<String> = public.map(|n| format!("r{n:02}")).collect();
+    assert_eq!(all, wanted);
+    // forwards and backwards
+    const RSM: &str = "<set xmlns='http://jabber.org/protocol/rsm'>";
+    let (mut read, mut after) = (Vec::new(), String::new());
+    loop {
+        let set = format!("{RSM}<max>25</max>{after}</set>");
+        let (page, got) = listed(&mut w, a, &set);
+        assert!(got.contains("<count>63</count>"), "{got}");
+        assert_eq!(got.contains("index='0'"), read.is_empty(), "{got}");
+        let Some(last) = page.last() else { break };
+        after = format!("<after>{last}@rooms.localhost</after>");
+        read.extend(page);
+    }
+    assert_eq!(read, wanted);
+    let set = format!("{RSM}<max>2</max><before>r05@rooms.localhost</before></set>");
+    assert_eq!(listed(&mut w, a, &set).0, ["r03", "r04"]);
+    let set = format!("{RSM}<max>2</max><before/></set>");
+    assert_eq!(listed(&mut w, a, &set).0, ["r67", "r68"]);
+    let set = format!(
+        "{RSM}<after>r05@rooms.localhost</after><before>r01@rooms.localhost</before></set>"
+    );
+    assert!(listed(&mut w, a, &set).1.contains("item-not-found"));
+    assert_eq!(made(&w, &format!("{alice}@localhost")), [70, 70, 70]);
+}
+
+#[test]
+fn while_the_database_is_away_nobody_makes_a_lasting_room_and_it_is_asked_again() {
+    let (mut w, a, _, room) = two(2);
+    let alice = w.session(a).user.to_string();
+    let got = lasting(&mut w, a, "kept@rooms.localhost");
+    assert!(got.contains("type='result'"), "{got}");
+    w.crash(2);
+    let a = w.online(&alice, "a");
+    join(&mut w, a, &room, "Alice");
+    w.tier.broken = true;
+    w.find_rooms();
+    let got = lasting(&mut w, a, &room);
+    assert!(
+        got.contains("resource-constraint") && got.contains("type='wait'"),
+        "{got}"
+    );
+    w.tier.broken = false;
+    w.advance(5000);
+    let got = lasting(&mut w, a, &room);
+    assert!(got.contains("type='result'"), "{got}");
+    assert_eq!(made(&w, &format!("{alice}@localhost")), [2, 2]);
+}
+
+#[test]
+fn a_temporary_room_that_a_crash_has_left_waits_for_its_people_and_ends_without_them() {
+    for dry in [false, true] {
+        let (mut w, a, b, room) = two(2);
+        w.tier.dry = dry;
+        let (alice, bob) = (w.session(a).user.to_string(), w.session(b).user.to_string());
+        let other = room_on(&w, 1);
+        join(&mut w, b, &other, "Bob");
+        accept(&mut w, b, &other);
+        say(&mut w, b, &other, "secret");
+        w.crash(2);
+        w.find_rooms();
+        let (a, b) = (w.online(&alice, "a"), w.online(&bob, "b"));
+        assert_eq!(listed(&mut w, a, "").0.len(), 2);
+        // the people of one come back
+        join(&mut w, a, &room, "Alice");
+        w.advance(599_000);
+        assert_eq!(listed(&mut w, b, "").0.len(), 2);
+        w.advance(2_000);
+        let (left, _) = listed(&mut w, b, "");
+        assert_eq!(left, [room.split('@').next().unwrap()]);
+        w.drain();
+        assert!(
+            !w.tier
+                .users
+                .contains_key(&super::entity(other.split('@').next().unwrap()))
+        );
+        // it begins anew, with nothing of what was
+        join(&mut w, b, &other, "Bob");
+        let got = has(&mut w, b, &["code='201'"]);
+        assert!(!got.contains("secret"), "{got}");
+        say(&mut w, a, &room, "still here");
+        has(&mut w, a, &["still here"]);
+    }
+}
