@@ -1,11 +1,13 @@
 //! What a room says of itself, and keeps for others: service discovery (XEP-0045 section 6.4 to 6.6), registration (7.10), its
 //! picture (XEP-0486), its archive (XEP-0313 section 7.3).
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::rc::Rc;
 
 use super::join::check_nick;
 use super::mediated::ask;
+use super::message::unsigned;
 use super::privilege::Role;
 use super::{NS, Room, at_work, fanout, owner};
 use crate::store::change::Change;
@@ -406,7 +408,12 @@ fn picture_hash(card: &Element) -> Result<String, StanzaError> {
 pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
     let affiliation = room.state.affiliation(iq.from.bare());
     let settings = &room.state.settings;
-    let is_in = room.occupants.find(iq.from.as_str()).is_some();
+    let occupant = room.occupants.find(iq.from.as_str());
+    let occupant = occupant.and_then(|place| room.occupants.get(place));
+    let is_in = occupant.is_some();
+    // section 7.3.1: as of now, not as of then
+    let sees = affiliation >= Affiliation::Admin
+        || room.shows_jids_to(occupant.map_or(Role::None, |one| one.role));
     let may = match affiliation {
         Affiliation::Outcast => false,
         Affiliation::None => is_in || (!settings.members_only && settings.password.is_empty()),
@@ -448,7 +455,7 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
                 });
             }
             match page {
-                Ok(page) => show(slice, &iq, &query, page),
+                Ok(page) => show(slice, &iq, &query, page, sees),
                 Err(error) => {
                     tracing::warn!(room = &*name, %error, "an archive could not be read");
                     slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
@@ -461,11 +468,17 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
     }
 }
 
-fn show(slice: &mut Slice, iq: &Iq, query: &archive::PageQuery, mut page: Page) {
+/// `sees`: with real addresses.
+fn show(slice: &mut Slice, iq: &Iq, query: &archive::PageQuery, mut page: Page, sees: bool) {
     if !page.missing.is_empty() {
         return slice.iq_error(iq, &StanzaError::ITEM_NOT_FOUND);
     }
     let Some(room) = &iq.to else { return };
+    for entry in page.entries.iter_mut().filter(|_| !sees) {
+        if let Cow::Owned(plain) = unsigned(&entry.stanza) {
+            entry.stanza = plain.into();
+        }
+    }
     let mut head = b"<message".to_vec();
     crate::xmpp::message::attribute("from", room.bare(), &mut head);
     let (stanzas, fin) = archive::results(&slice.env, &head, query, &mut page);

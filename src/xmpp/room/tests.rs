@@ -1531,3 +1531,174 @@ fn a_temporary_room_that_a_crash_has_left_waits_for_its_people_and_ends_without_
         has(&mut w, a, &["still here"]);
     }
 }
+
+#[test]
+fn the_archive_shows_real_addresses_to_those_who_may_see_them_and_nobody_else_ever() {
+    let (mut w, a, b, room) = two(2);
+    let (alice, bob) = (w.session(a).user.to_string(), w.session(b).user.to_string());
+    let jid = format!("jid='{bob}@localhost/b'");
+    // what he claims himself is nothing
+    w.send(
+        b,
+        &format!("<message type='groupchat' to='{room}'><body>hello</body><x xmlns='{ITEM}'><item affiliation='owner' jid='king@localhost' role='moderator'/></x></message>"),
+    );
+    for client in [a, b] {
+        let live = has(&mut w, client, &["<body>hello"]);
+        assert!(!live.contains("jid='"), "{live}");
+    }
+    let got = kept(&mut w, a, &room);
+    assert!(
+        got.contains(&jid) && got.contains("affiliation='none'"),
+        "{got}"
+    );
+    assert!(!got.contains("king@"), "{got}");
+    let got = kept(&mut w, b, &room);
+    assert!(got.contains("<body>hello") && !got.contains(&bob), "{got}");
+    // as of now, not as of then
+    configure(
+        &mut w,
+        a,
+        &room,
+        &[
+            ("muc#roomconfig_whois", "anyone"),
+            ("muc#roomconfig_persistentroom", "1"),
+        ],
+    );
+    let got = kept(&mut w, b, &room);
+    assert!(got.contains(&jid), "{got}");
+    configure(&mut w, a, &room, &[("muc#roomconfig_whois", "moderators")]);
+    assert!(!kept(&mut w, b, &room).contains(&bob));
+    // nor by what is shown to who comes in, or after a crash
+    w.crash(2);
+    let (a, b) = (w.online(&alice, "a"), w.online(&bob, "b"));
+    join(&mut w, b, &room, "Bob");
+    let got = has(&mut w, b, &["<body>hello"]);
+    assert!(!got.contains("affiliation='none' jid='"), "{got}");
+    assert!(!kept(&mut w, b, &room).contains(&format!("{bob}@localhost")));
+    // who is an owner sees it, in the room or not
+    assert!(kept(&mut w, a, &room).contains(&jid));
+}
+
+#[test]
+fn what_is_retracted_shows_no_address_of_who_had_said_it_to_others() {
+    let (mut w, a, b, room) = two(1);
+    say(&mut w, b, &room, "wrong");
+    let id = stable_id_of(&has(&mut w, a, &["wrong"]));
+    moderate(&mut w, a, &room, &id);
+    w.take(a);
+    let got = kept(&mut w, b, &room);
+    assert!(
+        got.contains("<retracted") && !got.contains("bob@localhost"),
+        "{got}"
+    );
+}
+
+#[test]
+fn a_component_is_in_rooms_like_a_user() {
+    use crate::config::ComponentPolicy;
+    const HOST: &str = "bridge.localhost";
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        w.serve(&[(HOST, ComponentPolicy::Refuse)], Default::default());
+        let bridge = w.component(shards - 1, HOST);
+        w.component_takes(bridge);
+        // a name that a user has, too
+        let bob = w.session(b).user.to_string();
+        let ghost = format!("{bob}@{HOST}/b");
+        w.take(a);
+        w.take(b);
+        w.component_sends(
+            bridge,
+            &format!("<iq type='get' id='d' from='{ghost}' to='rooms.localhost'><query xmlns='http://jabber.org/protocol/disco#items'/></iq>"),
+        );
+        assert!(
+            w.component_takes(bridge)
+                .concat()
+                .contains(&format!("jid='{room}'"))
+        );
+        w.component_sends(
+            bridge,
+            &format!("<presence from='{ghost}' to='{room}/Irc'><x xmlns='http://jabber.org/protocol/muc'/></presence>"),
+        );
+        let got = w.component_takes(bridge).concat();
+        assert!(
+            got.contains("code='110'") && got.contains(&format!("from='{room}/Alice'")),
+            "{got}"
+        );
+        assert!(got.contains("<subject"), "{got}");
+        // Bob sees another occupant come, and gets nothing that is for the other one
+        let got = w.take(b).concat();
+        assert_eq!(got.matches("<presence").count(), 1, "{got}");
+        assert!(
+            !got.contains("code='110'") && got.contains(&format!("to='{bob}@localhost/b'")),
+            "{got}"
+        );
+        has(
+            &mut w,
+            a,
+            &[&format!("from='{room}/Irc'"), &format!("jid='{ghost}'")],
+        );
+        // both ways
+        w.component_sends(
+            bridge,
+            &format!("<message type='groupchat' id='i' from='{ghost}' to='{room}'><body>from irc</body></message>"),
+        );
+        has(&mut w, a, &["from irc", &format!("from='{room}/Irc'")]);
+        has(&mut w, b, &["from irc"]);
+        say(&mut w, b, &room, "to-irc");
+        let got = w.component_takes(bridge).concat();
+        assert!(got.contains("from irc") && got.contains("to-irc"), "{got}");
+        assert!(got.contains(&format!("to='{ghost}'")), "{got}");
+        w.send(
+            a,
+            &format!("<message type='chat' to='{room}/Irc'><body>psst</body></message>"),
+        );
+        assert!(w.component_takes(bridge).concat().contains("psst"));
+        // its connection goes: what cannot be delivered takes him out
+        w.take(a);
+        w.component_cut(bridge);
+        say(&mut w, b, &room, "anybody");
+        has(
+            &mut w,
+            a,
+            &[
+                "anybody",
+                "type='unavailable'",
+                &format!("from='{room}/Irc'"),
+            ],
+        );
+        assert_eq!(room_of(&w, &room).occupants.len(), 2);
+        // and it comes back
+        let bridge = w.component(0, HOST);
+        w.component_takes(bridge);
+        w.component_sends(
+            bridge,
+            &format!("<presence from='{HOST}' to='{room}/Bot'><x xmlns='http://jabber.org/protocol/muc'/></presence>"),
+        );
+        assert!(w.component_takes(bridge).concat().contains("code='110'"));
+        w.component_sends(
+            bridge,
+            &format!("<presence type='unavailable' from='{HOST}' to='{room}/Bot'/>"),
+        );
+        assert!(
+            w.component_takes(bridge)
+                .concat()
+                .contains("type='unavailable'")
+        );
+        assert_eq!(room_of(&w, &room).occupants.len(), 2);
+    }
+}
+
+/// All that the archive shows, as it comes.
+fn kept(w: &mut World, client: Client, room: &str) -> String {
+    w.take(client);
+    w.send(
+        client,
+        &format!("<iq type='set' id='q' to='{room}'><query xmlns='urn:xmpp:mam:2'/></iq>"),
+    );
+    let all = w.take(client);
+    assert!(all.last().unwrap().contains("<fin"), "{all:?}");
+    // without the addresses to which it goes
+    let own = w.session(client).jid.to_string();
+    all.concat().replace(&format!("to='{own}'"), "")
+}
