@@ -1486,7 +1486,7 @@ fn while_the_database_is_away_nobody_makes_a_lasting_room_and_it_is_asked_again(
     w.find_rooms();
     let got = lasting(&mut w, a, &room);
     assert!(
-        got.contains("resource-constraint") && got.contains("type='wait'"),
+        got.contains("resource-constraint") && got.contains("being counted"),
         "{got}"
     );
     w.tier.broken = false;
