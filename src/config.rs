@@ -264,6 +264,9 @@ keys! {
         live directed_presence_max: usize = 500 => 1..=100_000;
         /// Chat rooms that one session is in.
         live rooms_per_session_max: usize = 200 => 1..=100_000;
+        /// Presences of one session for chat rooms in a second, on average: coming in, changes, other nicknames; twelve times as
+        /// many at once. More are refused with `<resource-constraint/>`.
+        live room_presences_per_second_max: u32 = 50 => 1..=1_000_000;
         /// Messages kept for a user who is off line (XEP-0160).
         live offline_messages_max: usize = 1000 => 0..=1_000_000;
         /// Bytes of messages kept for a user who is off line.
@@ -367,6 +370,12 @@ keys! {
         restart keep_days: u64 = 0 => 0..=36_500;
         /// Rooms that one shard has in memory; new ones are refused beyond.
         live rooms_max: usize = 10_000 => 1..=10_000_000;
+        /// Rooms that stay when nobody is in, made by one account; more are refused with `<resource-constraint/>`.
+        live persistent_per_owner_max: usize = 100 => 0..=10_000_000;
+        /// Such rooms altogether.
+        live persistent_max: usize = 100_000 => 0..=10_000_000;
+        /// How long a temporary room that a crash has left waits for those who come back, in seconds. Then it ends.
+        live left_seconds: u64 = 600 => 0..=86_400;
         /// People in one room; its configuration may say less.
         live occupants_max: usize = 2000 => 1..=100_000;
         /// Members, admins, owners and outcasts of one room.
@@ -384,6 +393,10 @@ keys! {
         live messages_per_second_max: u32 = 50 => 1..=1_000_000;
         /// The same of presence.
         live presences_per_second_max: u32 = 10 => 1..=1_000_000;
+        /// Registrations with one room in a second (members, nicknames that are kept), on average; twenty times as many at once.
+        live registrations_per_second_max: u32 = 5 => 1..=1_000_000;
+        /// Requests for membership of one room that wait for an admin's answer, an hour at most.
+        live requests_max: usize = 100 => 1..=100_000;
     }
 
     /// Push notifications (XEP-0357): app servers are told when something waits for somebody (see "Push notifications" in README.md).

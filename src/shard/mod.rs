@@ -350,6 +350,7 @@ impl Shard {
         if redis.is_some() {
             slice.ring_on();
         }
+        crate::xmpp::room::directory::find(&mut slice);
         let shard = Rc::new(Shard {
             number,
             slice: RefCell::new(slice),
@@ -682,6 +683,7 @@ fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
         },
         rooms_max: r.rooms_max,
         per_session_max: config.limits.rooms_per_session_max,
+        session_presences_per_second_max: config.limits.room_presences_per_second_max,
         occupants_max: r.occupants_max,
         affiliates_max: r.affiliations_max,
         nick_bytes_max: r.nick_bytes_max,
@@ -690,6 +692,11 @@ fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
         history_bytes_max: r.history_bytes_max,
         messages_per_second_max: r.messages_per_second_max,
         presences_per_second_max: r.presences_per_second_max,
+        lasting_per_owner_max: r.persistent_per_owner_max,
+        lasting_max: r.persistent_max,
+        left_ms: r.left_seconds * 1000,
+        registrations_per_second_max: r.registrations_per_second_max,
+        requests_max: r.requests_max,
         persistent: r.persistent,
         archive_keep_ms: config.rooms_keep_days() * 24 * 3_600_000,
     }

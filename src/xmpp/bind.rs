@@ -70,6 +70,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         caps: None,
         directed: Default::default(),
         rooms: Default::default(),
+        rooms_rate: Default::default(),
         csi: Default::default(),
         paced: None,
         sm: None,

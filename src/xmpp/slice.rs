@@ -42,7 +42,7 @@ use crate::store::recovery::{Found, stream_key};
 use crate::store::ring::Ring;
 use crate::store::tier::{
     Answer, ArchiveQuery, Entry as ArchiveEntry, Last, Loaded, Page, Query, ReadError, Request,
-    Ticket,
+    StoredRoom, Ticket,
 };
 use crate::store::warm::INDEX_KEY;
 use crate::xml;
@@ -416,6 +416,9 @@ pub type ThenComputed = Box<dyn FnOnce(&mut Slice, Computed)>;
 /// What goes on when a page of an archive was read.
 pub type ThenPage = Box<dyn FnOnce(&mut Slice, Result<Page, ReadError>)>;
 
+/// What goes on when rooms were read.
+pub type ThenRooms = Box<dyn FnOnce(&mut Slice, Result<Vec<StoredRoom>, ReadError>)>;
+
 enum Wait {
     Read(ThenRead),
     /// With how often it may be asked again.
@@ -423,6 +426,7 @@ enum Wait {
     /// What of the page was retracted, asked by these keys; the number is [`Recent::settle`]'s.
     Retractions(Box<(ArchiveQuery, Page, Box<[i64]>)>, u64, ThenPage),
     Compute(ThenComputed),
+    Rooms(ThenRooms),
 }
 
 /// Counters of one slice; read by whoever renders metrics.
@@ -715,8 +719,14 @@ impl Slice {
                 Item::Room { stanza, meta, to } => {
                     room::fanout::deliver(self, batch.text(to), batch.get(stanza), meta);
                 }
-                Item::Listing { name, listed } => {
-                    room::directory::told(self, batch.text(name), batch.get(listed));
+                Item::Listing {
+                    name,
+                    listed,
+                    maker,
+                    found,
+                } => {
+                    let (name, listed) = (batch.text(name), batch.text(listed));
+                    room::directory::told(self, name, listed, batch.text(maker), found);
                 }
                 Item::Regrouped { shard, times } => self.regrouped(shard, times),
                 Item::Group {
@@ -772,6 +782,11 @@ impl Slice {
                     }
                 }
                 Answer::Archive { ticket, result } => self.page_read(ticket, result),
+                Answer::Rooms { ticket, result } => {
+                    if let Some((_, Wait::Rooms(then))) = self.waits.remove(&ticket) {
+                        then(self, result);
+                    }
+                }
                 Answer::Retractions { ticket, result } => {
                     if let Some((name, Wait::Retractions(asked, number, then))) =
                         self.waits.remove(&ticket)
@@ -868,6 +883,7 @@ impl Slice {
         feature::caps::tick(self);
         feature::push::tick(self);
         self.component_recovered();
+        room::directory::tick(self);
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -2444,6 +2460,13 @@ impl Slice {
             let before = Id::at(self.now.unix_ms.saturating_sub(keep_ms));
             self.recent.expire(name, before.0);
         }
+    }
+
+    /// Reads chat rooms behind this row, of all shards, as SQL has them.
+    pub fn read_rooms(&mut self, after: u64, most: u32, then: ThenRooms) {
+        let ticket = self.wait("", Wait::Rooms(then));
+        let query = Query::Rooms { after, most };
+        self.fx.requests.push(Request::Read { ticket, query });
     }
 
     pub fn compute(&mut self, job: Job, then: ThenComputed) {

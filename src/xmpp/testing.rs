@@ -13,6 +13,7 @@ use super::component::{ConnId, Hosts, Settings};
 use super::error::StreamError;
 use super::feature;
 use super::parse_stanza;
+use super::room;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Limits, Now, Slice, Start, User};
 use crate::config::ComponentPolicy;
@@ -24,7 +25,8 @@ use crate::store::recovery::{Found, Recovery};
 use crate::store::ring::Ring;
 use crate::store::sql::Ahead;
 use crate::store::tier::{
-    Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request, Retraction,
+    Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request,
+    Retraction, StoredRoom,
 };
 use crate::store::upload::Refused;
 use crate::xml::{Element, FrameKind, Framer, Node, StreamNs};
@@ -89,6 +91,7 @@ pub fn limits() -> Limits {
             creators: None,
             rooms_max: 100,
             per_session_max: 20,
+            session_presences_per_second_max: 1000,
             occupants_max: 1000,
             affiliates_max: 100,
             nick_bytes_max: 64,
@@ -97,6 +100,11 @@ pub fn limits() -> Limits {
             history_bytes_max: 1 << 18,
             messages_per_second_max: 1000,
             presences_per_second_max: 1000,
+            lasting_per_owner_max: 100,
+            lasting_max: 1000,
+            left_ms: 600_000,
+            registrations_per_second_max: 1000,
+            requests_max: 100,
             persistent: false,
             archive_keep_ms: 0,
         },
@@ -273,6 +281,12 @@ impl World {
         self.tier.queue.clear();
         self.tier.held = false;
         self.start(shards, &limits);
+        self.run();
+    }
+
+    /// The list of rooms is read, as at each start.
+    pub fn find_rooms(&mut self) {
+        self.slices.iter_mut().for_each(room::directory::find);
         self.run();
     }
 
@@ -920,6 +934,21 @@ impl Tier {
         }
     }
 
+    /// A row's number is its place in the order of names.
+    fn rooms(&self, after: u64, most: u32) -> Vec<StoredRoom> {
+        let all = self.users.iter().zip(1..).skip(after as usize);
+        let rooms = all.filter_map(|((name, stored), number)| {
+            let maker = stored.documents.get(crate::store::room::MAKER_KEY);
+            Some(StoredRoom {
+                number,
+                name: (**name).into(),
+                record: Some(stored.room.clone()?),
+                maker: maker.map_or("".into(), |m| String::from_utf8_lossy(m).into()),
+            })
+        });
+        rooms.take(most as usize).collect()
+    }
+
     fn read(&mut self, ticket: u64, query: Query) -> Answer {
         self.reads += 1;
         let user = self.users.get(query.name());
@@ -944,6 +973,13 @@ impl Tier {
                         .filter(|r| keys.contains(&Retraction::key(&r.target)))
                         .cloned()
                         .collect()),
+                },
+            },
+            Query::Rooms { after, most } => Answer::Rooms {
+                ticket,
+                result: match broken {
+                    Some(error) => Err(error),
+                    None => Ok(self.rooms(after, most)),
                 },
             },
             Query::Archive(query) => Answer::Archive {

@@ -786,8 +786,16 @@ impl Slice {
         let own = match self.host(to.domain()) {
             Host::Own => true,
             Host::Component => false,
-            // occupants are users
-            Host::Rooms => return Err(StanzaError::SERVICE_UNAVAILABLE),
+            Host::Rooms if to.local().is_none() => {
+                return match query {
+                    true => self.component_asks_rooms(view, from, &to, meta),
+                    false if meta.kind.is_message() => Err(StanzaError::SERVICE_UNAVAILABLE),
+                    false => Ok(()),
+                };
+            }
+            // rooms have no subscriptions
+            Host::Rooms if meta.kind.is_subscription() => return Ok(()),
+            Host::Rooms => false,
             Host::Unknown => return Err(StanzaError::REMOTE_SERVER_NOT_FOUND),
         };
         if own && to.local().is_none() {
@@ -811,6 +819,28 @@ impl Slice {
         let stanza = message::compose(view, from.as_str(), Some(&to), None, scratch);
         self.route(&to, from.as_str(), &stanza, meta, None);
         self.give_scratch(stanza);
+        Ok(())
+    }
+
+    /// A request to the service of chat rooms.
+    fn component_asks_rooms(
+        &mut self,
+        view: &View<'_>,
+        from: &Jid<'_>,
+        to: &Jid<'_>,
+        meta: Meta,
+    ) -> Result<(), StanzaError> {
+        let payload = view.to_element().elements().next().cloned();
+        let iq = iq::Iq {
+            session: None,
+            from: from.borrowed().into_owned(),
+            to: Some(to.borrowed().into_owned()),
+            id: view.attr("id").unwrap_or_default().into_owned(),
+            set: meta.kind == Kind::IqSet,
+            payload: payload.ok_or(StanzaError::BAD_REQUEST)?,
+            receipt: None,
+        };
+        super::room::host::handle(self, iq);
         Ok(())
     }
 
