@@ -114,6 +114,7 @@ pub struct Parts {
     pub ring: Arc<Ring>,
     pub decoy: Arc<Decoy>,
     pub id_key: [u64; 2],
+    pub login_key: [u8; 32],
     pub listen: Vec<(SocketAddr, Door)>,
     pub mesh: MeshEnd<moves::Sent>,
     pub inbox: Inbox<Inbound>,
@@ -293,6 +294,7 @@ impl Shard {
             ring: Rc::new((*parts.ring).clone()),
             limits: limits(&config, shards),
             id_key: parts.id_key,
+            login_key: parts.login_key,
             features: Default::default(),
         };
         let mesh = parts.mesh.connect();
