@@ -86,6 +86,7 @@ impl House {
             ring: Rc::new(Ring::of_shards(1)),
             limits: limits(),
             id_key: [1, 2],
+            login_key: [1; 32],
             features: OnceCell::new(),
         };
         // what is delivered at once is never read back
@@ -250,12 +251,12 @@ impl House {
         let mut session = None;
         self.count(|this| {
             let step = this.frames(&mut negotiation, &mut framer, &both, &mut out);
-            let Step::Bind { resource } = step else {
+            let Step::Bind { resource, .. } = step else {
                 panic!("it is bound");
             };
             let new = this.arrive(name, resource.as_deref());
             let jid = &*this.slice.sessions.get(new).expect("it is new").jid;
-            negotiation.bound(Ok(jid), &mut out);
+            negotiation.bound(Ok((jid, "")), &this.slice.env, &mut out);
             session = Some(new);
         });
         let session = session.expect("it was bound");
@@ -360,6 +361,7 @@ fn policy() -> Policy {
         tls_required: false,
         mechanisms: Mechanism::ALL.to_vec(),
         register: true,
+        sasl2: true,
         attempts_max: 3,
         xml: Default::default(),
     }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use aws_lc_rs::hmac;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -177,6 +178,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         u64::from_le_bytes(secret[0..8].try_into().expect("eight bytes")),
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
     ];
+    let login_key = login_key(&secret);
     let shared = Arc::new(config.clone());
     let groups = Arc::new(groups_file::load(&config, &ring)?);
     let meshes = rt::mesh(shards, config.limits.mesh_queue_batches_max)
@@ -195,6 +197,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 decoy: decoy.clone(),
                 id_key,
                 upload: files_of_users.clone().map(|files| (secret, files)),
+                login_key,
                 listen: listen
                     .iter()
                     .copied()
@@ -356,6 +359,14 @@ fn load_tls(config: &Config) -> Result<(TlsConfig, String), String> {
     )?;
     let fingerprint = tls.fingerprint().to_owned();
     Ok((tls, fingerprint))
+}
+
+/// The key of what clients are given at their login: another one than those of decoys and stable ids, from the same secret.
+fn login_key(secret: &[u8; 32]) -> [u8; 32] {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
+    let mut derived = [0; 32];
+    derived.copy_from_slice(hmac::sign(&key, b"nitro login").as_ref());
+    derived
 }
 
 /// 32 random bytes that outlive the process: decoys and stable ids hang on them.

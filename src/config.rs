@@ -208,6 +208,9 @@ keys! {
         live answer_ms_min: u64 = 3 => 0..=1000;
         /// The mechanisms that are offered. Those with channel binding (-PLUS) and PLAIN need TLS anyway.
         live mechanisms: Vec<String> = MECHANISMS.iter().map(|m| m.to_string()).collect();
+        /// Whether authentication, binding and resumption in one step (XEP-0388, XEP-0386) are offered over TLS, beside the older
+        /// way.
+        live sasl2: bool = true;
     }
 
     /// What the server bears. Every limit is counted in the metrics when it is hit.

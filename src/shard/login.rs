@@ -17,7 +17,7 @@ use crate::observe::{Stage, record};
 use crate::rt::{self, Notify, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::xml::{Framer, StreamNs};
-use crate::xmpp::bind::{self, Arrival};
+use crate::xmpp::bind::{self, Arrival, Extras};
 use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
@@ -434,6 +434,7 @@ fn policy(
             Registration::Loopback => loopback,
             Registration::On => true,
         },
+        sasl2: config.sasl.sasl2,
         attempts_max: config.limits.auth_attempts_max as u32,
         xml: crate::xml::Limits {
             stanza_bytes_max: config.limits.unauthenticated_stanza_bytes_max,
@@ -467,6 +468,7 @@ fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &Stream
             tls_required: false,
             mechanisms: Vec::new(),
             register: false,
+            sasl2: false,
             attempts_max: 1,
             xml: Default::default(),
         };
@@ -635,7 +637,10 @@ async fn run(
                 if let Some(since_us) = c.times.sasl_us.take() {
                     record(Stage::Sasl, shard.now_us() - since_us);
                 }
-                c.framer.restart();
+                // the stream goes on where the rest came along with the authentication
+                if c.negotiation.request().is_none() {
+                    c.framer.restart();
+                }
                 if let Some(name) = c.negotiation.user() {
                     shard.doors.succeeded(name);
                     match shard.often(name) {
@@ -647,6 +652,9 @@ async fn run(
                         }
                         Err(seconds) => return Outcome::Refuse(overloaded(seconds)),
                     }
+                }
+                if c.negotiation.request().is_some() {
+                    next = Some(c.negotiation.proceed(&shard.slice.borrow().env, &mut out));
                 }
             }
             Step::StartTls => {
@@ -671,7 +679,7 @@ async fn run(
                 if owner != shard.number {
                     return Outcome::Move(owner, Wish::Login(name));
                 }
-                if let Err(error) = guest.name(shard.class_of(&name)).await {
+                if let Err(error) = guest.name(shard.class_of(&name, &c.negotiation)).await {
                     return Outcome::Refuse(error);
                 }
                 next = Some(shard.credentials(c, guest, &name, &mut out).await);
@@ -717,11 +725,15 @@ async fn run(
                 let outcome = guest.away(shard.register(c, &name, password)).await;
                 c.negotiation.registered(outcome, &mut out);
             }
-            Step::Bind { resource } => {
-                let outcome = shard.bind(c, resource.as_deref(), link).await;
+            Step::Bind { resource, extras } => {
+                let outcome = shard.bind(c, resource.as_deref(), &extras, link).await;
                 let bound = outcome.is_ok();
+                let told = match &outcome {
+                    Ok((jid, answers)) => Ok((&**jid, &**answers)),
+                    Err(error) => Err(error.clone()),
+                };
                 c.negotiation
-                    .bound(outcome.as_deref().map_err(Clone::clone), &mut out);
+                    .bound(told, &shard.slice.borrow().env, &mut out);
                 if bound {
                     return match c.transport.write(&out, &mut shard.scratch.borrow_mut()) {
                         Ok(()) => {
@@ -740,7 +752,13 @@ async fn run(
                     record(Stage::Resume, shard.now_us() - c.times.accepted_us);
                     return Outcome::Bound;
                 }
-                Ok(Resumed::No { count }) => c.negotiation.not_resumed(count, &mut out),
+                Ok(Resumed::No { count }) => {
+                    let env = &shard.slice.borrow().env;
+                    next = match c.negotiation.not_resumed(count, env, &mut out) {
+                        Step::Continue => None,
+                        step => Some(step),
+                    };
+                }
                 Err(error) => return Outcome::Refuse(error),
             },
             Step::End => {
@@ -924,9 +942,9 @@ impl Shard {
         turn_away(self, transport, door, &error);
     }
 
-    /// Whom the second gate lets in first: who has a session that can be resumed (whether he will is not known before he says
-    /// so), then who is on line or was a moment ago.
-    fn class_of(&self, name: &str) -> Class {
+    /// Whom the second gate lets in first: who has a session that can be resumed, then who is on line or was a moment ago.
+    /// Whether he will resume it he says now (XEP-0388), or is not known before he says so.
+    fn class_of(&self, name: &str, negotiation: &Negotiation) -> Class {
         let slice = self.slice.borrow();
         let Some(user) = slice.user(name) else {
             return Class::Stranger;
@@ -936,7 +954,14 @@ impl Shard {
             sm.is_some_and(|sm| sm.resume_ms > 0)
         };
         let since = |at| slice.now.unix.saturating_sub(at);
-        if user.sessions.iter().any(|sid| resumable(*sid)) {
+        let resumes = match negotiation.request() {
+            None => user.sessions.iter().any(|sid| resumable(*sid)),
+            Some(request) => request
+                .resume
+                .as_ref()
+                .is_some_and(|(previd, _)| sm::find(&slice, name, previd).is_some()),
+        };
+        if resumes {
             return Class::Resumable;
         }
         let recent = self.config.borrow().storm.recent_seconds;
@@ -1063,13 +1088,14 @@ impl Shard {
         }
     }
 
-    /// The session begins. Its user may have left the cache since he authenticated: he is loaded again.
+    /// The session begins: its JID, and the answers to what is enabled with it. Its user may have left the cache since he authenticated: he is loaded again.
     async fn bind(
         &self,
         c: &mut Connecting,
         resource: Option<&str>,
+        extras: &Extras,
         link: u64,
-    ) -> Result<String, StanzaError> {
+    ) -> Result<(String, String), StanzaError> {
         let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
         for _ in 0..LOADS_MAX {
             self.load(&name).await;
@@ -1097,6 +1123,7 @@ impl Shard {
             tls: c.negotiation.encrypted,
         };
         let sid = bind::bind(&mut slice, arrival)?;
+        let answers = bind::enable(&mut slice, sid, extras);
         let jid = slice
             .sessions
             .get(sid)
@@ -1111,7 +1138,7 @@ impl Shard {
             tls = c.negotiation.encrypted,
             "logged in"
         );
-        Ok(jid)
+        Ok((jid, answers))
     }
 
     /// The old connection is closed first, and the answer waits until all that was read from it is decided: its count is
@@ -1145,7 +1172,11 @@ impl Shard {
             return Ok(Resumed::No { count });
         };
         let stream_ns = self.stream_ns(c.negotiation.stream_ns());
-        sm::resume(&mut slice, sid, link, h)?;
+        let jid = slice.sessions.get(sid).map(|s| s.jid.clone());
+        let (before, behind) = c
+            .negotiation
+            .resumed(jid.as_deref().unwrap_or_default(), &slice.env);
+        sm::resume(&mut slice, sid, link, h, (&before, &behind))?;
         if let Some(session) = slice.sessions.get_mut(sid) {
             session.stream_ns = stream_ns;
             session.tls = c.negotiation.encrypted;

@@ -140,6 +140,7 @@ pub struct Parts {
     pub id_key: [u64; 2],
     /// Of the slots for uploads, and the threads that keep the files; none: there are no uploads.
     pub upload: Option<([u8; 32], upload::Files)>,
+    pub login_key: [u8; 32],
     pub listen: Vec<(SocketAddr, Door)>,
     pub mesh: MeshEnd<moves::Sent>,
     pub inbox: Inbox<Inbound>,
@@ -328,6 +329,7 @@ impl Shard {
             ring: Rc::new((*parts.ring).clone()),
             limits: limits(&config, shards),
             id_key: parts.id_key,
+            login_key: parts.login_key,
             features: Default::default(),
         };
         let mesh = parts.mesh.connect();

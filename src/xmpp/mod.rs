@@ -24,6 +24,7 @@ pub mod pubsub;
 pub mod regroup;
 pub mod room;
 pub mod sasl;
+pub mod sasl2;
 pub mod session;
 #[cfg(test)]
 mod simulation;

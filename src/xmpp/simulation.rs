@@ -1069,7 +1069,7 @@ impl Simulation {
                 }
                 if sm::find(slice, &name, &previd) == Some(sid) {
                     self.links += 1;
-                    let resumed = sm::resume(slice, sid, self.links, handled);
+                    let resumed = sm::resume(slice, sid, self.links, handled, (b"", b""));
                     assert!(resumed.is_ok(), "{} has what it was sent", self.jid(peer));
                     self.note(format!("{} resumes with {handled}", self.jid(peer)));
                     let peer = &mut self.peers[peer];

@@ -62,6 +62,8 @@ pub struct Env {
     pub limits: Limits,
     /// Key of the permutation that makes stable ids (XEP-0359).
     pub id_key: [u64; 2],
+    /// Key of what clients are given at their login (XEP-0386: resources).
+    pub login_key: [u8; 32],
     /// See [`Env::stream_features`].
     pub features: OnceCell<Box<str>>,
 }

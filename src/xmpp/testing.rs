@@ -363,6 +363,7 @@ impl World {
                 ring: ring.clone(),
                 limits: limits.clone(),
                 id_key: [1, 2],
+                login_key: [1; 32],
                 features: Default::default(),
             };
             let mut slice = Slice::new(env, shards, cache_bytes_max, start);

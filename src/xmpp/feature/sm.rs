@@ -202,24 +202,44 @@ impl Kept {
     }
 }
 
-fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), StreamError> {
-    let resume = matches!(view.attr("resume").as_deref(), Some("true" | "1"));
-    let wanted_ms = view
-        .attr("max")
-        .and_then(|max| max.parse::<u64>().ok())
-        .map(|s| s.saturating_mul(1000));
-    let most_ms = slice.env.limits.resume_ms_max;
-    let Some(session) = slice.sessions.get_mut(sid) else {
-        return Ok(());
-    };
-    if session.sm.is_some() {
-        slice.send_raw(sid, &failed("unexpected-request", None));
-        return Ok(());
+/// What `<enable/>` asks for.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    resume: bool,
+    max_ms: Option<u64>,
+}
+
+impl Wish {
+    /// By its attributes `resume` and `max`.
+    pub fn new(resume: Option<&str>, max: Option<&str>) -> Wish {
+        Wish {
+            resume: matches!(resume, Some("true" | "1")),
+            max_ms: max
+                .and_then(|max| max.parse::<u64>().ok())
+                .map(|s| s.saturating_mul(1000)),
+        }
     }
-    let resume_ms = if resume {
-        wanted_ms.unwrap_or(most_ms).min(most_ms)
-    } else {
-        0
+}
+
+fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), StreamError> {
+    let wish = Wish::new(view.attr("resume").as_deref(), view.attr("max").as_deref());
+    match begin(slice, sid, &wish) {
+        Some(answer) => slice.send_raw(sid, answer.as_bytes()),
+        None => slice.send_raw(sid, &failed("unexpected-request", None)),
+    }
+    Ok(())
+}
+
+/// Enables stream management; the answer. `None`: it is enabled already.
+pub fn begin(slice: &mut Slice, sid: SessionId, wish: &Wish) -> Option<String> {
+    let most_ms = slice.env.limits.resume_ms_max;
+    let session = slice
+        .sessions
+        .get_mut(sid)
+        .filter(|session| session.sm.is_none())?;
+    let resume_ms = match wish.resume {
+        true => wish.max_ms.unwrap_or(most_ms).min(most_ms),
+        false => 0,
     };
     let id: Box<str> = if resume_ms > 0 {
         crate::xmpp::random_id().into()
@@ -237,8 +257,7 @@ fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), Stre
     session.sm = Some(Box::new(Sm::new(id, resume_ms)));
     // XEP-0198 section 4: counting starts with <enable/>
     session.accept = Default::default();
-    slice.send_raw(sid, answer.as_bytes());
-    Ok(())
+    Some(answer)
 }
 
 fn asked(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {
@@ -427,8 +446,15 @@ pub fn is_settling(slice: &mut Slice, sid: SessionId) -> bool {
 }
 
 /// The client is back on a new connection with `h` stanzas: `<resumed/>`, then what it has not got.
-/// The old connection must be closed before. `Err`: the client claims more than it was sent; the session ended.
-pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<(), StreamError> {
+/// `around`: what goes out before `<resumed/>` and directly behind it. The old connection must be closed before. `Err`: the
+/// client claims more than it was sent; the session ended.
+pub fn resume(
+    slice: &mut Slice,
+    sid: SessionId,
+    link: u64,
+    h: u32,
+    around: (&[u8], &[u8]),
+) -> Result<(), StreamError> {
     let ms = slice.now.ms;
     let Some(session) = slice.sessions.get_mut(sid) else {
         return Ok(());
@@ -465,7 +491,9 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
         sm.id,
         session.accept.h()
     );
+    session.out.extend_from_slice(around.0);
     session.out.extend_from_slice(resumed.as_bytes());
+    session.out.extend_from_slice(around.1);
     session.out.extend_from_slice(sm.kept.all());
     sm.requested = false;
     let repeated = (sm.kept.bytes(), sm.kept.entries.len());

@@ -23,6 +23,13 @@ const CORE: &[(&str, &str, &str, &str)] = &[
     ("Use of TLS", "RFC 7590", "", "src/net/"),
     ("Direct TLS", "XEP-0368", "1.1.0", "src/net/"),
     (
+        "Extensible SASL profile",
+        "XEP-0388",
+        "1.0.4",
+        "src/xmpp/sasl2.rs",
+    ),
+    ("Bind 2", "XEP-0386", "1.1.0", "src/xmpp/sasl2.rs"),
+    (
         "Channel-binding types",
         "XEP-0440",
         "1.0.0",
