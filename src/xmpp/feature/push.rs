@@ -940,7 +940,7 @@ mod tests {
         s.writes();
         assert!(s.asked().is_empty());
         let slice = &mut s.w.slices[phone.shard];
-        crate::xmpp::feature::sm::resume(slice, phone.sid, phone.link(), 0).unwrap();
+        crate::xmpp::feature::sm::resume(slice, phone.sid, phone.link(), 0, (b"", b"")).unwrap();
         s.w.run();
         s.w.cut(phone);
         // what it has not acknowledged waits again
