@@ -182,6 +182,20 @@ keys! {
         /// Where clients find WebSocket, for host-meta (XEP-0156), e.g. "wss://chat.example.com/ws". Empty: the first port of
         /// `web.listen_tls` under the name of `domain`.
         live websocket_url: String = String::new();
+        /// Where clients find BOSH, e.g. "https://chat.example.com/bosh". Empty: as above.
+        live bosh_url: String = String::new();
+        /// BOSH sessions of one shard at the same time; more get 503 with `Retry-After`.
+        live bosh_sessions_max: usize = 10_000 => 1..=10_000_000;
+        /// Bytes of the body of one BOSH request; more get 413.
+        live bosh_body_bytes_max: usize = 524_288 => 16_384..=16_777_216;
+        /// Seconds that a BOSH request waits for something to say at most (`wait`).
+        live bosh_wait_seconds_max: u64 = 60 => 1..=600;
+        /// Seconds that a BOSH session may be without a request (`inactivity`).
+        live bosh_inactivity_seconds_max: u64 = 60 => 5..=3600;
+        /// Seconds that a BOSH session may be paused (`maxpause`).
+        live bosh_pause_seconds_max: u64 = 120 => 5..=3600;
+        /// Seconds between empty requests of a BOSH client that polls (`polling`); faster ones end with `policy-violation`.
+        live bosh_polling_seconds_min: u64 = 2 => 0..=60;
         /// HTTP connections of clients of one shard at the same time; more are closed.
         live connections_max: usize = 10_000 => 1..=10_000_000;
         /// Seconds that a connection stays open between two requests.

@@ -461,3 +461,249 @@ fn host_meta_is_for_pages_of_every_origin() {
         assert!(preflight.contains("Access-Control-Allow-Methods: GET, HEAD, OPTIONS\r\n"));
     }
 }
+
+/// A session of requests, each on a connection of its own: they are accepted by any core.
+struct Bosh {
+    address: SocketAddr,
+    sid: String,
+    rid: u64,
+}
+
+const BODY: &str = "xmlns='http://jabber.org/protocol/httpbind' xmlns:xmpp='urn:xmpp:xbosh'";
+
+/// Sends a body; its answer comes by [`answer`].
+fn post(address: SocketAddr, body: &str) -> TcpStream {
+    let mut socket = connect(address);
+    let request = format!(
+        "POST /bosh HTTP/1.1\r\nHost: localhost\r\n{PROXIED}Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    socket.write_all(request.as_bytes()).unwrap();
+    socket
+}
+
+/// The body of an answer with status 200.
+fn answer(socket: TcpStream) -> String {
+    let answer = all(socket);
+    assert_eq!(status(&answer), 200, "{answer}");
+    answer.split_once("\r\n\r\n").unwrap().1.to_owned()
+}
+
+fn attribute<'a>(body: &'a str, name: &str) -> &'a str {
+    let start = format!(" {name}='");
+    body.split_once(&start)
+        .and_then(|(_, rest)| rest.split('\'').next())
+        .unwrap_or_else(|| panic!("no {name}: {body}"))
+}
+
+impl Bosh {
+    fn begin(address: SocketAddr, wait: u64, hold: u64) -> Bosh {
+        let rid = 4_000_000_000;
+        let begun = answer(post(
+            address,
+            &format!(
+                "<body rid='{rid}' to='localhost' ver='1.6' wait='{wait}' hold='{hold}' xmpp:version='1.0' {BODY}/>"
+            ),
+        ));
+        assert!(begun.contains("<stream:features"), "{begun}");
+        assert!(
+            attribute(&begun, "sid").len() >= 27,
+            "128 bits and more: {begun}"
+        );
+        let sid = attribute(&begun, "sid").to_owned();
+        Bosh { address, sid, rid }
+    }
+
+    /// The request with this distance to the next id.
+    fn request(&self, ahead: u64, attributes: &str, payload: &str) -> TcpStream {
+        let (sid, rid) = (&self.sid, self.rid + ahead);
+        post(
+            self.address,
+            &format!("<body sid='{sid}' rid='{rid}' {attributes} {BODY}>{payload}</body>"),
+        )
+    }
+
+    /// The next request and its answer.
+    fn ask(&mut self, attributes: &str, payload: &str) -> String {
+        let socket = self.request(1, attributes, payload);
+        self.rid += 1;
+        answer(socket)
+    }
+
+    /// Asks until an answer has `part`.
+    fn find(&mut self, mut payload: &str, part: &str) -> String {
+        loop {
+            let body = self.ask("", payload);
+            assert!(!body.contains("terminate"), "{body}");
+            if body.contains(part) {
+                return body;
+            }
+            payload = "";
+        }
+    }
+
+    fn authenticated(address: SocketAddr, name: &str) -> Bosh {
+        let mut bosh = Bosh::begin(address, 5, 1);
+        use base64::Engine;
+        let plain = format!("\0{name}\0{}", client::PASSWORD);
+        let plain = base64::prelude::BASE64_STANDARD.encode(plain);
+        let mechanism = "xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='PLAIN'";
+        bosh.find(&format!("<auth {mechanism}>{plain}</auth>"), "<success");
+        let features = bosh.ask("xmpp:restart='true' to='localhost'", "");
+        assert!(features.contains("<bind "), "{features}");
+        bosh
+    }
+
+    fn online(address: SocketAddr, name: &str) -> Bosh {
+        let mut bosh = Bosh::authenticated(address, name);
+        let bound = bosh.find(
+            "<iq xmlns='jabber:client' type='set' id='b'><bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'/></iq>",
+            "<bind",
+        );
+        assert!(bound.contains("<iq xmlns='jabber:client'"), "{bound}");
+        bosh.find("<presence xmlns='jabber:client'/>", "<presence");
+        bosh
+    }
+}
+
+fn chat(body: &str) -> String {
+    format!(
+        "<message xmlns='jabber:client' to='bob@localhost' type='chat'><body>{body}</body></message>"
+    )
+}
+
+#[test]
+fn requests_are_handled_in_the_order_of_their_ids_once_whichever_core_accepts_them() {
+    let blade = blade(&[]);
+    for name in ["alice", "bob"] {
+        Client::register(&blade, name);
+    }
+    let mut bob = Client::online(&blade, "bob", "tcp");
+    let mut alice = Bosh::online(blade.web, "alice");
+    for n in 0..10 {
+        // the second one first: it waits for the first one
+        let second = alice.request(2, "", &chat(&format!("{n}b")));
+        let first = alice.request(1, "", &chat(&format!("{n}a")));
+        assert!(!answer(first).contains("terminate"));
+        alice.rid += 1;
+        // asked for again, the answer is the same, and what it carried is not sent twice
+        let again = alice.request(0, "", &chat(&format!("{n}a")));
+        assert!(!answer(again).contains("terminate"));
+        alice.rid += 1;
+        bob.send(&format!(
+            "<message to='alice@localhost' type='chat'><body>to {n}</body></message>"
+        ));
+        let held = answer(second);
+        assert!(
+            held.contains(&format!("<body>to {n}</body>")) || held.ends_with("/>"),
+            "{held}"
+        );
+        let held_again = answer(alice.request(0, "", ""));
+        assert_eq!(held, held_again);
+        if held.ends_with("/>") {
+            alice.find("", &format!("<body>to {n}</body>"));
+        }
+        assert_eq!(bob.next_body(), format!("{n}a"));
+        assert_eq!(bob.next_body(), format!("{n}b"));
+    }
+    let end = alice.ask(
+        "type='terminate'",
+        "<presence xmlns='jabber:client' type='unavailable'/>",
+    );
+    assert!(
+        end.contains("type='terminate'") && !end.contains("condition"),
+        "{end}"
+    );
+    bob.settle();
+    let late = alice.ask("", "");
+    assert!(late.contains("condition='item-not-found'"), "{late}");
+}
+
+#[test]
+fn a_session_of_requests_that_falls_silent_can_be_resumed_over_websocket() {
+    let blade = blade(&[("web.bosh_inactivity_seconds_max", "5")]);
+    for name in ["alice", "bob"] {
+        Client::register(&blade, name);
+    }
+    let mut alice = Bosh::online(blade.web, "alice");
+    let enabled = alice.find("<enable xmlns='urn:xmpp:sm:3' resume='true'/>", "<enabled");
+    let id = attribute(enabled.split("<enabled").nth(1).unwrap(), "id").to_owned();
+    drop(alice);
+    let mut bob = Client::online(&blade, "bob", "tcp");
+    bob.send("<message to='alice@localhost' type='chat'><body>meanwhile</body></message>");
+    bob.settle();
+    let mut page = WebSocket::authenticated(blade.web, "alice");
+    page.send(&format!(
+        "<resume xmlns='urn:xmpp:sm:3' previd='{id}' h='0'/>"
+    ));
+    page.find("<resumed");
+    page.find("<body>meanwhile</body>");
+}
+
+#[test]
+fn what_breaks_the_protocol_of_requests_ends_the_session_with_its_condition() {
+    let blade = blade(&[
+        ("limits.auth_failure_delay_ms", "300"),
+        ("web.bosh_polling_seconds_min", "60"),
+    ]);
+    let ends = |body: String, condition: &str| {
+        assert!(body.contains("type='terminate'"), "{body}");
+        assert!(body.contains(&format!("condition='{condition}'")), "{body}");
+    };
+    let bosh = Bosh::begin(blade.web, 5, 1);
+    ends(answer(bosh.request(4, "", "")), "item-not-found");
+    ends(answer(bosh.request(1, "", "")), "item-not-found");
+    for body in [
+        "<body/>",
+        "no xml",
+        &format!("<body {BODY}/>"),
+        &format!("<body rid='-1' {BODY}/>"),
+    ] {
+        ends(answer(post(blade.web, body)), "bad-request");
+    }
+    // ids are not guessed: none is like another, and each wrong one is held back
+    let other = Bosh::begin(blade.web, 5, 1);
+    assert_ne!(bosh.sid, other.sid);
+    let began = Instant::now();
+    for sid in ["", "AAAAAAAAAAAAAAAAAAAAAAAAAAA", "no base64"] {
+        let guess = format!("<body sid='{sid}' rid='7' {BODY}/>");
+        ends(answer(post(blade.web, &guess)), "item-not-found");
+    }
+    assert!(began.elapsed() >= Duration::from_millis(900));
+    // a client that polls without a pause
+    let mut polls = Bosh::begin(blade.web, 0, 0);
+    assert!(!polls.ask("", "").contains("terminate"));
+    ends(polls.ask("", ""), "policy-violation");
+    // markup that is none ends the stream, and says so
+    let mut wrong = Bosh::begin(blade.web, 5, 1);
+    let end = wrong.ask("", "<message xmlns='jabber:client'/>");
+    ends(end.clone(), "remote-stream-error");
+    assert!(end.contains("<stream:error"), "{end}");
+}
+
+#[test]
+fn sessions_of_requests_are_bounded_and_a_page_of_another_host_begins_none() {
+    let blade = blade(&[
+        ("web.bosh_sessions_max", "1"),
+        ("cores", "\"0\""),
+        ("web.bosh_body_bytes_max", "16384"),
+    ]);
+    let _bosh = Bosh::begin(blade.web, 5, 1);
+    let begin = format!("<body rid='1' to='localhost' {BODY}/>");
+    assert_eq!(status(&all(post(blade.web, &begin))), 503);
+    assert_eq!(status(&all(post(blade.web, &"x".repeat(20_000)))), 413);
+    let with = |method: &str, origin: &str| {
+        exchange(
+            &blade,
+            &format!(
+                "{method} /bosh HTTP/1.1\r\nHost: localhost\r\nOrigin: {origin}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+            ),
+        )
+    };
+    assert_eq!(status(&with("POST", "https://evil.example")), 403);
+    assert_eq!(status(&with("OPTIONS", "https://evil.example")), 403);
+    let preflight = with("OPTIONS", "https://localhost");
+    assert_eq!(status(&preflight), 204);
+    assert!(preflight.contains("Access-Control-Allow-Origin: https://localhost\r\n"));
+    assert!(preflight.contains("Access-Control-Allow-Methods: POST, OPTIONS\r\n"));
+}

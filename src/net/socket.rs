@@ -26,6 +26,12 @@ impl Socket {
         Ok(taken)
     }
 
+    /// The same, but what was read stays there.
+    pub fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let (seen, _) = rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT | RecvFlags::PEEK)?;
+        Ok(seen)
+    }
+
     /// Hands bytes to the kernel; returns how many it took. `WouldBlock`: its buffer is full.
     pub fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;

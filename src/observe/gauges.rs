@@ -175,6 +175,8 @@ snapshot! {
     /// Connections refused because they waited longer than storm.wait_seconds_max. When it rises, more cores are needed, or a
     /// higher storm.lag_us_target.
     counter gate_late = "nitro_gate_refused";
+    /// Sessions of BOSH that the shard keeps. When it comes near web.bosh_sessions_max, more are turned away.
+    gauge bosh = "nitro_bosh_sessions";
     /// Logins held back or refused because their account logs in too often (storm.account_logins_per_minute). When it rises, a
     /// client reconnects in a loop: the log says which.
     counter logins_slowed = "nitro_logins_slowed";
@@ -268,6 +270,12 @@ pub struct Gauges {
     pub http_origins_refused: Counter,
     /// Opened.
     pub websockets: Counter,
+    /// Sessions of requests that were begun.
+    pub bosh_sessions: Counter,
+    /// Requests for sessions that there are not.
+    pub bosh_unknown: Counter,
+    /// Sessions ended because their client broke the protocol.
+    pub bosh_refused: Counter,
 }
 
 /// Of the blade.
@@ -309,6 +317,14 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     counter "nitro_http_origins_refused" => |g| g.http_origins_refused.get();
     /// WebSockets opened. When it rises without nitro_binds, pages connect and cannot log in: look at nitro_auth_failures.
     counter "nitro_websockets_opened" => |g| g.websockets.get();
+    /// Sessions of BOSH begun. When it rises without nitro_binds, pages connect and cannot log in: look at nitro_auth_failures.
+    counter "nitro_bosh_sessions_begun" => |g| g.bosh_sessions.get();
+    /// Requests of BOSH for sessions that there are not. When it rises, pages come back after web.bosh_inactivity_seconds_max, or
+    /// somebody guesses ids: each guess is held back longer.
+    counter "nitro_bosh_unknown" => |g| g.bosh_unknown.get();
+    /// Sessions of BOSH ended because their client broke the protocol: request ids out of the window, polling too often. When it
+    /// rises, look which client it is.
+    counter "nitro_bosh_refused" => |g| g.bosh_refused.get();
     /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
     counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
 };
@@ -332,6 +348,9 @@ impl Gauges {
             http_refused: Counter::new(),
             http_origins_refused: Counter::new(),
             websockets: Counter::new(),
+            bosh_sessions: Counter::new(),
+            bosh_unknown: Counter::new(),
+            bosh_refused: Counter::new(),
         }
     }
 

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use crate::config::Config;
@@ -16,6 +16,7 @@ use crate::config::Config;
 pub struct Doors {
     open: AtomicUsize,
     tables: Mutex<Tables>,
+    key: OnceLock<[u8; 32]>,
 }
 
 #[derive(Default)]
@@ -201,6 +202,15 @@ impl Doors {
         if !tables.failures.is_empty() {
             tables.failures.remove(account);
         }
+    }
+
+    /// A secret of this process, the same on every shard.
+    pub fn key(&self) -> [u8; 32] {
+        *self.key.get_or_init(|| {
+            let mut key = [0; 32];
+            aws_lc_rs::rand::fill(&mut key).expect("the system gives random bytes");
+            key
+        })
     }
 
     /// Connections of the blade.

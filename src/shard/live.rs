@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::admission::Next;
 use super::moves::Parcel;
-use super::{Begins, Inbound, Kind, Shard, give_job, limits, login};
+use super::{Begins, Inbound, Kind, Shard, give_job, http, limits, login};
 use crate::net::{Read, Transport};
 use crate::observe::{Stage, exchange};
 use crate::rt;
@@ -269,6 +269,11 @@ impl Shard {
                     self.go_on_closing(link);
                     false
                 }
+                Some(Kind::Bosh) => {
+                    drop(links);
+                    self.bosh_ready(link, event.closed);
+                    false
+                }
                 Some(Kind::Redis(instance)) => {
                     let instance = *instance;
                     drop(links);
@@ -458,6 +463,7 @@ impl Shard {
         match parcel {
             Parcel::Batch(batch) => self.slice.borrow_mut().batch(&batch),
             Parcel::Moved(moved) => login::arrived(self.clone(), *moved),
+            Parcel::Request(request) => http::arrived(self.clone(), *request),
             Parcel::Knock(knock) => {
                 let arrived_ms = knock.arrived_ms;
                 self.admission.knock(knock, arrived_ms);

@@ -371,6 +371,8 @@ pub(super) struct WebStream {
     /// Its place, if its connection's first request has begun it.
     pub guest: Option<Guest>,
     pub accepted_us: u64,
+    /// Of the kind of stream that the transport carries.
+    pub framer: Framer,
 }
 
 /// A stream has begun over the web.
@@ -387,7 +389,7 @@ pub(super) async fn begin_stream(shard: Rc<Shard>, stream: WebStream) {
     }
     let connecting = Connecting {
         transport: stream.transport,
-        framer: Framer::of_messages(),
+        framer: stream.framer,
         rest: Vec::new(),
         drained: false,
         negotiation,

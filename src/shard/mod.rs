@@ -200,6 +200,7 @@ pub struct Shard {
     hand_overs: Cell<u64>,
     http_open: Cell<usize>,
     web_open: Cell<usize>,
+    bosh: RefCell<web::bosh::Sessions>,
     /// Connections at the ports for components.
     components_open: Rc<Cell<usize>>,
     /// Sessions that have begun, until their login task hands the connection over.
@@ -249,6 +250,8 @@ enum Kind {
     },
     Inbox,
     Mesh,
+    /// The keeper's end of a session of requests.
+    Bosh,
     /// The socket of the instance with this index.
     Redis(usize),
 }
@@ -384,6 +387,7 @@ impl Shard {
             hand_overs: Cell::new(0),
             http_open: Cell::new(0),
             web_open: Cell::new(0),
+            bosh: RefCell::default(),
             components_open: Rc::default(),
             bound: RefCell::default(),
             usual_ns: RefCell::new(Rc::new(StreamNs::client())),
@@ -488,6 +492,7 @@ impl Shard {
             gate_waits: self.admission.waits.get().0,
             gate_wait_us: self.admission.waits.get().1 * 1000,
             gate_late: self.admission.late.get(),
+            bosh: self.bosh.borrow().len() as u64,
             logins_slowed: self.logins_slowed.get(),
             knocks_moved: self.knocks_moved.get(),
             presence_waiting: slice.pace.waiting() as u64,
@@ -583,6 +588,7 @@ impl Shard {
             self.confirm_deliveries();
             self.tick_gates(now_ms);
             self.component_tick(now_ms);
+            self.bosh_tick(now_ms);
             self.publish();
             self.end_closing(now_ms);
             self.flush();

@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use super::http::MovedRequest;
 use super::login::{Knock, Moved};
 use crate::observe::{HighWater, Stage, Stamp, record};
 use crate::rt::Mesh;
@@ -18,6 +19,8 @@ pub enum Parcel {
     Moved(Box<Moved>),
     /// A connection that was only accepted comes to a shard where fewer wait.
     Knock(Box<Knock>),
+    /// A request, with its connection, comes to the shard that keeps its session.
+    Request(Box<MovedRequest>),
 }
 
 impl Parcel {
@@ -26,6 +29,7 @@ impl Parcel {
             Parcel::Batch(batch) => batch.len() + batch.items.len() * size_of::<Item>(),
             Parcel::Moved(_) => size_of::<Moved>(),
             Parcel::Knock(_) => size_of::<Knock>(),
+            Parcel::Request(request) => size_of::<MovedRequest>() + request.body.len(),
         }
     }
 }

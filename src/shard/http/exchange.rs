@@ -2,8 +2,6 @@
 //! ways. Promise: nothing is read that nobody wants yet, a body is never held as a whole unless its handler says how much that
 //! may be, and who is slow (head, body or taking the answer) has a deadline.
 
-#![allow(dead_code)] // bodies in pieces: for uploads and BOSH, which come next
-
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
@@ -251,6 +249,14 @@ impl<'c> Exchange<'c> {
         }
     }
 
+    /// A request that comes from another shard: its body was read there.
+    pub fn moved(shard: &'c Rc<Shard>, conn: &'c mut Conn, head: Head) -> Exchange<'c> {
+        let mut exchange = Exchange::new(shard, conn, head);
+        exchange.body_left = 0;
+        exchange.continued = true;
+        exchange
+    }
+
     /// The client, and whether its way to here is encrypted, as a believed reverse proxy says
     /// (`web.proxies`; `X-Forwarded-For`, `X-Forwarded-Proto`) or as the socket does.
     pub fn client(&self) -> (SocketAddr, bool) {
@@ -340,6 +346,7 @@ impl<'c> Exchange<'c> {
         self.write(head).await
     }
 
+    #[allow(dead_code)] // for uploads
     /// Begins an answer whose body of `length` bytes is then [sent](Self::send) piece by piece (nothing of it after HEAD).
     pub async fn begin(&mut self, answer: Answer, length: u64) -> Result<(), Gone> {
         let bytes = self.begin_with(&answer, Some(length));
@@ -350,6 +357,7 @@ impl<'c> Exchange<'c> {
         self.write(&bytes).await
     }
 
+    #[allow(dead_code)] // for uploads
     /// Sends a piece of the body; waits for a client that does not take it. What is more than was announced is an error of the
     /// handler: the connection ends.
     pub async fn send(&mut self, piece: &[u8]) -> Result<(), Gone> {
@@ -364,6 +372,8 @@ impl<'c> Exchange<'c> {
 
     fn begin_with(&mut self, answer: &Answer, length: Option<u64>) -> Vec<u8> {
         self.answered = true;
+        // an answer may have waited
+        self.began_ms = self.shard.now_ms();
         if self.body_left > UNWANTED_BYTES_MAX || !self.continued || self.shard.stopping.get() {
             self.head.keep_alive = false;
         }

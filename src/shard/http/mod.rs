@@ -25,7 +25,11 @@ use super::doors::Pass;
 use super::login::{Guest, WebStream};
 use super::{Shard, login, web};
 use crate::net::{Socket, Transport};
+use crate::rt::{self, Queue};
+use crate::shard::moves::Parcel;
+use crate::xml::Framer;
 use exchange::{Answer, Conn, Exchange, Gone};
+use request::Head;
 
 /// Who is served at a port.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +42,8 @@ pub enum Side {
 pub enum After {
     /// The request was answered; the next one, if any.
     Next,
+    /// The request belongs to another shard; the connection goes with it and stays there.
+    Move { shard: usize, body: Vec<u8> },
     /// It carries an XMPP stream from now on.
     Stream {
         /// As a believed proxy names it.
@@ -55,6 +61,7 @@ enum Resource {
     Ready,
     Metrics,
     WebSocket,
+    Bosh,
     HostMeta,
     HostMetaJson,
     Upload,
@@ -111,6 +118,12 @@ const CLIENTS: &[Route] = &[
         resource: Resource::WebSocket,
     },
     Route {
+        path: "/bosh",
+        methods: &["POST"],
+        cors: Cors::Origins,
+        resource: Resource::Bosh,
+    },
+    Route {
         path: "/.well-known/host-meta",
         methods: GET,
         cors: Cors::Anyone,
@@ -140,6 +153,7 @@ async fn handle(resource: Resource, exchange: &mut Exchange<'_>) -> Result<After
         Resource::Ready => operators::ready(exchange).await,
         Resource::Metrics => operators::metrics(exchange).await,
         Resource::WebSocket => web::websocket::open(exchange).await,
+        Resource::Bosh => web::bosh::post(exchange).await,
         Resource::HostMeta => web::host_meta::xml(exchange).await,
         Resource::HostMetaJson => web::host_meta::json(exchange).await,
         Resource::Upload => super::upload::serve(exchange).await,
@@ -154,7 +168,7 @@ pub async fn serve_operators(shard: Rc<Shard>, socket: Socket, peer: SocketAddr)
     };
     if let Some(conn) = Conn::new(&shard, Transport::plain(socket), peer, Side::Operators) {
         // nobody switches to a stream there
-        let _ = serve(&shard, conn).await;
+        let _ = serve(&shard, conn, None).await;
     }
 }
 
@@ -185,17 +199,65 @@ pub async fn serve_client(
     conn.accepted_us = accepted_us;
     conn.pass = pass;
     conn.guest = Some(guest);
-    let stream = serve(&shard, conn).await;
+    let stream = serve(&shard, conn, None).await;
     drop(place);
     if let Some(stream) = stream {
         login::begin_stream(shard, stream).await;
     }
 }
 
+/// A request on its way to the shard that keeps its session, with its connection.
+pub struct MovedRequest {
+    transport: Transport,
+    unread: Vec<u8>,
+    peer: SocketAddr,
+    pass: Option<Pass>,
+    head: Head,
+    cors: Option<String>,
+    pub body: Vec<u8>,
+}
+
+/// A request has come from another shard.
+pub fn arrived(shard: Rc<Shard>, moved: MovedRequest) {
+    let side = Side::Clients;
+    let most = shard.config.borrow().web.connections_max;
+    let Some(place) = Place::take(&shard, most, side) else {
+        shard.gauges.turned_away.one();
+        return;
+    };
+    let Some(mut conn) = Conn::new(&shard, moved.transport, moved.peer, side) else {
+        return;
+    };
+    conn.unread = moved.unread;
+    conn.pass = moved.pass;
+    rt::spawn(Queue::Login, async move {
+        let request = Some((moved.head, moved.cors, moved.body));
+        let stream = serve(&shard, conn, request).await;
+        drop(place);
+        if let Some(stream) = stream {
+            login::begin_stream(shard, stream).await;
+        }
+    });
+}
+
 /// One request after the other; the stream that the last one has begun, if any.
-async fn serve(shard: &Rc<Shard>, mut conn: Conn) -> Option<WebStream> {
+async fn serve(
+    shard: &Rc<Shard>,
+    mut conn: Conn,
+    mut moved: Option<(Head, Option<String>, Vec<u8>)>,
+) -> Option<WebStream> {
     let mut first = true;
     loop {
+        if let Some((head, cors, body)) = moved.take() {
+            let mut exchange = Exchange::moved(shard, &mut conn, head);
+            exchange.cors = cors;
+            let answered = web::bosh::handle(&mut exchange, body).await;
+            if answered.is_err() || !exchange.end().await {
+                break;
+            }
+            first = false;
+            continue;
+        }
         let head = match conn.head(shard, first).await {
             Ok(Some(head)) => head,
             Ok(None) => break,
@@ -210,11 +272,27 @@ async fn serve(shard: &Rc<Shard>, mut conn: Conn) -> Option<WebStream> {
         let Ok(after) = route(&mut exchange).await else {
             break;
         };
+        let (head, cors) = (exchange.head.clone(), exchange.cors.clone());
         match after {
             After::Next => {
                 if !exchange.end().await {
                     break;
                 }
+            }
+            After::Move { shard: other, body } => {
+                conn.leave(shard);
+                let request = Box::new(MovedRequest {
+                    transport: conn.transport,
+                    unread: conn.unread,
+                    peer: conn.peer,
+                    pass: conn.pass,
+                    head,
+                    cors,
+                    body,
+                });
+                let mut ways = shard.ways.borrow_mut();
+                ways.send(other, Parcel::Request(request), shard.now_us());
+                return None;
             }
             After::Stream {
                 client,
@@ -237,6 +315,7 @@ async fn serve(shard: &Rc<Shard>, mut conn: Conn) -> Option<WebStream> {
                     pass: pass?,
                     guest,
                     accepted_us,
+                    framer: Framer::of_messages(),
                 });
             }
         }

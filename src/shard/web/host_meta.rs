@@ -7,6 +7,7 @@ use crate::xml::escape_attr;
 
 /// XEP-0156 section 3.2.
 const REL_WEBSOCKET: &str = "urn:xmpp:alt-connections:websocket";
+const REL_BOSH: &str = "urn:xmpp:alt-connections:xbosh";
 
 pub async fn xml(exchange: &mut Exchange<'_>) -> Result<After, Gone> {
     let mut body = b"<?xml version='1.0' encoding='utf-8'?>\n<XRD xmlns='http://docs.oasis-open.org/ns/xri/xrd-1.0'>\n".to_vec();
@@ -44,9 +45,10 @@ fn links(config: &Config) -> Vec<(&'static str, String)> {
         configured => Some(configured.to_owned()),
     };
     let websocket = url(&config.web.websocket_url, "wss", "/ws");
-    websocket
-        .map(|href| (REL_WEBSOCKET, href))
-        .into_iter()
+    let bosh = url(&config.web.bosh_url, "https", "/bosh");
+    let both = [(REL_WEBSOCKET, websocket), (REL_BOSH, bosh)];
+    both.into_iter()
+        .filter_map(|(rel, href)| Some((rel, href?)))
         .collect()
 }
 
@@ -63,7 +65,8 @@ mod tests {
         assert_eq!(links(&config(&[])), []);
         let own = config(&["web.listen_tls=['127.0.0.1:5443']"]);
         let link = |href: &str| (REL_WEBSOCKET, href.to_owned());
-        assert_eq!(links(&own), [link("wss://localhost:5443/ws")]);
+        let bosh = (REL_BOSH, "https://localhost:5443/bosh".to_owned());
+        assert_eq!(links(&own), [link("wss://localhost:5443/ws"), bosh]);
         let proxied = config(&["web.websocket_url='wss://chat.example.com/ws'"]);
         assert_eq!(links(&proxied), [link("wss://chat.example.com/ws")]);
     }

@@ -5,7 +5,9 @@
 //! | file | what it does |
 //! |---|---|
 //! | `websocket` | the handshake of RFC 6455 and RFC 7395 at `/ws` |
+//! | `bosh` | sessions of requests at `/bosh` (XEP-0124, XEP-0206) |
 //! | `host_meta` | `/.well-known/host-meta` and `.json` (XEP-0156) |
 
+pub mod bosh;
 pub mod host_meta;
 pub mod websocket;
