@@ -476,6 +476,8 @@ keys! {
         live slot_seconds: u64 = 300 => 10..=86_400;
         /// Files that come or go at the same time; more get 503.
         live transfers_max: usize = 256 => 1..=100_000;
+        /// The same of one address (an IPv6 /64 counts as one), where `limits.exempt` does not say otherwise.
+        live transfers_per_address_max: usize = 16 => 1..=100_000;
         /// Pieces of files and requests for slots that wait for the disk; more are refused.
         restart waiting_max: usize = 1024 => 16..=1_000_000;
         /// Threads that write and read them.

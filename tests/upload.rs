@@ -397,6 +397,32 @@ fn a_body_that_is_slow_or_breaks_off_leaves_nothing() {
 }
 
 #[test]
+fn who_does_not_read_holds_up_nobody_else() {
+    let (blade, at) = start(&[
+        ("limits.exempt", "[]"),
+        ("upload.transfers_per_address_max", "2"),
+    ]);
+    let mut romeo = user(&blade, "romeo");
+    let body = vec![7; 20_000_000];
+    let one = slot(&mut romeo, "a.mp4", body.len(), "video/mp4");
+    assert_eq!(put(at, &one, "video/mp4", &body), 201);
+    let begin = || {
+        let mut stream = connect(at);
+        let head = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", one.get);
+        stream.write_all(head.as_bytes()).unwrap();
+        // it is being sent
+        stream.read_exact(&mut [0; 100]).unwrap();
+        stream
+    };
+    let slow = [begin(), begin()];
+    assert_eq!(get(at, &one, "").status, 503);
+    drop(slow);
+    wait_until("their places are free", WITHIN, || {
+        get(at, &one, "").status == 200
+    });
+}
+
+#[test]
 fn quotas_count_on_every_core_and_after_a_restart() {
     let (mut blade, at) = start(&[
         ("upload.user_bytes_per_day_max", "1000"),

@@ -301,7 +301,7 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Bytes that were downloaded. When it is near what the network bears, move the files behind a cache: they never change.
     counter "nitro_upload_sent_bytes" => |g| g.upload_bytes_out.get();
     /// Bodies that were refused: wrong token, length or type, expired or used slots, quotas, too many at once
-    /// (upload.transfers_max). When it rises, the log of the reverse proxy says who.
+    /// (upload.transfers_max, upload.transfers_per_address_max). When it rises, the log of the reverse proxy says who.
     counter "nitro_uploads_refused" => |g| g.upload_refused.get();
     /// Files that come or go at the moment. When they stay at upload.transfers_max, others are turned away.
     gauge "nitro_upload_transfers" => |g| g.upload_transfers.load(Relaxed);

@@ -9,11 +9,14 @@ mod answer;
 mod serve;
 
 use std::any::Any;
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{self, SyncSender};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+
+use fnv::FnvHashMap;
 
 use crate::config::Config;
 use crate::observe::Gauges;
@@ -22,6 +25,7 @@ use crate::store::upload::{Bounds, Folder, Refused, Writing};
 use crate::xmpp::feature::upload::{Ask, Limits};
 use crate::xmpp::slice::Slice;
 
+use super::doors::network;
 use super::{Inbound, Shard, unix};
 
 pub(super) use serve::serve;
@@ -50,7 +54,7 @@ pub enum Done {
 pub struct Files {
     queue: SyncSender<(InboxSender<Inbound>, Work)>,
     folder: Arc<Folder>,
-    transfers: Arc<AtomicU64>,
+    transfers: Arc<Transfers>,
 }
 
 impl Files {
@@ -111,7 +115,7 @@ impl Files {
         gauges.upload_bytes.store(self.folder.bytes(), Relaxed);
         gauges
             .upload_transfers
-            .store(self.transfers.load(Relaxed), Relaxed);
+            .store(self.transfers.count.load(Relaxed), Relaxed);
     }
 
     fn submit(&self, inbox: InboxSender<Inbound>, work: Work) -> bool {
@@ -153,21 +157,63 @@ pub fn limits(config: &Config) -> Limits {
     }
 }
 
+/// Transfers at work, of all shards and by address. Locked when one begins and ends, as the tables of [`super::doors`] are.
+#[derive(Default)]
+struct Transfers {
+    count: AtomicU64,
+    by_address: Mutex<FnvHashMap<IpAddr, usize>>,
+}
+
 /// One of the transfers that may be at once; gives its place back.
-struct Place(Arc<AtomicU64>);
+struct Place {
+    transfers: Arc<Transfers>,
+    address: Option<IpAddr>,
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Relaxed);
+        self.transfers.count.fetch_sub(1, Relaxed);
+        let Some(address) = self.address else { return };
+        let mut table = self.transfers.lock();
+        if let Some(count) = table.get_mut(&address) {
+            *count -= 1;
+            if *count == 0 {
+                table.remove(&address);
+            }
+        }
+    }
+}
+
+impl Transfers {
+    fn lock(&self) -> MutexGuard<'_, FnvHashMap<IpAddr, usize>> {
+        let table = self.by_address.lock();
+        table.unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Files {
-    /// `None`: as many transfers as may be are there.
-    fn place(&self, most: usize) -> Option<Place> {
-        let place = Place(self.transfers.clone());
-        let before = self.transfers.fetch_add(1, Relaxed);
-        (before < most as u64).then_some(place)
+    /// `None`: as many transfers as may be are there, all together or of this address.
+    fn place(&self, config: &Config, address: IpAddr) -> Option<Place> {
+        let u = &config.upload;
+        let mut place = Place {
+            transfers: self.transfers.clone(),
+            address: None,
+        };
+        let before = self.transfers.count.fetch_add(1, Relaxed);
+        if before >= u.transfers_max as u64 {
+            return None;
+        }
+        if !config.is_exempt(address) {
+            let address = network(address);
+            let mut table = self.transfers.lock();
+            let count = table.entry(address).or_default();
+            if *count >= u.transfers_per_address_max {
+                return None;
+            }
+            *count += 1;
+            place.address = Some(address);
+        }
+        Some(place)
     }
 
     /// Removes what is not whole.

@@ -1,5 +1,6 @@
 //! A file by HTTP: the body that is put, piece by piece onto the disk, and the file that is got, piece by piece to the client.
 
+use std::io;
 use std::sync::Arc;
 
 use super::answer::{self, Asked, HEADERS, Offered, Refusal};
@@ -11,6 +12,7 @@ use crate::xmpp::feature::upload::parse_path;
 
 const NOTHING: Refusal = (404, "there is no such file");
 const BUSY: Refusal = (503, "too many files come and go at once");
+const FULL: Refusal = (507, "there is no room for the file");
 const BROKEN: Refusal = (500, "the file cannot be written or read");
 
 /// Anything behind [`crate::xmpp::feature::upload::PATH`].
@@ -40,7 +42,7 @@ fn with_headers(answer: Answer) -> Answer {
 fn place(exchange: &Exchange<'_>) -> Result<Place, Refusal> {
     let files = exchange.shard.files.as_ref().ok_or(NOTHING)?;
     files
-        .place(exchange.config.upload.transfers_max)
+        .place(&exchange.config, exchange.client().0.ip())
         .ok_or_else(|| {
             exchange.shard.gauges.upload_refused.one();
             BUSY
@@ -88,7 +90,7 @@ async fn put(
             return Ok(Err(match refused {
                 Some(Err(NotTaken::Replayed)) => (409, "the slot was used"),
                 Some(Err(NotTaken::Refused(Refused::Broken))) => BROKEN,
-                Some(Err(NotTaken::Refused(_))) => (507, "there is no room for the file"),
+                Some(Err(NotTaken::Refused(_))) => FULL,
                 _ => BUSY,
             }));
         }
@@ -118,7 +120,10 @@ async fn put(
                 Some((file, _, Err(error))) => {
                     writing.writing = Some(file);
                     tracing::error!(%error, "upload.dir: a file cannot be written");
-                    return Ok(Err(BROKEN));
+                    return Ok(Err(match error.kind() {
+                        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => FULL,
+                        _ => BROKEN,
+                    }));
                 }
                 None => return Ok(Err(BUSY)),
             }
