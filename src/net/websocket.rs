@@ -88,6 +88,11 @@ pub(super) struct WebSocket {
     pub(super) early: Vec<u8>,
 }
 
+const _: () = assert!(
+    size_of::<WebSocket>() <= 256,
+    "one per connection: keep it small"
+);
+
 /// What one piece of input has become.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Decoded {

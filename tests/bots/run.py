@@ -34,11 +34,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nitro", default="target/debug/nitro", help="the program (default: %(default)s)")
     parser.add_argument("--tokio-client", help="the program of tests/bots/tokio-client; without it its scenarios are left out")
+    parser.add_argument("--web-client", help="tests/bots/web/client.mjs beside its node_modules; without it its scenarios are left out")
     parser.add_argument("parts", nargs="*", help="only scenarios whose name contains one of these")
     arguments = parser.parse_args()
     # The libraries log what they think of our cut connections; what fails is told by the scenarios.
     logging.disable(logging.CRITICAL)
     scenarios.TOKIO_CLIENT = arguments.tokio_client and os.path.abspath(arguments.tokio_client)
+    scenarios.WEB_CLIENT = arguments.web_client and os.path.abspath(arguments.web_client)
     server = running_server() or Blade(os.path.abspath(arguments.nitro))
     passed = failed = 0
     try:

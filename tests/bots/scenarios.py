@@ -20,6 +20,7 @@ from slix import SlixBot
 
 LIBRARIES = [SlixBot, AioBot]
 TOKIO_CLIENT = None  # the program of tests/bots/tokio-client
+WEB_CLIENT = None  # tests/bots/web/client.mjs, with its libraries installed
 SCENARIOS = []
 PASSWORD = "correct horse"
 
@@ -30,6 +31,7 @@ class Scenario:
     play: typing.Callable
     needs_own_server: bool = False
     needs_tokio_client: bool = False
+    needs_web_client: bool = False
 
 
 class Stage:
@@ -59,10 +61,11 @@ class Stage:
                 pass
 
 
-def scenario(*, each=False, pairs=False, own=False, tokio=False):
+def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False):
     """One play, or one for each library, or for each pair of them.
 
-    `own`: only on a server that we started; `tokio`: only if there is the program of tests/bots/tokio-client.
+    `own`: only on a server that we started; `tokio`: only if there is the program of tests/bots/tokio-client; `web`: only if there
+    is tests/bots/web with its libraries.
     """
 
     def declare(function):
@@ -75,7 +78,7 @@ def scenario(*, each=False, pairs=False, own=False, tokio=False):
                 title = f"{name} [{one.library} to {other.library}]"
                 SCENARIOS.append(Scenario(title, bound(function, one, other), own))
         else:
-            SCENARIOS.append(Scenario(name, function, own, tokio))
+            SCENARIOS.append(Scenario(name, function, own, tokio, web))
         return function
 
     return declare
@@ -89,6 +92,7 @@ def all_of_them(server):
     return [
         one for one in SCENARIOS
         if (server.own or not one.needs_own_server) and (TOKIO_CLIENT or not one.needs_tokio_client)
+        and (WEB_CLIENT or not one.needs_web_client)
     ]
 
 
@@ -822,3 +826,43 @@ async def groups_are_in_every_members_roster(stage):
         finally:
             await users.leave()
             await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True, web=True)
+async def web_clients_chat_over_every_transport_and_come_back(stage):
+    """@xmpp/client and strophe.js, each signing in twice: the first one resumes its session after a cut."""
+    tls, plain = free_ports(2)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{tls}"]', web__listen=f'["127.0.0.1:{plain}"]',
+        web__proxies='["127.0.0.0/8"]', c2s__require_tls="false")
+    try:
+        stage.server, desk = blade, None
+        desk = await stage.online(SlixBot, "desk")
+        page = await stage.online(SlixBot, "page")
+        await page.log_out()
+        for library, url in (
+            ("xmpp.js", f"wss://localhost:{tls}/ws"),
+            ("xmpp.js", f"ws://127.0.0.1:{plain}/ws"),
+            ("strophe", f"wss://localhost:{tls}/ws"),
+            ("strophe", f"ws://127.0.0.1:{plain}/ws"),
+            ("strophe", f"http://127.0.0.1:{plain}/bosh"),
+        ):
+            process = await asyncio.create_subprocess_exec(
+                "node", WEB_CLIENT, library, url, f"{page.jid}/page", PASSWORD, desk.full,
+                env={**os.environ, "NODE_EXTRA_CA_CERTS": str(blade.certificate)},
+                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+            )
+            try:
+                for text in ("first", "again"):
+                    heard = await desk.bodies(1)
+                    assert heard == [text], (library, url, heard)
+                    desk.chat(f"{page.jid}/page", f"answer to {text}")
+                output, _ = await asyncio.wait_for(process.communicate(), 30)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+            assert process.returncode == 0, (library, url, output.decode())
+        await stage.leave()
+        stage.bots.clear()
+    finally:
+        await asyncio.to_thread(blade.stop)

@@ -41,6 +41,15 @@ const CORE: &[(&str, &str, &str, &str)] = &[
         "0.5.0",
         "src/xmpp/sasl/scram.rs",
     ),
+    ("WebSocket", "RFC 7395", "", "src/shard/web/websocket.rs"),
+    ("BOSH", "XEP-0124", "1.11.2", "src/shard/web/bosh.rs"),
+    ("XMPP over BOSH", "XEP-0206", "1.4", "src/shard/web/bosh.rs"),
+    (
+        "Discovering alternative connection methods (host-meta)",
+        "XEP-0156",
+        "1.4.0",
+        "src/shard/web/host_meta.rs",
+    ),
     ("Components", "XEP-0114", "1.6", "src/xmpp/component/"),
 ];
 
