@@ -231,6 +231,10 @@ pub struct Gauges {
     pub auth_failures: Counter,
     /// Logins cut because their clients were silent while others waited.
     pub logins_silent: Counter,
+    /// XEP-0484.
+    pub token_logins: Counter,
+    pub tokens_given: Counter,
+    pub tokens_evicted: Counter,
 }
 
 /// Of the blade.
@@ -249,6 +253,13 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Logins cut because their clients were silent while others waited (storm.silent_seconds_max). When it rises without a storm,
     /// somebody opens connections and says nothing: look at their addresses.
     counter "nitro_logins_silent" => |g| g.logins_silent.get();
+    /// Attempts to log in with a token instead of a password (XEP-0484), right or wrong.
+    counter "nitro_token_logins" => |g| g.token_logins.get();
+    /// Tokens given to clients; each is a write of its account.
+    counter "nitro_tokens_given" => |g| g.tokens_given.get();
+    /// Tokens that went because their account has too many (limits.tokens_per_user_max). When it rises, users have more clients than
+    /// that, or a client makes up a new installation each time.
+    counter "nitro_tokens_evicted" => |g| g.tokens_evicted.get();
     /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
     counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
 };
@@ -262,6 +273,9 @@ impl Gauges {
             turned_away: Counter::new(),
             auth_failures: Counter::new(),
             logins_silent: Counter::new(),
+            token_logins: Counter::new(),
+            tokens_given: Counter::new(),
+            tokens_evicted: Counter::new(),
         }
     }
 
