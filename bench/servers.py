@@ -1,6 +1,6 @@
 """Servers that a benchmark starts in a folder of its own and stops again, and runs of `loadtest` against them. Shared by
 bench/measure and bench/compare. They are built by `cargo build --release --workspace`."""
-import json, os, pathlib, signal, socket, subprocess, sys, time, urllib.request
+import json, os, pathlib, re, signal, socket, subprocess, sys, time, urllib.request
 
 root = pathlib.Path(__file__).resolve().parent.parent
 target = pathlib.Path(os.environ.get("CARGO_TARGET_DIR", root / "target")) / "release"
@@ -151,6 +151,12 @@ class Blade(XmppServer):
         text = urllib.request.urlopen(f"http://127.0.0.1:{self.ports[2]}/metrics", timeout=10).read().decode()
         lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name}_total{{", f"{name} "))]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
+
+    def by_shard(self, name):
+        """A sample's value now, by shard."""
+        text = urllib.request.urlopen(f"http://127.0.0.1:{self.ports[2]}/metrics", timeout=10).read().decode()
+        found = re.findall(rf'^{name}{{shard="(\d+)"}} (\S+)$', text, re.M)
+        return {int(shard): float(value) for shard, value in found}
 
     def rest(self):
         """Waits until the database has what was changed (the last log-outs, say): no statement for two seconds."""
