@@ -362,6 +362,7 @@ fn policy() -> Policy {
         mechanisms: Mechanism::ALL.to_vec(),
         register: true,
         sasl2: true,
+        tokens: true,
         attempts_max: 3,
         xml: Default::default(),
     }

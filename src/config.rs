@@ -225,6 +225,9 @@ keys! {
         /// Whether authentication, binding and resumption in one step (XEP-0388, XEP-0386) are offered over TLS, beside the older
         /// way.
         live sasl2: bool = true;
+        /// Days that a token is valid with which a client logs in instead of a password (XEP-0484); it is replaced long before.
+        /// 0: none are given or taken. A new password ends all.
+        live token_days: u64 = 21 => 0..=365;
     }
 
     /// What the server bears. Every limit is counted in the metrics when it is hit.
@@ -269,6 +272,8 @@ keys! {
 
         /// Sessions of one user at the same time.
         live resources_per_user_max: usize = 16 => 1..=1000;
+        /// Tokens of one user (XEP-0484); beyond it the oldest go, and their clients are asked for the password again.
+        live tokens_per_user_max: usize = 16 => 2..=100;
         /// Contacts in one roster.
         live roster_items_max: usize = 2000 => 1..=100_000;
         /// Bytes of one contact's name and groups together.

@@ -343,3 +343,169 @@ fn it_is_not_offered_in_the_clear_nor_where_the_operator_does_not_want_it() {
     client.send("<authenticate xmlns='urn:xmpp:sasl:2' mechanism='PLAIN'/>");
     assert!(client.until("</stream:stream>").contains("not-authorized"));
 }
+
+// ---- tokens (XEP-0484) -----------------------------------------------------------------------------------------------------
+
+impl Client {
+    /// Logs in with a token; all from `<success>` or `<failure>` to its end.
+    fn show(
+        &mut self,
+        name: &str,
+        mechanism: &str,
+        token: &str,
+        fast: &str,
+        inline: &str,
+    ) -> String {
+        let binding = match mechanism {
+            "HT-SHA-256-EXPR" => {
+                let exported = self.stream.conn.export_keying_material(
+                    [0; 32],
+                    b"EXPORTER-Channel-Binding",
+                    Some(b""),
+                );
+                exported.unwrap().to_vec()
+            }
+            _ => Vec::new(),
+        };
+        let hash = sign(token.as_bytes(), &[b"Initiator", &binding]);
+        let message = [name.as_bytes(), b"\0", &hash].concat();
+        self.send(&format!(
+            "<authenticate xmlns='urn:xmpp:sasl:2' mechanism='{mechanism}'><initial-response>{}</initial-response>\
+             <fast xmlns='urn:xmpp:fast:0'{fast}/>{inline}</authenticate>",
+            BASE64_STANDARD.encode(message)
+        ));
+        let outcome = self.outcome();
+        if outcome.contains("<success") {
+            let proof = BASE64_STANDARD
+                .decode(text(&outcome, "additional-data"))
+                .unwrap();
+            assert_eq!(proof, sign(token.as_bytes(), &[b"Responder", &binding]));
+        }
+        outcome
+    }
+}
+
+fn request(mechanism: &str) -> String {
+    format!("<request-token xmlns='urn:xmpp:fast:0' mechanism='{mechanism}'/>")
+}
+
+#[test]
+fn a_token_lets_in_and_resumes_in_one_round_trip_after_a_kill_too_until_it_is_invalidated() {
+    let mut blade = Blade::start(&SETTINGS);
+    Client::register(blade.c2s_tls, "alice");
+    let mut client = Client::connect(blade.c2s_tls);
+    let offered = client.features.split("<fast ").nth(1).unwrap().to_owned();
+    for mechanism in ["HT-SHA-256-EXPR", "HT-SHA-256-ENDP", "HT-SHA-256-NONE"] {
+        assert!(offered.contains(mechanism), "{offered}");
+    }
+    let mechanism = "HT-SHA-256-EXPR";
+    let success = client.authenticate("alice", &(bind(MANAGED) + &request(mechanism)));
+    let token = attribute(&success, "<token", "token");
+    assert!(attribute(&success, "<token", "expiry").ends_with('Z'));
+    let previd = attribute(&success, "<enabled", "id");
+    drop(client);
+
+    let resume = format!("{AGENT}<resume xmlns='urn:xmpp:sm:3' previd='{previd}' h='0'/>");
+    let mut client = Client::connect(blade.c2s_tls);
+    let success = client.show("alice", mechanism, &token, " count='1'", &resume);
+    assert!(
+        success.contains("<resumed") && !success.contains("<token"),
+        "{success}"
+    );
+
+    // given is given
+    blade.kill();
+    blade.restart();
+    let mut client = Client::connect(blade.c2s_tls);
+    let success = client.show("alice", mechanism, &token, "", &bind(""));
+    assert!(success.contains("<bound"), "{success}");
+
+    // not with another mechanism, another installation, another name, or broken counts
+    for (name, mechanism, fast, agent, condition) in [
+        ("alice", "HT-SHA-256-NONE", "", AGENT, "<not-authorized"),
+        (
+            "alice",
+            mechanism,
+            "",
+            "<user-agent id='another'/>",
+            "<not-authorized",
+        ),
+        ("nobody", mechanism, "", AGENT, "<not-authorized"),
+        ("alice", mechanism, "", "", "<malformed-request"),
+        (
+            "alice",
+            mechanism,
+            " count='x'",
+            AGENT,
+            "<malformed-request",
+        ),
+    ] {
+        let mut client = Client::connect(blade.c2s_tls);
+        let failure = client.show(name, mechanism, &token, fast, agent);
+        assert!(
+            failure.contains(condition),
+            "{mechanism} {agent}: {failure}"
+        );
+    }
+
+    let mut client = Client::connect(blade.c2s_tls);
+    let success = client.show("alice", mechanism, &token, " invalidate='true'", AGENT);
+    assert!(
+        success.contains("<success") && !success.contains("<token"),
+        "{success}"
+    );
+    blade.kill();
+    blade.restart();
+    let mut client = Client::connect(blade.c2s_tls);
+    let failure = client.show("alice", mechanism, &token, "", AGENT);
+    assert!(failure.contains("<not-authorized"), "{failure}");
+}
+
+#[test]
+fn a_new_password_ends_tokens_and_too_many_push_out_the_oldest() {
+    let blade = Blade::start(&[&SETTINGS[..], &[("limits.tokens_per_user_max", "2")]].concat());
+    Client::register(blade.c2s_tls, "alice");
+    let mechanism = "HT-SHA-256-NONE";
+    let agent = |n: usize| format!("<user-agent id='installation {n}'/>");
+    let tokens: Vec<String> = (0..3)
+        .map(|n| {
+            let mut client = Client::connect(blade.c2s_tls);
+            let success = client.authenticate("alice", &(agent(n) + &request(mechanism)));
+            attribute(&success, "<token", "token")
+        })
+        .collect();
+    let comes = |n: usize| {
+        let mut client = Client::connect(blade.c2s_tls);
+        let outcome = client.show("alice", mechanism, &tokens[n], "", &agent(n));
+        (client, outcome)
+    };
+    assert!(comes(0).1.contains("<not-authorized"));
+    assert!(comes(1).1.contains("<success"));
+    let (mut client, success) = comes(2);
+    assert!(success.contains("<success"), "{success}");
+    client.send("<iq type='set' id='b'><bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'/></iq>");
+    client.until("</iq>");
+    client.send(
+        "<iq type='set' id='p'><query xmlns='jabber:iq:register'><username>alice</username>\
+         <password>changed</password></query></iq>",
+    );
+    assert!(client.until("id='p'").contains("result") || client.until(">").contains("result"));
+    assert!(comes(2).1.contains("<not-authorized"));
+}
+
+#[test]
+fn without_tokens_in_the_configuration_none_are_given_or_taken() {
+    let blade = Blade::start(&[&SETTINGS[..], &[("sasl.token_days", "0")]].concat());
+    Client::register(blade.c2s_tls, "alice");
+    let mut client = Client::connect(blade.c2s_tls);
+    assert!(
+        !client.features.contains("urn:xmpp:fast:0"),
+        "{}",
+        client.features
+    );
+    let success = client.authenticate("alice", &(AGENT.to_owned() + &request("HT-SHA-256-NONE")));
+    assert!(
+        success.contains("<success") && !success.contains("<token"),
+        "{success}"
+    );
+}

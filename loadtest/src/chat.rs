@@ -1042,6 +1042,7 @@ mod tests {
             name: name.into(),
             keys: KeyCache::default(),
             resumption: None,
+            token: None,
         };
         Engine::new(plan, 0, &Target::for_tests(), &[account("a"), account("b")])
     }

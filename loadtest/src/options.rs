@@ -144,6 +144,10 @@ pub struct Global {
     /// SASL mechanism.
     #[arg(long, global = true, value_enum, default_value_t = MechanismOption::ScramSha1)]
     pub mechanism: MechanismOption,
+    /// How to log in: RFC 6120's way, all in one request (XEP-0388, XEP-0386), or so with a token after the first time (XEP-0484), sent
+    /// together with the stream header. The last two need TLS.
+    #[arg(long, global = true, value_enum, default_value_t = Login::Old)]
+    pub login: Login,
     /// Keep the users' SCRAM keys in this file from run to run (for the same --password): no key is derived while the first
     /// logins after a restart of the server are measured.
     #[arg(long, global = true, value_name = "FILE")]
@@ -568,6 +572,13 @@ pub enum Until {
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Login {
+    Old,
+    Sasl2,
+    Fast,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MechanismOption {
     #[value(name = "scram-sha-1")]
     ScramSha1,
@@ -616,6 +627,7 @@ pub struct Target {
     pub resource: String,
     pub tls: TlsMode,
     pub mechanism: Mechanism,
+    pub login: Login,
     pub until: Until,
     pub caps: bool,
     pub stream_management: bool,
@@ -674,6 +686,9 @@ impl Global {
                 mechanism.name()
             ));
         }
+        if self.login != Login::Old && self.tls == TlsMode::None {
+            return Err("--login sasl2 and fast are for TLS only, and --tls is none".into());
+        }
         Ok(Target {
             address,
             source_addresses,
@@ -682,6 +697,7 @@ impl Global {
             resource: self.resource.clone(),
             tls: self.tls,
             mechanism,
+            login: self.login,
             until: self.until,
             caps: self.caps,
             stream_management: false,

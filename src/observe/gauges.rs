@@ -276,6 +276,10 @@ pub struct Gauges {
     pub bosh_unknown: Counter,
     /// Sessions ended because their client broke the protocol.
     pub bosh_refused: Counter,
+    /// XEP-0484.
+    pub token_logins: Counter,
+    pub tokens_given: Counter,
+    pub tokens_evicted: Counter,
 }
 
 /// Of the blade.
@@ -325,6 +329,13 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Sessions of BOSH ended because their client broke the protocol: request ids out of the window, polling too often. When it
     /// rises, look which client it is.
     counter "nitro_bosh_refused" => |g| g.bosh_refused.get();
+    /// Attempts to log in with a token instead of a password (XEP-0484), right or wrong.
+    counter "nitro_token_logins" => |g| g.token_logins.get();
+    /// Tokens given to clients; each is a write of its account.
+    counter "nitro_tokens_given" => |g| g.tokens_given.get();
+    /// Tokens that went because their account has too many (limits.tokens_per_user_max). When it rises, users have more clients than
+    /// that, or a client makes up a new installation each time.
+    counter "nitro_tokens_evicted" => |g| g.tokens_evicted.get();
     /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
     counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
 };
@@ -351,6 +362,9 @@ impl Gauges {
             bosh_sessions: Counter::new(),
             bosh_unknown: Counter::new(),
             bosh_refused: Counter::new(),
+            token_logins: Counter::new(),
+            tokens_given: Counter::new(),
+            tokens_evicted: Counter::new(),
         }
     }
 

@@ -19,6 +19,7 @@ use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::xml::{Framer, StreamNs};
 use crate::xmpp::bind::{self, Arrival, Extras};
 use crate::xmpp::error::{StanzaError, StreamError};
+use crate::xmpp::fast;
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
 use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
@@ -437,6 +438,7 @@ fn policy(
             Registration::On => true,
         },
         sasl2: config.sasl.sasl2,
+        tokens: config.sasl.token_days > 0,
         attempts_max: config.limits.auth_attempts_max as u32,
         xml: crate::xml::Limits {
             stanza_bytes_max: config.limits.unauthenticated_stanza_bytes_max,
@@ -471,6 +473,7 @@ fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &Stream
             mechanisms: Vec::new(),
             register: false,
             sasl2: false,
+            tokens: false,
             attempts_max: 1,
             xml: Default::default(),
         };
@@ -726,6 +729,21 @@ async fn run(
                 }
                 let outcome = guest.away(shard.register(c, &name, password)).await;
                 c.negotiation.registered(outcome, &mut out);
+            }
+            Step::Tokens => {
+                // he may have left the cache since he authenticated
+                let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
+                shard.load(&name).await;
+                let outcome = match shard.plan_tokens(&c.negotiation) {
+                    None if shard.slice.borrow().user(&name).is_none() => Err(()),
+                    None => Ok(None),
+                    Some(plan) => guest.away(shard.change_tokens(&c.negotiation, plan)).await,
+                };
+                let env = &shard.slice.borrow().env;
+                next = match c.negotiation.tokens(outcome, env, &mut out) {
+                    Step::Continue => None,
+                    step => Some(step),
+                };
             }
             Step::Bind { resource, extras } => {
                 let outcome = shard.bind(c, resource.as_deref(), &extras, link).await;
@@ -994,7 +1012,16 @@ impl Shard {
         guest.away(known).await;
         let slice = self.slice.borrow();
         let decoy = self.decoy.borrow().clone();
+        let unix = slice.now.unix;
         match slice.users.peek(name) {
+            Some(Slot::Present(user)) if c.negotiation.shows_token() => {
+                let record = Some(user.record.get());
+                self.gauges.token_logins.one();
+                c.negotiation.token(record, &slice.env, unix, out)
+            }
+            Some(Slot::Missing) if c.negotiation.shows_token() => {
+                c.negotiation.token(None, &slice.env, unix, out)
+            }
             Some(Slot::Present(user)) => {
                 let record = user.record.get();
                 let keys = Credentials {
@@ -1088,6 +1115,60 @@ impl Shard {
             Some(Err(WriteError::Conflict)) => Err(StanzaError::CONFLICT),
             _ => Err(StanzaError::RESOURCE_CONSTRAINT),
         }
+    }
+
+    /// XEP-0484: the change of the tokens of the user who has just authenticated; `None`: there is none, which is the rule.
+    fn plan_tokens(&self, negotiation: &Negotiation) -> Option<fast::Plan> {
+        let request = negotiation.request()?;
+        let config = self.config.borrow().clone();
+        let terms = fast::Terms {
+            life_seconds: config.sasl.token_days * 86_400,
+            tokens_max: config.limits.tokens_per_user_max,
+        };
+        let mut random = [0; 16];
+        aws_lc_rs::rand::fill(&mut random).expect("the system gives random bytes");
+        let slice = self.slice.borrow();
+        let user = slice.user(negotiation.user()?)?;
+        let agent = request.agent.as_deref()?;
+        fast::plan(
+            user.record.get(),
+            agent,
+            &request.tokens,
+            terms,
+            slice.now.unix,
+            random,
+        )
+    }
+
+    /// Carries it out: the new token, when it is durable. `Err`: the one that was to end cannot be ended.
+    async fn change_tokens(
+        &self,
+        negotiation: &Negotiation,
+        plan: fast::Plan,
+    ) -> Result<Option<String>, ()> {
+        let name: Box<str> = negotiation.user().unwrap_or_default().into();
+        let (setter, done) = slot();
+        let mut over = 0;
+        self.slice.borrow_mut().edit(
+            &name,
+            |record| over = plan.apply(record),
+            Box::new(move |_, result| setter.set(result)),
+        );
+        self.gauges.tokens_evicted.add(over as u64);
+        self.flush();
+        if !matches!(done.take().await, Some(Ok(()))) {
+            tracing::warn!(user = &*name, "a token could not be stored");
+            return if plan.invalidates { Err(()) } else { Ok(None) };
+        }
+        let slice = self.slice.borrow();
+        let agent = negotiation.request().and_then(|r| r.agent.as_deref());
+        let answer = slice.user(&name).zip(agent).and_then(|(user, agent)| {
+            plan.answer(&slice.env.login_key, &name, user.record.get(), agent)
+        });
+        if answer.is_some() {
+            self.gauges.tokens_given.one();
+        }
+        Ok(answer)
     }
 
     /// The session begins: its JID, and the answers to what is enabled with it. Its user may have left the cache since he authenticated: he is loaded again.

@@ -46,6 +46,8 @@ pub struct UserRecord {
     /// XEP-0357: where notifications are published, in the order in which they were enabled. Here, because it must be known
     /// whenever a message comes for somebody without a session, and that must not cost a read.
     pub push: Vec<PushService>,
+    /// XEP-0484: what clients may authenticate with, the oldest first. Nothing from which a token could be made.
+    pub tokens: Vec<Token>,
 }
 
 /// XEP-0357, section 5: a node of an app server.
@@ -57,6 +59,20 @@ pub struct PushService {
     pub node: String,
     /// The form with the publish options, as XML that stands alone; empty: none was given.
     pub options: String,
+}
+
+/// XEP-0484: what is kept of one token (see [`crate::xmpp::fast`]).
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
+pub struct Token {
+    /// Stands for the client's installation.
+    pub agent: [u8; 16],
+    pub salt: [u8; 16],
+    /// As a number, [`crate::xmpp::sasl::token::Ht`].
+    pub mechanism: u8,
+    /// Unix seconds.
+    pub issued_at: u64,
+    /// Unix seconds.
+    pub expires_at: u64,
 }
 
 /// XEP-0441: with whom the user wants messages archived. The lists hold prepared JIDs, sorted; a bare one stands for all its
@@ -81,7 +97,7 @@ pub enum ArchiveDefault {
     Roster,
 }
 
-/// The layout of version 2, which had no push notifications.
+/// The layout of version 2, which had neither push notifications nor tokens.
 #[derive(Archive, Serialize, Deserialize)]
 struct RecordOfVersion2 {
     created_at: u64,
@@ -108,6 +124,7 @@ impl From<RecordOfVersion2> for UserRecord {
             requests: old.requests,
             archiving: old.archiving,
             push: Vec::new(),
+            tokens: Vec::new(),
         }
     }
 }
@@ -138,6 +155,7 @@ impl From<RecordOfVersion1> for UserRecord {
             requests: old.requests,
             archiving: None,
             push: Vec::new(),
+            tokens: Vec::new(),
         }
     }
 }
@@ -636,6 +654,20 @@ pub(crate) mod tests {
         let read = Record::from_bytes(bytes(&old)).unwrap();
         assert_eq!(read.to_owned(), now);
         assert_eq!(read.bytes()[0], RECORD_VERSION);
+        let second = RecordOfVersion2 {
+            created_at: now.created_at,
+            disabled: now.disabled,
+            sha1: now.sha1.clone(),
+            sha256: now.sha256.clone(),
+            roster_version: now.roster_version,
+            roster: now.roster.clone(),
+            blocked: now.blocked.clone(),
+            requests: now.requests.clone(),
+            archiving: None,
+        };
+        let bytes_of_second =
+            rkyv::api::high::to_bytes_in::<_, rancor::Error>(&second, vec![2]).unwrap();
+        assert_eq!(Record::from_bytes(bytes_of_second).unwrap().to_owned(), now);
         let mut cut = bytes(&old);
         cut.truncate(20);
         assert!(matches!(
@@ -796,6 +828,15 @@ pub(crate) mod tests {
                 never,
             })
         });
+        let token = any::<([u8; 16], [u8; 16], u8, u64, u64)>().prop_map(
+            |(agent, salt, mechanism, issued_at, expires_at)| Token {
+                agent,
+                salt,
+                mechanism,
+                issued_at,
+                expires_at,
+            },
+        );
         (
             any::<(u64, bool, u64)>(),
             keys(),
@@ -805,6 +846,7 @@ pub(crate) mod tests {
             proptest::collection::vec(request, 0..4),
             proptest::option::of(archiving),
             proptest::collection::vec((".{0,12}", ".{0,9}", ".{0,20}"), 0..3),
+            proptest::collection::vec(token, 0..3),
         )
             .prop_map(
                 |(
@@ -816,6 +858,7 @@ pub(crate) mod tests {
                     requests,
                     archiving,
                     push,
+                    tokens,
                 )| {
                     let push = push.into_iter();
                     let push = push.map(|(jid, node, options)| PushService { jid, node, options });
@@ -830,6 +873,7 @@ pub(crate) mod tests {
                         requests,
                         archiving,
                         push: push.collect(),
+                        tokens,
                     };
                     user.sort();
                     user

@@ -8,6 +8,7 @@ pub mod batch;
 pub mod bind;
 pub mod component;
 pub mod error;
+pub mod fast;
 pub mod feature;
 pub mod form;
 pub mod groups;

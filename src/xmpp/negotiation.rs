@@ -12,11 +12,13 @@ use super::bind::Extras;
 use super::error::{StanzaError, StreamError};
 use super::feature::sm;
 use super::jid;
+use super::sasl::token::{Attempt, Ht};
 use super::sasl::{
     self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck,
 };
 use super::slice::Env;
-use super::{NS_CLIENT, NS_STREAM, random_id, sasl2};
+use super::{NS_CLIENT, NS_STREAM, fast, random_id, sasl2};
+use crate::store::record::ArchivedUserRecord;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
 use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs};
@@ -36,6 +38,8 @@ pub struct Policy {
     pub register: bool,
     /// XEP-0388, over TLS.
     pub sasl2: bool,
+    /// XEP-0484, with it.
+    pub tokens: bool,
     pub attempts_max: u32,
     pub xml: Limits,
 }
@@ -60,6 +64,8 @@ pub enum Step {
     Authenticated,
     /// The connection belongs to the owner of this new user; there, call [`Negotiation::registered`] with the outcome.
     Register { name: Box<str>, password: String },
+    /// See what has to change of the user's tokens ([`fast::plan`]), make it durable, then [`Negotiation::tokens`].
+    Tokens,
     /// Begin a session with this resource (prepared; `None`: the server makes one), enable what comes with it, then
     /// [`Negotiation::bound`].
     Bind {
@@ -81,6 +87,8 @@ enum Stage {
     Initial(Mechanism),
     /// Waits for a SASL response.
     Exchange(Box<Exchange>),
+    /// A token was shown; those of the account are to come: [`Negotiation::token`].
+    Token(Box<Attempt>),
     /// Authenticated by XEP-0388; what came along is being carried out.
     Inline,
     /// Authenticated, waits for binding or resumption.
@@ -263,7 +271,8 @@ impl Negotiation {
                 text.push_str("</mechanisms>");
                 // XEP-0388: only after TLS, and never without a mechanism
                 if self.policy.sasl2 && self.encrypted && !self.offered.is_empty() {
-                    sasl2::write_feature(&self.offered, &mut text);
+                    let tokens = self.policy.tokens.then_some(&self.bindings);
+                    sasl2::write_feature(&self.offered, tokens, &mut text);
                 }
                 if self.offered.iter().any(|m| m.is_plus()) {
                     self.bindings.write_feature(&mut text);
@@ -360,6 +369,13 @@ impl Negotiation {
 
     /// XEP-0388.
     fn authenticate(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        let ht = view.attr("mechanism").as_deref().and_then(Ht::from_name);
+        if let Some(ht) = ht.filter(|_| self.policy.tokens) {
+            return Ok(match self.show_token(ht, &view.to_element()) {
+                Ok(name) => Step::Login { name },
+                Err(failure) => self.failed(failure, out),
+            });
+        }
         let begun = self
             .mechanism(view)
             .and_then(|mechanism| Ok((mechanism, sasl2::read(&view.to_element())?)));
@@ -370,6 +386,49 @@ impl Negotiation {
             }
             Err(failure) => self.failed(failure, out),
         })
+    }
+
+    /// XEP-0484: the user whose token it is said to be.
+    fn show_token(&mut self, ht: Ht, authenticate: &Element) -> Result<Box<str>, Failure> {
+        let (initial, request) = sasl2::read(authenticate)?;
+        let message = initial.filter(|_| request.tokens.fast && request.agent.is_some());
+        let message = message.ok_or(
+            Failure::MALFORMED_REQUEST.with_text("A token needs <fast/> and a user agent's id"),
+        )?;
+        let attempt = Attempt::start(ht, &message, &self.bindings)?;
+        let name: Box<str> = attempt.username.as_str().into();
+        self.candidate = Some(name.clone());
+        self.request = Some(Box::new(request));
+        self.stage = Stage::Token(Box::new(attempt));
+        Ok(name)
+    }
+
+    /// Was a token shown? Then [`Negotiation::token`] goes on instead of [`Negotiation::credentials`].
+    pub fn shows_token(&self) -> bool {
+        matches!(self.stage, Stage::Token(_))
+    }
+
+    /// The owner has loaded the user; `None`: there is none. `unix`: now, in seconds.
+    pub fn token(
+        &mut self,
+        record: Option<&ArchivedUserRecord>,
+        env: &Env,
+        unix: u64,
+        out: &mut Vec<u8>,
+    ) -> Step {
+        let (Stage::Token(attempt), Some(request)) = (&self.stage, &mut self.request) else {
+            return Step::Continue;
+        };
+        self.disabled = record.is_some_and(|record| record.disabled);
+        let agent = request.agent.as_deref().unwrap_or_default();
+        let step = match fast::check(attempt, record, agent, &env.login_key, unix) {
+            Ok((salt, additional)) => {
+                request.tokens.used = Some(salt);
+                sasl::Step::Success { additional }
+            }
+            Err(failure) => sasl::Step::Failure(failure),
+        };
+        self.sasl_step(step, out)
     }
 
     fn start(&mut self, mechanism: Mechanism, initial: Option<&[u8]>, out: &mut Vec<u8>) -> Step {
@@ -649,6 +708,9 @@ impl Negotiation {
         let Some(request) = &mut self.request else {
             return Step::Continue;
         };
+        if request.agent.is_some() && request.tokens.is_any() {
+            return Step::Tokens;
+        }
         if let Some((previd, h)) = request.resume.take() {
             return Step::Resume { previd, h };
         }
@@ -663,6 +725,30 @@ impl Negotiation {
             self.succeed(&request, env, out);
         }
         Step::Continue
+    }
+
+    /// The tokens are as they shall be, durably, or cannot be changed (`Err`: the client must not be let in, because it was to
+    /// end its token); `answer`: the new one.
+    pub fn tokens(
+        &mut self,
+        outcome: Result<Option<String>, ()>,
+        env: &Env,
+        out: &mut Vec<u8>,
+    ) -> Step {
+        let answer = match outcome {
+            Ok(answer) => answer,
+            Err(()) => {
+                self.candidate = self.user.take();
+                return self.failed(Failure::TEMPORARY_AUTH_FAILURE, out);
+            }
+        };
+        if let Some(request) = &mut self.request {
+            request.tokens = fast::Wishes::default();
+            request
+                .answers
+                .extend_from_slice(answer.unwrap_or_default().as_bytes());
+        }
+        self.proceed(env, out)
     }
 
     /// Success without a session: binding or resumption goes the older way.

@@ -16,9 +16,10 @@ use base64::Engine;
 use base64::prelude::{BASE64_STANDARD, BASE64_URL_SAFE_NO_PAD};
 
 use super::bind::Extras;
+use super::fast;
 use super::feature::{carbons, csi, sm};
 use super::jid;
-use super::sasl::{Failure, Mechanism};
+use super::sasl::{ChannelBindings, Failure, Mechanism};
 use crate::xml::dom::Element;
 use crate::xml::escape_text;
 
@@ -38,6 +39,8 @@ pub struct Request {
     /// `previd` and `h`.
     pub resume: Option<(String, u32)>,
     pub bind: Option<Bind>,
+    /// XEP-0484.
+    pub tokens: fast::Wishes,
     /// The mechanism's last word, for `<additional-data/>`.
     pub additional: Vec<u8>,
     /// Elements for `<success/>`.
@@ -74,6 +77,7 @@ pub fn read(authenticate: &Element) -> Result<(Option<Vec<u8>>, Request), Failur
     let mut request = Request {
         agent: agent.map(Into::into),
         bind: authenticate.find("bind", NS_BIND).map(Bind::read),
+        tokens: fast::Wishes::read(authenticate)?,
         ..Request::default()
     };
     if let Some(resume) = authenticate.find("resume", sm::NS) {
@@ -127,20 +131,24 @@ impl Bind {
     }
 }
 
-/// The stream feature; what it names can all be had.
-pub fn write_feature(mechanisms: &[Mechanism], out: &mut String) {
+/// The stream feature; what it names can all be had. `tokens`: with XEP-0484, on this channel.
+pub fn write_feature(mechanisms: &[Mechanism], tokens: Option<&ChannelBindings>, out: &mut String) {
     out.push_str(&format!("<authentication xmlns='{NS}'>"));
     for mechanism in mechanisms {
         out.push_str(&format!("<mechanism>{}</mechanism>", mechanism.name()));
     }
     out.push_str(&format!(
         "<inline><sm xmlns='{}'/><bind xmlns='{NS_BIND}'><inline><feature var='{}'/><feature var='{}'/><feature var='{}'/>\
-         </inline></bind></inline></authentication>",
+         </inline></bind>",
         sm::NS,
         carbons::NS,
         csi::NS,
         sm::NS,
     ));
+    if let Some(bindings) = tokens {
+        fast::write_feature(bindings, out);
+    }
+    out.push_str("</inline></authentication>");
 }
 
 impl Request {

@@ -30,6 +30,12 @@ const CORE: &[(&str, &str, &str, &str)] = &[
     ),
     ("Bind 2", "XEP-0386", "1.1.0", "src/xmpp/sasl2.rs"),
     (
+        "Fast authentication by tokens",
+        "XEP-0484",
+        "0.2.0",
+        "src/xmpp/fast.rs",
+    ),
+    (
         "Channel-binding types",
         "XEP-0440",
         "1.0.0",
