@@ -80,10 +80,13 @@ impl House {
         let env = Env {
             domain: DOMAIN.into(),
             rooms: Some(format!("rooms.{DOMAIN}").into()),
+            upload: None,
+            upload_key: None,
             shard: 0,
             ring: Rc::new(Ring::of_shards(1)),
             limits: limits(),
             id_key: [1, 2],
+            login_key: [1; 32],
             features: OnceCell::new(),
         };
         // what is delivered at once is never read back
@@ -146,6 +149,7 @@ impl House {
                 revision: 1,
                 pending: Vec::new(),
                 last: None,
+                index: None,
             }),
         }]);
         self.settle();
@@ -247,12 +251,12 @@ impl House {
         let mut session = None;
         self.count(|this| {
             let step = this.frames(&mut negotiation, &mut framer, &both, &mut out);
-            let Step::Bind { resource } = step else {
+            let Step::Bind { resource, .. } = step else {
                 panic!("it is bound");
             };
             let new = this.arrive(name, resource.as_deref());
             let jid = &*this.slice.sessions.get(new).expect("it is new").jid;
-            negotiation.bound(Ok(jid), &mut out);
+            negotiation.bound(Ok((jid, "")), &this.slice.env, &mut out);
             session = Some(new);
         });
         let session = session.expect("it was bound");
@@ -357,6 +361,8 @@ fn policy() -> Policy {
         tls_required: false,
         mechanisms: Mechanism::ALL.to_vec(),
         register: true,
+        sasl2: true,
+        tokens: true,
         attempts_max: 3,
         xml: Default::default(),
     }
@@ -402,11 +408,13 @@ fn limits() -> Limits {
         },
         pubsub_page_items_max: 500,
         pep_waiting_max: 10_000,
+        group_greetings_members_max: 100,
         caps_remembered_max: 10_000,
         rooms: nitro::xmpp::room::Limits {
             creators: None,
             rooms_max: 10_000,
             per_session_max: 200,
+            session_presences_per_second_max: 1000,
             occupants_max: 2000,
             affiliates_max: 5000,
             nick_bytes_max: 128,
@@ -415,7 +423,35 @@ fn limits() -> Limits {
             history_bytes_max: 1 << 18,
             messages_per_second_max: 50,
             presences_per_second_max: 10,
+            lasting_per_owner_max: 100,
+            lasting_max: 1000,
+            left_ms: 600_000,
+            registrations_per_second_max: 1000,
+            requests_max: 100,
             persistent: false,
+            archive_keep_ms: 0,
+        },
+        push: nitro::xmpp::feature::push::Limits {
+            services_max: 16,
+            service_bytes_max: 4096,
+            sender: false,
+            body: false,
+            body_bytes_max: 1024,
+            placeholder: "New message".into(),
+            inactive: true,
+            repeat_ms: 3_600_000,
+            told_max: 1000,
+            per_second_max: 1000,
+            waiting_max: 1000,
+            answer_ms_max: 30_000,
+            retry_ms: 30_000,
+            tries_max: 10,
+        },
+        upload: nitro::xmpp::feature::upload::Limits {
+            url: "https://localhost:5443".into(),
+            file_bytes_max: 100_000,
+            slot_seconds: 300,
+            waiting_max: 100,
         },
     }
 }

@@ -149,7 +149,8 @@ class Blade(XmppServer):
     def sum(self, name):
         """A metric's value now, of all its labels."""
         text = urllib.request.urlopen(f"http://127.0.0.1:{self.ports[2]}/metrics", timeout=10).read().decode()
-        lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name}_total{{", f"{name} "))]
+        begins = tuple(f"{name}{end}" for end in ("{", " ", "_total{", "_total "))
+        lines = [line for line in text.splitlines() if line.startswith(begins)]
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines)
 
     def by_shard(self, name):

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use aws_lc_rs::hmac;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -27,6 +28,7 @@ use crate::shard::doors::Doors;
 use crate::shard::figures::{Pages, Sources};
 use crate::shard::journal::Foreign;
 use crate::shard::redis::RedisParts;
+use crate::shard::upload::Files;
 use crate::shard::{Door, Inbound, Parts, Shard};
 use crate::store::change::Id;
 use crate::store::drain::{DrainConfig, Source};
@@ -166,12 +168,17 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let (observer, observing) = start_observer(&config, &senders, lane.counters())?;
     let pages = Pages { sources, observer };
     let helpers = Helpers::start(config.limits.password_checks_waiting_max);
+    let files_of_users = config
+        .upload_host()
+        .map(|_| Files::start(&config))
+        .transpose()?;
     let doors = Arc::new(Doors::default());
     let loads = Arc::new(Loads::new(shards));
     let id_key = [
         u64::from_le_bytes(secret[0..8].try_into().expect("eight bytes")),
         u64::from_le_bytes(secret[8..16].try_into().expect("eight bytes")),
     ];
+    let login_key = login_key(&secret);
     let shared = Arc::new(config.clone());
     let groups = Arc::new(groups_file::load(&config, &ring)?);
     let meshes = rt::mesh(shards, config.limits.mesh_queue_batches_max)
@@ -189,6 +196,8 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
                 ring: ring.clone(),
                 decoy: decoy.clone(),
                 id_key,
+                upload: files_of_users.clone().map(|files| (secret, files)),
+                login_key,
                 listen: listen
                     .iter()
                     .copied()
@@ -350,6 +359,14 @@ fn load_tls(config: &Config) -> Result<(TlsConfig, String), String> {
     )?;
     let fingerprint = tls.fingerprint().to_owned();
     Ok((tls, fingerprint))
+}
+
+/// The key of what clients are given at their login: another one than those of decoys and stable ids, from the same secret.
+fn login_key(secret: &[u8; 32]) -> [u8; 32] {
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret);
+    let mut derived = [0; 32];
+    derived.copy_from_slice(hmac::sign(&key, b"nitro login").as_ref());
+    derived
 }
 
 /// 32 random bytes that outlive the process: decoys and stable ids hang on them.
@@ -531,6 +548,7 @@ fn start_lane(
         drain: DrainConfig {
             linger: Duration::from_millis(config.journal.drain_after_ms),
             keep_days: config.archive.keep_days,
+            rooms_keep_days: config.rooms_keep_days(),
             ..DrainConfig::default()
         },
         ..LaneConfig::new(database.clone())
@@ -843,6 +861,16 @@ impl Operators {
                 }
                 components.sort_unstable_by(|a, b| (&a.host, a.since).cmp(&(&b.host, b.since)));
                 AdminReply::Components { components }
+            }
+            ComponentKick { host } => {
+                let mut sessions = 0;
+                for reply in self.ask_all(|_| Some(ComponentKick { host: host.clone() })) {
+                    match reply {
+                        (_, AdminReply::Kicked { sessions: some }) => sessions += some,
+                        (_, other) => return other,
+                    }
+                }
+                AdminReply::Kicked { sessions }
             }
             GroupList | GroupReload | GroupShow { .. } => self.groups(request),
             Journals => self.journals(),

@@ -64,7 +64,7 @@ enum Command {
     /// Groups that are in every member's roster (key groups.file).
     #[command(subcommand, after_help = "Example:\n  nitro group reload")]
     Group(Group),
-    /// Look at the components (XEP-0114) that are connected to the running server.
+    /// Look at the components (XEP-0114) that are connected to the running server, or end their connections.
     #[command(subcommand, after_help = "Example:\n  nitro component list")]
     Component(Component),
     /// Watch the running server, core by core: sessions, rates, latencies, lag, queues, tiers.
@@ -266,6 +266,25 @@ enum Group {
         /// Its name.
         group: String,
     },
+    /// Put a user into a group: a line in the file, which a running server reads again at once.
+    #[command(after_help = "Example:\n  nitro group add desk alice --name Ally")]
+    Add {
+        /// The group; a new one begins with its first member.
+        group: String,
+        /// alice or alice@domain.
+        user: String,
+        /// What contacts see.
+        #[arg(long, default_value = "")]
+        name: String,
+    },
+    /// Take a user out of a group: out of the file, which a running server reads again at once.
+    #[command(after_help = "Example:\n  nitro group remove desk alice")]
+    Remove {
+        /// The group; it is gone with its last member.
+        group: String,
+        /// alice or alice@domain.
+        user: String,
+    },
     /// Have the running server read the file again; who is on line sees the changes at once.
     #[command(after_help = "Example:\n  nitro group reload")]
     Reload,
@@ -279,6 +298,12 @@ enum Component {
     /// List their connections.
     #[command(after_help = "Example:\n  nitro component list")]
     List,
+    /// End the connections that serve a name. It may connect again: to keep it out, take it out of component.hosts first.
+    #[command(after_help = "Example:\n  nitro component kick irc.example.com")]
+    Kick {
+        /// The name that it serves.
+        host: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -390,7 +415,7 @@ pub fn run() -> ExitCode {
                 Command::User(command) => user(&config, command),
                 Command::Session(command) => session(&config, command),
                 Command::Group(command) => group(&config, command),
-                Command::Component(Component::List) => components(&config),
+                Command::Component(command) => components(&config, command),
                 Command::Top {
                     interval,
                     once,
@@ -656,7 +681,18 @@ fn session(config: &Config, command: Session) -> Result<(), String> {
 }
 
 fn group(config: &Config, command: Group) -> Result<(), String> {
+    let edited = matches!(command, Group::Add { .. } | Group::Remove { .. });
     let request = match command {
+        Group::Add { group, user, name } => {
+            let user = user_name(&user, &config.domain)?;
+            crate::groups_file::add(config, &group, &user, &name)?;
+            AdminRequest::GroupReload
+        }
+        Group::Remove { group, user } => {
+            let user = user_name(&user, &config.domain)?;
+            crate::groups_file::remove(config, &group, &user)?;
+            AdminRequest::GroupReload
+        }
         Group::Check => {
             let groups = crate::groups_file::load(config, &Ring::of_shards(1))?;
             let (count, people) = (groups.len(), groups.people());
@@ -666,6 +702,9 @@ fn group(config: &Config, command: Group) -> Result<(), String> {
         Group::Reload => AdminRequest::GroupReload,
         Group::Show { group } => AdminRequest::GroupShow { group },
     };
+    if edited && crate::admin::client::Client::connect(&config.data_dir)?.is_none() {
+        return print("done; no nitro runs, the next start reads the file\n");
+    }
     let mut accounts = Accounts::open(config)?;
     if !accounts.is_running() {
         return Err(format!(
@@ -674,6 +713,7 @@ fn group(config: &Config, command: Group) -> Result<(), String> {
         ));
     }
     match accounts.call(request)? {
+        AdminReply::Groups { .. } if edited => print("done; it is in force\n"),
         AdminReply::Groups { groups } => {
             let line = |(name, members): &(String, usize)| format!("{name}  {members} members\n");
             print(&groups.iter().map(line).collect::<String>())
@@ -686,7 +726,15 @@ fn group(config: &Config, command: Group) -> Result<(), String> {
     }
 }
 
-fn components(config: &Config) -> Result<(), String> {
+fn components(config: &Config, command: Component) -> Result<(), String> {
+    let request = match command {
+        Component::List => AdminRequest::ComponentList,
+        Component::Kick { host } => {
+            let prepared = jid::domainpart(&host).map(|host| host.into_owned());
+            let host = prepared.map_err(|e| format!("{host:?} is no name of a component ({e})"))?;
+            AdminRequest::ComponentKick { host }
+        }
+    };
     let mut accounts = Accounts::open(config)?;
     if !accounts.is_running() {
         return Err(format!(
@@ -694,7 +742,9 @@ fn components(config: &Config) -> Result<(), String> {
             config.data_dir.display()
         ));
     }
-    match accounts.call(AdminRequest::ComponentList)? {
+    match accounts.call(request)? {
+        AdminReply::Kicked { sessions: 0 } => Err("no connection serves this name".into()),
+        AdminReply::Kicked { sessions } => print(&format!("{sessions} ended\n")),
         AdminReply::Components { components } => {
             print(&components.iter().map(component_text).collect::<String>())
         }

@@ -124,6 +124,9 @@ keys! {
         /// Addresses for components; a component may run on another machine. The protocol is in the clear: keep it on loopback, in a
         /// network of its own or in a tunnel. Empty: none.
         restart listen: Vec<SocketAddr> = Vec::new();
+        /// Whether connections from `trusted_proxies` begin with a PROXY v2 header at these addresses, too, as they must at those of
+        /// clients. Others connect without one.
+        live proxy: bool = false;
         /// The names that components serve, subdomains or any others, and the secret of each: `"irc.example.com" = "secret"`, or
         /// `"irc.example.com" = { secret_file = "/etc/nitro/irc.secret", policy = "share" }` (or `secret`; a policy of its own may
         /// be left out). SIGHUP reads the files again: connections that stand go on, those of a name that is gone end.
@@ -153,6 +156,9 @@ keys! {
         live members_max: usize = 5000 => 1..=100_000;
         /// Rows of the file: members of all groups together.
         live memberships_max: usize = 200_000 => 1..=10_000_000;
+        /// Whoever comes on line is told the last items (mood, avatar and other nodes, XEP-0163) of all members of his groups up to this
+        /// size, and of no member of larger ones: those he hears when they change.
+        live last_items_members_max: usize = 100 => 0..=100_000;
     }
 
     /// The HTTP door: health checks and metrics. It has no authentication: keep it on loopback.
@@ -216,6 +222,12 @@ keys! {
         live answer_ms_min: u64 = 3 => 0..=1000;
         /// The mechanisms that are offered. Those with channel binding (-PLUS) and PLAIN need TLS anyway.
         live mechanisms: Vec<String> = MECHANISMS.iter().map(|m| m.to_string()).collect();
+        /// Whether authentication, binding and resumption in one step (XEP-0388, XEP-0386) are offered over TLS, beside the older
+        /// way.
+        live sasl2: bool = true;
+        /// Days that a token is valid with which a client logs in instead of a password (XEP-0484); it is replaced long before.
+        /// 0: none are given or taken. A new password ends all.
+        live token_days: u64 = 21 => 0..=365;
     }
 
     /// What the server bears. Every limit is counted in the metrics when it is hit.
@@ -260,6 +272,8 @@ keys! {
 
         /// Sessions of one user at the same time.
         live resources_per_user_max: usize = 16 => 1..=1000;
+        /// Tokens of one user (XEP-0484); beyond it the oldest go, and their clients are asked for the password again.
+        live tokens_per_user_max: usize = 16 => 2..=100;
         /// Contacts in one roster.
         live roster_items_max: usize = 2000 => 1..=100_000;
         /// Bytes of one contact's name and groups together.
@@ -272,6 +286,9 @@ keys! {
         live directed_presence_max: usize = 500 => 1..=100_000;
         /// Chat rooms that one session is in.
         live rooms_per_session_max: usize = 200 => 1..=100_000;
+        /// Presences of one session for chat rooms in a second, on average: coming in, changes, other nicknames; twelve times as
+        /// many at once. More are refused with `<resource-constraint/>`.
+        live room_presences_per_second_max: u32 = 50 => 1..=1_000_000;
         /// Messages kept for a user who is off line (XEP-0160).
         live offline_messages_max: usize = 1000 => 0..=1_000_000;
         /// Bytes of messages kept for a user who is off line.
@@ -292,7 +309,8 @@ keys! {
         live pubsub_affiliations_max: usize = 100 => 1..=10_000;
         /// Items in one answer; the others are on further pages (XEP-0059).
         live pubsub_page_items_max: usize = 500 => 1..=10_000;
-        /// Contacts of one shard whose nodes wait to be read for somebody who has come; he does not hear of those beyond.
+        /// Contacts of one shard whose nodes wait to be read for somebody who has come (each contact counts for each who has come); he
+        /// does not hear of those beyond.
         live pep_waiting_max: usize = 10_000 => 1..=1_000_000;
         /// Capabilities of clients (XEP-0115) that one shard remembers; the oldest that no session uses goes.
         live caps_remembered_max: usize = 10_000 => 16..=1_000_000;
@@ -369,8 +387,17 @@ keys! {
         live admins: Vec<String> = Vec::new();
         /// Whether a new room stays when its last occupant leaves, if its maker does not say.
         live persistent: bool = false;
+        /// Days after which a message is taken out of the archives of rooms. 0: as in those of users (`archive.keep_days`); to keep
+        /// for long what users' archives lose, say 36500.
+        restart keep_days: u64 = 0 => 0..=36_500;
         /// Rooms that one shard has in memory; new ones are refused beyond.
         live rooms_max: usize = 10_000 => 1..=10_000_000;
+        /// Rooms that stay when nobody is in, made by one account; more are refused with `<resource-constraint/>`.
+        live persistent_per_owner_max: usize = 100 => 0..=10_000_000;
+        /// Such rooms altogether.
+        live persistent_max: usize = 100_000 => 0..=10_000_000;
+        /// How long a temporary room that a crash has left waits for those who come back, in seconds. Then it ends.
+        live left_seconds: u64 = 600 => 0..=86_400;
         /// People in one room; its configuration may say less.
         live occupants_max: usize = 2000 => 1..=100_000;
         /// Members, admins, owners and outcasts of one room.
@@ -388,6 +415,78 @@ keys! {
         live messages_per_second_max: u32 = 50 => 1..=1_000_000;
         /// The same of presence.
         live presences_per_second_max: u32 = 10 => 1..=1_000_000;
+        /// Registrations with one room in a second (members, nicknames that are kept), on average; twenty times as many at once.
+        live registrations_per_second_max: u32 = 5 => 1..=1_000_000;
+        /// Requests for membership of one room that wait for an admin's answer, an hour at most.
+        live requests_max: usize = 100 => 1..=100_000;
+    }
+
+    /// Push notifications (XEP-0357): app servers are told when something waits for somebody (see "Push notifications" in README.md).
+    push: PushSection {
+        /// Services that one user may have enabled; more are refused with `<resource-constraint/>`. 0: there are no push notifications.
+        live services_max: usize = 16 => 0..=1000;
+        /// Bytes of one of them: address, node and publish options.
+        live service_bytes_max: usize = 4096 => 256..=65_536;
+        /// Whether notifications say who has written. They go through app servers, and from there through others.
+        live sender: bool = false;
+        /// Whether notifications say what was written.
+        live body: bool = false;
+        /// Bytes of that; more is cut off.
+        live body_bytes_max: usize = 1024 => 16..=65_536;
+        /// What stands in its place otherwise: app servers take a notification with a text for an urgent one. Empty: nothing.
+        live placeholder: String = "New message".into();
+        /// Whether a client that has said that it is inactive (XEP-0352) counts as asleep, like one whose connection is gone.
+        live inactive: bool = true;
+        /// Minutes after which a user who has not been there since is told again, by the next message.
+        live repeat_minutes: u64 = 60 => 1..=525_600;
+        /// Users of one shard of whom that is remembered; others are told of each message.
+        live told_max: usize = 100_000 => 100..=10_000_000;
+        /// Notifications of one shard in a second; more wait.
+        live per_second_max: u32 = 500 => 1..=1_000_000;
+        /// Notifications of one shard that wait for an answer or for another try; more are left out.
+        live waiting_max: usize = 10_000 => 10..=1_000_000;
+        /// Seconds in which an app server must answer.
+        live answer_seconds_max: u64 = 30 => 1..=600;
+        /// Seconds until a notification that has failed is tried again, doubled each time up to an hour.
+        live retry_seconds: u64 = 30 => 1..=3600;
+        /// How often a notification is tried before its service is disabled.
+        live tries_max: u32 = 10 => 1..=100;
+    }
+
+    /// Uploaded files (XEP-0363; see "Uploads" in README.md). They come and go by the ports of section `web`.
+    upload: Upload {
+        /// Whether clients may upload, where `upload.url` is known.
+        restart enabled: bool = true;
+        /// The address of the service. Empty: `upload.` and `domain`.
+        restart host: String = String::new();
+        /// Where clients reach the web ports, e.g. "https://chat.example.com" or "https://files.example.com:5443": what stands before
+        /// `/upload/` in the addresses that they get. Empty: `https://`, the domain and the first port of `web.listen_tls`; without such
+        /// a port there are no uploads.
+        live url: String = String::new();
+        /// The folder of the files. Empty: `uploads` in `data_dir`. Backups leave it out: copy it as it is, files never change.
+        restart dir: PathBuf = PathBuf::new();
+        /// Bytes of one file; beyond it `<file-too-large/>`.
+        live file_bytes_max: u64 = 26_214_400 => 1..=1_099_511_627_776;
+        /// Bytes that one user may upload in 24 hours; beyond it `<resource-constraint/>`.
+        live user_bytes_per_day_max: u64 = 524_288_000 => 1..=1_099_511_627_776;
+        /// Bytes of all files of one user.
+        live user_bytes_max: u64 = 5_368_709_120 => 1..=1_099_511_627_776;
+        /// Files of one user.
+        live user_files_max: usize = 10_000 => 1..=1_000_000;
+        /// Bytes of all files.
+        live bytes_max: u64 = 107_374_182_400 => 1..=1_152_921_504_606_846_976;
+        /// Days that a file stays. 0: for ever.
+        live keep_days: u64 = 30 => 0..=36_500;
+        /// Seconds in which an upload must begin.
+        live slot_seconds: u64 = 300 => 10..=86_400;
+        /// Files that come or go at the same time; more get 503.
+        live transfers_max: usize = 256 => 1..=100_000;
+        /// The same of one address (an IPv6 /64 counts as one), where `limits.exempt` does not say otherwise.
+        live transfers_per_address_max: usize = 16 => 1..=100_000;
+        /// Pieces of files and requests for slots that wait for the disk; more are refused.
+        restart waiting_max: usize = 1024 => 16..=1_000_000;
+        /// Threads that write and read them.
+        restart threads: usize = 2 => 1..=64;
     }
 
     /// Stream management (XEP-0198).
@@ -479,7 +578,7 @@ keys! {
     /// Archives of messages (XEP-0313).
     archive: Archive {
         /// Days after which a message is taken out of the archives, a little at a time; what waits for its recipient stays. 0:
-        /// never.
+        /// never. Rooms may have another number (`rooms.keep_days`).
         restart keep_days: u64 = 0 => 0..=36_500;
         /// Bytes, of the whole blade, for the newest messages of archives that are being read: a page of them costs no SQL. 0:
         /// none are kept.
@@ -613,7 +712,46 @@ impl Config {
         }
     }
 
+    /// Days after which messages go out of the archives of rooms; 0: never.
+    pub fn rooms_keep_days(&self) -> u64 {
+        match self.rooms.keep_days {
+            0 => self.archive.keep_days,
+            days => days,
+        }
+    }
+
     /// The domain of chat rooms; `None`: there are none.
+    /// Domain of the service of uploads, if there is one.
+    pub fn upload_host(&self) -> Option<String> {
+        let on = self.upload.enabled && !self.upload_url().is_empty();
+        on.then(|| match self.upload.host.is_empty() {
+            true => format!("upload.{}", self.domain),
+            false => self.upload.host.clone(),
+        })
+    }
+
+    /// What addresses of files begin with, without `/` at the end; empty: not known.
+    pub fn upload_url(&self) -> String {
+        if !self.upload.url.is_empty() {
+            return self.upload.url.trim_end_matches('/').to_owned();
+        }
+        let Some(address) = self.web.listen_tls.first() else {
+            return String::new();
+        };
+        let host = idna::domain_to_ascii(&self.domain).unwrap_or_else(|_| self.domain.clone());
+        match address.port() {
+            443 => format!("https://{host}"),
+            port => format!("https://{host}:{port}"),
+        }
+    }
+
+    pub fn upload_dir(&self) -> PathBuf {
+        match self.upload.dir.as_os_str().is_empty() {
+            true => self.data_dir.join("uploads"),
+            false => self.upload.dir.clone(),
+        }
+    }
+
     pub fn rooms_host(&self) -> Option<String> {
         self.rooms
             .enabled
@@ -1416,6 +1554,24 @@ impl Loading {
                 ),
             );
         }
+        if let Some(upload) = c.upload_host() {
+            if upload == c.domain || Some(&*upload) == c.rooms_host().as_deref() {
+                return wrong(
+                    "upload.host",
+                    format!(
+                        "{upload} is another service's; write e.g. \"upload.\" before the domain"
+                    ),
+                );
+            }
+            if c.component.hosts.0.contains_key(&*upload) {
+                return wrong(
+                    "component.hosts",
+                    format!(
+                        "{upload} is this server's own (upload.host); give one of them another name, or switch upload.enabled off"
+                    ),
+                );
+            }
+        }
         if let Some(rooms) = c.rooms_host()
             && c.component.hosts.0.contains_key(&*rooms)
         {
@@ -1502,6 +1658,28 @@ fn check(c: &mut Config, key: &str) -> Result<(), String> {
                 );
             }
         },
+        "upload.host" if !c.upload.host.is_empty() => {
+            c.upload.host = normal_domain(&c.upload.host)?;
+        }
+        "upload.url" if !c.upload.url.is_empty() => {
+            let host = c
+                .upload
+                .url
+                .strip_prefix("https://")
+                .or(c.upload.url.strip_prefix("http://"));
+            let fine = |host: &str| {
+                !host.is_empty()
+                    && host
+                        .bytes()
+                        .all(|b| (b'!'..=b'~').contains(&b) && !b"\"'<>?#\\".contains(&b))
+            };
+            if !host.is_some_and(fine) {
+                return Err(
+                    "this is no address of a web server; write e.g. \"https://chat.example.com\""
+                        .into(),
+                );
+            }
+        }
         "redis.blade" if c.redis.blade.contains(':') => {
             return Err("it must not contain `:`; write e.g. \"blade1\"".into());
         }

@@ -2,9 +2,14 @@
 //! sentence with file, line and mend.
 //!
 //! Columns: `group`, `username` (alice or alice@domain), and `name`, which is what contacts see and may be left out.
+//!
+//! The file is the one truth: [`add`] and [`remove`] change it, nothing else. They leave all other lines as they are, check the
+//! whole as a reload would, and put it in the place of the old one by a rename, so that whoever reads sees one or the other.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 
 use crate::cli::user_name;
 use crate::config::Config;
@@ -27,12 +32,146 @@ pub fn load(config: &Config, ring: &Ring) -> Result<Groups, String> {
     Ok(Groups::new(read(path, config)?, ring))
 }
 
+/// Puts a user (prepared local part) into a group.
+///
+/// # Errors
+/// A sentence for the operator; then the file is what it was.
+pub fn add(config: &Config, group: &str, user: &str, label: &str) -> Result<(), String> {
+    change(config, |path, old| {
+        let old = match old {
+            Some(old) => old,
+            None => b"group,username,name\n".to_vec(),
+        };
+        let found = lines(&old, path, config)?;
+        if found
+            .rows
+            .iter()
+            .any(|(row, _)| row.group == group && row.user == user)
+        {
+            return Err(format!("{user} is in {group} already"));
+        }
+        if !label.is_empty() && !found.header.iter().any(|column| column == "name") {
+            let shown = path.display();
+            return Err(format!(
+                "{shown}:1: there is no column name; put it into the header"
+            ));
+        }
+        let mut line = csv::Writer::from_writer(Vec::new());
+        let fields = found.header.iter().map(|column| match column {
+            "group" => group,
+            "username" => user,
+            _ => label,
+        });
+        line.write_record(fields).map_err(|e| e.to_string())?;
+        let line = line.into_inner().map_err(|e| e.to_string())?;
+        let mut new = old;
+        if !new.ends_with(b"\n") {
+            new.push(b'\n');
+        }
+        new.extend(line);
+        Ok(new)
+    })
+}
+
+/// Takes a user (prepared local part) out of a group.
+///
+/// # Errors
+/// A sentence for the operator; then the file is what it was.
+pub fn remove(config: &Config, group: &str, user: &str) -> Result<(), String> {
+    change(config, |path, old| {
+        let old = old.unwrap_or_default();
+        let found = lines(&old, path, config)?;
+        let mut new = Vec::with_capacity(old.len());
+        let mut from = 0;
+        for (row, place) in found.rows {
+            if row.group == group && row.user == user {
+                new.extend_from_slice(&old[from..place.start]);
+                from = place.end;
+            }
+        }
+        if from == 0 {
+            return Err(format!(
+                "{user} is not in {group}; see: nitro group show {group}"
+            ));
+        }
+        new.extend_from_slice(&old[from..]);
+        Ok(new)
+    })
+}
+
+/// Replaces the file by what `edit` makes of it (of nothing, if there is none yet).
+fn change(
+    config: &Config,
+    edit: impl FnOnce(&Path, Option<Vec<u8>>) -> Result<Vec<u8>, String>,
+) -> Result<(), String> {
+    let path = &config.groups.file;
+    if path.as_os_str().is_empty() {
+        return Err("groups.file names no file; set it in the configuration first".into());
+    }
+    let failed = |e: io::Error| format!("groups.file: {}: {e}", path.display());
+    // behind a link lies the file that is to be replaced
+    let path = match fs::canonicalize(path) {
+        Ok(path) => path,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => path.clone(),
+        Err(e) => return Err(failed(e)),
+    };
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder.to_owned(),
+        _ => PathBuf::from("."),
+    };
+    // one command after the other; what else writes the file is beyond this
+    let lock = File::open(&folder).map_err(failed)?;
+    lock.lock().map_err(failed)?;
+    let (old, mode) = match fs::read(&path) {
+        Ok(old) => (
+            Some(old),
+            Some(fs::metadata(&path).map_err(failed)?.permissions()),
+        ),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => (None, None),
+        Err(e) => return Err(failed(e)),
+    };
+    let new = edit(&path, old)?;
+    rows(&new, &path, config)?;
+    let mut beside = path.clone().into_os_string();
+    beside.push(".new");
+    let beside = PathBuf::from(beside);
+    let write = || -> io::Result<()> {
+        let mut file = File::create(&beside)?;
+        if let Some(mode) = mode {
+            file.set_permissions(mode)?;
+        }
+        file.write_all(&new)?;
+        file.sync_all()?;
+        fs::rename(&beside, &path)?;
+        lock.sync_all()
+    };
+    write().map_err(failed)
+}
+
 fn read(path: &Path, config: &Config) -> Result<Vec<Row>, String> {
+    let shown = path.display();
+    let bytes =
+        fs::read(path).map_err(|e| format!("groups.file: {shown}: {e}; name a readable file"))?;
+    rows(&bytes, path, config)
+}
+
+fn rows(bytes: &[u8], path: &Path, config: &Config) -> Result<Vec<Row>, String> {
+    let found = lines(bytes, path, config)?;
+    Ok(found.rows.into_iter().map(|(row, _)| row).collect())
+}
+
+/// What a file says, and where.
+struct Lines {
+    header: csv::StringRecord,
+    /// With the bytes of each.
+    rows: Vec<(Row, std::ops::Range<usize>)>,
+}
+
+fn lines(bytes: &[u8], path: &Path, config: &Config) -> Result<Lines, String> {
     let shown = path.display();
     let mut reader = csv::ReaderBuilder::new()
         .trim(csv::Trim::All)
-        .from_path(path)
-        .map_err(|e| format!("groups.file: {shown}: {e}; name a readable file"))?;
+        .from_reader(bytes);
     let header = reader
         .headers()
         .map_err(|e| format!("{shown}: {e}"))?
@@ -53,11 +192,19 @@ fn read(path: &Path, config: &Config) -> Result<Vec<Row>, String> {
     let (members_max, all_max) = (config.groups.members_max, config.groups.memberships_max);
     let mut members: BTreeMap<String, usize> = BTreeMap::new();
     let mut rows = Vec::new();
-    for record in reader.records() {
-        let record = record.map_err(|e| match e.position() {
-            Some(at) => format!("{shown}:{}: {}", at.line(), short(&e)),
-            None => format!("{shown}: {e}"),
-        })?;
+    let mut record = csv::StringRecord::new();
+    loop {
+        let begin = reader.position().byte() as usize;
+        let more = reader
+            .read_record(&mut record)
+            .map_err(|e| match e.position() {
+                Some(at) => format!("{shown}:{}: {}", at.line(), short(&e)),
+                None => format!("{shown}: {e}"),
+            })?;
+        if !more {
+            break;
+        }
+        let place = begin..reader.position().byte() as usize;
         let line = record.position().map_or(0, csv::Position::line);
         let wrong = |why: String| format!("{shown}:{line}: {why}");
         let group = record.get(group_at).unwrap_or_default();
@@ -84,13 +231,14 @@ fn read(path: &Path, config: &Config) -> Result<Vec<Row>, String> {
                 "there are more than {all_max} rows; raise groups.memberships_max"
             )));
         }
-        rows.push(Row {
+        let row = Row {
             group: group.to_owned(),
             user,
             label: label.to_owned(),
-        });
+        };
+        rows.push((row, place));
     }
-    Ok(rows)
+    Ok(Lines { header, rows })
 }
 
 fn short(error: &csv::Error) -> String {
@@ -178,5 +326,54 @@ mod tests {
         let config = Config::load(None, &["groups.file='/nowhere/g.csv'".into()]).unwrap();
         let why = load(&config, &ring(1)).err().unwrap();
         assert!(why.starts_with("groups.file: /nowhere/g.csv"), "{why}");
+    }
+
+    #[test]
+    fn members_come_and_go_and_the_rest_of_the_file_stays_as_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("groups.csv");
+        let set = format!("groups.file={:?}", path.display().to_string());
+        let config = Config::load(None, &[set]).unwrap();
+        let text = || fs::read_to_string(&path).unwrap();
+        // a new file
+        add(&config, "Equities, EU", "alice", "Alice \"A\"").unwrap();
+        let first = "group,username,name\n\"Equities, EU\",alice,\"Alice \"\"A\"\"\"\n";
+        assert_eq!(text(), first);
+        // one that somebody else has written
+        let own = "username , group\r\n\r\n alice,desk\r\nBob@localhost , desk\r\nbob,other";
+        fs::write(&path, own).unwrap();
+        add(&config, "desk", "carol", "").unwrap();
+        assert_eq!(text(), format!("{own}\ncarol,desk\n"));
+        remove(&config, "desk", "bob").unwrap();
+        assert_eq!(
+            text(),
+            "username , group\r\n\r\n alice,desk\r\nbob,other\ncarol,desk\n"
+        );
+        let before = text();
+        for (result, wanted) in [
+            (
+                add(&config, "desk", "carol", ""),
+                "carol is in desk already",
+            ),
+            (
+                add(&config, "desk", "dave", "Dave"),
+                "there is no column name",
+            ),
+            (add(&config, "", "dave", ""), "is no name of a group"),
+            (remove(&config, "desk", "bob"), "bob is not in desk"),
+            (
+                add(&Config::default(), "desk", "a", ""),
+                "groups.file names no file",
+            ),
+        ] {
+            let why = result.unwrap_err();
+            assert!(why.contains(wanted), "{why}");
+            assert_eq!(text(), before);
+        }
+        assert_eq!(
+            fs::read_dir(dir.path()).unwrap().count(),
+            1,
+            "nothing is left beside"
+        );
     }
 }

@@ -11,7 +11,7 @@ use crate::admin::{self, AdminReply, AdminRequest};
 use crate::config::Config;
 use crate::store::sql::Database;
 use crate::store::sql::admin::Store;
-use crate::store::sql::purge::Purge;
+use crate::store::sql::purge::{Purge, Whose};
 
 /// Of the time that a step took, its pause while a server runs.
 const STEP_PAUSE: u32 = 2;
@@ -37,7 +37,7 @@ pub fn run(config: &Config, days: u64, user: Option<String>, dry: bool) -> Resul
     {
         return Err(format!("there is no user {name}"));
     }
-    let mut purge = Purge::older_than(days, user, dry);
+    let mut purge = Purge::older_than(days, user.map_or(Whose::All, Whose::One), dry);
     while !purge.is_over() {
         let begun = Instant::now();
         store.purge_step(&mut purge)?;

@@ -176,7 +176,70 @@ fn populate(blade: &Blade) {
         }
         while speaker.ask_h() < MESSAGES as u32 {}
     }
+    make_room(blade, &name(0));
     done(blade, &["user", "remove", &name(USERS - 1)]);
+}
+
+const NS_OWNER: &str = "http://jabber.org/protocol/muc#owner";
+
+/// A room that stays, with a title, a member who has a nickname, a subject and a message.
+fn make_room(blade: &Blade, owner: &str) {
+    let room = format!("desk@rooms.{DOMAIN}");
+    let mut owner = Client::online(blade, owner, "room");
+    owner.send(&format!(
+        "<presence to='{room}/Owner'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+    ));
+    owner.find(|e| e.name == "message" && e.child("subject").is_some());
+    for query in [
+        format!(
+            "<query xmlns='{NS_OWNER}'><x xmlns='jabber:x:data' type='submit'>\
+             <field var='muc#roomconfig_persistentroom'><value>1</value></field>\
+             <field var='muc#roomconfig_roomname'><value>Désk</value></field></x></query>"
+        ),
+        format!(
+            "<query xmlns='http://jabber.org/protocol/muc#admin'>\
+             <item affiliation='member' jid='guest@{DOMAIN}'/></query>"
+        ),
+    ] {
+        let request = format!("<iq type='set' id='{{id}}' to='{room}'>{query}</iq>");
+        let answer = owner.connection.request(&request).unwrap();
+        assert_eq!(answer.attribute("type"), Some("result"), "{answer}");
+    }
+    owner.send(&format!(
+        "<message type='groupchat' to='{room}'><subject>prices</subject></message>"
+    ));
+    owner.find(|e| e.child("subject").is_some_and(|s| s.text == "prices"));
+    owner.send(&format!(
+        "<message type='groupchat' to='{room}'><body>said in the room</body></message>"
+    ));
+    assert_eq!(owner.next_body(), "said in the room");
+}
+
+/// The room is there as it was left, and so is who counts as its maker.
+fn check_room(blade: &Blade, owner: &str) {
+    let room = format!("desk@rooms.{DOMAIN}");
+    let mut owner = Client::online(blade, owner, "room");
+    let mut ask = |request: &str| owner.connection.request(request).unwrap().to_string();
+    client::wait_until("the list of rooms", Duration::from_secs(20), || {
+        let list = format!(
+            "<iq type='get' id='{{id}}' to='rooms.{DOMAIN}'>\
+             <query xmlns='http://jabber.org/protocol/disco#items'/></iq>"
+        );
+        ask(&list).contains("Désk")
+    });
+    let members = ask(&format!(
+        "<iq type='get' id='{{id}}' to='{room}'><query xmlns='http://jabber.org/protocol/muc#admin'>\
+         <item affiliation='member'/></query></iq>"
+    ));
+    assert!(members.contains("guest@"), "{members}");
+    owner.send(&format!(
+        "<presence to='{room}/Owner'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+    ));
+    assert_eq!(owner.next_body(), "said in the room", "its history");
+    owner.find(|e| e.child("subject").is_some_and(|s| s.text == "prices"));
+    let form = format!("<iq type='get' id='{{id}}' to='{room}'><query xmlns='{NS_OWNER}'/></iq>");
+    let form = owner.connection.request(&form).unwrap();
+    assert_eq!(form.attribute("type"), Some("result"), "he owns it");
 }
 
 fn line(pair: usize, number: usize) -> String {
@@ -185,6 +248,7 @@ fn line(pair: usize, number: usize) -> String {
 
 /// What `populate` made is served by a blade, and changed by nothing that came between.
 fn check_served(blade: &Blade) {
+    check_room(blade, &name(0));
     for pair in 0..PAIRS {
         let mut speaker = Client::bind(blade, &name(pair), "desk");
         let roster = speaker
@@ -258,11 +322,12 @@ fn a_migration_to_mariadb_and_back_changes_nothing_and_both_are_served() {
             .1
             .len()
     };
-    assert_eq!(rows("users"), USERS - 1);
+    // the room is one, too
+    assert_eq!(rows("users"), USERS - 1 + 1);
     assert_eq!(rows("pending"), PAIRS * MESSAGES);
-    assert_eq!(rows("archive"), 2 * PAIRS * MESSAGES);
-    // private data, a vCard, and the index of nodes that says so (XEP-0292)
-    assert_eq!((rows("documents"), rows("removed")), (3 * PAIRS, 1));
+    assert_eq!(rows("archive"), 2 * PAIRS * MESSAGES + 1);
+    // private data, a vCard, and the index of nodes that says so (XEP-0292); who has made the room
+    assert_eq!((rows("documents"), rows("removed")), (3 * PAIRS + 1, 1));
 
     let said = done(&blade, &["migrate-store", "--to", &mariadb.url()]);
     assert!(said.contains("Change the key `database`"), "{said}");
@@ -668,6 +733,7 @@ fn a_backup_of_a_stopped_server_is_restored_only_whole_and_only_into_an_empty_fo
     other.restart();
     let mut hearer = Client::online(&other, "bob", "desk");
     assert_eq!(hearer.next_body(), "hello");
+    check_room(&other, "alice");
 }
 
 #[test]
@@ -782,6 +848,7 @@ fn how_long_a_large_archive_takes() {
 fn populate_little(blade: &Blade) {
     Client::register(blade, "alice");
     Client::register(blade, "bob");
+    make_room(blade, "alice");
     let mut alice = Client::online(blade, "alice", "desk");
     alice.enable_resumption();
     alice.send(&format!(

@@ -52,6 +52,12 @@ fn port(blade: &Blade, start: usize) -> SocketAddr {
 /// A connection whose header was answered, and the id of its stream.
 fn opened(port: SocketAddr, host: &str) -> (Connection, String) {
     let mut connection = Connection::connect(port).expect("a connection");
+    let id = open(&mut connection, host);
+    (connection, id)
+}
+
+/// The id of the stream that is opened.
+fn open(connection: &mut Connection, host: &str) -> String {
     let header = format!(
         "<?xml version='1.0'?><stream:stream to='{host}' xmlns='jabber:component:accept' \
          xmlns:stream='http://etherx.jabber.org/streams'>"
@@ -65,7 +71,7 @@ fn opened(port: SocketAddr, host: &str) -> (Connection, String) {
     let id = id
         .and_then(|id| id.split(['\'', '"']).next())
         .expect("a stream id");
-    (connection, id.to_owned())
+    id.to_owned()
 }
 
 /// Proves a secret; the server's answer, or nothing when it ended the stream.
@@ -375,4 +381,148 @@ fn a_stop_tells_components_and_a_restart_lets_them_in_again() {
     blade.restart();
     let port = self::port(&blade, 2);
     connect(port);
+}
+
+/// The app server gets what a message for bob makes nitro say; bob's name is in it.
+fn notified(component: &mut Connection) -> String {
+    let push = component.find(|e| e.name == "iq" && e.attribute("type") == Some("set"));
+    let push = push.expect("a notification");
+    let answer = format!(
+        "<iq type='result' id='{}' from='{HOST}' to='{}'/>",
+        push.attribute("id").unwrap(),
+        push.attribute("from").unwrap()
+    );
+    component.send(answer.as_bytes()).unwrap();
+    let publish = &push.children[0].children[0];
+    publish.attribute("node").unwrap().to_owned()
+}
+
+#[test]
+fn push_services_survive_kill_9_and_a_user_is_told_wherever_he_lives() {
+    let (mut blade, port) = start(&[]);
+    let mut component = connect(port);
+    let names: Vec<String> = (0..4).map(|n| format!("phone{n}")).collect();
+    Client::register(&blade, "alice");
+    for name in &names {
+        Client::register(&blade, name);
+        let mut phone = Client::online(&blade, name, "r");
+        phone.send(&format!(
+            "<iq type='set' id='e'><enable xmlns='urn:xmpp:push:0' jid='{HOST}' node='{name}'/></iq>"
+        ));
+        let answer = phone.find(|e| e.attribute("id") == Some("e"));
+        assert_eq!(answer.attribute("type"), Some("result"));
+    }
+    // answered: so they are there after this
+    blade.kill();
+    drop(component);
+    blade.restart();
+    let port = self::port(&blade, 2);
+    component = connect(port);
+    let mut alice = Client::online(&blade, "alice", "r");
+    for _ in 0..3 {
+        for name in &names {
+            alice.send(&chat(&format!("{name}@localhost"), "Wherefore art thou?"));
+        }
+    }
+    let mut told: Vec<String> = names.iter().map(|_| notified(&mut component)).collect();
+    told.sort();
+    assert_eq!(told, names);
+    alice.settle();
+    wait_until("four are counted", Duration::from_secs(10), || {
+        metric(&blade, "nitro_push_sent_total") == 4
+    });
+}
+
+#[test]
+fn what_was_open_at_a_crash_reaches_the_component_when_it_comes_back() {
+    let (mut blade, port) = start(&[]);
+    Client::register(&blade, "alice");
+    let mut alice = Client::online(&blade, "alice", "r");
+    let mut component = connect(port);
+    let filler = "y".repeat(50_000);
+    let mut sent = 0;
+    // its kernel and ours take some megabytes before anything waits
+    while metric(&blade, "nitro_component_queue_bytes") < 200_000 {
+        assert!(sent < 2_000, "nothing waits");
+        for _ in 0..4 {
+            alice.send(&chat(HOST, &format!("{sent} {filler}")));
+            sent += 1;
+        }
+        alice.settle();
+        wait_until("they are durable", Duration::from_secs(20), || {
+            metric(&blade, "nitro_component_stanzas_out_total") == sent
+        });
+    }
+    let unread = alice
+        .connection
+        .unread()
+        .filter(|item| matches!(item, Item::Element(e) if e.name == "message"));
+    assert_eq!(unread.count(), 0, "nothing was refused");
+    blade.kill();
+    let number = |e: &Element| {
+        let text = body(e).expect("a body");
+        text.split(' ').next().unwrap().parse::<u64>().unwrap()
+    };
+    let mut came: HashSet<u64> = HashSet::new();
+    while let Ok(Some(item)) = component.next() {
+        if let Item::Element(e) = &item
+            && e.name == "message"
+        {
+            came.insert(number(e));
+        }
+    }
+    assert!((came.len() as u64) < sent, "all were read before the crash");
+    blade.restart();
+    let mut component = connect(self::port(&blade, 2));
+    let mut last = None;
+    while (came.len() as u64) < sent {
+        let now = number(&component.find(|e| e.name == "message").unwrap());
+        assert!(last < Some(now), "in order");
+        last = Some(now);
+        came.insert(now);
+    }
+}
+
+#[test]
+fn an_operator_ends_the_connections_of_a_name() {
+    let (blade, port) = start(&[("component.policy", "\"share\"")]);
+    let mut both = [connect(port), connect(port)];
+    let nitro = |arguments: &[&str]| {
+        let output = blade.nitro(arguments, "");
+        let text = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8(text).unwrap())
+    };
+    assert!(!nitro(&["component", "kick", "other.localhost"]).0);
+    assert_eq!(
+        nitro(&["component", "kick", "ECHO.localhost"]),
+        (true, "2 ended\n".into())
+    );
+    for component in &mut both {
+        assert_eq!(ended(component).as_deref(), Some("policy-violation"));
+    }
+    // it may come back
+    connect(port);
+}
+
+#[test]
+fn a_trusted_proxy_says_for_whom_it_speaks() {
+    let (blade, port) = start(&[
+        ("component.proxy", "true"),
+        ("trusted_proxies", "[\"127.0.0.1/32\"]"),
+    ]);
+    let mut component = Connection::connect(port).unwrap();
+    let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c".to_vec();
+    header.extend([192, 0, 2, 7, 127, 0, 0, 1, 0x30, 0x39, 0x14, 0xe3]);
+    // in two pieces, and the stream behind it
+    component.send(&header[..9]).unwrap();
+    component.send(&header[9..]).unwrap();
+    let id = open(&mut component, HOST);
+    shake(&mut component, &id, SECRET).unwrap();
+    let list = String::from_utf8(blade.nitro(&["component", "list"], "").stdout).unwrap();
+    assert!(list.contains("192.0.2.7:12345"), "{list}");
+    // without one it is nobody
+    let mut bare = Connection::connect(port).unwrap();
+    bare.send(format!("<stream:stream to='{HOST}' xmlns='jabber:component:accept'>").as_bytes())
+        .unwrap();
+    assert!(!matches!(bare.next(), Ok(Some(_))));
 }

@@ -43,8 +43,13 @@ fn main() {
             None => {
                 // A blade that did not start poisons the lock; the others then fail at once with a word about it.
                 let mut own = own.lock().expect("the blade started");
-                own.get_or_insert_with(|| Blade::start(&[("c2s.require_tls", "false")]))
-                    .c2s
+                own.get_or_insert_with(|| {
+                    Blade::start(&[
+                        ("c2s.require_tls", "false"),
+                        ("upload.url", "\"https://chat.localhost\""),
+                    ])
+                })
+                .c2s
             }
         }
     };

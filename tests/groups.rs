@@ -168,3 +168,26 @@ fn a_bad_file_is_told_and_changes_nothing_and_a_signal_reloads_too() {
         "Desk  1 members\n"
     );
 }
+
+#[test]
+fn an_operator_puts_users_into_groups_and_takes_them_out_while_they_are_on_line() {
+    let blade = start("Desk,alice,\n");
+    for name in ["alice", "bob"] {
+        Client::register(&blade, name);
+    }
+    let mut alice = Client::online(&blade, "alice", "r");
+    assert!(roster(&mut alice).is_empty());
+    let said = command(
+        &blade,
+        &["group", "add", "Desk", "bob@localhost", "--name", "Bob B."],
+    );
+    assert_eq!(said.unwrap(), "done; it is in force\n");
+    alice.find(|e| is_push(e, "bob@localhost", "both"));
+    assert_eq!(roster(&mut alice)[0].1, "Bob B.");
+    let why = command(&blade, &["group", "add", "Desk", "bob"]).unwrap_err();
+    assert!(why.contains("bob is in Desk already"), "{why}");
+    command(&blade, &["group", "remove", "Desk", "bob"]).unwrap();
+    alice.find(|e| is_push(e, "bob@localhost", "remove"));
+    let file = fs::read_to_string(blade.folder().join("groups.csv")).unwrap();
+    assert_eq!(file, "group,username,name\nDesk,alice,\n");
+}

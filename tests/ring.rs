@@ -146,7 +146,16 @@ fn a_warm_login_after_a_restart_costs_no_statement() {
     let mut house = House::new(4, &[]);
     house.import("u", USERS, 3);
     house.settle();
+    let mood = "<iq type='set' id='{id}'><pubsub xmlns='http://jabber.org/protocol/pubsub'>\
+        <publish node='http://jabber.org/protocol/mood'><item><mood xmlns='http://jabber.org/protocol/mood'><happy/></mood></item>\
+        </publish></pubsub></iq>";
+    for n in 0..20 {
+        let mut client = Client::bind(&house.blade, &format!("u{n}"), "r");
+        let answer = client.connection.request(mood).unwrap();
+        assert_eq!(answer.attribute("type"), Some("result"), "{answer}");
+    }
     for kill in [false, true] {
+        house.settle();
         match kill {
             true => drop(house.blade.kill()),
             false => drop(house.blade.terminate()),
@@ -156,7 +165,25 @@ fn a_warm_login_after_a_restart_costs_no_statement() {
         house.settle();
         let before = house.sum("nitro_sql_statements_total");
         log_in_all(&house.blade, "u", USERS);
-        assert_eq!(house.sum("nitro_redis_hits_total"), USERS as u64);
+        let hits = house.sum("nitro_redis_hits_total");
+        assert_eq!(hits, USERS as u64);
+        // and what clients of people need at once
+        for n in 0..40 {
+            let name = format!("u{n}");
+            let mut client = Client::bind(&house.blade, &name, "caps");
+            client.send(
+                "<presence><c xmlns='http://jabber.org/protocol/caps' hash='sha-1' node='urn:c' ver='x'/></presence>",
+            );
+            let mood = client
+                .connection
+                .request(
+                    "<iq type='get' id='{id}'><pubsub xmlns='http://jabber.org/protocol/pubsub'>\
+                     <items node='http://jabber.org/protocol/mood'/></pubsub></iq>",
+                )
+                .unwrap();
+            let wanted = if n < 20 { "result" } else { "error" };
+            assert_eq!(mood.attribute("type"), Some(wanted), "{mood}");
+        }
         assert_eq!(house.sum("nitro_sql_loads_total"), 0);
         assert_eq!(house.sum("nitro_sql_statements_total"), before);
     }

@@ -7,6 +7,10 @@
 mod blade;
 #[path = "client/mod.rs"]
 mod client;
+#[path = "servers/mariadb.rs"]
+mod mariadb;
+#[path = "servers/redis.rs"]
+mod redis;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -14,6 +18,8 @@ use std::time::Duration;
 use blade::Blade;
 use client::Client;
 use client::xml::Element;
+use mariadb::Mariadb;
+use redis::Redis;
 
 const ROOM: &str = "desk@rooms.localhost";
 const SENDERS: usize = 4;
@@ -43,7 +49,9 @@ fn talk(mut sender: Client, round: u32, number: usize) -> u32 {
 }
 
 fn join(client: &mut Client, nick: &str) {
-    client.send(&format!("<presence to='{ROOM}/{nick}'/>"));
+    client.send(&format!(
+        "<presence to='{ROOM}/{nick}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+    ));
     client.find(|e| e.name == "message" && e.child("subject").is_some());
 }
 
@@ -83,7 +91,33 @@ fn field<'e>(form: &'e Element, var: &str) -> Option<&'e str> {
 
 #[test]
 fn what_was_said_in_a_room_and_acknowledged_survives_kill_minus_9() {
-    let mut blade: Blade = client::blade(&[("rooms.messages_per_second_max", "1000000")]);
+    survives(&[], &mut []);
+}
+
+#[test]
+fn the_same_on_mariadb_and_four_redis_servers_that_lose_all_meanwhile() {
+    let redis: Option<Vec<Redis>> = (0..4).map(|_| Redis::start()).collect();
+    let (Some(mariadb), Some(mut redis)) = (Mariadb::start(), redis) else {
+        eprintln!(
+            "skipped: MariaDB and Redis are needed (apt-get install mariadb-server redis-server)"
+        );
+        return;
+    };
+    let instances: Vec<String> = redis.iter().map(|one| format!("{:?}", one.url())).collect();
+    let instances = format!("[{}]", instances.join(","));
+    let database = format!("{:?}", mariadb.url());
+    let settings = [
+        ("database", &*database),
+        ("redis.instances", &*instances),
+        ("redis.pause_ms_max", "200"),
+    ];
+    survives(&settings, &mut redis);
+}
+
+/// The Redis servers are killed with the blade, in turn, and come back empty.
+fn survives(settings: &[(&str, &str)], redis: &mut [Redis]) {
+    let own = [("rooms.messages_per_second_max", "1000000")];
+    let mut blade: Blade = client::blade(&[&own[..], settings].concat());
     let owner_name = "owner";
     Client::register(&blade, owner_name);
     for number in 0..SENDERS {
@@ -123,13 +157,27 @@ fn what_was_said_in_a_room_and_acknowledged_survives_kill_minus_9() {
             .collect();
         // the load that the kill falls into
         std::thread::sleep(Duration::from_millis(rng.u64(150..900)));
+        if !redis.is_empty() {
+            redis[round as usize % 4].kill();
+        }
         blade.kill();
+        if !redis.is_empty() {
+            redis[round as usize % 4].restart();
+        }
         for (number, thread) in threads.into_iter().enumerate() {
             promised.insert((round, number), thread.join().unwrap());
         }
         blade.restart();
     }
     let mut reader = Client::online(&blade, owner_name, "r");
+    // nobody has been in since the start, and it is listed
+    client::wait_until("the list of rooms", Duration::from_secs(20), || {
+        let list = "<iq type='get' id='{id}' to='rooms.localhost'>\
+                    <query xmlns='http://jabber.org/protocol/disco#items'/></iq>";
+        let answer = reader.connection.request(list).expect("an answer");
+        let items = answer.child("query").map_or(&[][..], |q| &q.children[..]);
+        items.iter().any(|item| item.attribute("jid") == Some(ROOM))
+    });
     let kept = archive(&mut reader);
     for ((round, number), acknowledged) in &promised {
         let prefix = format!("{round}-{number}-");

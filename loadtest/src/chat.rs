@@ -58,6 +58,9 @@ pub enum Traffic {
     /// Changes of presence, which the server sends to the contacts on line of each: so many.
     Presence { contacts: u32 },
     /// Each comes into his chat room, once.
+    /// The first one of each room makes it, and takes it as it is.
+    Make { occupants: u32 },
+    /// The others come into rooms of so many.
     Join { occupants: u32 },
     /// The first ones of each chat room talk to all who are in it.
     Room { occupants: u32, senders: u32 },
@@ -84,10 +87,12 @@ impl Plan {
         if self.one_way {
             return self.pairs;
         }
-        if let Traffic::Room { occupants, senders } = self.traffic {
-            return self.pairs * 2 / occupants * senders;
+        match self.traffic {
+            Traffic::Room { occupants, senders } => self.pairs * 2 / occupants * senders,
+            Traffic::Make { occupants } => self.pairs * 2 / occupants,
+            Traffic::Join { occupants } => self.pairs * 2 - self.pairs * 2 / occupants,
+            Traffic::Messages | Traffic::Presence { .. } => self.pairs * 2 - self.offline_pairs,
         }
-        self.pairs * 2 - self.offline_pairs
     }
 }
 
@@ -199,6 +204,8 @@ pub struct Engine {
 #[derive(Default)]
 struct Direction {
     prefix: Vec<u8>,
+    /// Another stanza that follows at once.
+    tail: Vec<u8>,
     to_offline: bool,
     sent: u64,
     /// The first so many of them.
@@ -271,7 +278,7 @@ impl Engine {
                     Traffic::Presence { .. } => {
                         format!("<presence><status>{:x}-", plan.run).into_bytes()
                     }
-                    Traffic::Join { occupants } => {
+                    Traffic::Make { occupants } | Traffic::Join { occupants } => {
                         let (room, nick) = (number(slot) / occupants, escape(&slots[slot].name));
                         let domain = escape(&target.domain);
                         format!(
@@ -290,6 +297,17 @@ impl Engine {
                         .into_bytes()
                     }
                 },
+                tail: match plan.traffic {
+                    Traffic::Make { occupants } => format!(
+                        "<iq type='set' id='own' to='load{}@rooms.{}'>\
+                         <query xmlns='http://jabber.org/protocol/muc#owner'>\
+                         <x xmlns='jabber:x:data' type='submit'/></query></iq>",
+                        number(slot) / occupants,
+                        escape(&target.domain)
+                    )
+                    .into_bytes(),
+                    _ => Vec::new(),
+                },
                 to_offline: offline(slot ^ 1),
                 ..Direction::default()
             })
@@ -298,6 +316,8 @@ impl Engine {
             .filter(|slot| !(offline(*slot) || plan.one_way && slot % 2 == 1))
             .filter(|slot| match plan.traffic {
                 Traffic::Room { occupants, senders } => number(*slot) % occupants < senders,
+                Traffic::Make { occupants } => number(*slot) % occupants == 0,
+                Traffic::Join { occupants } => number(*slot) % occupants != 0,
                 _ => true,
             })
             .collect();
@@ -314,17 +334,21 @@ impl Engine {
         if let Traffic::Presence { .. } = plan.traffic {
             suffix = b"</status></presence>".to_vec();
         }
-        if let Traffic::Join { .. } = plan.traffic {
-            suffix = b"'/>".to_vec();
+        if let Traffic::Make { .. } | Traffic::Join { .. } = plan.traffic {
+            suffix = b"'><x xmlns='http://jabber.org/protocol/muc'/></presence>".to_vec();
         }
         let own = slots.iter().map(|account| {
             let (name, domain) = (escape(&account.name), escape(&target.domain));
             format!("{name}@{domain}/").into_bytes()
         });
         let thread = thread as u64;
-        let quota = plan
-            .messages
-            .map(|all| all / threads + u64::from(thread < all % threads));
+        let quota = match plan.traffic {
+            // each of them once
+            Traffic::Make { .. } | Traffic::Join { .. } => Some(senders.len() as u64),
+            _ => plan
+                .messages
+                .map(|all| all / threads + u64::from(thread < all % threads)),
+        };
         let (rate_per_s, due_offset) = match plan.pace {
             Pace::Rate(rate) => (rate * share, Duration::from_secs_f64(thread as f64 / rate)),
             Pace::Window(_) => (0.0, Duration::ZERO),
@@ -425,7 +449,9 @@ impl Engine {
         out.bytes.extend_from_slice(&direction.prefix);
         write!(out.bytes, "{:x}-{due_ns:x}", direction.sent).expect("a vector takes it");
         out.bytes.extend_from_slice(&self.suffix);
-        *out.stanzas = out.stanzas.wrapping_add(1);
+        out.bytes.extend_from_slice(&direction.tail);
+        let stanzas = 1 + u32::from(!direction.tail.is_empty());
+        *out.stanzas = out.stanzas.wrapping_add(stanzas);
         direction.sent += 1;
         self.tally.sent += 1;
         self.tally.to_offline += u64::from(direction.to_offline);
@@ -494,7 +520,7 @@ impl Engine {
         }
         if matches!(
             self.plan.traffic,
-            Traffic::Join { .. } | Traffic::Room { .. }
+            Traffic::Make { .. } | Traffic::Join { .. } | Traffic::Room { .. }
         ) {
             self.on_room(message, now, recorder);
             return None;
@@ -577,7 +603,7 @@ impl Engine {
         let phase = phase(&mut self.phases, due_ns);
         phase.latencies.saturating_record(latency_ns);
         let kind = match self.plan.traffic {
-            Traffic::Join { .. } => Kind::Presence,
+            Traffic::Make { .. } | Traffic::Join { .. } => Kind::Presence,
             _ => Kind::Message,
         };
         recorder.record(kind, now, Duration::from_nanos(latency_ns));
@@ -642,7 +668,7 @@ impl Engine {
         let each = match self.plan.traffic {
             Traffic::Messages => 1,
             Traffic::Presence { contacts } => u64::from(contacts),
-            Traffic::Join { .. } => 1,
+            Traffic::Make { .. } | Traffic::Join { .. } => 1,
             // of one thread, which hears what those of all have said: silence ends it
             Traffic::Room { .. } => u64::MAX >> 32,
         };
@@ -1016,6 +1042,7 @@ mod tests {
             name: name.into(),
             keys: KeyCache::default(),
             resumption: None,
+            token: None,
         };
         Engine::new(plan, 0, &Target::for_tests(), &[account("a"), account("b")])
     }

@@ -4,12 +4,17 @@
 //! the driver carries out. It waits for each answer before it goes on, as ordinary clients do; only the roster request
 //! and the initial presence leave together.
 
+use aws_lc_rs::hmac;
 use base64::prelude::{BASE64_STANDARD, Engine};
 
 use crate::element::{attribute, escape, find, name, tags, unescape};
-use crate::options::{Mechanism, Target, TlsMode, Until};
+use crate::options::{Login, Mechanism, Target, TlsMode, Until};
 use crate::scanner::Kind;
 use crate::scram::{self, Exchange, KeyCache};
+
+const SASL2: &str = "urn:xmpp:sasl:2";
+/// The one mechanism for tokens that needs nothing of TLS.
+const HT: &str = "HT-SHA-256-NONE";
 
 /// A user, across all of his connections.
 pub struct Account {
@@ -17,6 +22,8 @@ pub struct Account {
     pub keys: KeyCache,
     /// Of a session that was cut.
     pub resumption: Option<Resumption>,
+    /// XEP-0484; it outlives log-outs, as those of real clients do.
+    pub token: Option<String>,
 }
 
 /// What a client needs to go on with a session (XEP-0198, section 5).
@@ -104,6 +111,10 @@ enum State {
     Challenge,
     Success,
     Register,
+    /// XEP-0388 has succeeded with a session, `resumed` or new; the features that follow are awaited.
+    Features2 {
+        resumed: bool,
+    },
     Bind,
     Session,
     EnableStreamManagement,
@@ -139,6 +150,8 @@ pub struct Connection {
     presence_seen: bool,
     /// Inbound stanzas counted for XEP-0198.
     handled: u32,
+    /// Authentication was sent with the stream header: the first features are of no interest.
+    ahead: bool,
     exchange: Option<Box<Exchange>>,
     full_jid: String,
 }
@@ -163,6 +176,7 @@ impl Connection {
             roster_seen: false,
             presence_seen: false,
             handled: 0,
+            ahead: false,
             exchange: None,
             full_jid: String::new(),
         }
@@ -180,6 +194,107 @@ impl Connection {
             &escape(&target.domain),
             "'>",
         ]);
+    }
+
+    /// Sends the stream header, and what this user may send with it.
+    pub fn begin(&mut self, target: &Target, account: &mut Account) {
+        self.open(target);
+        let wanted =
+            self.secure && target.login == Login::Fast && self.purpose != Purpose::Register;
+        if let Some(token) = account.token.clone().filter(|_| wanted) {
+            let key = hmac::Key::new(hmac::HMAC_SHA256, token.as_bytes());
+            let hash = hmac::sign(&key, b"Initiator");
+            let message = [account.name.as_bytes(), b"\0", hash.as_ref()].concat();
+            self.authenticate2(HT, &message, target, account);
+            self.ahead = true;
+            self.state = State::Success;
+        }
+    }
+
+    /// XEP-0388: authentication, and with it all that would follow.
+    fn authenticate2(
+        &mut self,
+        mechanism: &str,
+        initial: &[u8],
+        target: &Target,
+        account: &mut Account,
+    ) {
+        let initial = BASE64_STANDARD.encode(initial);
+        self.write(&[
+            "<authenticate xmlns='urn:xmpp:sasl:2' mechanism='",
+            mechanism,
+            "'><initial-response>",
+            &initial,
+            "</initial-response><user-agent id='loadtest-",
+            &escape(&account.name),
+            "'/>",
+        ]);
+        if mechanism == HT {
+            self.write(&["<fast xmlns='urn:xmpp:fast:0'/>"]);
+        } else if target.login == Login::Fast {
+            self.write(&[
+                "<request-token xmlns='urn:xmpp:fast:0' mechanism='",
+                HT,
+                "'/>",
+            ]);
+        }
+        if self.purpose == Purpose::Resume
+            && let Some(session) = account.resumption.take()
+        {
+            self.resume(session);
+        }
+        self.write(&["<bind xmlns='urn:xmpp:bind:0'>"]);
+        if !target.resource.is_empty() {
+            self.write(&["<tag>", &escape(&target.resource), "</tag>"]);
+        }
+        if target.stream_management {
+            self.write(&[if target.resumption {
+                "<enable xmlns='urn:xmpp:sm:3' resume='true'/>"
+            } else {
+                "<enable xmlns='urn:xmpp:sm:3'/>"
+            }]);
+        }
+        self.write(&["</bind></authenticate>"]);
+    }
+
+    /// XEP-0388: what has come of it all.
+    fn on_success2(
+        &mut self,
+        success: &[u8],
+        target: &Target,
+        account: &mut Account,
+    ) -> Result<(), Error> {
+        let text = |raw: &[u8]| String::from_utf8_lossy(&unescape(raw)).into_owned();
+        if let Some(token) = find(success, b"token").and_then(|tag| attribute(tag.raw, b"token")) {
+            account.token = Some(text(token));
+        }
+        self.authenticated = true;
+        if find(success, b"resumed").is_some() {
+            self.managed = true;
+            self.state = State::Features2 { resumed: true };
+            return Ok(());
+        }
+        if find(success, b"bound").is_none() {
+            return Err(Error::Refused {
+                what: "the binding of a resource",
+                condition: condition(success),
+            });
+        }
+        self.resumption_id = None;
+        (self.sent, self.handled) = (0, 0);
+        let jid = find(success, b"authorization-identifier").map(|tag| text(tag.text));
+        self.full_jid = jid.unwrap_or_default();
+        if let Some(enabled) = find(success, b"enabled") {
+            self.managed = true;
+            if target.resumption {
+                let id = attribute(enabled.raw, b"id").filter(|_| is_resumable(enabled.raw));
+                self.resumption_id = Some(text(id.ok_or(Error::ResumptionNotOffered)?));
+            }
+        } else if target.acknowledgements {
+            return Err(Error::ManagementNotOffered);
+        }
+        self.state = State::Features2 { resumed: false };
+        Ok(())
     }
 
     /// What goes on after the connection is gone.
@@ -235,6 +350,18 @@ impl Connection {
                 self.state = State::Features;
                 Ok(Effect::StartTls)
             }
+            State::Success if name == b"features" && std::mem::take(&mut self.ahead) => {
+                Ok(Effect::None)
+            }
+            State::Features2 { resumed: true } if name == b"features" => {
+                self.state = State::Online;
+                Ok(Effect::Resumed)
+            }
+            State::Features2 { resumed: false } if name == b"features" => {
+                self.send_initial();
+                Ok(Effect::None)
+            }
+            State::Features2 { .. } => Err(unexpected(name, "instead of stream features")),
             State::Challenge | State::Success => self.on_sasl(name, stanza, target, account),
             State::Register if exists(stanza) => Ok(Effect::Exists),
             State::Register => {
@@ -270,7 +397,7 @@ impl Connection {
                     let id = unescape(id.ok_or(Error::ResumptionNotOffered)?);
                     self.resumption_id = Some(String::from_utf8_lossy(&id).into_owned());
                 }
-                self.send_initial();
+                self.send_initial(target);
                 Ok(Effect::None)
             }
             State::EnableStreamManagement if name == b"failed" => Err(Error::Refused {
@@ -369,7 +496,7 @@ impl Connection {
         &mut self,
         features: &[u8],
         target: &Target,
-        account: &Account,
+        account: &mut Account,
     ) -> Result<(), Error> {
         let wanted = target.mechanism.name();
         let offered = || tags(features).filter(|tag| !tag.closing && tag.name == b"mechanism");
@@ -399,6 +526,18 @@ impl Connection {
                 exchange.client_first()
             }
         };
+        if target.login != Login::Old {
+            if find(features, b"authentication").is_none() {
+                return Err(Error::MechanismNotOffered {
+                    wanted: "XEP-0388",
+                    offered: "RFC 6120's profile".into(),
+                });
+            }
+            let state = self.state;
+            self.authenticate2(wanted, initial.as_bytes(), target, account);
+            self.state = state;
+            return Ok(());
+        }
         self.write(&[
             "<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='",
             wanted,
@@ -416,11 +555,13 @@ impl Connection {
         target: &Target,
         account: &mut Account,
     ) -> Result<Effect, Error> {
+        let two = target.login != Login::Old;
         let payload = || {
-            let text = tags(stanza)
-                .next()
-                .map(|tag| tag.text.trim_ascii())
-                .unwrap_or_default();
+            let data = match two && name == b"success" {
+                true => find(stanza, b"additional-data"),
+                false => tags(stanza).next(),
+            };
+            let text = data.map(|tag| tag.text.trim_ascii()).unwrap_or_default();
             let decoded = BASE64_STANDARD
                 .decode(text)
                 .ok()
@@ -432,7 +573,7 @@ impl Connection {
             (b"challenge", Some(exchange)) if self.state == State::Challenge => {
                 let answer =
                     exchange.client_final(&payload()?, &target.password, &mut account.keys)?;
-                self.respond(&BASE64_STANDARD.encode(answer));
+                self.respond(&BASE64_STANDARD.encode(answer), two);
                 self.state = State::Success;
                 Ok(Effect::None)
             }
@@ -440,12 +581,16 @@ impl Connection {
             (b"challenge", Some(exchange)) => {
                 exchange.verify(&payload()?)?;
                 self.exchange = None;
-                self.respond("");
+                self.respond("", two);
                 Ok(Effect::None)
             }
             (b"success", exchange) if self.state == State::Success => {
                 if let Some(exchange) = exchange.take() {
                     exchange.verify(&payload()?)?;
+                }
+                if two {
+                    self.on_success2(stanza, target, account)?;
+                    return Ok(Effect::None);
                 }
                 self.authenticated = true;
                 self.state = State::Features;
@@ -456,9 +601,15 @@ impl Connection {
         }
     }
 
-    fn respond(&mut self, payload: &str) {
+    fn respond(&mut self, payload: &str, two: bool) {
         self.write(&[
-            "<response xmlns='urn:ietf:params:xml:ns:xmpp-sasl'>",
+            "<response xmlns='",
+            if two {
+                SASL2
+            } else {
+                "urn:ietf:params:xml:ns:xmpp-sasl"
+            },
+            "'>",
             payload,
             "</response>",
         ]);
@@ -478,14 +629,22 @@ impl Connection {
         } else if target.acknowledgements {
             return Err(Error::ManagementNotOffered);
         } else {
-            self.send_initial();
+            self.send_initial(target);
         }
         Ok(())
     }
 
-    fn send_initial(&mut self) {
+    fn send_initial(&mut self, target: &Target) {
+        let presence = match target.caps {
+            true => {
+                "<presence><c xmlns='http://jabber.org/protocol/caps' hash='sha-1' \
+                 node='urn:x-nitro:loadtest' ver='QgayPKawpkPSDYmwT/WM94uAlu0='/></presence>"
+            }
+            false => "<presence/>",
+        };
         self.write(&[
-            "<iq type='get' id='roster'><query xmlns='jabber:iq:roster'/></iq><presence/>",
+            "<iq type='get' id='roster'><query xmlns='jabber:iq:roster'/></iq>",
+            presence,
         ]);
         self.sent = self.sent.wrapping_add(2);
         self.state = State::Initial;
@@ -713,6 +872,44 @@ mod tests {
     use super::*;
     use crate::scanner::Scanner;
 
+    #[test]
+    fn all_goes_in_one_request_and_with_a_token_it_leaves_with_the_header() {
+        let mut target = Target::for_tests();
+        (target.login, target.tls) = (Login::Fast, TlsMode::Direct);
+        (target.stream_management, target.resumption) = (true, true);
+        let resumption = Resumption {
+            id: "p".into(),
+            sent: 4,
+            handled: 3,
+            full_jid: "u0@localhost/load/x".into(),
+        };
+        let mut account = Account {
+            name: "u0".into(),
+            keys: KeyCache::default(),
+            resumption: Some(resumption),
+            token: Some("t".into()),
+        };
+        let mut connection = Connection::new(Purpose::Resume, &target);
+        connection.begin(&target, &mut account);
+        let said = String::from_utf8(std::mem::take(&mut connection.out)).unwrap();
+        for part in [
+            "<stream:stream",
+            "mechanism='HT-SHA-256-NONE'",
+            "<resume xmlns='urn:xmpp:sm:3' h='3' previd='p'/>",
+        ] {
+            assert!(said.contains(part), "{said}");
+        }
+        let mut hears = |stanza: &str| {
+            connection.on_piece(Kind::Stanza, stanza.as_bytes(), &target, &mut account)
+        };
+        assert!(matches!(hears("<stream:features/>"), Effect::None));
+        let success = "<success xmlns='urn:xmpp:sasl:2'><authorization-identifier>u0@localhost/load/x</authorization-identifier>\
+                       <token xmlns='urn:xmpp:fast:0' expiry='' token='n'/><resumed xmlns='urn:xmpp:sm:3' previd='p' h='4'/></success>";
+        assert!(matches!(hears(success), Effect::None));
+        assert!(matches!(hears("<stream:features/>"), Effect::Resumed));
+        assert_eq!(account.token.as_deref(), Some("n"));
+    }
+
     struct Dialogue {
         connection: Connection,
         target: Target,
@@ -733,6 +930,7 @@ mod tests {
                     name: "u0".into(),
                     keys: KeyCache::default(),
                     resumption: None,
+                    token: None,
                 },
                 scanner: Scanner::default(),
             }

@@ -569,6 +569,7 @@ mod tests {
             name: name.into(),
             keys: KeyCache::from_line(&line).unwrap(),
             resumption: None,
+            token: None,
         };
         write_keys(&file, &[account("a"), account("b c")]).unwrap();
         write_keys(&file, &[account("d")]).unwrap();

@@ -144,6 +144,10 @@ pub struct Global {
     /// SASL mechanism.
     #[arg(long, global = true, value_enum, default_value_t = MechanismOption::ScramSha1)]
     pub mechanism: MechanismOption,
+    /// How to log in: RFC 6120's way, all in one request (XEP-0388, XEP-0386), or so with a token after the first time (XEP-0484), sent
+    /// together with the stream header. The last two need TLS.
+    #[arg(long, global = true, value_enum, default_value_t = Login::Old)]
+    pub login: Login,
     /// Keep the users' SCRAM keys in this file from run to run (for the same --password): no key is derived while the first
     /// logins after a restart of the server are measured.
     #[arg(long, global = true, value_name = "FILE")]
@@ -151,6 +155,10 @@ pub struct Global {
     /// Resource to bind; empty: the server makes one.
     #[arg(long, global = true, default_value = "loadtest")]
     pub resource: String,
+    /// Announce capabilities (XEP-0115), as clients of people do: then the server needs what it knows of the user's nodes (XEP-0163) at
+    /// each login.
+    #[arg(long, global = true)]
+    pub caps: bool,
     /// When a login is complete.
     #[arg(long, global = true, value_enum, default_value_t = Until::Presence)]
     pub until: Until,
@@ -564,6 +572,13 @@ pub enum Until {
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Login {
+    Old,
+    Sasl2,
+    Fast,
+}
+
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MechanismOption {
     #[value(name = "scram-sha-1")]
     ScramSha1,
@@ -612,7 +627,9 @@ pub struct Target {
     pub resource: String,
     pub tls: TlsMode,
     pub mechanism: Mechanism,
+    pub login: Login,
     pub until: Until,
+    pub caps: bool,
     pub stream_management: bool,
     /// A login to a server without stream management fails.
     pub acknowledgements: bool,
@@ -669,6 +686,9 @@ impl Global {
                 mechanism.name()
             ));
         }
+        if self.login != Login::Old && self.tls == TlsMode::None {
+            return Err("--login sasl2 and fast are for TLS only, and --tls is none".into());
+        }
         Ok(Target {
             address,
             source_addresses,
@@ -677,7 +697,9 @@ impl Global {
             resource: self.resource.clone(),
             tls: self.tls,
             mechanism,
+            login: self.login,
             until: self.until,
+            caps: self.caps,
             stream_management: false,
             acknowledgements: false,
             resumption: false,

@@ -65,6 +65,11 @@ pub fn run(global: &Global, options: &ReconnectOptions) -> Result<Report, String
         }
     }
     report.number("users", "users", global.users, "");
+    report.text(
+        "login",
+        "login",
+        format!("{:?}", global.login).to_lowercase(),
+    );
     report.text("tls", "TLS", format!("{:?}", global.tls).to_lowercase());
     match options.rate {
         Some(rate) => report.number("rate_per_s", "rate asked for", rate, "/s"),

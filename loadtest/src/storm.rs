@@ -323,6 +323,11 @@ fn head(report: &mut Report, global: &Global, options: &StormOptions) {
     let Target { mechanism, .. } = global.target().expect("it was valid at the start");
     report.number("users", "users", global.users, "");
     report.text("mechanism", "mechanism", mechanism.name().to_owned());
+    report.text(
+        "login",
+        "login",
+        format!("{:?}", global.login).to_lowercase(),
+    );
     report.text("tls", "TLS", format!("{:?}", global.tls).to_lowercase());
     match options.rate {
         Some(rate) => report.number("rate_per_s", "rate asked for", rate, "logins/s"),

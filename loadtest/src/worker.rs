@@ -393,6 +393,7 @@ impl Worker {
                 keys: keys(&name).unwrap_or_default(),
                 name,
                 resumption: None,
+                token: None,
             })
             .collect();
         let timer = timerfd_create(
@@ -705,7 +706,7 @@ impl Worker {
             .registry()
             .register(&mut socket.stream, Token(slot), interest)?;
         let mut connection = Connection::new(purpose, &self.target);
-        connection.open(&self.target);
+        connection.begin(&self.target, &mut self.accounts[slot]);
         Ok(Box::new(Client {
             socket,
             connection,
@@ -853,7 +854,9 @@ impl Worker {
                     .start_tls(&self.tls)
                     .map_err(|error| End::Failed(error.to_string()))?;
                 client.scanner.restart();
-                client.connection.open(&self.target);
+                client
+                    .connection
+                    .begin(&self.target, &mut self.accounts[slot]);
             }
             Effect::Done | Effect::Exists | Effect::Resumed => {
                 if let Some((job, since)) = client.job.take() {

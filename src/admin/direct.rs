@@ -88,7 +88,7 @@ impl Direct {
                 AdminReply::refused("nitro does not run; see: nitro group check")
             }
             ComponentList => AdminReply::Components { components: vec![] },
-            SessionKick { .. } => AdminReply::Kicked { sessions: 0 },
+            SessionKick { .. } | ComponentKick { .. } => AdminReply::Kicked { sessions: 0 },
             ArchivePurged => AdminReply::Done,
             // `open` has carried all of them over.
             Journals => AdminReply::Journals {

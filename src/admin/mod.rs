@@ -71,6 +71,8 @@ pub enum AdminRequest {
     },
     /// The connections of components. -> `Components`.
     ComponentList,
+    /// Ends the connections that serve a name. -> `Kicked` or `Refused`.
+    ComponentKick { host: String },
     /// An administrator's groups. -> `Groups`.
     GroupList,
     /// -> `Group` or `Refused`.
@@ -123,7 +125,7 @@ pub enum AdminReply {
     Group {
         members: Vec<(String, String)>,
     },
-    /// How many sessions ended.
+    /// How many sessions, or connections of components, ended.
     Kicked {
         sessions: usize,
     },

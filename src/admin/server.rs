@@ -225,6 +225,7 @@ fn check(request: &AdminRequest) -> Result<(), String> {
         | Figures
         | ArchivePurged
         | ComponentList
+        | ComponentKick { .. }
         | GroupList
         | GroupReload
         | GroupShow { .. } => Ok(()),

@@ -296,6 +296,20 @@ fn data_that_comes_with_the_end_of_the_handshake_is_not_lost() {
     let (bytes, more) = (&b"<stream>"[..], false);
     assert_eq!(read, Read::Data { bytes, more });
     assert!(!server.handshaking());
+    // the ticket goes with the answer, in one packet
+    let nothing = client.stream.read(&mut [0; 1]).unwrap_err();
+    assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
+    server.write(b"<features/>", &mut scratch).unwrap();
+    client.receive();
+    assert_eq!(client.got, b"<features/>");
+    assert_eq!(client.tls.tls13_tickets_received(), 1);
+    // also when there is none
+    client.tls.refresh_traffic_keys().unwrap();
+    client.say(b"</stream>");
+    assert_eq!(read_all(&mut server, &mut scratch), b"</stream>");
+    server.close_notify(&mut scratch).unwrap();
+    client.receive();
+    assert!(client.closed);
 }
 
 #[test]

@@ -23,6 +23,8 @@ const RECORD_OVERHEAD_BYTES: usize = 64;
 const RECORD_PLAINTEXT_BYTES: usize = 16 * 1024;
 /// Room for what rustls puts in front of application data by itself (a key update).
 const EXTRA_RECORDS_BYTES: usize = 256;
+/// A ticket has a quarter of it. More than one read's is never held back.
+const HELD_BYTES_MAX: usize = 1024;
 /// Application protocol of XMPP over direct TLS (XEP-0368); clients that name none are welcome too.
 const ALPN_XMPP_CLIENT: &[u8] = b"xmpp-client";
 /// At the ports for HTTP, and only there: a browser is never led to a port that speaks another protocol.
@@ -154,6 +156,8 @@ pub(super) struct Tls {
     /// `unfinished` was put there from outside and rustls has not seen it.
     unseen: bool,
     exporter: Option<ExporterSecret>,
+    /// Records that go to the peer before the next ones. Owns no memory when empty.
+    held: Vec<u8>,
     closed_by_peer: bool,
     failed: bool,
 }
@@ -186,6 +190,7 @@ impl Tls {
             unfinished: received.to_vec(),
             unseen: !received.is_empty(),
             exporter: None,
+            held: Vec::new(),
             closed_by_peer: false,
             failed: false,
         })
@@ -220,6 +225,24 @@ impl Tls {
         ChannelBindings {
             exporter: self.exporter.as_ref().and_then(ExporterSecret::bind),
             end_point: self.config.0.end_point.clone(),
+        }
+    }
+
+    /// Puts what was held back in front of what goes to the peer.
+    pub(super) fn prepend_held(&mut self, out: &mut Vec<u8>) {
+        if !self.held.is_empty() {
+            let behind = std::mem::replace(out, std::mem::take(&mut self.held));
+            out.extend_from_slice(&behind);
+        }
+    }
+
+    /// Holds `out` back for the records that answer what has just come, where nobody waits for it: behind a handshake of TLS 1.3
+    /// these are tickets, which need no packet of their own.
+    pub(super) fn hold(&mut self, out: &mut Vec<u8>) {
+        let done = !self.failed && !self.closed_by_peer && !self.handshaking();
+        if done && self.version() == Some(TlsVersion::V1_3) && out.len() <= HELD_BYTES_MAX {
+            self.held.extend_from_slice(out);
+            out.clear();
         }
     }
 

@@ -243,6 +243,10 @@ impl Transport {
             };
             let opened = tls.open(&mut input[..filled], plain, out);
             let handshaking = tls.handshaking();
+            tls.prepend_held(out);
+            if opened.is_ok() && !plain.is_empty() {
+                tls.hold(out);
+            }
             if !out.is_empty() {
                 send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, out)?;
             }
@@ -293,6 +297,7 @@ impl Transport {
         };
         for chunk in bytes.chunks(CHUNK_BYTES) {
             out.clear();
+            tls.prepend_held(out);
             tls.seal(chunk, out)?;
             send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, out)?;
         }
@@ -329,6 +334,7 @@ impl Transport {
             return Ok(());
         };
         scratch.out.clear();
+        tls.prepend_held(&mut scratch.out);
         tls.seal_close(&mut scratch.out)?;
         send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, &scratch.out)
     }

@@ -2,7 +2,7 @@
 //! shard counts. Out: tables for the page of `GET /metrics`. Promise: a reader never touches what a shard works with.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 
 use super::Counter;
 use super::log::LEFT_OUT;
@@ -188,6 +188,26 @@ snapshot! {
     /// Presences that were never sent because a newer one of the same full JID came while they waited. When it rises without a
     /// storm, clients change their presence in a loop.
     counter presence_merged = "nitro_presence_merged";
+    /// Slots for uploads that were given (XEP-0363). When it is far above nitro_uploads, clients cannot reach the address in upload.url.
+    counter upload_slots = "nitro_upload_slots";
+    /// Requests for slots that were refused: too large, or a quota is used up (section `upload` of the configuration). When it rises, look
+    /// whether the limits fit what people send.
+    counter upload_slots_refused = "nitro_upload_slots_refused";
+    /// Push notifications published to app servers (XEP-0357). When it is high beside nitro_messages_offline, users come and go:
+    /// push.repeat_minutes bounds the rest.
+    counter push_sent = "nitro_push_sent";
+    /// Push notifications that an app server refused or did not answer in time (push.answer_seconds_max). When it rises, look at
+    /// nitro_component_connections: the app server may be away.
+    counter push_failed = "nitro_push_failed";
+    /// Push services that were disabled because they refuse notifications (push.tries_max). When many are at once, an app server has
+    /// lost its nodes: its clients enable them again at their next login. The log says which.
+    counter push_disabled = "nitro_push_disabled";
+    /// Push services and notifications left out by a limit (push.services_max, push.waiting_max). When it rises, see
+    /// nitro_push_waiting.
+    counter push_limited = "nitro_push_limited";
+    /// Push notifications that wait for an answer or for another try. When it comes near push.waiting_max, an app server is away
+    /// or slow.
+    gauge push_waiting = "nitro_push_waiting";
     /// Users on line who wait to be told of a change of the groups (groups.file). When they do not go down after a reload, the group
     /// is large and many are on line: each is told of each, piece by piece.
     gauge regrouping = "nitro_group_changes_waiting";
@@ -233,6 +253,15 @@ pub struct Gauges {
     pub auth_failures: Counter,
     /// Logins cut because their clients were silent while others waited.
     pub logins_silent: Counter,
+    /// Files that were put, and what of bodies came and went.
+    pub upload_files: Counter,
+    pub upload_bytes_in: Counter,
+    pub upload_bytes_out: Counter,
+    /// Bodies that were refused.
+    pub upload_refused: Counter,
+    /// Transfers at the moment, and bytes of all files.
+    pub upload_transfers: AtomicU64,
+    pub upload_bytes: AtomicU64,
     /// HTTP requests with a head that is one.
     pub http_requests: Counter,
     /// Refused by a bound of HTTP, or because they are no HTTP.
@@ -247,6 +276,10 @@ pub struct Gauges {
     pub bosh_unknown: Counter,
     /// Sessions ended because their client broke the protocol.
     pub bosh_refused: Counter,
+    /// XEP-0484.
+    pub token_logins: Counter,
+    pub tokens_given: Counter,
+    pub tokens_evicted: Counter,
 }
 
 /// Of the blade.
@@ -265,6 +298,19 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Logins cut because their clients were silent while others waited (storm.silent_seconds_max). When it rises without a storm,
     /// somebody opens connections and says nothing: look at their addresses.
     counter "nitro_logins_silent" => |g| g.logins_silent.get();
+    /// Files that were uploaded (XEP-0363). When it stands still while nitro_upload_slots rises, clients cannot reach upload.url.
+    counter "nitro_uploads" => |g| g.upload_files.get();
+    /// Bytes of them. When it rises fast, somebody fills the disk: upload.user_bytes_per_day_max bounds each user.
+    counter "nitro_upload_received_bytes" => |g| g.upload_bytes_in.get();
+    /// Bytes that were downloaded. When it is near what the network bears, move the files behind a cache: they never change.
+    counter "nitro_upload_sent_bytes" => |g| g.upload_bytes_out.get();
+    /// Bodies that were refused: wrong token, length or type, expired or used slots, quotas, too many at once
+    /// (upload.transfers_max, upload.transfers_per_address_max). When it rises, the log of the reverse proxy says who.
+    counter "nitro_uploads_refused" => |g| g.upload_refused.get();
+    /// Files that come or go at the moment. When they stay at upload.transfers_max, others are turned away.
+    gauge "nitro_upload_transfers" => |g| g.upload_transfers.load(Relaxed);
+    /// Bytes of all files, counted in the background after the start. When they come near upload.bytes_max, nothing more is taken.
+    gauge "nitro_upload_files_bytes" => |g| g.upload_bytes.load(Relaxed);
     /// HTTP requests. When the rate is far above the usual, a page or a probe asks in a loop.
     counter "nitro_http_requests" => |g| g.http_requests.get();
     /// HTTP requests refused because they were malformed, too large or too slow. When it rises, somebody tries something, or a
@@ -283,6 +329,13 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Sessions of BOSH ended because their client broke the protocol: request ids out of the window, polling too often. When it
     /// rises, look which client it is.
     counter "nitro_bosh_refused" => |g| g.bosh_refused.get();
+    /// Attempts to log in with a token instead of a password (XEP-0484), right or wrong.
+    counter "nitro_token_logins" => |g| g.token_logins.get();
+    /// Tokens given to clients; each is a write of its account.
+    counter "nitro_tokens_given" => |g| g.tokens_given.get();
+    /// Tokens that went because their account has too many (limits.tokens_per_user_max). When it rises, users have more clients than
+    /// that, or a client makes up a new installation each time.
+    counter "nitro_tokens_evicted" => |g| g.tokens_evicted.get();
     /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
     counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
 };
@@ -296,6 +349,12 @@ impl Gauges {
             turned_away: Counter::new(),
             auth_failures: Counter::new(),
             logins_silent: Counter::new(),
+            upload_files: Counter::new(),
+            upload_bytes_in: Counter::new(),
+            upload_bytes_out: Counter::new(),
+            upload_refused: Counter::new(),
+            upload_transfers: AtomicU64::new(0),
+            upload_bytes: AtomicU64::new(0),
             http_requests: Counter::new(),
             http_refused: Counter::new(),
             http_origins_refused: Counter::new(),
@@ -303,6 +362,9 @@ impl Gauges {
             bosh_sessions: Counter::new(),
             bosh_unknown: Counter::new(),
             bosh_refused: Counter::new(),
+            token_logins: Counter::new(),
+            tokens_given: Counter::new(),
+            tokens_evicted: Counter::new(),
         }
     }
 

@@ -129,6 +129,11 @@ pub fn call(slice: &mut Slice, call: Call) {
             let components = conns.map(line).collect();
             answer(&reply, AdminReply::Components { components });
         }
+        ComponentKick { host } => {
+            let error = StreamError::text("policy-violation", "ended by an operator");
+            let sessions = slice.component_kick(&host, &error);
+            answer(&reply, AdminReply::Kicked { sessions });
+        }
         ImportUsers { existing, users } => import_users(slice, existing, users, reply),
         ImportRosters { rosters } => import_rosters(slice, rosters, reply),
         UserList { .. }

@@ -2,7 +2,8 @@
 //! [`crate::xmpp::component`] decides, written with one system call for all that waits for a connection.
 //!
 //! A connection stays on the shard that accepted it. Its handshake is a part of the live loop, not a log-in: there are few, and
-//! none waits for a tier. Who does not know the secret is held back as at log-ins ([`super::doors`]).
+//! none waits for a tier. Who does not know the secret is held back as at log-ins ([`super::doors`]). With `component.proxy` the
+//! connections of trusted proxies begin with a PROXY v2 header, and what it names is the peer.
 
 use std::cell::Cell;
 use std::io::ErrorKind;
@@ -13,7 +14,7 @@ use super::doors::Pass;
 use super::live::{End, READS_MAX};
 use super::{Kind, Links, Shard};
 use crate::config::Config;
-use crate::net::{Read, Socket, Transport};
+use crate::net::{Proxied, Read, Socket, Transport, parse_proxy_header};
 use crate::rt;
 use crate::xml::{self, FrameKind, Framer};
 use crate::xmpp::component::{ConnId, Handshake, NOT_AUTHORIZED, Settings, Step};
@@ -28,13 +29,16 @@ pub struct ComponentLink {
     rest: Vec<u8>,
     stage: Stage,
     peer: SocketAddr,
-    pass: Pass,
+    /// None yet for one that comes through a proxy.
+    pass: Option<Pass>,
     /// Of its handshake, ms of the monotonic clock.
     deadline_ms: u64,
     _place: Place,
 }
 
 enum Stage {
+    /// The proxy has not said yet for whom it speaks.
+    Proxy,
     Handshake(Box<Handshake>),
     /// It does not know the secret, and is not told so before.
     Held {
@@ -76,7 +80,12 @@ impl Shard {
     pub(super) fn component_accepted(&self, socket: Socket, peer: SocketAddr) {
         let config = self.config.borrow().clone();
         let full = self.components_open.get() >= config.component.connections_max;
-        let pass = match self.doors.enter(peer.ip(), false, &config) {
+        let proxied = config.component.proxy && config.is_trusted_proxy(peer.ip());
+        let pass = match proxied {
+            true => Ok(None),
+            false => self.doors.enter(peer.ip(), false, &config).map(Some),
+        };
+        let pass = match pass {
             Ok(pass) if !full && !self.stopping.get() => pass,
             _ => {
                 self.gauges.turned_away.one();
@@ -96,7 +105,10 @@ impl Shard {
             transport: Transport::plain(socket),
             framer: Framer::new(),
             rest: Vec::new(),
-            stage: Stage::Handshake(Box::default()),
+            stage: match proxied {
+                true => Stage::Proxy,
+                false => Stage::Handshake(Box::default()),
+            },
             peer,
             pass,
             deadline_ms: self.now_ms() + config.limits.auth_seconds_max * 1000,
@@ -177,7 +189,9 @@ impl Shard {
                 self.component_gone(&mut links, link);
                 slice.component_lost(id);
             }
-            (End::Lost, _) => self.component_gone(&mut links, link),
+            (End::Lost, _) | (End::Stream(_), Stage::Proxy) => {
+                self.component_gone(&mut links, link)
+            }
             (End::Stream(error), Stage::Serves(id)) => slice.component_end(*id, error),
             (End::Stream(error), Stage::Handshake(handshake) | Stage::Held { handshake, .. }) => {
                 let mut out = Vec::new();
@@ -200,6 +214,13 @@ impl Shard {
         bytes: &[u8],
     ) -> Result<(), End> {
         let mut at = 0;
+        if let Stage::Proxy = c.stage {
+            let Some(header) = self.component_proxy(c, bytes)? else {
+                c.rest.extend_from_slice(bytes);
+                return Ok(());
+            };
+            at = header;
+        }
         while c.may_read(slice) {
             let limits = match c.stage {
                 Stage::Serves(_) => slice.env.limits.xml,
@@ -232,6 +253,32 @@ impl Shard {
         Ok(())
     }
 
+    /// Reads the header of a proxy: its length, if it is whole.
+    fn component_proxy(&self, c: &mut ComponentLink, bytes: &[u8]) -> Result<Option<usize>, End> {
+        let (proxied, length) = match parse_proxy_header(bytes) {
+            Ok(Some(header)) => header,
+            Ok(None) => return Ok(None),
+            Err(error) => {
+                tracing::warn!(address = %c.peer.ip(), %error, "a trusted proxy sent no PROXY v2 header");
+                return Err(End::Lost);
+            }
+        };
+        if let Proxied::Client(source) = proxied {
+            c.peer = source;
+        }
+        c.stage = Stage::Handshake(Box::default());
+        let config = self.config.borrow().clone();
+        match self.doors.enter(c.peer.ip(), true, &config) {
+            Ok(pass) => c.pass = Some(pass),
+            Err(_) => {
+                self.gauges.turned_away.one();
+                let error = StreamError::text("resource-constraint", "too many connections");
+                return Err(End::Stream(Some(error)));
+            }
+        }
+        Ok(Some(length))
+    }
+
     fn component_handshake(
         &self,
         slice: &mut Slice,
@@ -259,7 +306,9 @@ impl Shard {
             Step::Continue => {}
             Step::End => return Err(End::Stream(None)),
             Step::Proved(host) => {
-                c.pass.authenticated();
+                if let Some(pass) = &mut c.pass {
+                    pass.authenticated();
+                }
                 self.doors.succeeded(&account(&host));
                 let (ns, peer) = (handshake.stream_ns(), c.peer.to_string());
                 c.stage = Stage::Serves(slice.component_join(link, &host, ns, &peer));
@@ -359,6 +408,7 @@ impl Shard {
             };
             let link = (u64::from(entry.generation) << 32) | slot as u64;
             match &mut c.stage {
+                Stage::Proxy if now_ms >= c.deadline_ms => over.push((link, Vec::new())),
                 Stage::Handshake(handshake) if now_ms >= c.deadline_ms => {
                     let mut out = Vec::new();
                     let error = StreamError::text("connection-timeout", "too slow to authenticate");
@@ -397,11 +447,15 @@ impl Shard {
         self.slice.borrow_mut().component_end_all(&error);
         let mut over = Vec::new();
         for (slot, entry) in &mut self.links.borrow_mut().slab {
-            if let Kind::Component(c) = &mut entry.kind
-                && let Stage::Handshake(handshake) | Stage::Held { handshake, .. } = &mut c.stage
-            {
+            if let Kind::Component(c) = &mut entry.kind {
                 let mut out = Vec::new();
-                handshake.refuse(&error, &mut out);
+                match &mut c.stage {
+                    Stage::Serves(_) => continue,
+                    Stage::Proxy => {}
+                    Stage::Handshake(handshake) | Stage::Held { handshake, .. } => {
+                        handshake.refuse(&error, &mut out);
+                    }
+                }
                 over.push(((u64::from(entry.generation) << 32) | slot as u64, out));
             }
         }
@@ -415,7 +469,7 @@ impl ComponentLink {
     /// Nothing is read of one that is held back, nor before it serves its name.
     fn may_read(&self, slice: &Slice) -> bool {
         match &self.stage {
-            Stage::Handshake(_) => true,
+            Stage::Proxy | Stage::Handshake(_) => true,
             Stage::Held { .. } => false,
             Stage::Serves(id) => slice.components.conn(*id).is_some_and(|conn| conn.up),
         }

@@ -278,7 +278,7 @@ impl Drop for Pass {
 }
 
 /// An IPv6 subscriber has a /64 to choose addresses from: it counts as one.
-fn network(address: IpAddr) -> IpAddr {
+pub(super) fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => {
             let s = v6.segments();

@@ -424,6 +424,9 @@ impl Shard {
                 slice.env.limits = limits(&config, slice.env.ring.members());
                 slice.component_configure(components, super::component::settings(&config));
                 drop(slice);
+                if let Some(files) = &self.files {
+                    files.configure(&config);
+                }
                 self.admission.configure(&config);
                 *self.config.borrow_mut() = config;
                 *self.tls.borrow_mut() = tls;
@@ -434,6 +437,7 @@ impl Shard {
                 let _ = reply.send((n, exchange(empty)));
             }
             Inbound::Page(ticket, page) => self.page(ticket, page),
+            Inbound::Uploaded(done) => self.uploaded(done),
             Inbound::Nudge => {}
             Inbound::Stop => {
                 self.stopping.set(true);
@@ -510,6 +514,9 @@ impl Shard {
         self.component_flush(&mut slice);
         let closing = std::mem::take(&mut slice.fx.closing);
         let ending = std::mem::take(&mut slice.components.ending);
+        if !slice.fx.slots.is_empty() {
+            self.ask_for_slots(&mut slice);
+        }
         for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {
             if !give_job(&self.helpers, &self.own_inbox, ticket, job) {
                 slice.computed(ticket, Computed::Busy);

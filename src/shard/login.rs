@@ -17,8 +17,9 @@ use crate::observe::{Stage, record};
 use crate::rt::{self, Notify, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::xml::{Framer, StreamNs};
-use crate::xmpp::bind::{self, Arrival};
+use crate::xmpp::bind::{self, Arrival, Extras};
 use crate::xmpp::error::{StanzaError, StreamError};
+use crate::xmpp::fast;
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
 use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
@@ -436,6 +437,8 @@ fn policy(
             Registration::Loopback => loopback,
             Registration::On => true,
         },
+        sasl2: config.sasl.sasl2,
+        tokens: config.sasl.token_days > 0,
         attempts_max: config.limits.auth_attempts_max as u32,
         xml: crate::xml::Limits {
             stanza_bytes_max: config.limits.unauthenticated_stanza_bytes_max,
@@ -469,6 +472,8 @@ fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &Stream
             tls_required: false,
             mechanisms: Vec::new(),
             register: false,
+            sasl2: false,
+            tokens: false,
             attempts_max: 1,
             xml: Default::default(),
         };
@@ -637,7 +642,10 @@ async fn run(
                 if let Some(since_us) = c.times.sasl_us.take() {
                     record(Stage::Sasl, shard.now_us() - since_us);
                 }
-                c.framer.restart();
+                // the stream goes on where the rest came along with the authentication
+                if c.negotiation.request().is_none() {
+                    c.framer.restart();
+                }
                 if let Some(name) = c.negotiation.user() {
                     shard.doors.succeeded(name);
                     match shard.often(name) {
@@ -649,6 +657,9 @@ async fn run(
                         }
                         Err(seconds) => return Outcome::Refuse(overloaded(seconds)),
                     }
+                }
+                if c.negotiation.request().is_some() {
+                    next = Some(c.negotiation.proceed(&shard.slice.borrow().env, &mut out));
                 }
             }
             Step::StartTls => {
@@ -673,7 +684,7 @@ async fn run(
                 if owner != shard.number {
                     return Outcome::Move(owner, Wish::Login(name));
                 }
-                if let Err(error) = guest.name(shard.class_of(&name)).await {
+                if let Err(error) = guest.name(shard.class_of(&name, &c.negotiation)).await {
                     return Outcome::Refuse(error);
                 }
                 next = Some(shard.credentials(c, guest, &name, &mut out).await);
@@ -719,11 +730,30 @@ async fn run(
                 let outcome = guest.away(shard.register(c, &name, password)).await;
                 c.negotiation.registered(outcome, &mut out);
             }
-            Step::Bind { resource } => {
-                let outcome = shard.bind(c, resource.as_deref(), link).await;
+            Step::Tokens => {
+                // he may have left the cache since he authenticated
+                let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
+                shard.load(&name).await;
+                let outcome = match shard.plan_tokens(&c.negotiation) {
+                    None if shard.slice.borrow().user(&name).is_none() => Err(()),
+                    None => Ok(None),
+                    Some(plan) => guest.away(shard.change_tokens(&c.negotiation, plan)).await,
+                };
+                let env = &shard.slice.borrow().env;
+                next = match c.negotiation.tokens(outcome, env, &mut out) {
+                    Step::Continue => None,
+                    step => Some(step),
+                };
+            }
+            Step::Bind { resource, extras } => {
+                let outcome = shard.bind(c, resource.as_deref(), &extras, link).await;
                 let bound = outcome.is_ok();
+                let told = match &outcome {
+                    Ok((jid, answers)) => Ok((&**jid, &**answers)),
+                    Err(error) => Err(error.clone()),
+                };
                 c.negotiation
-                    .bound(outcome.as_deref().map_err(Clone::clone), &mut out);
+                    .bound(told, &shard.slice.borrow().env, &mut out);
                 if bound {
                     return match c.transport.write(&out, &mut shard.scratch.borrow_mut()) {
                         Ok(()) => {
@@ -742,7 +772,13 @@ async fn run(
                     record(Stage::Resume, shard.now_us() - c.times.accepted_us);
                     return Outcome::Bound;
                 }
-                Ok(Resumed::No { count }) => c.negotiation.not_resumed(count, &mut out),
+                Ok(Resumed::No { count }) => {
+                    let env = &shard.slice.borrow().env;
+                    next = match c.negotiation.not_resumed(count, env, &mut out) {
+                        Step::Continue => None,
+                        step => Some(step),
+                    };
+                }
                 Err(error) => return Outcome::Refuse(error),
             },
             Step::End => {
@@ -926,9 +962,9 @@ impl Shard {
         turn_away(self, transport, door, &error);
     }
 
-    /// Whom the second gate lets in first: who has a session that can be resumed (whether he will is not known before he says
-    /// so), then who is on line or was a moment ago.
-    fn class_of(&self, name: &str) -> Class {
+    /// Whom the second gate lets in first: who has a session that can be resumed, then who is on line or was a moment ago.
+    /// Whether he will resume it he says now (XEP-0388), or is not known before he says so.
+    fn class_of(&self, name: &str, negotiation: &Negotiation) -> Class {
         let slice = self.slice.borrow();
         let Some(user) = slice.user(name) else {
             return Class::Stranger;
@@ -938,7 +974,14 @@ impl Shard {
             sm.is_some_and(|sm| sm.resume_ms > 0)
         };
         let since = |at| slice.now.unix.saturating_sub(at);
-        if user.sessions.iter().any(|sid| resumable(*sid)) {
+        let resumes = match negotiation.request() {
+            None => user.sessions.iter().any(|sid| resumable(*sid)),
+            Some(request) => request
+                .resume
+                .as_ref()
+                .is_some_and(|(previd, _)| sm::find(&slice, name, previd).is_some()),
+        };
+        if resumes {
             return Class::Resumable;
         }
         let recent = self.config.borrow().storm.recent_seconds;
@@ -969,7 +1012,16 @@ impl Shard {
         guest.away(known).await;
         let slice = self.slice.borrow();
         let decoy = self.decoy.borrow().clone();
+        let unix = slice.now.unix;
         match slice.users.peek(name) {
+            Some(Slot::Present(user)) if c.negotiation.shows_token() => {
+                let record = Some(user.record.get());
+                self.gauges.token_logins.one();
+                c.negotiation.token(record, &slice.env, unix, out)
+            }
+            Some(Slot::Missing) if c.negotiation.shows_token() => {
+                c.negotiation.token(None, &slice.env, unix, out)
+            }
             Some(Slot::Present(user)) => {
                 let record = user.record.get();
                 let keys = Credentials {
@@ -1065,13 +1117,68 @@ impl Shard {
         }
     }
 
-    /// The session begins. Its user may have left the cache since he authenticated: he is loaded again.
+    /// XEP-0484: the change of the tokens of the user who has just authenticated; `None`: there is none, which is the rule.
+    fn plan_tokens(&self, negotiation: &Negotiation) -> Option<fast::Plan> {
+        let request = negotiation.request()?;
+        let config = self.config.borrow().clone();
+        let terms = fast::Terms {
+            life_seconds: config.sasl.token_days * 86_400,
+            tokens_max: config.limits.tokens_per_user_max,
+        };
+        let mut random = [0; 16];
+        aws_lc_rs::rand::fill(&mut random).expect("the system gives random bytes");
+        let slice = self.slice.borrow();
+        let user = slice.user(negotiation.user()?)?;
+        let agent = request.agent.as_deref()?;
+        fast::plan(
+            user.record.get(),
+            agent,
+            &request.tokens,
+            terms,
+            slice.now.unix,
+            random,
+        )
+    }
+
+    /// Carries it out: the new token, when it is durable. `Err`: the one that was to end cannot be ended.
+    async fn change_tokens(
+        &self,
+        negotiation: &Negotiation,
+        plan: fast::Plan,
+    ) -> Result<Option<String>, ()> {
+        let name: Box<str> = negotiation.user().unwrap_or_default().into();
+        let (setter, done) = slot();
+        let mut over = 0;
+        self.slice.borrow_mut().edit(
+            &name,
+            |record| over = plan.apply(record),
+            Box::new(move |_, result| setter.set(result)),
+        );
+        self.gauges.tokens_evicted.add(over as u64);
+        self.flush();
+        if !matches!(done.take().await, Some(Ok(()))) {
+            tracing::warn!(user = &*name, "a token could not be stored");
+            return if plan.invalidates { Err(()) } else { Ok(None) };
+        }
+        let slice = self.slice.borrow();
+        let agent = negotiation.request().and_then(|r| r.agent.as_deref());
+        let answer = slice.user(&name).zip(agent).and_then(|(user, agent)| {
+            plan.answer(&slice.env.login_key, &name, user.record.get(), agent)
+        });
+        if answer.is_some() {
+            self.gauges.tokens_given.one();
+        }
+        Ok(answer)
+    }
+
+    /// The session begins: its JID, and the answers to what is enabled with it. Its user may have left the cache since he authenticated: he is loaded again.
     async fn bind(
         &self,
         c: &mut Connecting,
         resource: Option<&str>,
+        extras: &Extras,
         link: u64,
-    ) -> Result<String, StanzaError> {
+    ) -> Result<(String, String), StanzaError> {
         let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
         for _ in 0..LOADS_MAX {
             self.load(&name).await;
@@ -1099,6 +1206,7 @@ impl Shard {
             tls: c.negotiation.encrypted,
         };
         let sid = bind::bind(&mut slice, arrival)?;
+        let answers = bind::enable(&mut slice, sid, extras);
         let jid = slice
             .sessions
             .get(sid)
@@ -1113,7 +1221,7 @@ impl Shard {
             tls = c.negotiation.encrypted,
             "logged in"
         );
-        Ok(jid)
+        Ok((jid, answers))
     }
 
     /// The old connection is closed first, and the answer waits until all that was read from it is decided: its count is
@@ -1147,7 +1255,11 @@ impl Shard {
             return Ok(Resumed::No { count });
         };
         let stream_ns = self.stream_ns(c.negotiation.stream_ns());
-        sm::resume(&mut slice, sid, link, h)?;
+        let jid = slice.sessions.get(sid).map(|s| s.jid.clone());
+        let (before, behind) = c
+            .negotiation
+            .resumed(jid.as_deref().unwrap_or_default(), &slice.env);
+        sm::resume(&mut slice, sid, link, h, (&before, &behind))?;
         if let Some(session) = slice.sessions.get_mut(sid) {
             session.stream_ns = stream_ns;
             session.tls = c.negotiation.encrypted;

@@ -15,6 +15,7 @@
 //! | `web` | XMPP for web pages |
 //! | `figures` | the metrics of the whole blade, put together |
 //! | `component` | connections of components |
+//! | `upload` | uploaded files: bodies that come and go by HTTP, threads for the disk |
 //! | `admin` | accounts and sessions, as `nitro user` and `nitro session` ask |
 
 pub mod admin;
@@ -28,8 +29,10 @@ mod live;
 mod login;
 pub mod moves;
 pub mod redis;
+pub mod upload;
 mod web;
 
+use std::any::Any;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::net::SocketAddr;
@@ -53,6 +56,7 @@ use crate::store::sql::lane::LaneSender;
 use crate::store::tier::{Answer, Ticket};
 use crate::xml::{Framer, StreamNs};
 use crate::xmpp::component::Hosts;
+use crate::xmpp::feature::upload::Key;
 use crate::xmpp::groups::Groups;
 use crate::xmpp::sasl::Decoy;
 use crate::xmpp::session::SessionId;
@@ -89,6 +93,8 @@ pub enum Inbound {
     ),
     /// The page that an HTTP request of this shard has asked for.
     Page(u64, String),
+    /// A thread has done something with the folder of uploads.
+    Uploaded(upload::Done),
     /// There is something unread: turn once more.
     Nudge,
     /// Say farewell to everybody and end.
@@ -132,6 +138,9 @@ pub struct Parts {
     pub ring: Arc<Ring>,
     pub decoy: Arc<Decoy>,
     pub id_key: [u64; 2],
+    /// Of the slots for uploads, and the threads that keep the files; none: there are no uploads.
+    pub upload: Option<([u8; 32], upload::Files)>,
+    pub login_key: [u8; 32],
     pub listen: Vec<(SocketAddr, Door)>,
     pub mesh: MeshEnd<moves::Sent>,
     pub inbox: Inbox<Inbound>,
@@ -208,6 +217,11 @@ pub struct Shard {
     pages: figures::Pages,
     /// HTTP requests that wait for their page.
     pages_waiting: RefCell<FnvHashMap<u64, SlotSetter<String>>>,
+    /// Of the folder of uploads.
+    files: Option<upload::Files>,
+    /// Who waits for what is done with it, by number.
+    upload_waits: RefCell<FnvHashMap<u64, SlotSetter<Box<dyn Any + Send>>>>,
+    upload_number: Cell<u64>,
     page_tickets: Cell<u64>,
 }
 
@@ -308,19 +322,25 @@ impl Shard {
     pub async fn run(number: usize, parts: Parts) -> Result<(), String> {
         let shards = parts.ring.members();
         let config = parts.config;
+        let (upload_key, files) = parts.upload.unzip();
         let env = Env {
             domain: config.domain.as_str().into(),
             rooms: config.rooms_host().map(Into::into),
+            upload: files.as_ref().and(config.upload_host()).map(Into::into),
+            upload_key: upload_key.as_ref().map(Key::new),
             shard: number as u16,
             ring: Rc::new((*parts.ring).clone()),
             limits: limits(&config, shards),
             id_key: parts.id_key,
+            login_key: parts.login_key,
             features: Default::default(),
         };
         let mesh = parts.mesh.connect();
-        let files = parts.files;
+        let journals = parts.files;
         let read_back = move |place, into: &mut Vec<u8>| {
-            files.read(place, into).map_err(|error| error.to_string())
+            journals
+                .read(place, into)
+                .map_err(|error| error.to_string())
         };
         let start = Start {
             next_seq: parts.journal.next_seq(),
@@ -335,6 +355,7 @@ impl Shard {
         if redis.is_some() {
             slice.ring_on();
         }
+        crate::xmpp::room::directory::find(&mut slice);
         let shard = Rc::new(Shard {
             number,
             slice: RefCell::new(slice),
@@ -376,6 +397,9 @@ impl Shard {
             unread_depth: HighWater::default(),
             pages: parts.pages,
             pages_waiting: RefCell::default(),
+            files,
+            upload_waits: RefCell::default(),
+            upload_number: Cell::new(0),
             page_tickets: Cell::new(0),
         });
         begin_recording();
@@ -473,6 +497,13 @@ impl Shard {
             knocks_moved: self.knocks_moved.get(),
             presence_waiting: slice.pace.waiting() as u64,
             presence_merged: slice.pace.merged,
+            upload_slots: slice.uploads.counters.slots,
+            upload_slots_refused: slice.uploads.counters.refused,
+            push_sent: slice.push.counters.sent,
+            push_failed: slice.push.counters.failed,
+            push_disabled: slice.push.counters.disabled,
+            push_limited: slice.push.counters.limited,
+            push_waiting: slice.push.waiting() as u64,
             regrouping: slice.regrouping.len() as u64,
             components: slice.components.conns().filter(|conn| conn.up).count() as u64,
             component_joins: slice.components.counters.joins,
@@ -485,6 +516,9 @@ impl Shard {
             component_unreachable: slice.components.counters.unreachable,
             component_lost: slice.components.counters.lost,
         };
+        if let Some(files) = self.files.as_ref().filter(|_| self.number == 0) {
+            files.tell(&self.gauges);
+        }
         self.gauges.publish(self.number, snapshot);
     }
 
@@ -614,8 +648,37 @@ pub fn limits(config: &Config, shards: usize) -> Limits {
         },
         pubsub_page_items_max: l.pubsub_page_items_max,
         pep_waiting_max: l.pep_waiting_max,
+        group_greetings_members_max: config.groups.last_items_members_max,
         caps_remembered_max: l.caps_remembered_max,
         rooms: room_limits(config),
+        push: push_limits(config),
+        upload: upload::limits(config),
+    }
+}
+
+/// Unix time in seconds.
+fn unix() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.unwrap_or_default().as_secs()
+}
+
+fn push_limits(config: &Config) -> crate::xmpp::feature::push::Limits {
+    let p = &config.push;
+    crate::xmpp::feature::push::Limits {
+        services_max: p.services_max,
+        service_bytes_max: p.service_bytes_max,
+        sender: p.sender,
+        body: p.body,
+        body_bytes_max: p.body_bytes_max,
+        placeholder: p.placeholder.as_str().into(),
+        inactive: p.inactive,
+        repeat_ms: p.repeat_minutes * 60_000,
+        told_max: p.told_max,
+        per_second_max: p.per_second_max,
+        waiting_max: p.waiting_max,
+        answer_ms_max: p.answer_seconds_max * 1000,
+        retry_ms: p.retry_seconds * 1000,
+        tries_max: p.tries_max,
     }
 }
 
@@ -628,6 +691,7 @@ fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
         },
         rooms_max: r.rooms_max,
         per_session_max: config.limits.rooms_per_session_max,
+        session_presences_per_second_max: config.limits.room_presences_per_second_max,
         occupants_max: r.occupants_max,
         affiliates_max: r.affiliations_max,
         nick_bytes_max: r.nick_bytes_max,
@@ -636,7 +700,13 @@ fn room_limits(config: &Config) -> crate::xmpp::room::Limits {
         history_bytes_max: r.history_bytes_max,
         messages_per_second_max: r.messages_per_second_max,
         presences_per_second_max: r.presences_per_second_max,
+        lasting_per_owner_max: r.persistent_per_owner_max,
+        lasting_max: r.persistent_max,
+        left_ms: r.left_seconds * 1000,
+        registrations_per_second_max: r.registrations_per_second_max,
+        requests_max: r.requests_max,
         persistent: r.persistent,
+        archive_keep_ms: config.rooms_keep_days() * 24 * 3_600_000,
     }
 }
 

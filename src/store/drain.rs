@@ -23,7 +23,7 @@ use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::change::ArchivedChange;
-use super::sql::purge::Purge;
+use super::sql::purge::{Purge, Whose};
 use super::sql::{Ahead, Counters, Entry, Position, Sql, SqlError, Trouble};
 use crate::observe::Stage;
 
@@ -80,6 +80,8 @@ pub struct DrainConfig {
     pub ahead_bytes_max: usize,
     /// Days after which entries go out of the archives; 0: never.
     pub keep_days: u64,
+    /// The same for the archives of rooms.
+    pub rooms_keep_days: u64,
 }
 
 impl Default for DrainConfig {
@@ -90,7 +92,30 @@ impl Default for DrainConfig {
             bytes_max: 2 << 20,
             ahead_bytes_max: 8 << 20,
             keep_days: 0,
+            rooms_keep_days: 0,
         }
+    }
+}
+
+impl DrainConfig {
+    /// Does anything ever go out of the archives by its age?
+    fn retains(&self) -> bool {
+        self.keep_days > 0 || self.rooms_keep_days > 0
+    }
+
+    /// What one pass is made of.
+    fn purges(&self) -> VecDeque<Purge> {
+        let parts = match self.keep_days == self.rooms_keep_days {
+            true => vec![(self.keep_days, Whose::All)],
+            false => vec![
+                (self.keep_days, Whose::Users),
+                (self.rooms_keep_days, Whose::Rooms),
+            ],
+        };
+        let parts = parts.into_iter().filter(|(days, _)| *days > 0);
+        parts
+            .map(|(days, whose)| Purge::older_than(days, whose, false))
+            .collect()
     }
 }
 
@@ -155,7 +180,8 @@ pub struct Drain {
 
 /// What is too old is deleted when there is nothing to write: now and then a whole pass, in small steps.
 struct Retention {
-    purge: Option<Purge>,
+    /// What is left of the pass.
+    purges: VecDeque<Purge>,
     next: Instant,
 }
 
@@ -182,7 +208,7 @@ impl Drain {
             lost: 0,
             down_since: None,
             retention: Retention {
-                purge: None,
+                purges: VecDeque::new(),
                 next: Instant::now(),
             },
         }
@@ -190,11 +216,10 @@ impl Drain {
 
     /// Deletes some of what is too old, if anything may be; how long to leave the database alone then.
     async fn retain(&mut self, sql: &mut Sql) -> Result<Option<Duration>, SqlError> {
-        let due = self.config.keep_days > 0 && Instant::now() >= self.retention.next;
-        if self.retention.purge.is_none() && due {
-            self.retention.purge = Some(Purge::older_than(self.config.keep_days, None, false));
+        if self.retention.purges.is_empty() && Instant::now() >= self.retention.next {
+            self.retention.purges = self.config.purges();
         }
-        let Some(purge) = &mut self.retention.purge else {
+        let Some(purge) = self.retention.purges.front_mut() else {
             return Ok(None);
         };
         let (begun, before) = (Instant::now(), purge.gone);
@@ -205,7 +230,7 @@ impl Drain {
                 let (entries, waiting) = (purge.gone, purge.kept);
                 tracing::info!(entries, waiting, "the archives have lost what was too old");
             }
-            self.retention.purge = None;
+            self.retention.purges.pop_front();
             self.retention.next = Instant::now() + PASS_EVERY;
         }
         let pause = begun.elapsed() * STEP_PAUSE;
@@ -278,9 +303,9 @@ impl Drain {
         if !sql.purge().await? {
             self.is_up();
             let waken = handle.wake.notified();
-            match self.config.keep_days {
-                0 => waken.await,
-                _ => {
+            match self.config.retains() {
+                false => waken.await,
+                true => {
                     let pass = self.retention.next;
                     if tokio::time::timeout_at(pass, waken).await.is_err() {
                         return Ok(Turn::Worked);

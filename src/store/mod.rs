@@ -18,4 +18,5 @@ pub mod room;
 pub mod settle;
 pub mod sql;
 pub mod tier;
+pub mod upload;
 pub mod warm;

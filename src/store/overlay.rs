@@ -17,6 +17,7 @@ use super::change::{ArchivedChange, Id, Message};
 use super::journal::Place;
 use super::record::Record;
 use super::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending, ReadError, Retraction};
+use super::warm::INDEX_KEY;
 
 /// Where a change stands: the number of its journal and its place in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -239,7 +240,8 @@ impl Overlay {
             .map(|(name, _)| &**name)
     }
 
-    /// Must the Redis ring hear of what is here of the user? Of all but what is in archives and documents only.
+    /// Must the Redis ring hear of what is here of the user? Of all but what is in archives and in documents that its copies do not
+    /// hold.
     pub fn concerns_ring(&self, name: &str) -> bool {
         let Some(user) = self.users.get(name) else {
             return false;
@@ -256,7 +258,8 @@ impl Overlay {
             Item::Message { id, what, .. } => {
                 what & Message::PENDING != 0 && !done.contains(id) && !self.gone.contains_key(id)
             }
-            Item::Document { .. } | Item::Done(_) | Item::Dropped(_) | Item::Retraction(_) => false,
+            Item::Document { key, .. } => **key == *INDEX_KEY,
+            Item::Done(_) | Item::Dropped(_) | Item::Retraction(_) => false,
         })
     }
 
@@ -461,12 +464,14 @@ impl Overlay {
             }
             (old, Some((revision, Some(record)))) => {
                 let old = old.filter(|old| old.revision > floor || floor == 0);
-                let (pending, last) = old.map(|o| (o.pending, o.last)).unwrap_or_default();
+                let old = old.map(|o| (o.pending, o.last, o.index));
+                let (pending, last, index) = old.unwrap_or_default();
                 Loaded {
                     record: record.clone(),
                     revision,
                     pending,
                     last,
+                    index,
                 }
             }
             (Some(loaded), None) => loaded,
@@ -474,6 +479,10 @@ impl Overlay {
         };
         if let Some((_, last)) = last.filter(|(revision, _)| *revision >= floor) {
             loaded.last = Some(last.clone());
+        }
+        if self.newest_document(name, INDEX_KEY).is_some() {
+            // whoever needs it reads it, and finds the one that is here
+            loaded.index = None;
         }
         let mut pending: BTreeMap<u64, Pending> = std::mem::take(&mut loaded.pending)
             .into_iter()
@@ -543,12 +552,15 @@ impl Overlay {
 
     /// Ids of archive entries behind `last_id` (what SQL has up to there it gives itself), ascending.
     pub fn archived(&self, name: &str, last_id: u64) -> Vec<(u64, Place)> {
+        self.archived_from(name, self.begins(name).max(last_id + 1))
+    }
+
+    fn archived_from(&self, name: &str, floor: u64) -> Vec<(u64, Place)> {
         let Some(user) = self.users.get(name) else {
             return Vec::new();
         };
         // a mark of an earlier start says done or dropped: one that was done stays in the archive, and dropped ones are few
         let mut gone = FnvHashSet::default();
-        let floor = self.begins(name).max(last_id + 1);
         let mut found = Vec::new();
         for item in user.items() {
             match item {
@@ -624,7 +636,7 @@ impl Overlay {
             };
         }
         page.retracted |= self.has_retractions(&query.name);
-        let beyond = self.archived(&query.name, page.last_id);
+        let beyond = self.archived_from(&query.name, begins.max(page.last_id + 1));
         page.missing
             .retain(|id| beyond.binary_search_by_key(id, |(id, _)| *id).is_err());
         let mut bytes = Vec::new();

@@ -37,6 +37,8 @@ pub struct Recent {
 struct Tails {
     /// The last one was asked for last.
     tails: SmallVec<[Tail; 1]>,
+    /// The archive's first entry, if somebody has asked for it.
+    first: Option<u64>,
 }
 
 struct Tail {
@@ -92,10 +94,49 @@ impl Recent {
         page
     }
 
+    /// Ids of the first and the last entry of an archive, if both are known here; the inner `None`: it is empty.
+    pub fn ends(&mut self, name: &str) -> Option<Option<(u64, u64)>> {
+        let ends = self.archives.get_mut(name).and_then(|archive| {
+            let whole = |tail: &&Tail| tail.with.is_none();
+            let tail = archive.tails.iter().find(whole)?;
+            let first = match tail.is_whole() {
+                true => tail.entries.front().map(|entry| entry.id),
+                false => Some(archive.first?),
+            };
+            match (first, tail.entries.back()) {
+                (Some(first), Some(last)) => Some(Some((first, last.id))),
+                (None, None) => Some(None),
+                _ => None,
+            }
+        });
+        match ends {
+            Some(_) => self.hits += 1,
+            None => self.misses += 1,
+        }
+        ends
+    }
+
+    /// The first page of the whole archive was read.
+    fn begins(&mut self, query: &ArchiveQuery, page: &Page) {
+        let unbounded =
+            query.before_id.is_none() && query.after_id.is_none() && query.with.is_none();
+        let first = query.start_ms.is_none() && query.after.is_none() && query.ids.is_empty();
+        let read = !query.backwards || page.complete;
+        if unbounded
+            && first
+            && read
+            && let Some(entry) = page.entries.first()
+            && let Some(archive) = self.archives.get_mut(&query.name)
+        {
+            archive.first = Some(entry.id);
+        }
+    }
+
     /// Keeps a page that was read, if it reaches the end of the archive. Nothing else may have become durable since. If
     /// something in the archive was retracted, the page is not given before [`Recent::settle`] is called with this number.
     pub fn put(&mut self, query: &ArchiveQuery, page: &Page) -> u64 {
         self.unsettled += 1;
+        self.begins(query, page);
         let open = query.end_ms.is_none() && query.before_id.is_none() && query.before.is_none();
         let ends = open && query.ids.is_empty() && (query.backwards || page.complete);
         let from_begin = query.start_ms.is_none() && query.after_id.is_none();
@@ -195,6 +236,7 @@ impl Recent {
         let Some(archive) = self.archives.get_mut(name) else {
             return;
         };
+        archive.first = archive.first.filter(|first| *first != id);
         for tail in &mut archive.tails {
             if let Ok(at) = tail.entries.binary_search_by_key(&id, |entry| entry.id) {
                 tail.bytes -= cost(&tail.entries[at]);
@@ -217,13 +259,15 @@ impl Recent {
     /// Entries with smaller ids may be purged any time: they are given no more.
     pub fn expire(&mut self, name: &str, before: u64) {
         let expires = |tail: &Tail| tail.first() < before;
+        let begins = |archive: &Tails| archive.first.is_some_and(|first| first < before);
         let archive = self.archives.peek(name);
-        if !archive.is_some_and(|archive| archive.tails.iter().any(expires)) {
+        if !archive.is_some_and(|archive| begins(archive) || archive.tails.iter().any(expires)) {
             return;
         }
         let Some(archive) = self.archives.get_mut(name) else {
             return;
         };
+        archive.first = archive.first.filter(|first| *first >= before);
         for tail in archive.tails.iter_mut().filter(|tail| expires(tail)) {
             while tail.first() < before
                 && let Some(first) = tail.entries.pop_front()

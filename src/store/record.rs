@@ -13,8 +13,8 @@ use rkyv::{Archive, Deserialize, Serialize, rancor};
 
 use super::room::{ArchivedRoomRecord, RoomRecord};
 
-/// The version byte written before each archive. A release reads its own version and its predecessor's.
-pub const RECORD_VERSION: u8 = 2;
+/// The version byte written before each archive. A release reads its own version and those of its predecessors.
+pub const RECORD_VERSION: u8 = 3;
 
 /// The version byte of a room's record: another kind of entity, told apart by the highest bit.
 pub const ROOM_VERSION: u8 = 0x81;
@@ -43,6 +43,36 @@ pub struct UserRecord {
     pub requests: Vec<SubscriptionRequest>,
     /// XEP-0441; `None`: everything is archived.
     pub archiving: Option<Box<Archiving>>,
+    /// XEP-0357: where notifications are published, in the order in which they were enabled. Here, because it must be known
+    /// whenever a message comes for somebody without a session, and that must not cost a read.
+    pub push: Vec<PushService>,
+    /// XEP-0484: what clients may authenticate with, the oldest first. Nothing from which a token could be made.
+    pub tokens: Vec<Token>,
+}
+
+/// XEP-0357, section 5: a node of an app server.
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
+pub struct PushService {
+    /// Prepared JID of the app server.
+    pub jid: String,
+    /// Empty: none was given.
+    pub node: String,
+    /// The form with the publish options, as XML that stands alone; empty: none was given.
+    pub options: String,
+}
+
+/// XEP-0484: what is kept of one token (see [`crate::xmpp::fast`]).
+#[derive(Archive, Serialize, Deserialize, Debug, Clone, Default, PartialEq, Eq)]
+pub struct Token {
+    /// Stands for the client's installation.
+    pub agent: [u8; 16],
+    pub salt: [u8; 16],
+    /// As a number, [`crate::xmpp::sasl::token::Ht`].
+    pub mechanism: u8,
+    /// Unix seconds.
+    pub issued_at: u64,
+    /// Unix seconds.
+    pub expires_at: u64,
 }
 
 /// XEP-0441: with whom the user wants messages archived. The lists hold prepared JIDs, sorted; a bare one stands for all its
@@ -67,7 +97,39 @@ pub enum ArchiveDefault {
     Roster,
 }
 
-/// The layout of version 1, which had no preferences of archiving.
+/// The layout of version 2, which had neither push notifications nor tokens.
+#[derive(Archive, Serialize, Deserialize)]
+struct RecordOfVersion2 {
+    created_at: u64,
+    disabled: bool,
+    sha1: Option<ScramKeys>,
+    sha256: Option<ScramKeys>,
+    roster_version: u64,
+    roster: Vec<RosterItem>,
+    blocked: Vec<String>,
+    requests: Vec<SubscriptionRequest>,
+    archiving: Option<Box<Archiving>>,
+}
+
+impl From<RecordOfVersion2> for UserRecord {
+    fn from(old: RecordOfVersion2) -> UserRecord {
+        UserRecord {
+            created_at: old.created_at,
+            disabled: old.disabled,
+            sha1: old.sha1,
+            sha256: old.sha256,
+            roster_version: old.roster_version,
+            roster: old.roster,
+            blocked: old.blocked,
+            requests: old.requests,
+            archiving: old.archiving,
+            push: Vec::new(),
+            tokens: Vec::new(),
+        }
+    }
+}
+
+/// The layout of version 1, which had no preferences of archiving either.
 #[derive(Archive, Serialize, Deserialize)]
 struct RecordOfVersion1 {
     created_at: u64,
@@ -92,6 +154,8 @@ impl From<RecordOfVersion1> for UserRecord {
             blocked: old.blocked,
             requests: old.requests,
             archiving: None,
+            push: Vec::new(),
+            tokens: Vec::new(),
         }
     }
 }
@@ -216,6 +280,7 @@ impl Record {
             None => return Err(RecordError::Empty),
             Some(&RECORD_VERSION) => {}
             Some(&1) => return from_version_1(&bytes[1..]),
+            Some(&2) => return from_version_2(&bytes[1..]),
             Some(&ROOM_VERSION) => {
                 let room = rkyv::access::<ArchivedRoomRecord, rancor::Error>(&bytes[1..])
                     .map_err(|error| RecordError::Damaged(error.to_string()))?;
@@ -269,12 +334,22 @@ impl std::fmt::Debug for Record {
     }
 }
 
-/// The predecessor's form becomes this one's.
+/// A predecessor's form becomes this one's.
 fn from_version_1(bytes: &[u8]) -> Result<Record, RecordError> {
     let damaged = |error: rancor::Error| RecordError::Damaged(error.to_string());
     let old = rkyv::access::<ArchivedRecordOfVersion1, rancor::Error>(bytes).map_err(damaged)?;
     let old = rkyv::deserialize::<RecordOfVersion1, rancor::Error>(old).map_err(damaged)?;
-    let user = UserRecord::from(old);
+    taken_over(UserRecord::from(old))
+}
+
+fn from_version_2(bytes: &[u8]) -> Result<Record, RecordError> {
+    let damaged = |error: rancor::Error| RecordError::Damaged(error.to_string());
+    let old = rkyv::access::<ArchivedRecordOfVersion2, rancor::Error>(bytes).map_err(damaged)?;
+    let old = rkyv::deserialize::<RecordOfVersion2, rancor::Error>(old).map_err(damaged)?;
+    taken_over(UserRecord::from(old))
+}
+
+fn taken_over(user: UserRecord) -> Result<Record, RecordError> {
     if !user.is_sorted() {
         return Err(RecordError::Damaged("its lists are not sorted".into()));
     }
@@ -579,6 +654,20 @@ pub(crate) mod tests {
         let read = Record::from_bytes(bytes(&old)).unwrap();
         assert_eq!(read.to_owned(), now);
         assert_eq!(read.bytes()[0], RECORD_VERSION);
+        let second = RecordOfVersion2 {
+            created_at: now.created_at,
+            disabled: now.disabled,
+            sha1: now.sha1.clone(),
+            sha256: now.sha256.clone(),
+            roster_version: now.roster_version,
+            roster: now.roster.clone(),
+            blocked: now.blocked.clone(),
+            requests: now.requests.clone(),
+            archiving: None,
+        };
+        let bytes_of_second =
+            rkyv::api::high::to_bytes_in::<_, rancor::Error>(&second, vec![2]).unwrap();
+        assert_eq!(Record::from_bytes(bytes_of_second).unwrap().to_owned(), now);
         let mut cut = bytes(&old);
         cut.truncate(20);
         assert!(matches!(
@@ -610,6 +699,33 @@ pub(crate) mod tests {
                 ..UserRecord::default()
             }
         );
+    }
+
+    #[test]
+    fn records_of_version_2_are_read_with_their_preferences() {
+        let mut now = user(3);
+        now.archiving = Some(Box::new(Archiving {
+            default: ArchiveDefault::Roster,
+            always: vec!["a@x".into()],
+            never: vec![],
+        }));
+        let old = RecordOfVersion2 {
+            created_at: now.created_at,
+            disabled: now.disabled,
+            sha1: now.sha1.clone(),
+            sha256: now.sha256.clone(),
+            roster_version: now.roster_version,
+            roster: now.roster.clone(),
+            blocked: now.blocked.clone(),
+            requests: now.requests.clone(),
+            archiving: now.archiving.clone(),
+        };
+        let bytes = rkyv::api::high::to_bytes_in::<_, rancor::Error>(&old, vec![2]).unwrap();
+        let read = Record::from_bytes(bytes.clone()).unwrap();
+        assert_eq!(read.to_owned(), now);
+        assert_eq!(read.bytes()[0], RECORD_VERSION);
+        let cut = Record::from_bytes(&bytes[..20]);
+        assert!(matches!(cut, Err(RecordError::Damaged(_))));
     }
 
     #[test]
@@ -712,6 +828,15 @@ pub(crate) mod tests {
                 never,
             })
         });
+        let token = any::<([u8; 16], [u8; 16], u8, u64, u64)>().prop_map(
+            |(agent, salt, mechanism, issued_at, expires_at)| Token {
+                agent,
+                salt,
+                mechanism,
+                issued_at,
+                expires_at,
+            },
+        );
         (
             any::<(u64, bool, u64)>(),
             keys(),
@@ -720,6 +845,8 @@ pub(crate) mod tests {
             proptest::collection::vec(".{0,20}", 0..9),
             proptest::collection::vec(request, 0..4),
             proptest::option::of(archiving),
+            proptest::collection::vec((".{0,12}", ".{0,9}", ".{0,20}"), 0..3),
+            proptest::collection::vec(token, 0..3),
         )
             .prop_map(
                 |(
@@ -730,7 +857,11 @@ pub(crate) mod tests {
                     blocked,
                     requests,
                     archiving,
+                    push,
+                    tokens,
                 )| {
+                    let push = push.into_iter();
+                    let push = push.map(|(jid, node, options)| PushService { jid, node, options });
                     let mut user = UserRecord {
                         created_at,
                         disabled,
@@ -741,6 +872,8 @@ pub(crate) mod tests {
                         blocked,
                         requests,
                         archiving,
+                        push: push.collect(),
+                        tokens,
                     };
                     user.sort();
                     user

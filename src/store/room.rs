@@ -8,6 +8,9 @@ use rkyv::{Archive, Deserialize, Serialize};
 /// What stands behind the `@` in the names of rooms, wherever the store has names.
 pub const LABEL: &str = "rooms";
 
+/// Key of the document of a room that says who has made it: a bare JID. A statement names it, too.
+pub const MAKER_KEY: &str = "room-maker";
+
 /// XEP-0045 section 5.2, ascending.
 #[derive(
     Archive,

@@ -36,6 +36,11 @@ pub enum Query {
         name: Box<str>,
         keys: Box<[i64]>,
     },
+    /// All chat rooms, page by page: up to `most` behind the row `after`.
+    Rooms {
+        after: u64,
+        most: u32,
+    },
 }
 
 /// A page of a user's archive (XEP-0313, XEP-0059). All bounds hold together.
@@ -84,6 +89,24 @@ pub enum Answer {
         ticket: Ticket,
         result: Result<Vec<Retraction>, ReadError>,
     },
+    /// Empty: there are no more.
+    Rooms {
+        ticket: Ticket,
+        result: Result<Vec<StoredRoom>, ReadError>,
+    },
+}
+
+/// A chat room as SQL has it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredRoom {
+    /// Its row: ascending, never used twice.
+    pub number: u64,
+    /// `NAME@rooms`.
+    pub name: Box<str>,
+    /// `None`: it cannot be read.
+    pub record: Option<Record>,
+    /// The document that says who has made it; empty: there is none.
+    pub maker: Box<str>,
 }
 
 /// All that a login needs.
@@ -95,6 +118,8 @@ pub struct Loaded {
     /// Pending deliveries, ids ascending.
     pub pending: Vec<Pending>,
     pub last: Option<Last>,
+    /// The document [`INDEX_KEY`](super::warm::INDEX_KEY), empty if there is none. `None`: it was not asked for.
+    pub index: Option<Box<[u8]>>,
 }
 
 /// A message that waits for one of the user's clients.
@@ -177,6 +202,8 @@ impl Query {
         match self {
             Query::Document { name, .. } | Query::Retractions { name, .. } => name,
             Query::Archive(query) => &query.name,
+            // about all
+            Query::Rooms { .. } => "",
         }
     }
 }

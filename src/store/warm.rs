@@ -1,10 +1,12 @@
-//! What the Redis ring keeps of a user: all that a login needs when nothing waits for him.
+//! What the Redis ring keeps of a user: all that a login needs when nothing waits for him, and the index of his nodes (XEP-0163),
+//! which a client with capabilities needs at once.
 //!
 //! In: a [`Warm`]. Out: its bytes, and the same read back. Promise: bytes that this release does not understand (another
 //! version, damage) are a miss, never an error: SQL knows better.
 //!
 //! Layout, numbers big-endian: version (1), flags (1), revision (8); with `HAS_LAST` unix seconds (8), length of the
-//! status (4) and the status; with `HAS_RECORD` the stored form of the record to the end.
+//! status (4) and the status; with `HAS_INDEX` the length of the index (4) and the index; with `HAS_RECORD` the stored form of
+//! the record to the end.
 
 use super::record::Record;
 use super::tier::Last;
@@ -15,6 +17,13 @@ const VERSION: u8 = 1;
 const HAS_RECORD: u8 = 1;
 const HAS_LAST: u8 = 2;
 const HAS_PENDING: u8 = 4;
+const HAS_INDEX: u8 = 8;
+
+/// Key of the document that a copy holds.
+pub const INDEX_KEY: &str = "pep";
+
+/// Bytes of an index that a copy may hold (ten nodes make 2.5 KB). A longer one is read from SQL.
+pub const INDEX_BYTES_MAX: usize = 16_384;
 
 /// See the module's page.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +33,8 @@ pub struct Warm {
     /// `None`: there is no such user.
     pub record: Option<Record>,
     pub last: Option<Last>,
+    /// The document [`INDEX_KEY`], empty if there is none. `None`: the copy does not say.
+    pub index: Option<Box<[u8]>>,
     /// Messages wait for him, so a login must ask SQL as well.
     pub pending: bool,
 }
@@ -35,6 +46,7 @@ impl Warm {
             revision,
             record: None,
             last: None,
+            index: None,
             pending: false,
         }
     }
@@ -44,6 +56,7 @@ impl Warm {
         let flag = |set: bool, flag: u8| if set { flag } else { 0 };
         let flags = flag(self.record.is_some(), HAS_RECORD)
             | flag(self.last.is_some(), HAS_LAST)
+            | flag(self.index.is_some(), HAS_INDEX)
             | flag(self.pending, HAS_PENDING);
         out.extend([VERSION, flags]);
         out.extend(self.revision.to_be_bytes());
@@ -52,6 +65,11 @@ impl Warm {
             out.extend(last.at.to_be_bytes());
             out.extend(length.to_be_bytes());
             out.extend(last.status.as_bytes());
+        }
+        if let Some(index) = &self.index {
+            let length = u32::try_from(index.len()).expect("it is bounded");
+            out.extend(length.to_be_bytes());
+            out.extend(index);
         }
         if let Some(record) = &self.record {
             out.extend(record.bytes());
@@ -62,7 +80,7 @@ impl Warm {
     pub fn decode(bytes: &[u8]) -> Option<Warm> {
         let mut rest = bytes;
         let [version, flags] = take(&mut rest)?;
-        if version != VERSION || flags & !(HAS_RECORD | HAS_LAST | HAS_PENDING) != 0 {
+        if version != VERSION || flags & !(HAS_RECORD | HAS_LAST | HAS_PENDING | HAS_INDEX) != 0 {
             return None;
         }
         let revision = u64::from_be_bytes(take(&mut rest)?);
@@ -77,6 +95,15 @@ impl Warm {
                 Some(Last { at, status })
             }
         };
+        let index = match flags & HAS_INDEX {
+            0 => None,
+            _ => {
+                let length = u32::from_be_bytes(take(&mut rest)?);
+                let (index, behind) = rest.split_at_checked(usize::try_from(length).ok()?)?;
+                rest = behind;
+                Some(index.into())
+            }
+        };
         let record = match flags & HAS_RECORD {
             0 if rest.is_empty() => None,
             0 => return None,
@@ -86,6 +113,7 @@ impl Warm {
             revision,
             record,
             last,
+            index,
             pending: flags & HAS_PENDING != 0,
         })
     }
@@ -108,15 +136,17 @@ mod tests {
             any::<u64>(),
             proptest::option::of(0usize..40),
             proptest::option::of((any::<u64>(), ".{0,40}")),
+            proptest::option::of(proptest::collection::vec(any::<u8>(), 0..40)),
             any::<bool>(),
         )
-            .prop_map(|(revision, contacts, last, pending)| Warm {
+            .prop_map(|(revision, contacts, last, index, pending)| Warm {
                 revision,
                 record: contacts.map(|contacts| Record::new(&user(contacts))),
                 last: last.map(|(at, status)| Last {
                     at,
                     status: status.into(),
                 }),
+                index: index.map(Vec::into_boxed_slice),
                 pending,
             })
     }

@@ -210,6 +210,10 @@ pub struct Core {
     pub logins_per_second: f64,
     pub messages_per_second: f64,
     pub disconnects_per_second: f64,
+    /// Connections of components (XEP-0114), stanzas from them and for them, and what waits for them.
+    pub components: u64,
+    pub component_stanzas_per_second: f64,
+    pub component_queue_bytes: u64,
     /// Of one core; of all shards: their mean.
     pub cpu_percent: f64,
     /// The most that waited at once lately.
@@ -349,6 +353,10 @@ impl Rates<'_> {
                 + self.per_second("nitro_resumptions"),
             messages_per_second: self.per_second("nitro_messages_in"),
             disconnects_per_second: self.per_second("nitro_disconnects"),
+            components: self.get("nitro_component_connections"),
+            component_stanzas_per_second: self.per_second("nitro_component_stanzas_in")
+                + self.per_second("nitro_component_stanzas_out"),
+            component_queue_bytes: self.get("nitro_component_queue_bytes"),
             // microseconds of processor a second
             cpu_percent: self.per_second("nitro_shard_cpu_seconds") / 1e4,
             queues: Queues {
@@ -374,6 +382,9 @@ impl Core {
             sum.logins_per_second += core.logins_per_second;
             sum.messages_per_second += core.messages_per_second;
             sum.disconnects_per_second += core.disconnects_per_second;
+            sum.components += core.components;
+            sum.component_stanzas_per_second += core.component_stanzas_per_second;
+            sum.component_queue_bytes += core.component_queue_bytes;
             sum.cpu_percent += core.cpu_percent / all.len() as f64;
             let (of, queues) = (&mut sum.queues, &core.queues);
             of.inbox_max = of.inbox_max.max(queues.inbox_max);

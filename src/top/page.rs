@@ -291,6 +291,18 @@ fn tier_lines(report: &Report) -> Vec<Line<'static>> {
             red,
         ),
     };
+    // a component that does not read is worth a look; without any there is nothing to say
+    let all = &report.all;
+    let components = match (all.components, all.component_queue_bytes) {
+        (0, _) => Span::raw(""),
+        (some, 0) => Span::raw(format!(
+            "  components {some}, {}/s",
+            count(all.component_stanzas_per_second)
+        )),
+        (some, waiting) => {
+            Span::styled(format!("  components {some}, {} wait", bytes(waiting)), red)
+        }
+    };
     vec![
         Line::from(vec![
             sql,
@@ -301,6 +313,7 @@ fn tier_lines(report: &Report) -> Vec<Line<'static>> {
                 count(tiers.sql_retries as f64),
             )),
             redis,
+            components,
         ]),
         Line::from(vec![
             journal,
@@ -501,5 +514,19 @@ mod tests {
         );
         assert!(text.contains("sql_batch"), "{text}");
         assert!(text.contains("Redis 1 of 2"), "{text}");
+    }
+
+    #[test]
+    fn components_are_shown_when_there_are_any() {
+        let shown = |change: fn(&mut Core)| {
+            let mut view = view();
+            change(&mut view.report.as_mut().unwrap().all);
+            lines(&view, 120, 24).concat()
+        };
+        assert!(!shown(|_| {}).contains("components"));
+        let two = shown(|all| (all.components, all.component_stanzas_per_second) = (2, 35.0));
+        assert!(two.contains("components 2, 35/s"), "{two}");
+        let slow = shown(|all| (all.components, all.component_queue_bytes) = (1, 3 << 20));
+        assert!(slow.contains("components 1, 3"), "{slow}");
     }
 }

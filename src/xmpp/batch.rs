@@ -60,8 +60,14 @@ pub enum Item {
     },
     /// A stanza of a chat room, without `to`, for these of its occupants (full JIDs, each ended by a line feed).
     Room { stanza: Span, meta: Meta, to: Span },
-    /// What there is to know of a room, for the list of rooms that each shard has; empty: it is no more.
-    Listing { name: Span, listed: Span },
+    /// What there is to know of a room, for the list of rooms that each shard has: its title and who has made it, empty if it is
+    /// not shown or does not last. `found`: the first shard has read it in the database (see [`super::room::directory`]).
+    Listing {
+        name: Span,
+        listed: Span,
+        maker: Span,
+        found: bool,
+    },
     /// Presence of full JID `from` for those with whom he shares a group, `to` not yet stamped; not for those in `except` (local
     /// parts, each ended by a line feed). `probe`: he asks for theirs.
     Group {
@@ -73,6 +79,8 @@ pub enum Item {
     },
     /// The fate of a stanza is decided: durable, delivered or refused.
     Settled(Receipt),
+    /// A shard has new groups of an administrator's: how often that was so.
+    Regrouped { shard: u16, times: u64 },
     /// About a connection for the name of a component.
     Component {
         host: Span,

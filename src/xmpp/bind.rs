@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::error::{StanzaError, StreamError};
+use super::feature::sm;
 use super::random_id;
 use super::session::{Session, SessionId};
 use super::slice::Slice;
@@ -20,6 +21,29 @@ pub struct Arrival<'a> {
     pub stream_ns: Rc<StreamNs>,
     pub peer: Box<str>,
     pub tls: bool,
+}
+
+/// What a client wants enabled together with its binding (XEP-0386).
+#[derive(Clone, Debug, Default)]
+pub struct Extras {
+    /// XEP-0198.
+    pub sm: Option<sm::Wish>,
+    /// XEP-0280.
+    pub carbons: bool,
+    /// XEP-0352: it begins inactive.
+    pub inactive: bool,
+}
+
+/// Enables what was asked for in a session that has just begun; the answers.
+pub fn enable(slice: &mut Slice, sid: SessionId, extras: &Extras) -> String {
+    if let Some(session) = slice.sessions.get_mut(sid) {
+        session.carbons = extras.carbons;
+        session.csi.inactive = extras.inactive;
+    }
+    match &extras.sm {
+        Some(wish) => sm::begin(slice, sid, wish).unwrap_or_default(),
+        None => String::new(),
+    }
 }
 
 /// Begins the session. A session that has the resource already ends with `<conflict/>` (RFC 6120 7.7.2.2, case 3).
@@ -70,6 +94,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         caps: None,
         directed: Default::default(),
         rooms: Default::default(),
+        rooms_rate: Default::default(),
         csi: Default::default(),
         paced: None,
         sm: None,

@@ -169,11 +169,37 @@ impl Groups {
         one != other && a.groups.iter().any(|at| b.groups.contains(at))
     }
 
+    /// Do two different users share a group of `most` members or fewer?
+    pub fn together_in_small(&self, one: &str, other: &str, most: usize) -> bool {
+        let (Some(a), Some(b)) = (self.person(one), self.person(other)) else {
+            return false;
+        };
+        let mut common = a.groups.iter().filter(|at| b.groups.contains(at));
+        one != other && common.any(|at| self.groups[*at as usize].members.len() <= most)
+    }
+
     /// Everybody with whom a user shares a group, each once, by groups.
     pub fn contacts<'a>(&'a self, user: &'a Person) -> impl Iterator<Item = &'a Person> {
         user.groups.iter().flat_map(move |at| {
             let members = self.groups[*at as usize].members.iter();
             self.met_in(user, *at, members)
+        })
+    }
+
+    /// Everybody with whom a user shares a group of `most` members or fewer, each once.
+    pub fn contacts_in_small<'a>(
+        &'a self,
+        user: &'a Person,
+        most: usize,
+    ) -> impl Iterator<Item = &'a Person> {
+        let small = move |at: &&u32| self.groups[**at as usize].members.len() <= most;
+        user.groups.iter().filter(small).flat_map(move |at| {
+            let members = self.groups[*at as usize].members.iter();
+            let people = members.map(|member| &self.people[*member as usize]);
+            people.filter(move |person| {
+                let mut common = user.groups.iter().filter(|at| person.groups.contains(at));
+                common.find(small) == Some(at) && person.name != user.name
+            })
         })
     }
 
@@ -205,8 +231,10 @@ impl Groups {
     }
 
     /// Has a shard users of one of these groups?
-    pub fn reaches(&self, user: &Person, shard: usize) -> bool {
-        self.of(user)
+    pub fn reaches(&self, user: &str, shard: usize) -> bool {
+        let person = self.person(user).into_iter();
+        person
+            .flat_map(|person| self.of(person))
             .any(|group| group.by_shard.get(shard).is_some_and(|m| !m.is_empty()))
     }
 

@@ -2,7 +2,7 @@
 
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Target, caps, last};
+use super::feature::{Target, caps, last, push, upload};
 use super::jid::Jid;
 use super::meta::{Kind, Meta};
 use super::session::SessionId;
@@ -62,9 +62,16 @@ impl Slice {
     }
 
     pub fn iq_error(&mut self, iq: &Iq, error: &StanzaError) {
-        let answer = answer(iq, "error")
-            .child(iq.payload.clone())
-            .child(error.element());
+        self.iq_error_element(iq, error.element());
+    }
+
+    /// The same with an application-specific condition that has attributes or children.
+    pub fn iq_error_with(&mut self, iq: &Iq, error: &StanzaError, detail: Element) {
+        self.iq_error_element(iq, error.element().child(detail));
+    }
+
+    fn iq_error_element(&mut self, iq: &Iq, error: Element) {
+        let answer = answer(iq, "error").child(iq.payload.clone()).child(error);
         self.iq_answer(iq, answer, Kind::IqError);
     }
 
@@ -129,6 +136,12 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
             }
             return room::host::outbound(slice, sid, view, to, kind);
         }
+        Some(to) if slice.env.is_upload(to) => {
+            if !requests {
+                return;
+            }
+            return upload::outbound(slice, sid, view, to, kind);
+        }
         Some(to) if !slice.is_reached(to) => {
             return message::bounce_out(slice, sid, view, &StanzaError::REMOTE_SERVER_NOT_FOUND);
         }
@@ -178,6 +191,11 @@ pub fn deliver(slice: &mut Slice, to: &Jid<'_>, from: &str, stanza: &[u8], meta:
     let Ok(from_jid) = Jid::parse(from) else {
         return Fate::Decided;
     };
+    if to.is_bare() && matches!(meta.kind, Kind::IqResult | Kind::IqError) {
+        // only what this server has asked in the user's name is answered so
+        push::answered(slice, name, &from_jid, stanza, meta);
+        return Fate::Decided;
+    }
     if !slice.admits(to, &from_jid, stanza, meta) {
         return Fate::Decided;
     }

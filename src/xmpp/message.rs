@@ -12,7 +12,7 @@ use smallvec::SmallVec;
 use super::NS_CLIENT;
 use super::batch::Receipt;
 use super::error::StanzaError;
-use super::feature::{Incoming, Outgoing, blocking, hints, offline, retract, stable_id};
+use super::feature::{Incoming, Outgoing, blocking, hints, offline, push, retract, stable_id};
 use super::jid::Jid;
 use super::ledger::Act;
 use super::meta::{Kind, Meta};
@@ -497,10 +497,20 @@ pub fn decide(slice: &mut Slice, name: &str, undecided: Vec<Pending>) {
                 user.offline.take(pending.id);
                 slice.resize(name);
             }
-        } else if pending.what & Message::ARCHIVE != 0 && !storing::wanted(slice, name, from) {
+            continue;
+        }
+        if pending.what & Message::ARCHIVE != 0 && !storing::wanted(slice, name, from) {
             let ms = slice.now.ms;
             slice.ledger.unarchived(&user, pending.id, ms);
+            // what names no entry of the archive has no stable id
+            if slice
+                .user(name)
+                .is_some_and(|user| user.offline.has(pending.id))
+            {
+                offline::keep(slice, name, pending.id, &pending.stanza, meta);
+            }
         }
+        push::decided(slice, name, from, &pending.stanza, meta);
     }
 }
 

@@ -8,6 +8,7 @@ pub mod batch;
 pub mod bind;
 pub mod component;
 pub mod error;
+pub mod fast;
 pub mod feature;
 pub mod form;
 pub mod groups;
@@ -24,6 +25,7 @@ pub mod pubsub;
 pub mod regroup;
 pub mod room;
 pub mod sasl;
+pub mod sasl2;
 pub mod session;
 #[cfg(test)]
 mod simulation;

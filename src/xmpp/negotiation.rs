@@ -1,5 +1,6 @@
 //! From a connection's first byte to the point where a session begins: stream headers, STARTTLS, SASL, in-band
-//! registration, binding or resumption (RFC 6120 sections 4 to 7, XEP-0077, XEP-0198).
+//! registration, binding or resumption (RFC 6120 sections 4 to 7, XEP-0077, XEP-0198), one after the other or all in one request
+//! (XEP-0388, see [`super::sasl2`]).
 //!
 //! Sans-IO: frames in, bytes into `out` and a [`Step`] back; who drives it does what the step says. It may move to another
 //! core between two frames: everything here is `Send`.
@@ -7,14 +8,17 @@
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
+use super::bind::Extras;
 use super::error::{StanzaError, StreamError};
 use super::feature::sm;
 use super::jid;
+use super::sasl::token::{Attempt, Ht};
 use super::sasl::{
     self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck,
 };
 use super::slice::Env;
-use super::{NS_CLIENT, NS_STREAM, random_id};
+use super::{NS_CLIENT, NS_STREAM, fast, random_id, sasl2};
+use crate::store::record::ArchivedUserRecord;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
 use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs};
@@ -32,6 +36,10 @@ pub struct Policy {
     pub tls_required: bool,
     pub mechanisms: Vec<Mechanism>,
     pub register: bool,
+    /// XEP-0388, over TLS.
+    pub sasl2: bool,
+    /// XEP-0484, with it.
+    pub tokens: bool,
     pub attempts_max: u32,
     pub xml: Limits,
 }
@@ -52,12 +60,18 @@ pub enum Step {
         condition: &'static str,
         close: bool,
     },
-    /// Send `out`; a new stream begins.
+    /// Send `out`; a new stream begins. Or, if there is a [`Negotiation::request`], call [`Negotiation::proceed`].
     Authenticated,
     /// The connection belongs to the owner of this new user; there, call [`Negotiation::registered`] with the outcome.
     Register { name: Box<str>, password: String },
-    /// Begin a session with this resource (prepared; `None`: the server makes one), then [`Negotiation::bound`].
-    Bind { resource: Option<String> },
+    /// See what has to change of the user's tokens ([`fast::plan`]), make it durable, then [`Negotiation::tokens`].
+    Tokens,
+    /// Begin a session with this resource (prepared; `None`: the server makes one), enable what comes with it, then
+    /// [`Negotiation::bound`].
+    Bind {
+        resource: Option<String>,
+        extras: Extras,
+    },
     /// Resume the session, or [`Negotiation::not_resumed`].
     Resume { previd: String, h: u32 },
     /// The client ended the stream: send `out`, close.
@@ -73,6 +87,10 @@ enum Stage {
     Initial(Mechanism),
     /// Waits for a SASL response.
     Exchange(Box<Exchange>),
+    /// A token was shown; those of the account are to come: [`Negotiation::token`].
+    Token(Box<Attempt>),
+    /// Authenticated by XEP-0388; what came along is being carried out.
+    Inline,
     /// Authenticated, waits for binding or resumption.
     Bind,
 }
@@ -86,6 +104,10 @@ pub struct Negotiation {
     pub lang: Option<Box<str>>,
     /// Authenticated local part.
     user: Option<Box<str>>,
+    /// The exchange at work, or the last one, speaks XEP-0388.
+    sasl2: bool,
+    /// What came along with it.
+    request: Option<Box<sasl2::Request>>,
     /// Named by the exchange at work.
     candidate: Option<Box<str>>,
     /// The account of the exchange at work is disabled.
@@ -107,6 +129,8 @@ impl Negotiation {
             ns: StreamNs::client(),
             lang: None,
             user: None,
+            sasl2: false,
+            request: None,
             candidate: None,
             disabled: false,
             attempts: 0,
@@ -126,6 +150,11 @@ impl Negotiation {
     /// The authenticated user's local part.
     pub fn user(&self) -> Option<&str> {
         self.user.as_deref()
+    }
+
+    /// What came along with the authentication at work (XEP-0388); `None`: it goes the older way.
+    pub fn request(&self) -> Option<&sasl2::Request> {
+        self.request.as_deref()
     }
 
     /// What a frame of this connection may be, before it is complete.
@@ -240,6 +269,11 @@ impl Negotiation {
                     text.push_str(&format!("<mechanism>{}</mechanism>", mechanism.name()));
                 }
                 text.push_str("</mechanisms>");
+                // XEP-0388: only after TLS, and never without a mechanism
+                if self.policy.sasl2 && self.encrypted && !self.offered.is_empty() {
+                    let tokens = self.policy.tokens.then_some(&self.bindings);
+                    sasl2::write_feature(&self.offered, tokens, &mut text);
+                }
                 if self.offered.iter().any(|m| m.is_plus()) {
                     self.bindings.write_feature(&mut text);
                 }
@@ -253,17 +287,26 @@ impl Negotiation {
     }
 
     fn element(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
-        match (&mut self.stage, view.name(), view.ns()) {
+        match (&self.stage, view.name(), view.ns()) {
             (Stage::Open, "starttls", NS_TLS) if self.policy.tls_offered && !self.encrypted => {
                 out.extend_from_slice(format!("<proceed xmlns='{NS_TLS}'/>").as_bytes());
                 self.stage = Stage::Header;
                 Ok(Step::StartTls)
             }
-            (Stage::Open, "auth", NS_SASL) => self.auth(view, out),
-            (Stage::Initial(_) | Stage::Exchange(_), "response", NS_SASL) => {
+            (Stage::Open, "auth", NS_SASL) => {
+                self.sasl2 = false;
+                self.auth(view, out)
+            }
+            (Stage::Open, "authenticate", sasl2::NS) if self.policy.sasl2 && self.encrypted => {
+                self.sasl2 = true;
+                self.authenticate(view, out)
+            }
+            (Stage::Initial(_) | Stage::Exchange(_), "response", ns) if ns == self.sasl_ns() => {
                 self.response(view, out)
             }
-            (Stage::Open | Stage::Initial(_) | Stage::Exchange(_), "abort", NS_SASL) => {
+            (Stage::Open | Stage::Initial(_) | Stage::Exchange(_), "abort", ns)
+                if ns == self.sasl_ns() || (ns == NS_SASL && matches!(self.stage, Stage::Open)) =>
+            {
                 Ok(self.failed(Failure::ABORTED, out))
             }
             (Stage::Open, "response", NS_SASL) => Ok(self.failed(Failure::MALFORMED_REQUEST, out)),
@@ -291,27 +334,101 @@ impl Negotiation {
 
     // ---- SASL --------------------------------------------------------------------------------------------------
 
+    /// The namespace of the exchange's profile.
+    fn sasl_ns(&self) -> &'static str {
+        match self.sasl2 {
+            true => sasl2::NS,
+            false => NS_SASL,
+        }
+    }
+
+    /// The mechanism that the client names, if it was offered.
+    fn mechanism(&self, view: &View<'_>) -> Result<Mechanism, Failure> {
+        let name = view.attr("mechanism");
+        let mechanism = name.as_deref().and_then(Mechanism::from_name);
+        mechanism
+            .filter(|m| self.offered.contains(m))
+            .ok_or_else(|| {
+                let plain = name.as_deref() == Some("PLAIN");
+                match !self.encrypted && (plain || self.policy.tls_required) {
+                    true => Failure::ENCRYPTION_REQUIRED,
+                    false => Failure::INVALID_MECHANISM,
+                }
+            })
+    }
+
     fn auth(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
-        let mechanism = view
-            .attr("mechanism")
-            .and_then(|m| Mechanism::from_name(&m));
-        let Some(mechanism) = mechanism.filter(|m| self.offered.contains(m)) else {
-            let plain = view.attr("mechanism").as_deref() == Some("PLAIN");
-            let encryption = !self.encrypted && (plain || self.policy.tls_required);
-            return Ok(self.failed(
-                if encryption {
-                    Failure::ENCRYPTION_REQUIRED
-                } else {
-                    Failure::INVALID_MECHANISM
-                },
-                out,
-            ));
+        let begun = self
+            .mechanism(view)
+            .and_then(|mechanism| Ok((mechanism, decode(view)?)));
+        Ok(match begun {
+            Ok((mechanism, initial)) => self.start(mechanism, initial.as_deref(), out),
+            Err(failure) => self.failed(failure, out),
+        })
+    }
+
+    /// XEP-0388.
+    fn authenticate(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        let ht = view.attr("mechanism").as_deref().and_then(Ht::from_name);
+        if let Some(ht) = ht.filter(|_| self.policy.tokens) {
+            return Ok(match self.show_token(ht, &view.to_element()) {
+                Ok(name) => Step::Login { name },
+                Err(failure) => self.failed(failure, out),
+            });
+        }
+        let begun = self
+            .mechanism(view)
+            .and_then(|mechanism| Ok((mechanism, sasl2::read(&view.to_element())?)));
+        Ok(match begun {
+            Ok((mechanism, (initial, request))) => {
+                self.request = Some(Box::new(request));
+                self.start(mechanism, initial.as_deref(), out)
+            }
+            Err(failure) => self.failed(failure, out),
+        })
+    }
+
+    /// XEP-0484: the user whose token it is said to be.
+    fn show_token(&mut self, ht: Ht, authenticate: &Element) -> Result<Box<str>, Failure> {
+        let (initial, request) = sasl2::read(authenticate)?;
+        let message = initial.filter(|_| request.tokens.fast && request.agent.is_some());
+        let message = message.ok_or(
+            Failure::MALFORMED_REQUEST.with_text("A token needs <fast/> and a user agent's id"),
+        )?;
+        let attempt = Attempt::start(ht, &message, &self.bindings)?;
+        let name: Box<str> = attempt.username.as_str().into();
+        self.candidate = Some(name.clone());
+        self.request = Some(Box::new(request));
+        self.stage = Stage::Token(Box::new(attempt));
+        Ok(name)
+    }
+
+    /// Was a token shown? Then [`Negotiation::token`] goes on instead of [`Negotiation::credentials`].
+    pub fn shows_token(&self) -> bool {
+        matches!(self.stage, Stage::Token(_))
+    }
+
+    /// The owner has loaded the user; `None`: there is none. `unix`: now, in seconds.
+    pub fn token(
+        &mut self,
+        record: Option<&ArchivedUserRecord>,
+        env: &Env,
+        unix: u64,
+        out: &mut Vec<u8>,
+    ) -> Step {
+        let (Stage::Token(attempt), Some(request)) = (&self.stage, &mut self.request) else {
+            return Step::Continue;
         };
-        let initial = match decode(view) {
-            Ok(initial) => initial,
-            Err(failure) => return Ok(self.failed(failure, out)),
+        self.disabled = record.is_some_and(|record| record.disabled);
+        let agent = request.agent.as_deref().unwrap_or_default();
+        let step = match fast::check(attempt, record, agent, &env.login_key, unix) {
+            Ok((salt, additional)) => {
+                request.tokens.used = Some(salt);
+                sasl::Step::Success { additional }
+            }
+            Err(failure) => sasl::Step::Failure(failure),
         };
-        Ok(self.start(mechanism, initial.as_deref(), out))
+        self.sasl_step(step, out)
     }
 
     fn start(&mut self, mechanism: Mechanism, initial: Option<&[u8]>, out: &mut Vec<u8>) -> Step {
@@ -323,7 +440,7 @@ impl Negotiation {
         };
         match Exchange::start(mechanism, initial, &offer) {
             Ok(sasl::Start::NeedInitial) => {
-                sasl_element("challenge", b"", out);
+                sasl_element("challenge", self.sasl_ns(), b"", out);
                 self.stage = Stage::Initial(mechanism);
                 Step::Continue
             }
@@ -384,16 +501,21 @@ impl Negotiation {
     fn sasl_step(&mut self, step: sasl::Step, out: &mut Vec<u8>) -> Step {
         match step {
             sasl::Step::Challenge(data) => {
-                sasl_element("challenge", &data, out);
+                sasl_element("challenge", self.sasl_ns(), &data, out);
                 Step::Continue
             }
             sasl::Step::Success { .. } if self.disabled => {
                 self.failed(Failure::ACCOUNT_DISABLED, out)
             }
             sasl::Step::Success { additional } => {
-                sasl_element("success", &additional, out);
                 self.user = self.candidate.take();
-                self.stage = Stage::Header;
+                if let Some(request) = &mut self.request {
+                    request.additional = additional;
+                    self.stage = Stage::Inline;
+                } else {
+                    sasl_element("success", NS_SASL, &additional, out);
+                    self.stage = Stage::Header;
+                }
                 Step::Authenticated
             }
             sasl::Step::Failure(failure) => self.failed(failure, out),
@@ -404,7 +526,15 @@ impl Negotiation {
     /// Refuses the attempt at work.
     pub fn failed(&mut self, failure: Failure, out: &mut Vec<u8>) -> Step {
         let condition = failure.condition;
-        out.extend_from_slice(format!("<failure xmlns='{NS_SASL}'><{condition}/>").as_bytes());
+        let failure_ns = self.sasl_ns();
+        // the conditions are those of RFC 6120 in both profiles
+        let condition_ns = match self.sasl2 {
+            true => format!(" xmlns='{NS_SASL}'"),
+            false => String::new(),
+        };
+        out.extend_from_slice(
+            format!("<failure xmlns='{failure_ns}'><{condition}{condition_ns}/>").as_bytes(),
+        );
         if let Some(text) = failure.text {
             out.extend_from_slice(b"<text xml:lang='en'>");
             crate::xml::escape_text(text, out);
@@ -414,6 +544,7 @@ impl Negotiation {
         self.attempts += 1;
         self.stage = Stage::Open;
         self.user = None;
+        self.request = None;
         let close = self.attempts >= self.policy.attempts_max;
         if close {
             StreamError::text(
@@ -512,6 +643,7 @@ impl Negotiation {
         match wanted.as_deref().map(jid::resourcepart).transpose() {
             Ok(resource) => Ok(Step::Bind {
                 resource: resource.map(|r| r.into_owned()),
+                extras: Extras::default(),
             }),
             Err(_) => {
                 self.iq_error(&StanzaError::BAD_REQUEST, out);
@@ -520,10 +652,36 @@ impl Negotiation {
         }
     }
 
-    /// The session has begun, with this full JID, or cannot.
-    pub fn bound(&mut self, outcome: Result<&str, StanzaError>, out: &mut Vec<u8>) {
+    /// The session has begun, with this full JID and these answers to what was to be enabled with it, or cannot.
+    pub fn bound(
+        &mut self,
+        outcome: Result<(&str, &str), StanzaError>,
+        env: &Env,
+        out: &mut Vec<u8>,
+    ) {
+        if let Some(mut request) = self.request.take() {
+            let managed = matches!(outcome, Ok((_, answers)) if !answers.is_empty());
+            let jid = match outcome {
+                Ok((jid, answers)) => {
+                    let bound = format!("<bound xmlns='{}'>{answers}</bound>", sasl2::NS_BIND);
+                    request.answers.extend_from_slice(bound.as_bytes());
+                    jid.to_owned()
+                }
+                // XEP-0386 names none: the client is authenticated, and may bind the older way
+                Err(error) => {
+                    Element::new("failed", sasl2::NS_BIND)
+                        .child(error.element())
+                        .write(&mut request.answers, sasl2::NS);
+                    return self.succeed(&request, env, out);
+                }
+            };
+            request.write_success(&jid, out);
+            out.extend_from_slice(b"</success>");
+            write_rest_of_features(env, managed, out);
+            return;
+        }
         match outcome {
-            Ok(jid) => {
+            Ok((jid, _)) => {
                 let bind =
                     Element::new("bind", NS_BIND).child(Element::new("jid", NS_BIND).text(jid));
                 self.iq_result(Some(bind), out);
@@ -533,8 +691,84 @@ impl Negotiation {
     }
 
     /// There is no such session any more; `count` of its stanzas were durable, if that is known (XEP-0198 section 5).
-    pub fn not_resumed(&mut self, count: Option<u32>, out: &mut Vec<u8>) {
-        out.extend_from_slice(&sm::failed("item-not-found", count));
+    pub fn not_resumed(&mut self, count: Option<u32>, env: &Env, out: &mut Vec<u8>) -> Step {
+        let failed = sm::failed("item-not-found", count);
+        let Some(request) = &mut self.request else {
+            out.extend_from_slice(&failed);
+            return Step::Continue;
+        };
+        request.answers.extend_from_slice(&failed);
+        self.proceed(env, out)
+    }
+
+    // ---- what came along with the authentication (XEP-0388) ----------------------------------------------------
+
+    /// The next thing to do of what came along, or, when all is done, success.
+    pub fn proceed(&mut self, env: &Env, out: &mut Vec<u8>) -> Step {
+        let Some(request) = &mut self.request else {
+            return Step::Continue;
+        };
+        if request.agent.is_some() && request.tokens.is_any() {
+            return Step::Tokens;
+        }
+        if let Some((previd, h)) = request.resume.take() {
+            return Step::Resume { previd, h };
+        }
+        if let Some(bind) = request.bind.take() {
+            let user = self.user.as_deref().unwrap_or_default();
+            return Step::Bind {
+                resource: Some(bind.resource(&env.login_key, user, request.agent.as_deref())),
+                extras: bind.extras,
+            };
+        }
+        if let Some(request) = self.request.take() {
+            self.succeed(&request, env, out);
+        }
+        Step::Continue
+    }
+
+    /// The tokens are as they shall be, durably, or cannot be changed (`Err`: the client must not be let in, because it was to
+    /// end its token); `answer`: the new one.
+    pub fn tokens(
+        &mut self,
+        outcome: Result<Option<String>, ()>,
+        env: &Env,
+        out: &mut Vec<u8>,
+    ) -> Step {
+        let answer = match outcome {
+            Ok(answer) => answer,
+            Err(()) => {
+                self.candidate = self.user.take();
+                return self.failed(Failure::TEMPORARY_AUTH_FAILURE, out);
+            }
+        };
+        if let Some(request) = &mut self.request {
+            request.tokens = fast::Wishes::default();
+            request
+                .answers
+                .extend_from_slice(answer.unwrap_or_default().as_bytes());
+        }
+        self.proceed(env, out)
+    }
+
+    /// Success without a session: binding or resumption goes the older way.
+    fn succeed(&mut self, request: &sasl2::Request, env: &Env, out: &mut Vec<u8>) {
+        let user = self.user.as_deref().unwrap_or_default();
+        request.write_success(&format!("{user}@{}", self.domain), out);
+        out.extend_from_slice(b"</success>");
+        self.stage = Stage::Bind;
+        self.features(env, out);
+    }
+
+    /// What goes before `<resumed/>` and what goes behind it, for the session with this full JID.
+    pub fn resumed(&self, jid: &str, env: &Env) -> (Vec<u8>, Vec<u8>) {
+        let (mut before, mut behind) = (Vec::new(), Vec::new());
+        if let Some(request) = &self.request {
+            request.write_success(jid, &mut before);
+            behind.extend_from_slice(b"</success>");
+            write_rest_of_features(env, true, &mut behind);
+        }
+        (before, behind)
     }
 
     fn iq_result(&self, payload: Option<Element>, out: &mut Vec<u8>) {
@@ -567,7 +801,22 @@ fn decode(view: &View<'_>) -> Result<Option<Vec<u8>>, Failure> {
     }
 }
 
-fn sasl_element(name: &str, data: &[u8], out: &mut Vec<u8>) {
+fn sasl_element(name: &str, ns: &str, data: &[u8], out: &mut Vec<u8>) {
     let data = BASE64_STANDARD.encode(data);
-    out.extend_from_slice(format!("<{name} xmlns='{NS_SASL}'>{data}</{name}>").as_bytes());
+    out.extend_from_slice(format!("<{name} xmlns='{ns}'>{data}</{name}>").as_bytes());
+}
+
+/// The features of a stream that has a session already; `managed`: with stream management.
+fn write_rest_of_features(env: &Env, managed: bool, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"<stream:features>");
+    let all = env.stream_features();
+    let management = format!("<sm xmlns='{}'/>", sm::NS);
+    match all.split_once(&management).filter(|_| managed) {
+        Some((before, behind)) => {
+            out.extend_from_slice(before.as_bytes());
+            out.extend_from_slice(behind.as_bytes());
+        }
+        None => out.extend_from_slice(all.as_bytes()),
+    }
+    out.extend_from_slice(b"</stream:features>");
 }

@@ -3,13 +3,22 @@
 //! In: the new groups ([`Slice::regroup`]), then one call a turn ([`Slice::regroup_some`]). Out: roster pushes for the contacts that
 //! came, went or look different, and presence both ways: each user's owner tells the new contacts of his sessions, and shows those who
 //! are none any more that he goes. Promise: a turn does a bounded piece of it, so nobody waits behind a group of thousands; a client
-//! that is cut off in between has the old version of its roster, and asks for all of it when it comes back.
+//! that is cut off in between has the old version of its roster, and asks for all of it when it comes back: not even a push of
+//! something else carries the new one before it has all.
+//!
+//! **The shards do not change at the same moment.** In between, presence of somebody who comes or goes would be told to his old
+//! contacts by one shard and looked for among the new ones by another, and be lost: a ghost on line, or off line. So each shard keeps
+//! the old groups beside the new ones and counts contacts of both for presence, until all have said that they have the new ones
+//! ([`Item::Regrouped`], one turn of each). Only then the users are dealt with, as they are on line at that moment.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use super::feature::{blocking, presence, roster};
+use fnv::FnvHashMap;
+
+use super::batch::Item;
+use super::feature::{blocking, pep, presence, roster};
 use super::groups::{Groups, Person};
 use super::jid::Jid;
 use super::slice::Slice;
@@ -21,6 +30,12 @@ const PIECE: usize = 32;
 #[derive(Default)]
 pub struct Regrouping {
     users: VecDeque<Affected>,
+    /// The groups as the clients of `users` know them.
+    known: FnvHashMap<Rc<str>, Arc<Groups>>,
+    /// The groups before, oldest first, while not all shards have those of now.
+    before: Vec<Arc<Groups>>,
+    /// How often each shard has got new ones.
+    times: Vec<u64>,
 }
 
 struct Affected {
@@ -40,12 +55,55 @@ impl Regrouping {
     pub fn is_empty(&self) -> bool {
         self.users.is_empty()
     }
+
+    /// Groups that other shards may still have.
+    pub fn before(&self) -> impl Iterator<Item = &Groups> {
+        self.before.iter().map(|groups| &**groups)
+    }
+
+    /// The same, to be held.
+    pub fn older(&self) -> Vec<Arc<Groups>> {
+        self.before.clone()
+    }
+
+    /// The version of the groups of which the user's clients have all: [`Groups::version`] of `now`, if they were told.
+    pub fn version(&self, user: &str, now: &Groups) -> u64 {
+        let known = self.known.get(user).or(self.before.first());
+        known.map_or(now, |groups| groups).version(user)
+    }
 }
 
 impl Slice {
     /// These groups are in force from now on.
     pub fn regroup(&mut self, groups: Arc<Groups>) {
         let before = std::mem::replace(&mut self.groups, groups);
+        self.regrouping.before.push(before);
+        let shard = self.env.shard;
+        let seen = self.regrouping.times.get(usize::from(shard));
+        let times = seen.copied().unwrap_or_default() + 1;
+        for (to, batch) in self.fx.mesh.iter_mut().enumerate() {
+            if to != usize::from(shard) {
+                batch.items.push(Item::Regrouped { shard, times });
+            }
+        }
+        self.regrouped(shard, times);
+    }
+
+    /// A shard, perhaps this one, has new groups.
+    pub(super) fn regrouped(&mut self, shard: u16, times: u64) {
+        let own = usize::from(self.env.shard);
+        let all = &mut self.regrouping.times;
+        all.resize(self.fx.mesh.len(), 0);
+        all[usize::from(shard)] = times;
+        if all.iter().all(|times| *times >= all[own]) && !self.regrouping.before.is_empty() {
+            self.regroup_all();
+        }
+    }
+
+    /// All shards have them: who is on line is to be told.
+    fn regroup_all(&mut self) {
+        let before = self.regrouping.before.swap_remove(0);
+        self.regrouping.before.clear();
         // who was not told of all of the last change is told of both together
         let waiting = std::mem::take(&mut self.regrouping.users);
         let mut users: VecDeque<Affected> = waiting
@@ -70,6 +128,8 @@ impl Slice {
                 });
             }
         }
+        let known = users.iter().map(|a| (a.user.clone(), a.before.clone()));
+        self.regrouping.known = known.collect();
         self.regrouping.users = users;
     }
 
@@ -99,6 +159,8 @@ impl Slice {
             affected.left = Some(left);
             // one user after the other: only his list is held
             self.regrouping.users.push_front(affected);
+        } else {
+            self.regrouping.known.remove(&user);
         }
     }
 
@@ -118,6 +180,10 @@ impl Slice {
         match is {
             true if blocking::may_send(self, user, &jid).is_ok() => {
                 presence::show_all(self, user, &jid);
+                let most = self.env.limits.group_greetings_members_max;
+                if self.groups.together_in_small(user, contact, most) {
+                    pep::subscribed(self, user, contact);
+                }
             }
             true => {}
             false => presence::hide(self, user, &jid),
@@ -455,5 +521,118 @@ mod tests {
             assert!(!w.take(b).concat().contains(&format!("from='{alice}@")));
             assert!(w.take(a).is_empty());
         }
+    }
+
+    fn made(w: &World, rows: &[(&str, &str)]) -> Arc<Groups> {
+        let row = |(group, user): &(&str, &str)| Row {
+            group: (*group).into(),
+            user: (*user).into(),
+            label: String::new(),
+        };
+        Arc::new(Groups::new(rows.iter().map(row), &ring(w.slices.len())))
+    }
+
+    #[test]
+    fn who_comes_while_only_one_shard_has_the_new_groups_is_seen() {
+        for (first, second) in [(0, 1), (1, 0)] {
+            let (mut w, alice, bob) = two(1);
+            let b = w.online(&bob, "b");
+            let groups = made(&w, &[("g", &alice), ("g", &bob)]);
+            w.slices[first].regroup(groups.clone());
+            w.run();
+            let a = w.login(&alice, "a");
+            get(&mut w, a);
+            w.send(a, "<presence/>");
+            w.slices[second].regroup(groups);
+            w.run();
+            let (got, told) = (w.take(a).concat(), w.take(b).concat());
+            assert!(
+                got.contains(&format!("from='{bob}@localhost/b'")),
+                "{first}: {got}"
+            );
+            assert!(
+                told.contains(&format!("from='{alice}@localhost/a'")),
+                "{first}: {told}"
+            );
+            assert!(
+                w.slices
+                    .iter()
+                    .all(|slice| slice.regrouping.before().count() == 0)
+            );
+        }
+    }
+
+    #[test]
+    fn who_goes_while_only_one_shard_has_the_new_groups_is_no_ghost() {
+        // contacts by the group only, and by their own will as well
+        for own in [false, true] {
+            for (first, second) in [(0, 1), (1, 0)] {
+                let (mut w, alice, bob) = two(1);
+                if own {
+                    w.befriend(&alice, &bob);
+                }
+                groups(&mut w, &[("g", &alice), ("g", &bob)]);
+                let a = w.online(&alice, "a");
+                let b = w.online(&bob, "b");
+                w.take(b);
+                let none = made(&w, &[]);
+                w.slices[first].regroup(none.clone());
+                w.run();
+                w.logout(a);
+                let told = w.take(b).concat();
+                assert!(told.contains("type='unavailable'"), "{own} {first}: {told}");
+                w.slices[second].regroup(none);
+                w.run();
+                let told = w.take(b).concat();
+                let pushed = told.contains("subscription='remove'");
+                assert_eq!(pushed, !own, "{first}: {told}");
+                let c = w.online_now(&alice, "again");
+                let seen = w.take(b).concat().contains("/again'");
+                assert_eq!(seen, own);
+                w.take(c);
+            }
+        }
+    }
+
+    #[test]
+    fn a_client_has_the_new_version_only_when_it_has_all() {
+        let mut w = World::new(1);
+        w.add("alice");
+        let a = w.online("alice", "a");
+        let ver = |text: &str| {
+            let ver = text.split("ver='").nth(1).unwrap();
+            ver.split('\'').next().unwrap().to_owned()
+        };
+        get(&mut w, a);
+        let names: Vec<String> = (0..2 * PIECE).map(|n| format!("m{n}")).collect();
+        let mut rows: Vec<(&str, &str)> = names.iter().map(|name| ("g", &**name)).collect();
+        rows.push(("g", "alice"));
+        let new = made(&w, &rows);
+        w.slices[0].regroup(new);
+        w.slices[0].regroup_some();
+        w.element(
+            a,
+            "<iq type='set' id='s'><query xmlns='jabber:iq:roster'><item jid='x@y'/></query></iq>",
+        )
+        .unwrap();
+        w.commit_only(0);
+        w.run();
+        let pushes: Vec<String> = w
+            .take(a)
+            .into_iter()
+            .filter(|s| s.contains("<item "))
+            .collect();
+        let of_own = pushes
+            .iter()
+            .position(|push| push.contains("jid='x@y'"))
+            .unwrap();
+        assert!(
+            of_own >= PIECE && pushes.len() == 2 * PIECE + 1,
+            "{of_own} of {}",
+            pushes.len()
+        );
+        let last = ver(pushes.last().unwrap());
+        assert!(pushes[..2 * PIECE].iter().all(|push| ver(push) != last));
+        assert_eq!(ver(&get(&mut w, a)), last);
     }
 }

@@ -13,6 +13,7 @@ use super::feature::csi::Csi;
 use super::feature::sm::{Kept, Sm};
 use super::meta::Meta;
 use super::pace::Paced;
+use super::room::occupants::Bucket;
 use crate::observe::Stamp;
 use crate::xml::StreamNs;
 
@@ -74,6 +75,8 @@ pub struct Session {
     pub directed: SmallVec<[Box<str>; 0]>,
     /// Bare JIDs of the chat rooms that it is in, or about to be: they learn it when it goes.
     pub rooms: SmallVec<[Box<str>; 0]>,
+    /// Of its presence for rooms.
+    pub rooms_rate: Bucket,
     pub csi: Csi,
     /// Presence of others that waits for a turn with room.
     pub paced: Option<Box<Paced>>,

@@ -5,7 +5,9 @@
 //! committed, segments recycled, records drained in portions, each at any time. Then process or machine stops, in the
 //! middle of any call to the disk, with all that was on its way between shards; what was not synced is there or not. The
 //! next life may have another number of shards. In the end everything is sound and drained, and the model looks: what was
-//! accepted (`<a h/>`, an IQ's result) is there, once, in order; what was delivered is in the recipient's archive.
+//! accepted (`<a h/>`, an IQ's result) is there, once, in order; what was delivered is in the recipient's archive, unless he wants none
+//! (XEP-0441), and a tombstone (XEP-0424) stands there exactly where a retraction that is there too says so. The same holds
+//! for a chat room: who is in it talks, and its owner takes back what was said; all who are in get all in the archive's order.
 //!
 //! `NITRO_SIM_SECONDS=3600 cargo test --release xmpp::simulation` runs for an hour, `NITRO_SIM_SEED=17` begins with that
 //! seed. A run that fails is tried with fewer actions, and the shortest that still fails is printed with its trace;
@@ -28,8 +30,9 @@ use crate::store::journal::sim::{Crash, Random, SimDisk};
 use crate::store::journal::stepped::Stepped;
 use crate::store::journal::{Floors, Options, Status, floors};
 use crate::store::overlay::Position;
-use crate::store::record::{Record, UserRecord};
+use crate::store::record::{ArchiveDefault, Record, UserRecord};
 use crate::store::recovery::Recovery;
+use crate::store::room::{Affiliate, Affiliation, RoomRecord};
 use crate::store::tier::{Answer, ArchiveQuery, Page, ReadError, Request};
 use crate::xml::{Element, StreamNs};
 
@@ -82,6 +85,8 @@ const EXPECTED: &[&str] = &[
     "tier away",
     "received",
     "shards changed",
+    "retracted",
+    "kept out of an archive",
 ];
 
 /// A run that has failed.
@@ -145,6 +150,8 @@ struct Sent {
     at: u64,
     stable_id: Option<String>,
     received: bool,
+    /// It retracts an earlier message of the same client to the same user.
+    retracts: Option<usize>,
 }
 
 /// A subscription that a client has asked for.
@@ -164,9 +171,27 @@ struct Asked {
     answer: Option<bool>,
 }
 
+/// Something that was said in the room.
+struct Said {
+    peer: usize,
+    /// He surely was in when he said it.
+    inside: bool,
+    accepted: bool,
+    refused: bool,
+    /// Somebody has got it.
+    received: bool,
+    stable_id: Option<String>,
+    /// The owner has asked to take it back; he was told that it is done.
+    moderated: Option<bool>,
+}
+
+const ROOM: &str = "desk@rooms.localhost";
+/// Where the numbers of what is said in the room begin, among those that streams remember.
+const SAID: usize = usize::MAX / 4;
+
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
 enum What {
-    /// Key and value: "vcard", "password", "item USER".
+    /// Key and value: "vcard", "password", "archiving", "item USER".
     Put(String, String),
     Block(usize),
     Unblock(usize),
@@ -183,6 +208,8 @@ struct Account {
     clear: BTreeMap<usize, Option<u64>>,
     /// What the archive was seen to hold.
     archive: BTreeSet<u64>,
+    /// Whether messages are archived since a moment; `None`: perhaps. Before the first: they are.
+    archiving: Vec<(u64, Option<bool>)>,
     /// Clients of it; one: the order of first receipts is strict.
     peers: usize,
 }
@@ -198,6 +225,10 @@ struct Peer {
     inbox: Vec<u8>,
     stream: Option<Stream>,
     wants: Option<Wants>,
+    /// Surely in the room.
+    inside: bool,
+    /// The position in the room's archive of what it has heard last, since it was cut off last.
+    heard: u64,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -255,6 +286,9 @@ struct Simulation {
     links: u64,
     messages: Vec<Sent>,
     asked: Vec<Asked>,
+    said: Vec<Said>,
+    /// The last page of its archive was the end.
+    room_is_read: bool,
     pages: Pages,
     /// Accounts added or removed by an operator: user, added?, done?
     written: Written,
@@ -296,6 +330,8 @@ impl Simulation {
             links: 0,
             messages: Vec::new(),
             asked: Vec::new(),
+            said: Vec::new(),
+            room_is_read: false,
             pages: Pages::default(),
             written: Written::default(),
             order: BTreeMap::new(),
@@ -304,6 +340,10 @@ impl Simulation {
             last: false,
             random,
         };
+        let mut room = testing::Stored::default();
+        room.room = Some(the_room(&simulation.limits));
+        let users_of_tier = &mut simulation.world.tier.users;
+        users_of_tier.insert("desk@rooms".into(), room);
         for user in 0..users {
             let account = Account {
                 name: format!("user{user}"),
@@ -331,6 +371,8 @@ impl Simulation {
             inbox: Vec::new(),
             stream: None,
             wants: None,
+            inside: false,
+            heard: 0,
         });
         self.peers.len() - 1
     }
@@ -397,6 +439,7 @@ impl Simulation {
                 stream.crashed.get_or_insert(unix_ms);
             }
             (peer.link, peer.sid, peer.wants) = (None, None, None);
+            (peer.inside, peer.heard) = (false, 0);
             peer.inbox.clear();
         }
         let trouble = !self.last && self.random.one_in(3);
@@ -919,6 +962,21 @@ impl Simulation {
     }
 }
 
+/// A room that stays, and that the first user owns.
+fn the_room(limits: &Limits) -> Record {
+    let mut room = RoomRecord {
+        settings: super::room::settings::default(&limits.rooms),
+        ..RoomRecord::default()
+    };
+    room.settings.persistent = true;
+    room.affiliate_as(Affiliate {
+        jid: "user0@localhost".into(),
+        affiliation: Affiliation::Owner,
+        ..Affiliate::default()
+    });
+    Record::room(&room)
+}
+
 /// A change in a few words.
 fn told(change: &ArchivedChange<'_>) -> String {
     match change {
@@ -999,11 +1057,13 @@ impl Simulation {
             return;
         }
         match self.random.below(100) {
-            0..45 => self.message(peer),
+            0..35 => self.message(peer),
+            35..45 => self.in_room(peer),
             45..55 => self.nonza(peer, "<r xmlns='urn:xmpp:sm:3'/>"),
             55..67 => self.acknowledge(peer),
-            67..73 => self.presence(peer),
-            73..80 => self.cut(peer),
+            67..70 => self.presence(peer),
+            70..76 => self.in_room(peer),
+            76..80 => self.cut(peer),
             80..87 => self.change(peer),
             87..90 => self.subscribe(peer),
             90 => self.account(),
@@ -1062,7 +1122,7 @@ impl Simulation {
                 }
                 if sm::find(slice, &name, &previd) == Some(sid) {
                     self.links += 1;
-                    let resumed = sm::resume(slice, sid, self.links, handled);
+                    let resumed = sm::resume(slice, sid, self.links, handled, (b"", b""));
                     assert!(resumed.is_ok(), "{} has what it was sent", self.jid(peer));
                     self.note(format!("{} resumes with {handled}", self.jid(peer)));
                     let peer = &mut self.peers[peer];
@@ -1087,7 +1147,7 @@ impl Simulation {
                     self.jid(peer)
                 );
                 self.saw("not resumed, counted");
-                self.accepted(peer, h);
+                self.accepted(peer, h, false);
             } else if fresh {
                 assert_eq!(acked, 0, "{}: nobody knows its count", self.jid(peer));
             }
@@ -1181,10 +1241,19 @@ impl Simulation {
             _ => ("type='chat'", "", true, true),
         };
         let id = self.messages.len();
+        let mut earlier = self
+            .messages
+            .iter()
+            .rposition(|m| m.peer == peer && m.to == to && m.archived && m.retracts.is_none());
+        earlier = earlier.filter(|_| archived && pending && self.random.one_in(5));
+        let retract =
+            earlier.map(|m| format!("<retract xmlns='urn:xmpp:message-retract:1' id='m{m}'/>"));
+        let retract = retract.unwrap_or_default();
         let xml = format!(
-            "<message {attributes} id='m{id}' to='user{to}@localhost{resource}'><body>m{id}</body>{payload}</message>"
+            "<message {attributes} id='m{id}' to='user{to}@localhost{resource}'><body>m{id}</body>{payload}{retract}</message>"
         );
         self.messages.push(Sent {
+            retracts: earlier,
             from: self.peers[peer].user,
             peer,
             to,
@@ -1220,7 +1289,10 @@ impl Simulation {
 
     fn presence(&mut self, peer: usize) {
         let presence = match self.random.below(5) {
-            0 => "<presence type='unavailable'/>",
+            0 => {
+                self.peers[peer].inside = false;
+                "<presence type='unavailable'/>"
+            }
             1 => "<presence><priority>-1</priority></presence>",
             _ => "<presence/>",
         };
@@ -1243,14 +1315,98 @@ impl Simulation {
         }
         let peer = &mut self.peers[peer];
         (peer.link, peer.sid) = (None, None);
+        (peer.inside, peer.heard) = (false, 0);
         peer.inbox.clear();
+    }
+
+    /// Comes into the room, goes, or talks there.
+    fn in_room(&mut self, peer: usize) {
+        let nick = format!("{}-{}", self.peers[peer].user, self.peers[peer].resource);
+        match self.random.below(12) {
+            0 => {
+                self.peers[peer].inside = false;
+                let leave = format!("<presence type='unavailable' to='{ROOM}/{nick}'/>");
+                self.stanza(peer, &leave);
+            }
+            1..9 if !self.peers[peer].inside => {
+                let join = format!(
+                    "<presence to='{ROOM}/{nick}'><x xmlns='http://jabber.org/protocol/muc'><history maxstanzas='3'/></x></presence>"
+                );
+                self.stanza(peer, &join);
+            }
+            1..4 if self.peers[peer].user == 0 => self.moderate(),
+            _ => {
+                let id = self.said.len();
+                self.said.push(Said {
+                    peer,
+                    inside: self.peers[peer].inside,
+                    accepted: false,
+                    refused: false,
+                    received: false,
+                    stable_id: None,
+                    moderated: None,
+                });
+                let xml = format!(
+                    "<message type='groupchat' id='s{id}' to='{ROOM}'><body>s{id}</body></message>"
+                );
+                let count = self.stanza(peer, &xml);
+                if let Some(stream) = &mut self.peers[peer].stream {
+                    stream.messages.push_back((count, SAID + id));
+                }
+            }
+        }
+        self.collect();
+    }
+
+    /// The owner takes something back.
+    fn moderate(&mut self) {
+        let owner = self.peers.iter().position(|p| p.user == 0 && p.inside);
+        let known: Vec<usize> = (0..self.said.len())
+            .filter(|n| self.said[*n].stable_id.is_some() && self.said[*n].moderated.is_none())
+            .collect();
+        let (Some(owner), false) = (owner, known.is_empty()) else {
+            return;
+        };
+        let n = known[self.random.below(known.len() as u64) as usize];
+        let id = self.said[n].stable_id.clone().unwrap();
+        self.said[n].moderated = Some(false);
+        let xml = format!(
+            "<iq type='set' id='t{n}' to='{ROOM}'><moderate id='{id}' xmlns='urn:xmpp:message-moderate:1'>\
+             <retract xmlns='urn:xmpp:message-retract:1'/></moderate></iq>"
+        );
+        self.stanza(owner, &xml);
+    }
+
+    /// A message that the room has told.
+    fn heard(&mut self, peer: usize, element: &Element) {
+        let Some(body) = element.find("body", super::NS_CLIENT) else {
+            return;
+        };
+        let jid = self.jid(peer);
+        let n: usize = body.text_content()[1..].parse().unwrap();
+        self.note(format!("{jid} hears s{n}"));
+        let stable = element.find("stanza-id", "urn:xmpp:sid:0");
+        let stable = stable.and_then(|s| s.get("id")).expect("it is archived");
+        let shown = u64::from_str_radix(stable, 16).unwrap();
+        let id = super::feature::stable_id::unpermute(shown, [1, 2]);
+        if element.find("delay", "urn:xmpp:delay").is_none() {
+            let heard = std::mem::replace(&mut self.peers[peer].heard, id);
+            assert!(heard < id, "{jid}: s{n} came behind what was said later");
+        }
+        let said = &mut self.said[n];
+        said.received = true;
+        match &said.stable_id {
+            Some(old) => assert_eq!(old, stable, "s{n} has got another stable id"),
+            None => said.stable_id = Some(stable.to_owned()),
+        }
+        self.saw("heard in the room");
     }
 
     fn change(&mut self, peer: usize) {
         let user = self.peers[peer].user;
         let n = self.asked.len();
         let other = self.random.below(self.accounts.len() as u64) as usize;
-        let (what, payload) = match self.random.below(9) {
+        let (what, payload) = match self.random.below(10) {
             0..3 => (
                 What::Put("vcard".into(), format!("v{n}")),
                 format!("<vCard xmlns='vcard-temp'><FN>v{n}</FN></vCard>"),
@@ -1282,6 +1438,14 @@ impl Simulation {
                     "<unblock xmlns='urn:xmpp:blocking'><item jid='user{other}@localhost'/></unblock>"
                 ),
             ),
+            9 => {
+                let (default, now) = (["always", "never"][self.random.below(2) as usize], self.now);
+                self.accounts[user].archiving.push((now, None));
+                (
+                    What::Put("archiving".into(), default.into()),
+                    format!("<prefs xmlns='urn:xmpp:mam:2' default='{default}'/>"),
+                )
+            }
             _ => return,
         };
         self.asked.push(Asked {
@@ -1404,7 +1568,7 @@ impl Simulation {
             "a" => {
                 let h = h();
                 self.note(format!("{} has {h} acknowledged", self.jid(peer)));
-                self.accepted(peer, h);
+                self.accepted(peer, h, true);
                 let queries = &mut self.peers[peer].stream.as_mut().unwrap().queries;
                 while let Some((_, n)) = queries.pop_front_if(|(count, _)| *count <= h) {
                     assert!(
@@ -1420,7 +1584,7 @@ impl Simulation {
                 // answers follow
                 let queries = &mut self.peers[peer].stream.as_mut().unwrap().queries;
                 queries.retain(|(count, _)| *count > h);
-                self.accepted(peer, h);
+                self.accepted(peer, h, false);
             }
             _ => {}
         }
@@ -1432,11 +1596,40 @@ impl Simulation {
                     self.note(format!("{} hears that m{n} is refused", self.jid(peer)));
                     self.messages[n].refused = true;
                 }
+                if let Some(n) = id.strip_prefix('s').and_then(|n| n.parse::<usize>().ok()) {
+                    self.note(format!("{} hears that s{n} is refused", self.jid(peer)));
+                    self.said[n].refused = true;
+                }
+            }
+            "message"
+                if element
+                    .get("from")
+                    .is_some_and(|from| from.starts_with(ROOM)) =>
+            {
+                self.heard(peer, element);
+            }
+            "presence"
+                if element
+                    .get("from")
+                    .is_some_and(|from| from.starts_with(ROOM)) =>
+            {
+                let x = element.find("x", super::room::NS_USER);
+                let own = x.is_some_and(|x| x.elements().any(|s| s.get("code") == Some("110")));
+                if own || failed {
+                    self.peers[peer].inside = element.get("type").is_none();
+                }
             }
             "message" => self.received(peer, element, xml),
             "iq" if element.get("type") == Some("result") || failed => {
                 if let Some(n) = id.strip_prefix('q').and_then(|n| n.parse::<usize>().ok()) {
                     self.answered(peer, n, !failed);
+                }
+                if let Some(n) = id.strip_prefix('t').and_then(|n| n.parse::<usize>().ok()) {
+                    self.note(format!("{} hears of s{n}: {}", self.jid(peer), !failed));
+                    if !failed {
+                        self.said[n].moderated = Some(true);
+                        self.saw("moderated");
+                    }
                 }
             }
             "presence" if failed => {
@@ -1458,7 +1651,8 @@ impl Simulation {
         }
     }
 
-    fn accepted(&mut self, peer: usize, h: u32) {
+    /// `told`: errors that belong to it were heard before.
+    fn accepted(&mut self, peer: usize, h: u32, told: bool) {
         let jid = self.jid(peer);
         let stream = self.peers[peer].stream.as_mut().unwrap();
         assert!(
@@ -1469,6 +1663,11 @@ impl Simulation {
         );
         stream.acked = h;
         while let Some((_, id)) = stream.messages.pop_front_if(|(count, _)| *count <= h) {
+            if (SAID..usize::MAX / 2).contains(&id) {
+                self.said[id - SAID].accepted = told;
+                *self.seen.entry("accepted by the room").or_insert(0) += 1;
+                continue;
+            }
             if id > usize::MAX / 2 {
                 let pair = usize::MAX - id;
                 let pair = (pair / 100, pair % 100);
@@ -1498,9 +1697,13 @@ impl Simulation {
         let stable = element.find("stanza-id", "urn:xmpp:sid:0");
         let stable = stable.and_then(|s| s.get("id")).map(str::to_owned);
         self.note(format!("{jid} gets m{id}"));
+        let archives = self.archives(user, self.messages[id].at);
         let message = &mut self.messages[id];
         assert_eq!(message.to, user, "m{id} is not for {jid}: {xml}");
-        assert_eq!(message.archived, stable.is_some(), "m{id}: {xml}");
+        if let Some(archives) = archives {
+            let wanted = message.archived && archives;
+            assert_eq!(wanted, stable.is_some(), "m{id}: {xml}");
+        }
         let first = !std::mem::replace(&mut message.received, true);
         match (&message.stable_id, stable) {
             (Some(old), Some(new)) => assert_eq!(*old, new, "m{id} has got another stable id"),
@@ -1532,6 +1735,17 @@ impl Simulation {
         self.note(format!("{} hears of q{n} {what:?}: {done}", self.jid(peer)));
         if done {
             self.saw("changes accepted");
+        }
+        // changes are made in the order in which they were asked for
+        if let What::Put(key, value) = &what
+            && key == "archiving"
+        {
+            let later =
+                |one: &Asked| one.user == user && matches!(&one.what, What::Put(k, _) if k == key);
+            let last = !self.asked[n + 1..].iter().any(later);
+            let certain = (done && last).then_some(value == "always");
+            let now = self.now;
+            self.accounts[user].archiving.push((now, certain));
         }
         // an unblocking that no later block can have undone
         if let (What::Unblock(other), true) = (&what, done) {
@@ -1587,6 +1801,86 @@ impl Simulation {
             }
         }
         self.check_subscriptions();
+        self.check_room();
+    }
+
+    /// What was accepted, and what somebody has heard, is in the room's archive, once and in each speaker's order; what was taken
+    /// back is a tombstone.
+    fn check_room(&mut self) {
+        let (mut after, mut spoken, mut last) = (None, BTreeMap::new(), BTreeMap::new());
+        let mut buried = BTreeSet::new();
+        loop {
+            let query = ArchiveQuery {
+                name: "desk@rooms".into(),
+                most: 7,
+                after,
+                ..ArchiveQuery::default()
+            };
+            for entry in self.room_page(query) {
+                assert!(after.is_none_or(|after| after < entry.id), "positions grow");
+                after = Some(entry.id);
+                let stanza = super::parse_stanza(&entry.stanza).unwrap();
+                let stable = super::feature::stable_id::shown(entry.id, [1, 2]);
+                if stanza
+                    .find("retracted", super::feature::retract::NS)
+                    .is_some()
+                {
+                    buried.insert(stable);
+                } else if let Some(body) = stanza.find("body", super::NS_CLIENT) {
+                    let n: usize = body.text_content()[1..].parse().unwrap();
+                    assert!(spoken.insert(n, stable).is_none(), "s{n} is there twice");
+                    let last = last.entry(self.said[n].peer).or_insert(n);
+                    assert!(*last <= n, "s{n} stands behind s{last}");
+                    *last = n;
+                }
+            }
+            if self.room_is_read {
+                break;
+            }
+        }
+        for (n, said) in self.said.iter().enumerate() {
+            let hidden = said
+                .stable_id
+                .as_ref()
+                .is_some_and(|id| buried.contains(id));
+            let owed = said.received || (said.inside && said.accepted && !said.refused);
+            // a tombstone does not say what it was
+            let asked = said.moderated.is_some();
+            assert!(
+                !owed || asked || spoken.contains_key(&n),
+                "s{n} is not in the room's archive"
+            );
+            match said.moderated {
+                Some(true) => assert!(hidden, "s{n} was taken back and is shown"),
+                Some(false) => assert!(
+                    hidden || spoken.contains_key(&n),
+                    "s{n} is neither there nor taken back"
+                ),
+                None => assert!(!hidden, "nobody has taken s{n} back"),
+            }
+        }
+    }
+
+    fn room_page(&mut self, query: ArchiveQuery) -> Vec<crate::store::tier::Entry> {
+        let (pages, asked) = (self.pages.clone(), query.clone());
+        self.world.slice_of("desk@rooms").read_archive(
+            query,
+            Box::new(move |_, page| pages.borrow_mut().push((0, asked, page))),
+        );
+        for _ in 0..1000 {
+            for shard in 0..self.world.slices.len() {
+                self.flush_requests(shard);
+            }
+            self.ask_tier();
+            self.give_answer();
+            let page = self.pages.borrow_mut().pop();
+            if let Some((_, _, page)) = page {
+                let page = page.expect("the tier is sound");
+                self.room_is_read = page.complete;
+                return page.entries;
+            }
+        }
+        panic!("the room's archive is not answered");
     }
 
     /// Must the recipient have the message?
@@ -1607,9 +1901,24 @@ impl Simulation {
             && clear(message.from, message.to)
     }
 
+    /// Does the user want what is sent at this moment, or a little later, in his archive? `None`: he has changed his mind since, or
+    /// it is not known.
+    fn archives(&self, user: usize, at: u64) -> Option<bool> {
+        let account = &self.accounts[user];
+        let mut state = Some(true);
+        for (when, archives) in &account.archiving {
+            if *when >= at || account.since != Some(0) {
+                return None;
+            }
+            state = *archives;
+        }
+        state
+    }
+
     fn check_archive(&mut self, user: usize) {
         let name = self.accounts[user].name.clone();
         let mut bodies: Vec<usize> = Vec::new();
+        let mut buried: BTreeSet<usize> = BTreeSet::new();
         let (mut after, mut last_id) = (None, 0);
         let mut ids = BTreeSet::new();
         loop {
@@ -1639,8 +1948,16 @@ impl Simulation {
                 last_id = entry.id;
                 ids.insert(entry.id);
                 let stanza = super::parse_stanza(&entry.stanza).unwrap();
-                let body = stanza.find("body", super::NS_CLIENT).unwrap();
-                bodies.push(body.text_content()[1..].parse().unwrap());
+                let id = stanza.get("id").unwrap()[1..].parse().unwrap();
+                bodies.push(id);
+                if stanza
+                    .find("retracted", "urn:xmpp:message-retract:1")
+                    .is_some()
+                {
+                    buried.insert(id);
+                }
+                let body = stanza.find("body", super::NS_CLIENT);
+                assert_eq!(body.is_none(), buried.contains(&id), "m{id}");
             }
             if page.complete {
                 break;
@@ -1655,6 +1972,19 @@ impl Simulation {
             vanished.is_empty(),
             "user{user}: {vanished:x?} were in the archive"
         );
+        let meant = once.iter().filter_map(|id| self.messages[*id].retracts);
+        let meant: BTreeSet<usize> = meant.filter(|id| once.contains(id)).collect();
+        let shown: Vec<_> = meant.difference(&buried).collect();
+        assert!(shown.is_empty(), "user{user}: {shown:?} were retracted");
+        for id in buried.difference(&meant) {
+            // a retraction hides also in the archive of somebody who did not want to keep it
+            let by = self
+                .messages
+                .iter()
+                .any(|m| m.retracts == Some(*id) && self.archives(user, m.at) != Some(true));
+            assert!(by, "user{user}: nobody retracts m{id}");
+        }
+        *self.seen.entry("retracted").or_insert(0) += buried.len() as u64;
         // what one client sent stands in the order in which it sent it
         let mut last = BTreeMap::new();
         for id in &bodies {
@@ -1671,7 +2001,12 @@ impl Simulation {
                     && self.accounts[user]
                         .since
                         .is_some_and(|s| s < message.at || s == 0));
-            if own && message.archived && owed {
+            let wants = self.archives(user, message.at);
+            if own && message.archived && wants == Some(false) {
+                assert!(!once.contains(&id), "m{id} is in the archive of user{user}");
+                *self.seen.entry("kept out of an archive").or_insert(0) += 1;
+            }
+            if own && message.archived && owed && wants == Some(true) {
                 assert!(
                     once.contains(&id),
                     "m{id} is not in the archive of user{user}"
@@ -1719,6 +2054,11 @@ impl Simulation {
                     let derived = super::sasl::derive(hash, value, &keys.salt, keys.iterations);
                     derived.is_ok_and(|derived| derived.stored_key == keys.stored_key)
                 }),
+                "archiving" => {
+                    let archiving = record.archiving.as_ref();
+                    let never = archiving.is_some_and(|a| a.default == ArchiveDefault::Never);
+                    never == (value == "never")
+                }
                 item => {
                     let contact = format!("{}@localhost", item.strip_prefix("item ").unwrap());
                     let item = record.roster.iter().find(|item| item.jid == contact);

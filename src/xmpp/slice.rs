@@ -42,8 +42,9 @@ use crate::store::recovery::{Found, stream_key};
 use crate::store::ring::Ring;
 use crate::store::tier::{
     Answer, ArchiveQuery, Entry as ArchiveEntry, Last, Loaded, Page, Query, ReadError, Request,
-    Ticket,
+    StoredRoom, Ticket,
 };
+use crate::store::warm::INDEX_KEY;
 use crate::xml;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
@@ -53,11 +54,16 @@ pub struct Env {
     pub domain: Box<str>,
     /// Domain of the chat rooms; `None`: there are none.
     pub rooms: Option<Box<str>>,
+    /// Domain of the service of uploads, and the key of its slots; `None`: there is none.
+    pub upload: Option<Box<str>>,
+    pub upload_key: Option<feature::upload::Key>,
     pub shard: u16,
     pub ring: Rc<Ring>,
     pub limits: Limits,
     /// Key of the permutation that makes stable ids (XEP-0359).
     pub id_key: [u64; 2],
+    /// Key of what clients are given at their login (XEP-0386: resources).
+    pub login_key: [u8; 32],
     /// See [`Env::stream_features`].
     pub features: OnceCell<Box<str>>,
 }
@@ -84,9 +90,19 @@ impl Env {
         jid.domain() == &*self.domain
     }
 
+    /// The user of this blade whose bare JID this is.
+    pub fn local_part<'j>(&self, bare: &'j str) -> Option<&'j str> {
+        bare.strip_suffix(&*self.domain)?.strip_suffix('@')
+    }
+
     /// Is it a chat room of this blade, somebody in it, or the service itself?
     pub fn is_room(&self, jid: &Jid<'_>) -> bool {
         self.rooms.as_deref() == Some(jid.domain())
+    }
+
+    /// Is it the service of uploads?
+    pub fn is_upload(&self, jid: &Jid<'_>) -> bool {
+        self.upload.as_deref() == Some(jid.domain()) && jid.local().is_none()
     }
 
     /// Under which name the store and the shards know it: a user by the local part, a room as `NAME@rooms`.
@@ -133,7 +149,7 @@ pub struct Limits {
     pub archive_page_max: u32,
     /// Addresses in both lists of one user's preferences of archiving.
     pub archive_prefs_max: usize,
-    /// How long messages stay in archives; 0: for ever.
+    /// How long messages stay in users' archives; 0: for ever.
     pub archive_keep_ms: u64,
     /// Of the newest entries of archives that are kept in memory.
     pub archive_recent_bytes_max: usize,
@@ -141,11 +157,15 @@ pub struct Limits {
     pub pubsub: super::pubsub::edit::Bounds,
     /// Items of a node in one answer.
     pub pubsub_page_items_max: usize,
-    /// Contacts whose nodes wait to be read for somebody who has come.
+    /// What waits to be read of contacts' nodes for those who have come.
     pub pep_waiting_max: usize,
+    /// Members of a shared group that tell each other their last items at arrival.
+    pub group_greetings_members_max: usize,
     /// Capabilities of clients that are remembered.
     pub caps_remembered_max: usize,
     pub rooms: room::Limits,
+    pub push: feature::push::Limits,
+    pub upload: feature::upload::Limits,
 }
 
 /// The clock, as the shard read it at the start of the turn.
@@ -180,7 +200,7 @@ pub struct User {
     /// What Redis says of messages that wait for him.
     pub waits: Waits,
     /// The index of his nodes as stored ([`feature::pep`]), once it was needed; empty: he has none.
-    pub pep: Option<Rc<[u8]>>,
+    pub pep: Option<Rc<feature::pep::Index>>,
 }
 
 impl User {
@@ -195,7 +215,7 @@ impl User {
             held: Vec::new(),
             last: loaded.last,
             waits: Waits::default(),
-            pep: None,
+            pep: loaded.index.map(feature::pep::Index::new),
         }
     }
 }
@@ -290,6 +310,8 @@ pub struct Effects {
     pub closed: Vec<bool>,
     /// For the helper threads; answered by [`Slice::computed`].
     pub jobs: Vec<(Ticket, Job)>,
+    /// For those who keep the folder of uploads; answered by [`Slice::slot_reserved`].
+    pub slots: Vec<feature::upload::Ask>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
     /// Sessions without stream management that were given messages: [`Slice::confirmed`] when their peer has all.
@@ -396,6 +418,9 @@ pub type ThenComputed = Box<dyn FnOnce(&mut Slice, Computed)>;
 /// What goes on when a page of an archive was read.
 pub type ThenPage = Box<dyn FnOnce(&mut Slice, Result<Page, ReadError>)>;
 
+/// What goes on when rooms were read.
+pub type ThenRooms = Box<dyn FnOnce(&mut Slice, Result<Vec<StoredRoom>, ReadError>)>;
+
 enum Wait {
     Read(ThenRead),
     /// With how often it may be asked again.
@@ -403,6 +428,7 @@ enum Wait {
     /// What of the page was retracted, asked by these keys; the number is [`Recent::settle`]'s.
     Retractions(Box<(ArchiveQuery, Page, Box<[i64]>)>, u64, ThenPage),
     Compute(ThenComputed),
+    Rooms(ThenRooms),
 }
 
 /// Counters of one slice; read by whoever renders metrics.
@@ -481,6 +507,10 @@ pub struct Slice {
     /// What is known of clients' capabilities.
     pub caps: feature::caps::Known,
     pub rooms: room::Rooms,
+    /// Push notifications at work.
+    pub push: feature::push::Push,
+    /// Requests for slots at work.
+    pub uploads: feature::upload::Uploads,
     waits: FnvHashMap<Ticket, (Rc<str>, Wait)>,
     /// How often users were asked for again; see [`AGAIN_MAX`].
     again: FnvHashMap<Box<str>, u8>,
@@ -568,6 +598,8 @@ impl Slice {
             pep: Default::default(),
             caps: Default::default(),
             rooms: Default::default(),
+            push: Default::default(),
+            uploads: Default::default(),
             waits: FnvHashMap::default(),
             again: FnvHashMap::default(),
             ticket: 0,
@@ -689,9 +721,16 @@ impl Slice {
                 Item::Room { stanza, meta, to } => {
                     room::fanout::deliver(self, batch.text(to), batch.get(stanza), meta);
                 }
-                Item::Listing { name, listed } => {
-                    room::directory::told(self, batch.text(name), batch.get(listed));
+                Item::Listing {
+                    name,
+                    listed,
+                    maker,
+                    found,
+                } => {
+                    let (name, listed) = (batch.text(name), batch.text(listed));
+                    room::directory::told(self, name, listed, batch.text(maker), found);
                 }
+                Item::Regrouped { shard, times } => self.regrouped(shard, times),
                 Item::Group {
                     from,
                     stanza,
@@ -745,6 +784,11 @@ impl Slice {
                     }
                 }
                 Answer::Archive { ticket, result } => self.page_read(ticket, result),
+                Answer::Rooms { ticket, result } => {
+                    if let Some((_, Wait::Rooms(then))) = self.waits.remove(&ticket) {
+                        then(self, result);
+                    }
+                }
                 Answer::Retractions { ticket, result } => {
                     if let Some((name, Wait::Retractions(asked, number, then))) =
                         self.waits.remove(&ticket)
@@ -839,6 +883,9 @@ impl Slice {
         }
         self.counts.retain(|_, (_, until)| *until > now);
         feature::caps::tick(self);
+        feature::push::tick(self);
+        self.component_recovered();
+        room::directory::tick(self);
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -976,6 +1023,7 @@ impl Slice {
                 session.accept.forget_asked();
                 self.parked += 1;
                 self.timer(wait, sid, Timer::Resume);
+                feature::push::cut_off(self, sid);
             }
             _ => {
                 // `end` counts a session without link as parked
@@ -1727,6 +1775,9 @@ impl Slice {
                     Undrained::Removed { .. } | Undrained::Last { .. } => {
                         self.ring_changed(&user, seq, None);
                     }
+                    Undrained::Document { key, .. } if **key == *INDEX_KEY => {
+                        self.ring_changed(&user, seq, None);
+                    }
                     _ => {}
                 }
                 if let Undrained::Removed { .. } | Undrained::Record { fresh: true, .. } = &item {
@@ -1860,7 +1911,15 @@ impl Slice {
             let from = super::parse_stanza(&entry.stanza)
                 .and_then(|stanza| stanza.get("from").map(str::to_owned));
             match (Jid::parse(&entry.peer), from) {
-                (Ok(to), Some(from)) => self.route(&to, &from, &entry.stanza, meta, Some(receipt)),
+                // the names of components are not known yet
+                (Ok(to), Some(from)) => match self.host(to.domain()) {
+                    Host::Own | Host::Rooms => {
+                        self.route(&to, &from, &entry.stanza, meta, Some(receipt));
+                    }
+                    Host::Component | Host::Unknown => {
+                        self.component_recover(&to, &from, &entry.stanza, meta, receipt);
+                    }
+                },
                 _ => self.refused(receipt),
             }
         }
@@ -2033,6 +2092,14 @@ impl Slice {
             && contact
                 .local()
                 .is_some_and(|other| self.groups.together(name, other))
+    }
+
+    /// The same with the groups before, while not all shards have the new ones: who sends and who receives presence mean the same
+    /// contacts then.
+    pub fn still_together(&self, name: &str, contact: &Jid<'_>) -> bool {
+        let before = |other: &str| self.regrouping.before().any(|g| g.together(name, other));
+        self.together(name, contact)
+            || (self.env.is_local(contact) && contact.local().is_some_and(before))
     }
 
     pub fn user_mut(&mut self, name: &str) -> Option<&mut User> {
@@ -2366,11 +2433,7 @@ impl Slice {
     /// Reads a page of an archive, from memory if it is there, what SQL does not have yet included. What was retracted is a
     /// tombstone (XEP-0424).
     pub fn read_archive(&mut self, query: ArchiveQuery, then: ThenPage) {
-        let keep_ms = self.env.limits.archive_keep_ms;
-        if keep_ms > 0 {
-            let before = Id::at(self.now.unix_ms.saturating_sub(keep_ms));
-            self.recent.expire(&query.name, before.0);
-        }
+        self.expire_archive(&query.name);
         if let Some(page) = self.recent.page(&query) {
             return then(self, Ok(page));
         }
@@ -2379,6 +2442,32 @@ impl Slice {
         self.users.pin(&name);
         self.overlay.hold(&name);
         let query = Query::Archive(query);
+        self.fx.requests.push(Request::Read { ticket, query });
+    }
+
+    /// Ids of the first and the last entry of an archive, if they are in memory; the inner `None`: it is empty.
+    pub fn archive_ends(&mut self, name: &str) -> Option<Option<(u64, u64)>> {
+        self.expire_archive(name);
+        self.recent.ends(name)
+    }
+
+    /// What may be purged of an archive any time is not given any more.
+    fn expire_archive(&mut self, name: &str) {
+        let limits = &self.env.limits;
+        let keep_ms = match room::is_entity(name) {
+            true => limits.rooms.archive_keep_ms,
+            false => limits.archive_keep_ms,
+        };
+        if keep_ms > 0 {
+            let before = Id::at(self.now.unix_ms.saturating_sub(keep_ms));
+            self.recent.expire(name, before.0);
+        }
+    }
+
+    /// Reads chat rooms behind this row, of all shards, as SQL has them.
+    pub fn read_rooms(&mut self, after: u64, most: u32, then: ThenRooms) {
+        let ticket = self.wait("", Wait::Rooms(then));
+        let query = Query::Rooms { after, most };
         self.fx.requests.push(Request::Read { ticket, query });
     }
 
@@ -2402,6 +2491,8 @@ impl Slice {
                     revision,
                     pending: Vec::new(),
                     last: None,
+                    // nobody has made a node of it yet
+                    index: Some(Box::default()),
                 };
                 let mut user = Box::new(User::new(name, loaded, Offline::default()));
                 // not yet

@@ -13,6 +13,7 @@ use super::component::{ConnId, Hosts, Settings};
 use super::error::StreamError;
 use super::feature;
 use super::parse_stanza;
+use super::room;
 use super::session::{Session, SessionId};
 use super::slice::{Env, Limits, Now, Slice, Start, User};
 use crate::config::ComponentPolicy;
@@ -24,12 +25,15 @@ use crate::store::recovery::{Found, Recovery};
 use crate::store::ring::Ring;
 use crate::store::sql::Ahead;
 use crate::store::tier::{
-    Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request, Retraction,
+    Answer, ArchiveQuery, Entry, Last, Loaded, Page, Pending, Query, ReadError, Request,
+    Retraction, StoredRoom,
 };
+use crate::store::upload::Refused;
 use crate::xml::{Element, FrameKind, Framer, Node, StreamNs};
 
 pub const DOMAIN: &str = "localhost";
 pub const ROOMS: &str = "rooms.localhost";
+pub const UPLOAD: &str = "upload.localhost";
 
 /// The ring of so many shards; made once, because that takes a while.
 pub fn ring(shards: usize) -> Rc<Ring> {
@@ -81,11 +85,13 @@ pub fn limits() -> Limits {
         },
         pubsub_page_items_max: 50,
         pep_waiting_max: 1000,
+        group_greetings_members_max: 10,
         caps_remembered_max: 100,
         rooms: super::room::Limits {
             creators: None,
             rooms_max: 100,
             per_session_max: 20,
+            session_presences_per_second_max: 1000,
             occupants_max: 1000,
             affiliates_max: 100,
             nick_bytes_max: 64,
@@ -94,7 +100,35 @@ pub fn limits() -> Limits {
             history_bytes_max: 1 << 18,
             messages_per_second_max: 1000,
             presences_per_second_max: 1000,
+            lasting_per_owner_max: 100,
+            lasting_max: 1000,
+            left_ms: 600_000,
+            registrations_per_second_max: 1000,
+            requests_max: 100,
             persistent: false,
+            archive_keep_ms: 0,
+        },
+        push: feature::push::Limits {
+            services_max: 4,
+            service_bytes_max: 4096,
+            sender: false,
+            body: false,
+            body_bytes_max: 1024,
+            placeholder: "New message".into(),
+            inactive: true,
+            repeat_ms: 3_600_000,
+            told_max: 1000,
+            per_second_max: 1000,
+            waiting_max: 1000,
+            answer_ms_max: 30_000,
+            retry_ms: 30_000,
+            tries_max: 10,
+        },
+        upload: feature::upload::Limits {
+            url: "https://localhost:5443".into(),
+            file_bytes_max: 100_000,
+            slot_seconds: 300,
+            waiting_max: 100,
         },
     }
 }
@@ -113,6 +147,8 @@ pub struct World {
     pub now: Now,
     /// Presences that may go out in a turn of a slice.
     pub room: usize,
+    /// What those say who keep the folder of uploads.
+    pub slots: Result<(), Refused>,
     /// Peers without stream management have at once what they are sent.
     pub confirms: bool,
     clients: Vec<Connection>,
@@ -197,6 +233,13 @@ pub struct Stored {
     pub last: Option<Last>,
 }
 
+impl Client {
+    /// Its connection, for the slice.
+    pub fn link(self) -> u64 {
+        self.link as u64
+    }
+}
+
 impl World {
     pub fn new(shards: usize) -> World {
         World::with(shards, |_| {})
@@ -221,6 +264,7 @@ impl World {
             owners: (0, Id(0)),
             now,
             room: usize::MAX,
+            slots: Ok(()),
             confirms: true,
             clients: Vec::new(),
             components: Vec::new(),
@@ -237,6 +281,12 @@ impl World {
         self.tier.queue.clear();
         self.tier.held = false;
         self.start(shards, &limits);
+        self.run();
+    }
+
+    /// The list of rooms is read, as at each start.
+    pub fn find_rooms(&mut self) {
+        self.slices.iter_mut().for_each(room::directory::find);
         self.run();
     }
 
@@ -307,10 +357,13 @@ impl World {
             let env = Env {
                 domain: DOMAIN.into(),
                 rooms: Some(ROOMS.into()),
+                upload: Some(UPLOAD.into()),
+                upload_key: Some(feature::upload::Key::new(&[9; 32])),
                 shard: shard as u16,
                 ring: ring.clone(),
                 limits: limits.clone(),
                 id_key: [1, 2],
+                login_key: [1; 32],
                 features: Default::default(),
             };
             let mut slice = Slice::new(env, shards, cache_bytes_max, start);
@@ -577,6 +630,10 @@ impl World {
                     moved = true;
                     slice.computed(ticket, job.run());
                 }
+                for ask in std::mem::take(&mut slice.fx.slots) {
+                    moved = true;
+                    slice.slot_reserved(ask.ticket, Some(self.slots));
+                }
                 let requests = std::mem::take(&mut slice.fx.requests);
                 self.tier
                     .queue
@@ -746,6 +803,7 @@ impl Tier {
                     revision: u.revision,
                     pending: u.pending.values().cloned().collect(),
                     last: u.last.clone(),
+                    index: None,
                 });
                 Answer::Loaded { name, user }
             }
@@ -877,6 +935,21 @@ impl Tier {
         }
     }
 
+    /// A row's number is its place in the order of names.
+    fn rooms(&self, after: u64, most: u32) -> Vec<StoredRoom> {
+        let all = self.users.iter().zip(1..).skip(after as usize);
+        let rooms = all.filter_map(|((name, stored), number)| {
+            let maker = stored.documents.get(crate::store::room::MAKER_KEY);
+            Some(StoredRoom {
+                number,
+                name: (**name).into(),
+                record: Some(stored.room.clone()?),
+                maker: maker.map_or("".into(), |m| String::from_utf8_lossy(m).into()),
+            })
+        });
+        rooms.take(most as usize).collect()
+    }
+
     fn read(&mut self, ticket: u64, query: Query) -> Answer {
         self.reads += 1;
         let user = self.users.get(query.name());
@@ -901,6 +974,13 @@ impl Tier {
                         .filter(|r| keys.contains(&Retraction::key(&r.target)))
                         .cloned()
                         .collect()),
+                },
+            },
+            Query::Rooms { after, most } => Answer::Rooms {
+                ticket,
+                result: match broken {
+                    Some(error) => Err(error),
+                    None => Ok(self.rooms(after, most)),
                 },
             },
             Query::Archive(query) => Answer::Archive {

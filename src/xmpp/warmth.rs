@@ -5,7 +5,7 @@
 //! [`crate::store::redis`] builds on):
 //!
 //! - a copy is made of what is durable in the journal, never of what is only in memory, and each has a newer number;
-//! - SQL has a change of a record, a removal or a last activity only after the ring has answered for it;
+//! - SQL has a change of a record, of the index of nodes, a removal or a last activity only after the ring has answered for it;
 //! - SQL has a message that waits for its recipient (and that the journal alone does not show any more) only after the
 //!   ring says that something waits. Most messages are taken long before, so this is looked at a moment after they were
 //!   accepted, not for each.
@@ -17,6 +17,7 @@ use std::rc::Rc;
 
 use fnv::FnvHashMap;
 
+use super::feature;
 use super::slice::{Slice, Slot, User};
 use crate::store::record::Record;
 use crate::store::redis::Keep;
@@ -65,7 +66,7 @@ struct Change {
     seq: Option<u64>,
     /// The newest durable record, where the one in memory is newer.
     record: Option<(u64, Record)>,
-    /// Record, removal or last activity has changed, so that also a removed user is told of.
+    /// Record, index of nodes, removal or last activity has changed, so that also a removed user is told of.
     whole: bool,
     /// Messages have waited for long.
     waits: bool,
@@ -237,6 +238,7 @@ impl Slice {
             revision,
             pending: Vec::new(),
             last: warm.last,
+            index: warm.index,
         });
         let name = name.into();
         self.answers(vec![Answer::Loaded { name, user }]);
@@ -309,7 +311,14 @@ impl Slice {
         }
     }
 
-    /// A user's record (`Some`: with its revision), his removal or last activity is durable.
+    /// The index of a user's nodes was read from SQL: the ring is offered a copy with it.
+    pub(super) fn ring_read_index(&mut self, name: &Rc<str>) {
+        if self.warmth.on {
+            self.warmth.offers.push(name.clone());
+        }
+    }
+
+    /// A user's record (`Some`: with its revision), the index of his nodes, his removal or last activity is durable.
     pub(super) fn ring_changed(
         &mut self,
         name: &Rc<str>,
@@ -510,6 +519,8 @@ fn warm(user: &User, revision: u64, record: &Record, pending: bool) -> Warm {
         revision,
         record: Some(record.clone()),
         last: user.last.clone(),
+        // what is in memory is durable: it is set when it was written
+        index: feature::pep::stored(user).map(Into::into),
         pending,
     }
 }
@@ -715,5 +726,108 @@ mod tests {
         assert_eq!(names, [("alice", false), ("bob", true)]);
         answer(&mut w, &all);
         assert!(w.slices[0].warmth.has_started());
+    }
+
+    const CAPS: &str =
+        "<presence><c xmlns='http://jabber.org/protocol/caps' node='urn:c' ver='1'/></presence>";
+
+    fn publish(w: &mut World, client: Client, text: &str) {
+        let iq = format!(
+            "<iq type='set' id='p'><pubsub xmlns='http://jabber.org/protocol/pubsub'><publish node='urn:x'>\
+             <item id='1'><x xmlns='urn:x'>{text}</x></item></publish></pubsub></iq>"
+        );
+        w.send(client, &iq);
+    }
+
+    #[test]
+    fn a_copy_has_the_index_of_nodes_and_sql_only_what_the_ring_has() {
+        let (mut w, client) = world();
+        publish(&mut w, client, "one");
+        assert!(holds(&w));
+        let first = told(&mut w);
+        let index = first[0].2.index.clone().expect("the index");
+        assert!(first.len() == 1 && memchr::memmem::find(&index, b"one").is_some());
+        answer(&mut w, &first);
+        assert!(!holds(&w));
+        // a copy is made of what is durable here, too
+        w.tier.held = true;
+        publish(&mut w, client, "two");
+        rename(&mut w, client, "x");
+        for (_, _, copy) in told(&mut w) {
+            assert_eq!(copy.index.as_ref(), Some(&index));
+        }
+        w.release();
+        w.advance(LOOK_MS + 1);
+        let copies = told(&mut w);
+        let last = copies.last().unwrap().2.index.as_ref().unwrap();
+        assert!(memchr::memmem::find(last, b"two").is_some());
+        // another document is nothing for the ring
+        answer(&mut w, &copies);
+        w.send(
+            client,
+            "<iq type='set' id='v'><query xmlns='jabber:iq:private'><x xmlns='urn:y'/></query></iq>",
+        );
+        assert!(told(&mut w).is_empty() && !holds(&w));
+    }
+
+    #[test]
+    fn a_client_with_capabilities_whose_user_is_warm_reads_nothing() {
+        let (mut w, client) = world();
+        publish(&mut w, client, "one");
+        let copy = told(&mut w).pop().unwrap().2;
+        for index in [copy.index.clone(), None] {
+            w.crash(1);
+            w.slices[0].ring_on();
+            let warm = Warm {
+                index,
+                ..copy.clone()
+            };
+            let mut value = Vec::new();
+            warm.encode(&mut value);
+            w.slices[0].want("alice");
+            w.slices[0].fx.requests.clear();
+            assert!(w.slices[0].ring_loaded("alice", &value));
+            let reads = w.tier.reads;
+            let client = w.login("alice", "a");
+            w.send(client, CAPS);
+            assert_eq!(w.tier.reads - reads, usize::from(warm.index.is_none()));
+            assert!(w.user("alice").pep.is_some());
+            // what was read is offered, so that the next one reads nothing
+            let mut offered = Vec::new();
+            w.slices[0].ring_offers(&mut |name, _, value, _| {
+                offered.push((name.to_owned(), Warm::decode(value).unwrap().index));
+            });
+            let wanted = (String::from("alice"), copy.index.clone());
+            assert_eq!(
+                offered.contains(&wanted),
+                warm.index.is_none(),
+                "{offered:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn an_index_that_only_the_journal_has_is_newer_than_that_of_a_copy() {
+        let (mut w, client) = world();
+        publish(&mut w, client, "old");
+        let copy = told(&mut w).pop().unwrap();
+        answer(&mut w, &vec![copy.clone()]);
+        w.tier.dry = true;
+        publish(&mut w, client, "new");
+        w.crash(1);
+        w.slices[0].ring_on();
+        assert!(!w.slices[0].warmth.has_started(), "it must be told first");
+        let mut value = Vec::new();
+        copy.2.encode(&mut value);
+        w.slices[0].want("alice");
+        w.slices[0].fx.requests.clear();
+        assert!(w.slices[0].ring_loaded("alice", &value));
+        let client = w.login("alice", "a");
+        w.send(
+            client,
+            "<iq type='get' id='g'><pubsub xmlns='http://jabber.org/protocol/pubsub'><items node='urn:x'/></pubsub></iq>",
+        );
+        let got = w.take(client).concat();
+        assert!(got.contains("new") && !got.contains("old"), "{got}");
     }
 }

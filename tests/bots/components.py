@@ -1,8 +1,10 @@
-"""A component (XEP-0114) on slixmpp: answers every chat message with the same text, and is available to whoever asks."""
+"""Components (XEP-0114) on slixmpp: one answers every chat message with the same text, one is the app server of phones."""
 
 import asyncio
 
 import slixmpp
+from slixmpp.xmlstream.handler import Callback
+from slixmpp.xmlstream.matcher import StanzaPath
 
 from bot import WAIT_S
 
@@ -46,6 +48,50 @@ class Echo(slixmpp.ComponentXMPP):
     async def come(self):
         event, _ = await self.happens("session_start", "stream_error")
         assert event == "session_start", event
+
+    async def leave(self):
+        await asyncio.wait_for(self.disconnect(), WAIT_S)
+
+
+class AppServer(slixmpp.ComponentXMPP):
+    """Takes push notifications (XEP-0357), and tells them to the phones by `wait`."""
+
+    def __init__(self, host, secret, address, port):
+        super().__init__(host, secret, address, port)
+        self.address, self.port = address, port
+        self.told = asyncio.Queue()
+        for plugin in ("xep_0004", "xep_0030", "xep_0060"):
+            self.register_plugin(plugin)
+        self["xep_0030"].add_identity(category="pubsub", itype="push")
+        self.register_handler(Callback(
+            "push", StanzaPath("iq@type=set/pubsub/publish"), lambda iq: self.on_publish(iq)))
+        self.error = None
+
+    def on_publish(self, iq):
+        publish = iq.xml.find("{*}pubsub/{*}publish")
+        fields = {
+            field.get("var"): field.findtext("{jabber:x:data}value")
+            for field in publish.iterfind(".//{urn:xmpp:push:0}notification/{jabber:x:data}x/{jabber:x:data}field")}
+        options = {
+            field.get("var"): field.findtext("{jabber:x:data}value")
+            for field in iq.xml.iterfind("{*}pubsub/{*}publish-options/{jabber:x:data}x/{jabber:x:data}field")}
+        self.told.put_nowait((iq["from"].full, publish.get("node"), fields, options))
+        if self.error:
+            reply = iq.reply()
+            reply["type"] = "error"
+            reply["error"]["type"], reply["error"]["condition"] = "cancel", self.error
+            reply.send()
+        else:
+            iq.reply().send()
+
+    async def wait(self):
+        return await asyncio.wait_for(self.told.get(), WAIT_S)
+
+    async def come(self):
+        ready = asyncio.get_running_loop().create_future()
+        self.add_event_handler("session_start", lambda _: ready.set_result(None), disposable=True)
+        self.connect(self.address, self.port)
+        await asyncio.wait_for(ready, WAIT_S)
 
     async def leave(self):
         await asyncio.wait_for(self.disconnect(), WAIT_S)

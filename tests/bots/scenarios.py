@@ -14,7 +14,7 @@ import typing
 
 from aio import AioBot
 from bot import Event, Message, Presence, Push, Refused, StreamEnd
-from components import Echo
+from components import AppServer, Echo
 from server import Blade, free_ports
 from slix import SlixBot
 
@@ -647,6 +647,28 @@ async def people_talk_in_a_room(stage, one, other):
     assert "alone" not in bob.bodies_now()
 
 
+@scenario()
+async def invited_into_a_room_one_finds_its_archive_and_pings_oneself(stage):
+    alice = await stage.online(SlixBot, "alice")
+    bob = await stage.online(SlixBot, "bob")
+    room = f"archive-{stage.tag}@rooms.localhost"
+    await alice.enter(room, "Alice")
+    await alice.persist(room)
+    said = [f"number {n}" for n in range(25)]
+    for text in said:
+        alice.say(room, text)
+        await alice.wait(Message, body=text)
+    invitation = bob.happens("groupchat_direct_invite")
+    alice.invite(bob.jid, room, "the morning call")
+    assert await bob.invited(invitation) == (room, "the morning call")
+    await bob.enter(room, "Bob")
+    assert await bob.archive(of=room) == said
+    assert await bob.is_in(f"{room}/Bob") == "JOINED"
+    await bob.leave_room(room, "Bob")
+    await bob.settled()
+    assert await bob.is_in(f"{room}/Bob") != "JOINED"
+
+
 @scenario(own=True)
 async def foreign_component_serves_its_name(stage):
     """slixmpp's ComponentXMPP: chat, discovery, subscription and presence with users on two libraries, reconnect."""
@@ -691,6 +713,83 @@ async def foreign_component_serves_its_name(stage):
     finally:
         await users.leave()
         await echo.leave()
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True)
+async def an_app_server_wakes_phones(stage):
+    """XEP-0357 with slixmpp at both ends: told once, again after the phone was there, disabled by an error."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, push__sender="true", push__body="true",
+        component__listen=f'["127.0.0.1:{port}"]', component__hosts='{ "push.example" = "secret" }')
+    server = AppServer("push.example", "secret", blade.host, port)
+    users = Stage(blade, stage.tag)
+    try:
+        await server.come()
+        alice = await users.online(AioBot, "alice")
+        phone = await users.online(SlixBot, "phone")
+        info = await phone.client["xep_0030"].get_info(jid=phone.jid)
+        assert "urn:xmpp:push:0" in info["disco_info"]["features"], info
+        await phone.enable_push("push.example", "yxs32", secret="eruio")
+        await phone.log_out()
+        await asyncio.to_thread(blade.wait_for_sessions, 1)
+        alice.chat(phone.jid, "Wherefore art thou?")
+        user, node, fields, options = await server.wait()
+        assert (user, node, options["secret"]) == (phone.jid, "yxs32", "eruio"), (user, node, options)
+        assert fields["message-count"] == "1" and fields["last-message-body"] == "Wherefore art thou?", fields
+        assert fields["last-message-sender"] == alice.full, fields
+        alice.chat(phone.jid, "Romeo?")
+        await alice.settled()
+        assert server.told.empty()
+        phone = await users.online(SlixBot, "phone", register=False)
+        assert await phone.bodies(2) == ["Wherefore art thou?", "Romeo?"]
+        await phone.log_out()
+        await asyncio.to_thread(blade.wait_for_sessions, 1)
+        server.error = "item-not-found"
+        alice.chat(phone.jid, "once more")
+        assert (await server.wait())[2]["message-count"] == "1"
+        phone = await users.online(SlixBot, "phone", register=False)
+        assert await phone.bodies(1) == ["once more"]
+        await phone.log_out()
+        await asyncio.to_thread(blade.wait_for_sessions, 1)
+        alice.chat(phone.jid, "nobody is told")
+        await alice.settled()
+        assert server.told.empty()
+    finally:
+        await users.leave()
+        await server.leave()
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True)
+async def a_picture_goes_up_and_comes_down(stage):
+    """slixmpp's own XEP-0363, over its own HTTP client and TLS: discovery, upload, download by somebody else, too large."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{port}"]', upload__file_bytes_max="100_000")
+    users = Stage(blade, stage.tag)
+    try:
+        alice = await users.online(SlixBot, "alice")
+        bob = await users.online(AioBot, "bob")
+        picture = os.urandom(65_000)
+        url = await alice.upload("my picture.png", picture, "image/png")
+        assert url.startswith(f"https://localhost:{port}/upload/") and url.endswith("/my%20picture.png"), url
+        alice.chat(bob.jid, url)
+        [body] = await bob.bodies(1)
+        status, headers, got = await alice.download(body)
+        assert (status, headers["content-type"], got == picture) == (200, "image/png", True), (status, headers)
+        status, headers, got = await alice.download(body, {"Range": "bytes=1000-1999"})
+        assert (status, got) == (206, picture[1000:2000]), (status, headers)
+        try:
+            await alice.upload("large.png", bytes(100_001), "image/png")
+        except Refused as refused:
+            assert str(refused) == "too large for 100000", refused
+        else:
+            raise AssertionError("too large a file was taken")
+        assert (await alice.download(body.replace("upload/", "upload/0")))[0] == 404
+    finally:
+        await users.leave()
         await asyncio.to_thread(blade.stop)
 
 

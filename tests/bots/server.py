@@ -96,6 +96,14 @@ class Blade(Server):
             raise RuntimeError(f"nitro {' '.join(arguments)}: {result.returncode}: {result.stderr}{result.stdout}")
         return result.stdout
 
+    def wait_for_sessions(self, count):
+        """Until so many sessions are there: whoever said farewell is gone."""
+        deadline = time.monotonic() + STOPPED_WITHIN_S
+        while len(self.command("session", "list").split("@")) - 1 != count:
+            if time.monotonic() > deadline:
+                raise AssertionError(self.command("session", "list"))
+            time.sleep(0.05)  # the poll's interval; the bound is the deadline
+
     def terminate(self):
         """SIGTERM without waiting; `ended` waits."""
         self.process.send_signal(signal.SIGTERM)

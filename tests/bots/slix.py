@@ -1,9 +1,13 @@
 """A bot on slixmpp."""
 
 import asyncio
+import io
+import ssl
 
+import aiohttp
 import slixmpp
 from slixmpp.exceptions import IqError
+from slixmpp.plugins.xep_0363 import http_upload
 from slixmpp.xmlstream import ET
 from slixmpp.xmlstream.handler import Callback
 from slixmpp.xmlstream.matcher import StanzaPath
@@ -12,7 +16,9 @@ from bot import WAIT_S, Bot, Event, Message, Presence, Push, Refused, StreamEnd
 
 PLUGINS = [
     "xep_0004", "xep_0012", "xep_0030", "xep_0045", "xep_0049", "xep_0054", "xep_0066", "xep_0077", "xep_0092", "xep_0191",
-    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0424", "xep_0441",
+    "xep_0198", "xep_0199", "xep_0202", "xep_0203", "xep_0249", "xep_0280", "xep_0297", "xep_0313", "xep_0352", "xep_0363",
+    "xep_0410", "xep_0424",
+    "xep_0441",
 ]
 
 # Those who publish and want to hear of nodes: they announce capabilities, and are asked for them.
@@ -116,6 +122,34 @@ class SlixBot(Bot):
                 texts = [text.strip() for text in item.itertext() if text.strip()]
                 self.note(Event(str(msg["from"]), items.get("node"), item.get("id"), "".join(texts)))
 
+    def http(self):
+        context = ssl.create_default_context(cafile=self.server.certificate)
+        return aiohttp.TCPConnector(ssl=context)
+
+    async def upload(self, name, data, content_type):
+        plugin = self.client["xep_0363"]
+        # slixmpp has no way to say whom to trust; the rest is its own
+        http_upload.ClientSession = lambda **kw: aiohttp.ClientSession(connector=self.http(), **kw)
+        try:
+            return await plugin.upload_file(name, size=len(data), content_type=content_type, input_file=io.BytesIO(data))
+        except http_upload.FileTooBig as error:
+            raise Refused(f"too large for {error.args[1]}") from None
+
+    async def download(self, url, headers=None):
+        async with aiohttp.ClientSession(connector=self.http()) as session:
+            async with session.get(url, headers=headers) as answer:
+                return answer.status, {name.lower(): value for name, value in answer.headers.items()}, await answer.read()
+
+    async def enable_push(self, jid, node, **options):
+        config = {"FORM_TYPE": "http://jabber.org/protocol/pubsub#publish-options"} | options
+        form = self.client["xep_0004"].make_form(ftype="submit")
+        for var, value in config.items():
+            form.add_field(var=var, value=value)
+        enable = ET.Element("{urn:xmpp:push:0}enable", jid=jid, node=node)
+        enable.append(form.xml)
+        iq = self.client.make_iq_set(enable)
+        await self.ask(iq.send())
+
     async def watch(self, *nodes):
         """Wants to hear of these nodes from when it comes on line."""
         for node in nodes:
@@ -196,6 +230,19 @@ class SlixBot(Bot):
 
     async def leave_room(self, room, nick):
         self.client["xep_0045"].leave_muc(slixmpp.JID(room), nick)
+
+    def invite(self, jid, room, reason):
+        self.client.plugin["xep_0249"].send_invitation(slixmpp.JID(jid), slixmpp.JID(room), reason=reason)
+
+    async def invited(self, invitation):
+        """The room and the reason of an invitation that `happens("groupchat_direct_invite")` has waited for."""
+        _, message = await self.first(invitation)
+        return str(message["groupchat_invite"]["jid"]), message["groupchat_invite"]["reason"]
+
+    async def is_in(self, occupant):
+        """What a ping to the own address in a room tells (XEP-0410): the library's word for it."""
+        status = await self.client.plugin["xep_0410"].send_self_ping(slixmpp.JID(occupant))
+        return status.name
 
     async def persist(self, room):
         """An owner makes the room a lasting one."""
@@ -298,9 +345,10 @@ class SlixBot(Bot):
     def retract(self, to, id):
         return self.client["xep_0424"].send_retraction(slixmpp.JID(to), id)["id"]
 
-    async def archive(self, partner=None, page=10, reverse=False):
-        """What this bot's archive shows, all pages of it: bodies; of a tombstone the id of its retraction."""
+    async def archive(self, partner=None, page=10, reverse=False, of=None):
+        """What this bot's archive (or a room's) shows, all pages of it: bodies; of a tombstone the id of its retraction."""
         pages = self.client["xep_0313"].iterate(
+            jid=slixmpp.JID(of) if of else None,
             with_jid=slixmpp.JID(partner) if partner else None, rsm={"max": page}, reverse=reverse)
         shown = []
         async for message in pages:

@@ -64,6 +64,7 @@ enum Resource {
     Bosh,
     HostMeta,
     HostMetaJson,
+    Upload,
 }
 
 /// Which web pages may use a resource.
@@ -134,6 +135,13 @@ const CLIENTS: &[Route] = &[
         cors: Cors::Anyone,
         resource: Resource::HostMetaJson,
     },
+    Route {
+        path: crate::xmpp::feature::upload::PATH,
+        methods: &["GET", "PUT"],
+        // who knows an address may have what is there, and there are no cookies
+        cors: Cors::Anyone,
+        resource: Resource::Upload,
+    },
 ];
 
 /// What a client hears in the clear who is turned away before anything was read.
@@ -148,6 +156,7 @@ async fn handle(resource: Resource, exchange: &mut Exchange<'_>) -> Result<After
         Resource::Bosh => web::bosh::post(exchange).await,
         Resource::HostMeta => web::host_meta::xml(exchange).await,
         Resource::HostMetaJson => web::host_meta::json(exchange).await,
+        Resource::Upload => super::upload::serve(exchange).await,
     }
 }
 

@@ -25,7 +25,9 @@ use tokio::time::Instant;
 use super::{Counters, Database, SetUpError, Sql, SqlError, Trouble};
 use crate::observe::Stage;
 use crate::store::drain::{Drain, DrainConfig, DrainHandle, DrainedSink, Source};
-use crate::store::tier::{Answer, Loaded, Page, Query, ReadError, Request, Retraction, Ticket};
+use crate::store::tier::{
+    Answer, Loaded, Page, Query, ReadError, Request, Retraction, StoredRoom, Ticket,
+};
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 /// How long the drain goes on when the lane is stopped.
@@ -524,6 +526,7 @@ enum ReadFound {
     Document(Option<Box<[u8]>>),
     Page(Page),
     Retractions(Vec<Retraction>),
+    Rooms(Vec<StoredRoom>),
 }
 
 impl Asked for Read {
@@ -548,6 +551,14 @@ impl Asked for Read {
                 ticket,
                 result: Ok(found),
             },
+            (_, Ok(ReadFound::Rooms(found))) => Answer::Rooms {
+                ticket,
+                result: Ok(found),
+            },
+            (Query::Rooms { .. }, Err(error)) => Answer::Rooms {
+                ticket,
+                result: Err(ReadError(error)),
+            },
             (Query::Retractions { .. }, Err(error)) => Answer::Retractions {
                 ticket,
                 result: Err(ReadError(error)),
@@ -564,7 +575,7 @@ impl Asked for Read {
     }
 }
 
-/// Finds either documents, or one page, or what was retracted on one.
+/// Finds either documents, or one page, or what was retracted on one, or rooms.
 async fn find(sql: &mut Sql, reads: &[Read]) -> Result<Vec<Result<ReadFound, String>>, SqlError> {
     let mut documents = Vec::new();
     for read in reads {
@@ -576,6 +587,10 @@ async fn find(sql: &mut Sql, reads: &[Read]) -> Result<Vec<Result<ReadFound, Str
             Query::Retractions { name, keys } => {
                 let found = sql.retractions(name, keys).await?;
                 return Ok(vec![Ok(ReadFound::Retractions(found))]);
+            }
+            Query::Rooms { after, most } => {
+                let found = sql.rooms(*after, *most).await?;
+                return Ok(vec![Ok(ReadFound::Rooms(found))]);
             }
         }
     }
@@ -679,7 +694,9 @@ impl Waiting {
             }
             Request::Read { ticket, query } => {
                 let counter = match query {
-                    Query::Document { .. } | Query::Retractions { .. } => &counters.reads,
+                    Query::Document { .. } | Query::Retractions { .. } | Query::Rooms { .. } => {
+                        &counters.reads
+                    }
                     Query::Archive(_) => &counters.pages,
                 };
                 counter.fetch_add(1, Relaxed);

@@ -13,12 +13,24 @@ use crate::store::change::Id;
 /// Entries that one step looks at. It is one transaction.
 pub const STEP_ROWS: u32 = 500;
 
+/// Whose archives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Whose {
+    All,
+    /// Prepared local part.
+    One(String),
+    Users,
+    /// One room after the other: they are few beside the users, whose entries need not be looked at then.
+    Rooms,
+}
+
 /// What is to go, and how far it has gone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Purge {
     /// Ids below this one: entries from before a moment.
     before: u64,
-    /// Of one user only.
+    whose: Whose,
+    /// Of this owner only.
     owner: Option<String>,
     /// Nothing is deleted, all is counted.
     dry: bool,
@@ -32,6 +44,8 @@ pub struct Purge {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    /// Finds the room behind `owner`.
+    NextRoom,
     Entries,
     Retractions,
     Over,
@@ -42,22 +56,31 @@ struct Candidate {
     id: u64,
     /// It waits for its recipient.
     pending: bool,
+    /// Of those whose archives are meant.
+    meant: bool,
 }
 
 /// May an entry be deleted that is older than it is to be kept?
 fn may_purge(candidate: &Candidate) -> bool {
-    !candidate.pending
+    candidate.meant && !candidate.pending
 }
 
 impl Purge {
-    /// What was accepted more than `days` ago; `owner`: prepared local part.
-    pub fn older_than(days: u64, owner: Option<String>, dry: bool) -> Purge {
+    /// What was accepted more than `days` ago.
+    pub fn older_than(days: u64, whose: Whose, dry: bool) -> Purge {
         let age_ms = days.saturating_mul(24 * 3600 * 1000);
         Purge {
             before: Id::at(apply::now_ms().saturating_sub(age_ms)).0,
-            owner,
+            owner: match &whose {
+                Whose::One(name) => Some(name.clone()),
+                _ => None,
+            },
             dry,
-            stage: Stage::Entries,
+            stage: match whose {
+                Whose::Rooms => Stage::NextRoom,
+                _ => Stage::Entries,
+            },
+            whose,
             after: 0,
             gone: 0,
             kept: 0,
@@ -71,12 +94,16 @@ impl Purge {
     /// The statement that finds the next rows; it ends with a bound of their number.
     fn statement(&self, dialect: Dialect) -> (String, Vec<Value<'_>>) {
         let mut values = Vec::new();
-        let (table, what) = match self.stage {
-            Stage::Entries => (
+        let waits = "EXISTS (SELECT 1 FROM pending p WHERE p.id = k.id)";
+        let (table, waits, room) = match (self.stage, &self.whose) {
+            (Stage::Entries, Whose::Users) => (
                 "archive",
-                "EXISTS (SELECT 1 FROM pending p WHERE p.id = k.id)",
+                waits,
+                "EXISTS (SELECT 1 FROM users u WHERE u.id = k.owner AND u.name LIKE '%@rooms')",
             ),
-            _ => ("retractions", "0"),
+            (Stage::Entries, _) => ("archive", waits, "0"),
+            // whosever it is: it goes only when nothing is left that it could be about
+            _ => ("retractions", "0", "0"),
         };
         let owner = match &self.owner {
             Some(name) => {
@@ -102,7 +129,7 @@ impl Purge {
         };
         values.push(Value::Int(i64::from(STEP_ROWS)));
         let text = format!(
-            "SELECT k.id, {what} FROM {table} AS k{index} WHERE {owner}k.id > ? AND k.id < ?{last} ORDER BY k.id LIMIT ?"
+            "SELECT k.id, {waits}, {room} FROM {table} AS k{index} WHERE {owner}k.id > ? AND k.id < ?{last} ORDER BY k.id LIMIT ?"
         );
         (text, values)
     }
@@ -111,6 +138,17 @@ impl Purge {
 impl Sql {
     /// The next step of a purge.
     pub async fn purge_step(&mut self, purge: &mut Purge) -> Result<(), SqlError> {
+        if purge.stage == Stage::NextRoom {
+            let behind = purge.owner.take().unwrap_or_default();
+            let values = [Value::Text(&behind)];
+            let rows = self.conn.ask(statements::NEXT_ROOM, &values).await?;
+            purge.stage = Stage::Over;
+            if let Some(row) = rows.first() {
+                purge.owner = Some(row.text(0)?.to_owned());
+                purge.stage = Stage::Entries;
+            }
+            return Ok(());
+        }
         let (text, values) = purge.statement(self.conn.dialect());
         let rows = self.conn.ask(sqlx::AssertSqlSafe(text), &values).await?;
         let mut found = Vec::new();
@@ -118,10 +156,12 @@ impl Sql {
             found.push(Candidate {
                 id: row.id(0)?,
                 pending: row.int(1)? != 0,
+                meant: row.int(2)? == 0,
             });
         }
         let last = found.last().map(|candidate| candidate.id);
         let seen = found.len() as u64;
+        let meant = found.iter().filter(|candidate| candidate.meant).count() as u64;
         found.retain(may_purge);
         let ids: Vec<u64> = found.iter().map(|candidate| candidate.id).collect();
         if !purge.dry && !ids.is_empty() {
@@ -136,7 +176,7 @@ impl Sql {
         }
         if purge.stage == Stage::Entries {
             purge.gone += ids.len() as u64;
-            purge.kept += seen - ids.len() as u64;
+            purge.kept += meant - ids.len() as u64;
         }
         if let Some(last) = last {
             purge.after = last;
@@ -145,6 +185,7 @@ impl Sql {
             purge.after = 0;
             purge.stage = match purge.stage {
                 Stage::Entries => Stage::Retractions,
+                _ if purge.whose == Whose::Rooms => Stage::NextRoom,
                 _ => Stage::Over,
             };
         }

@@ -8,7 +8,9 @@ use super::statements::{self, ASK_MAX};
 use super::{Position, Sql, peer_key, split_jid};
 use crate::store::change::Id;
 use crate::store::record::{Record, RecordError};
-use crate::store::tier::{ArchiveQuery, Entry, Last, Loaded, Page, Pending, Retraction};
+use crate::store::tier::{
+    ArchiveQuery, Entry, Last, Loaded, Page, Pending, Retraction, StoredRoom,
+};
 
 /// What a load found for one name.
 pub type Found = Result<Option<Loaded>, RecordError>;
@@ -78,6 +80,7 @@ impl Sql {
                         revision,
                         pending: Vec::new(),
                         last,
+                        index: None,
                     })
                 }),
             );
@@ -165,6 +168,28 @@ impl Sql {
         }
         found.sort_by_key(|one| one.id);
         found.dedup_by_key(|one| one.id);
+        Ok(found)
+    }
+
+    /// Chat rooms behind a row, in order of their rows.
+    pub async fn rooms(&mut self, after: u64, most: u32) -> Result<Vec<StoredRoom>, SqlError> {
+        let values = [Value::from(after), Value::from(u64::from(most))];
+        let rows = self.conn.ask(statements::ROOMS, &values).await?;
+        let mut found = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let name = row.text(1)?;
+            let record = Record::from_bytes(row.bytes(2)?);
+            if let Err(error) = &record {
+                tracing::error!(room = name, %error, "the record of a room cannot be read");
+            }
+            let maker = row.optional_bytes(3)?.unwrap_or_default();
+            found.push(StoredRoom {
+                number: row.id(0)?,
+                name: name.into(),
+                record: record.ok(),
+                maker: String::from_utf8_lossy(maker).into(),
+            });
+        }
         Ok(found)
     }
 

@@ -420,9 +420,16 @@ pub(super) const COUNT: &str = "SELECT count(*) FROM users WHERE name NOT LIKE '
 pub(super) const KEY_SHAPES: &str =
     "SELECT sha1_iterations, sha1_salt_len, sha256_iterations, sha256_salt_len, count(*)
     FROM users GROUP BY 1, 2, 3, 4 ORDER BY 5 DESC";
+/// After, limit. Rooms have no keys to log in with: the index finds them among any number of accounts, in order of the rows.
+pub(super) const ROOMS: &str = "SELECT u.id, u.name, u.record, d.value FROM users u
+    LEFT JOIN documents d ON d.owner = u.id AND d.doc_key = 'room-maker'
+    WHERE u.sha1_iterations IS NULL AND u.sha1_salt_len IS NULL AND u.sha256_iterations IS NULL
+    AND u.sha256_salt_len IS NULL AND u.id > ? AND u.name LIKE '%@rooms' ORDER BY u.id LIMIT ?";
 /// Prefix, behind the prefix, after, limit.
 pub(super) const LIST: &str = "SELECT name, created_at, updated_at, disabled FROM users
     WHERE name >= ? AND name < ? AND name > ? AND name NOT LIKE '%@%' ORDER BY name LIMIT ?";
+pub(super) const NEXT_ROOM: &str =
+    "SELECT name FROM users WHERE name > ? AND name LIKE '%@rooms' ORDER BY name LIMIT 1";
 pub(super) const QUARANTINED: &str = "SELECT count(*) FROM quarantine WHERE part = 0";
 
 pub(super) const TO_PURGE: &str = "SELECT owner FROM gone LIMIT 1";

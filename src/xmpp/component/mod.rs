@@ -12,6 +12,11 @@
 //! not take when the connection ends comes back. A user's message is in his archive, durably, before the component gets it, and
 //! no acknowledgement (XEP-0198) covers it before it was handed over or refused. Nothing here grows beyond
 //! `component.queue_bytes_max` for each connection (four times that within one turn).
+//!
+//! **After a crash** nobody knows whether the kernel had taken a message that was open, and its sender, whose session is gone, would
+//! not hear an error; but the count that he gets back covers it, because it is in his archive. So it waits for its component
+//! ([`Slice::component_recover`]), in front of all that comes later for the same name, and is handed over then (perhaps a second
+//! time), or comes back as an error when `component.timeout_seconds` have passed.
 
 mod handshake;
 #[cfg(test)]
@@ -33,7 +38,7 @@ use super::jid::Jid;
 use super::ledger::Act;
 use super::message::error_answer;
 use super::meta::{Kind, Meta};
-use super::slice::{Closing, Fate, Slice};
+use super::slice::{Closing, Fate, Slice, Waiting};
 use super::{NS_CLIENT, iq, message};
 use crate::config::ComponentPolicy as Policy;
 use crate::store::ring;
@@ -63,6 +68,8 @@ const NOT_CONNECTED: StanzaError = StanzaError {
 };
 const LOST: StanzaError = StanzaError::REMOTE_SERVER_TIMEOUT
     .text("the connection of the component ended before it took this");
+const LOST_IN_CRASH: StanzaError = StanzaError::REMOTE_SERVER_TIMEOUT
+    .text("the server was restarted, and the component did not come back");
 const SLOW: StanzaError = StanzaError::RESOURCE_CONSTRAINT.text("the component does not keep up");
 
 /// The names of components, with their secrets and policies; from the configuration, the same for all shards.
@@ -254,7 +261,20 @@ pub struct Components {
     pub ending: Vec<Closing>,
     /// Those that serve their names from now on: they may be read.
     pub opened: Vec<u64>,
+    /// What the last start left, by name.
+    recovered: BTreeMap<Box<str>, Recovered>,
     pub counters: Counters,
+}
+
+/// Messages for one name that wait for it after a crash.
+struct Recovered {
+    waiting: Vec<Waiting>,
+    /// Of all of them.
+    bytes: usize,
+    /// When this was looked at first, ms of the monotonic clock.
+    since_ms: Option<u64>,
+    /// When this was looked at last, somebody served the name. Once more, and all shards have heard that, too.
+    served: bool,
 }
 
 impl Components {
@@ -388,6 +408,17 @@ impl Slice {
         self.component_over(id, Some(bytes), reason);
     }
 
+    /// The connections of this shard that serve a name end; how many.
+    pub fn component_kick(&mut self, host: &str, error: &StreamError) -> usize {
+        let all = self.components.conns.iter();
+        let of_host = all.filter(|(_, conn)| conn.up && &*conn.host == host);
+        let ended: Vec<u32> = of_host.map(|(number, _)| *number).collect();
+        for number in &ended {
+            self.component_end(self.component_id(*number), Some(error.clone()));
+        }
+        ended.len()
+    }
+
     /// All of them get `error`.
     pub fn component_end_all(&mut self, error: &StreamError) {
         let all: Vec<u32> = self.components.conns.keys().copied().collect();
@@ -435,6 +466,66 @@ impl Slice {
             }
             if let Some(receipt) = mark.receipt {
                 self.settle(receipt);
+            }
+        }
+    }
+
+    // ---- after a crash -------------------------------------------------------------------------------------------
+
+    /// A message whose fate was open when the process ended. It waits for the component to come back.
+    pub(super) fn component_recover(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Receipt,
+    ) {
+        let found = self.components.recovered.entry(to.domain().into());
+        let recovered = found.or_insert_with(|| Recovered {
+            waiting: Vec::new(),
+            bytes: 0,
+            since_ms: None,
+            served: false,
+        });
+        recovered.push(to, from, stanza, meta, Some(receipt));
+        self.opened(receipt);
+    }
+
+    /// Called about twice a second.
+    pub(super) fn component_recovered(&mut self) {
+        let (now_ms, timeout_ms) = (self.now.ms, self.components.settings.timeout_ms);
+        let components = &mut self.components;
+        let mut over: SmallVec<[Box<str>; 2]> = SmallVec::new();
+        for (host, recovered) in &mut components.recovered {
+            let serves = components.serving.contains_key(host);
+            let since_ms = *recovered.since_ms.get_or_insert(now_ms);
+            let late = now_ms.saturating_sub(since_ms) > timeout_ms;
+            if (recovered.served && serves) || late {
+                over.push(host.clone());
+            }
+            recovered.served = serves;
+        }
+        for host in over {
+            let Some(recovered) = self.components.recovered.remove(&host) else {
+                continue;
+            };
+            let serves = self.components.serving.contains_key(&host);
+            for one in recovered.waiting {
+                let Ok(to) = Jid::parse(&one.to) else {
+                    continue;
+                };
+                let (from, stanza, meta) = (&*one.from, &*one.stanza, one.meta);
+                let fate = match serves {
+                    true => send(self, &to, from, stanza, meta, one.receipt),
+                    false => {
+                        self.components.counters.lost += 1;
+                        refuse(self, &to, from, stanza, meta, &LOST_IN_CRASH)
+                    }
+                };
+                if let (Fate::Decided, Some(receipt)) = (fate, one.receipt) {
+                    self.settle(receipt);
+                }
             }
         }
     }
@@ -695,8 +786,16 @@ impl Slice {
         let own = match self.host(to.domain()) {
             Host::Own => true,
             Host::Component => false,
-            // occupants are users
-            Host::Rooms => return Err(StanzaError::SERVICE_UNAVAILABLE),
+            Host::Rooms if to.local().is_none() => {
+                return match query {
+                    true => self.component_asks_rooms(view, from, &to, meta),
+                    false if meta.kind.is_message() => Err(StanzaError::SERVICE_UNAVAILABLE),
+                    false => Ok(()),
+                };
+            }
+            // rooms have no subscriptions
+            Host::Rooms if meta.kind.is_subscription() => return Ok(()),
+            Host::Rooms => false,
             Host::Unknown => return Err(StanzaError::REMOTE_SERVER_NOT_FOUND),
         };
         if own && to.local().is_none() {
@@ -720,6 +819,28 @@ impl Slice {
         let stanza = message::compose(view, from.as_str(), Some(&to), None, scratch);
         self.route(&to, from.as_str(), &stanza, meta, None);
         self.give_scratch(stanza);
+        Ok(())
+    }
+
+    /// A request to the service of chat rooms.
+    fn component_asks_rooms(
+        &mut self,
+        view: &View<'_>,
+        from: &Jid<'_>,
+        to: &Jid<'_>,
+        meta: Meta,
+    ) -> Result<(), StanzaError> {
+        let payload = view.to_element().elements().next().cloned();
+        let iq = iq::Iq {
+            session: None,
+            from: from.borrowed().into_owned(),
+            to: Some(to.borrowed().into_owned()),
+            id: view.attr("id").unwrap_or_default().into_owned(),
+            set: meta.kind == Kind::IqSet,
+            payload: payload.ok_or(StanzaError::BAD_REQUEST)?,
+            receipt: None,
+        };
+        super::room::host::handle(self, iq);
         Ok(())
     }
 
@@ -848,7 +969,27 @@ fn behind(
     Fate::Open
 }
 
-/// Nothing that is older waits.
+impl Recovered {
+    fn push(
+        &mut self,
+        to: &Jid<'_>,
+        from: &str,
+        stanza: &[u8],
+        meta: Meta,
+        receipt: Option<Receipt>,
+    ) {
+        self.bytes += stanza.len();
+        self.waiting.push(Waiting {
+            to: to.as_str().into(),
+            from: from.into(),
+            stanza: stanza.into(),
+            meta,
+            receipt,
+        });
+    }
+}
+
+/// Nothing that is older waits, but what a crash has left.
 pub fn send(
     slice: &mut Slice,
     to: &Jid<'_>,
@@ -861,6 +1002,16 @@ pub fn send(
     let Some(conn) = slice.components.pick(to.domain(), bare, |_| true) else {
         return unreachable(slice, to, from, stanza, meta);
     };
+    let most = slice.components.settings.queue_bytes_max;
+    if let Some(recovered) = slice.components.recovered.get_mut(to.domain()) {
+        // for a moment: it is served
+        if recovered.bytes + stanza.len() > most {
+            slice.components.counters.overflows += 1;
+            return refuse(slice, to, from, stanza, meta, &SLOW);
+        }
+        recovered.push(to, from, stanza, meta, receipt);
+        return Fate::Open;
+    }
     if conn.shard == slice.env.shard {
         return give(slice, conn, to, from, stanza, meta, receipt);
     }

@@ -493,6 +493,11 @@ fn cut(page: &mut Page, backwards: bool, overhead: usize) {
 
 /// Section 5: the first and the last entry.
 fn tell_ends(slice: &mut Slice, sid: SessionId, iq: Iq) {
+    if let Some(known) = slice.archive_ends(iq.account()) {
+        let metadata = ends(&slice.env, known);
+        slice.iq_result(&iq, Some(metadata));
+        return next(slice, sid);
+    }
     let first = ArchiveQuery {
         name: iq.account().into(),
         most: 1,
@@ -502,34 +507,36 @@ fn tell_ends(slice: &mut Slice, sid: SessionId, iq: Iq) {
         backwards: true,
         ..first.clone()
     };
-    let then = move |slice: &mut Slice, first: Result<Page, ReadError>| {
-        let then = move |slice: &mut Slice, last: Result<Page, ReadError>| {
+    // the last one first: with it the archive is among those in memory, where the first one is kept, too
+    let then = move |slice: &mut Slice, last: Result<Page, ReadError>| {
+        let then = move |slice: &mut Slice, first: Result<Page, ReadError>| {
             match (first, last) {
                 (Ok(first), Ok(last)) => {
-                    let metadata = ends(&slice.env, &first, &last);
+                    let (first, last) = (first.entries.first(), last.entries.last());
+                    let found = first.zip(last).map(|(first, last)| (first.id, last.id));
+                    let metadata = ends(&slice.env, found);
                     slice.iq_result(&iq, Some(metadata));
                 }
                 (Err(error), _) | (_, Err(error)) => cannot_read(slice, &iq, &error),
             }
             next(slice, sid);
         };
-        slice.read_archive(last, Box::new(then));
+        slice.read_archive(first, Box::new(then));
     };
-    slice.read_archive(first, Box::new(then));
+    slice.read_archive(last, Box::new(then));
 }
 
-fn ends(env: &Env, first: &Page, last: &Page) -> Element {
+/// `ends`: ids of the first and the last entry, if there is one.
+fn ends(env: &Env, ends: Option<(u64, u64)>) -> Element {
     let end = |name: &str, id: u64| {
         Element::new(name, NS)
             .attr("id", stable_id::shown(id, env.id_key))
             .attr("timestamp", time::stamp_ms(Id(id).unix_ms()))
     };
     let metadata = Element::new("metadata", NS);
-    match (first.entries.first(), last.entries.last()) {
-        (Some(first), Some(last)) => metadata
-            .child(end("start", first.id))
-            .child(end("end", last.id)),
-        _ => metadata,
+    match ends {
+        Some((first, last)) => metadata.child(end("start", first)).child(end("end", last)),
+        None => metadata,
     }
 }
 
@@ -1447,6 +1454,32 @@ mod tests {
             s.w.send(s.a, &ask.replace("get", "set"));
             assert!(s.w.take(s.a).concat().contains("<bad-request"));
         }
+    }
+
+    #[test]
+    fn metadata_come_from_memory_once_they_were_asked_for_and_follow_what_happens() {
+        let mut s = Scene::new();
+        let ask = format!("<iq type='get' id='m'><metadata xmlns='{NS}'/></iq>");
+        let wanted = |all: &[String]| {
+            let ends = all.first().zip(all.last());
+            ends.map(|(first, last)| (format!("<start id='{first}'"), format!("<end id='{last}'")))
+        };
+        s.talk(400, 400);
+        let mut asked = Vec::new();
+        for more in [0, 0, 1, 3] {
+            s.talk(more, more);
+            let reads = s.w.tier.reads;
+            s.w.send(s.a, &ask);
+            let got = s.w.take(s.a).concat();
+            asked.push(s.w.tier.reads - reads);
+            let alice = s.alice.clone();
+            let key = s.w.slice_of(&alice).env.id_key;
+            let ids = s.w.tier.users[&alice].archive.keys();
+            let ids: Vec<String> = ids.map(|id| stable_id::shown(*id, key)).collect();
+            let (first, last) = wanted(&ids).unwrap();
+            assert!(got.contains(&first) && got.contains(&last), "{got}");
+        }
+        assert_eq!(asked, [2, 0, 0, 0], "statements");
     }
 
     #[test]

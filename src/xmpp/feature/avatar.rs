@@ -69,14 +69,14 @@ fn is_hash(id: &str) -> bool {
     id.len() == 40 && id.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// What presence says of the avatar: its hash, or nothing (there is none).
-pub fn hash(slice: &Slice, name: &str) -> Option<String> {
-    let index = slice.user(name)?.pep.as_ref()?;
-    if index.is_empty() {
-        return None;
-    }
-    let image = image(&Nodes::decode(index).ok()?)?;
-    Some(image.map(|image| image.id).unwrap_or_default())
+/// What presence says of the avatar: its hash, or nothing (there is none). It is read from an index once ([`pep::Index::avatar`]).
+pub fn hash<'a>(slice: &'a Slice, name: &str) -> Option<&'a str> {
+    slice.user(name)?.pep.as_ref()?.avatar()
+}
+
+pub fn hash_in(nodes: &Nodes) -> Option<Box<str>> {
+    let image = image(nodes)?;
+    Some(image.map(|image| image.id).unwrap_or_default().into())
 }
 
 fn update(hash: &str) -> Vec<u8> {
@@ -93,7 +93,7 @@ pub fn announce(slice: &Slice, name: &str, view: &View<'_>, stanza: Vec<u8>) -> 
         return stanza;
     };
     match view.child("x", UPDATE) {
-        None => with_update(stanza, &hash),
+        None => with_update(stanza, hash),
         // a client that says what it has, or that it has none, is believed
         Some(x) if x.inner().contains("photo") => stanza,
         // one that says that it does not know is helped
@@ -102,7 +102,7 @@ pub fn announce(slice: &Slice, name: &str, view: &View<'_>, stanza: Vec<u8>) -> 
                 element.remove_children(|e| e.is("x", UPDATE));
                 let mut bytes = Vec::new();
                 element.write(&mut bytes, crate::xmpp::NS_CLIENT);
-                with_update(bytes, &hash)
+                with_update(bytes, hash)
             }
             None => stanza,
         },
@@ -161,7 +161,7 @@ pub fn come(slice: &mut Slice, sid: SessionId, view: &View<'_>) {
 
 /// The avatar is another one: presence of the user's resources goes out anew, if it says something else now.
 pub fn changed(slice: &mut Slice, name: &str) {
-    let hash = hash(slice, name);
+    let hash = hash(slice, name).map(str::to_owned);
     for sid in slice.sessions_of(name) {
         let Some(presence) = slice.sessions.get(sid).and_then(|s| s.presence.as_ref()) else {
             continue;
@@ -364,6 +364,18 @@ mod tests {
         // directed presence, as into rooms
         w.send(a, &format!("<presence to='{bob}@localhost/b'/>"));
         assert!(w.take(b).concat().contains(&x(IMAGE)));
+        let room = "desk@rooms.localhost";
+        let enter = |nick: &str| {
+            format!(
+                "<presence to='{room}/{nick}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+            )
+        };
+        w.send(b, &enter("b"));
+        w.send(b, &format!("<iq type='set' id='o' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'><x xmlns='jabber:x:data' type='submit'/></query></iq>"));
+        w.take(b);
+        w.send(a, &enter("a"));
+        let there = w.take(b).concat();
+        assert!(there.contains(&x(IMAGE)), "{there}");
         w.send(a, "<presence/>");
         w.take(b);
         done(

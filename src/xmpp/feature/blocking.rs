@@ -5,6 +5,8 @@
 //! sessions that asked for the list, presence to the contacts whom a change concerns. Promise: a change is answered when it
 //! is durable, and a user is never cut off from his own sessions.
 
+use std::collections::HashSet;
+
 use super::{Feature, Iq, IqRoute, NONE, Refusal, Target, presence};
 use crate::store::record::ArchivedUserRecord;
 use crate::xml::dom::Element;
@@ -261,9 +263,10 @@ fn watchers<'a>(
     listed: impl Iterator<Item = &'a String>,
 ) -> Vec<Watcher> {
     let mut all: Vec<Watcher> = Vec::new();
+    let mut known: HashSet<String> = HashSet::new();
     let mut add = |jid: &str, sees: bool, seen: bool| {
         if let Ok(parsed) = Jid::parse(jid)
-            && !all.iter().any(|watcher| watcher.jid == jid)
+            && known.insert(jid.to_owned())
         {
             all.push(Watcher {
                 jid: jid.to_owned(),

@@ -2,7 +2,7 @@
 //! full JID) and messages that say nothing (chat states). Anything else goes out at once, with what waited before it, so
 //! that the order stays.
 
-use super::{Feature, NONE, NonzaRoute};
+use super::{Feature, NONE, NonzaRoute, push};
 use crate::xml::view::View;
 use crate::xmpp::error::StreamError;
 use crate::xmpp::meta::{Kind, Meta};
@@ -81,6 +81,7 @@ fn active(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamE
     if let Some(session) = slice.sessions.get_mut(sid) {
         activate(session);
         slice.touched(sid);
+        push::is_there(slice, sid);
     }
     Ok(())
 }

@@ -111,7 +111,9 @@ fn server_items(slice: &mut Slice, iq: Iq) {
     } else {
         let rooms = slice.env.rooms.as_deref();
         // and the components that are connected
-        let hosts = rooms.into_iter().chain(slice.components.served());
+        let upload = slice.env.upload.as_deref();
+        let own = rooms.into_iter().chain(upload);
+        let hosts = own.chain(slice.components.served());
         let items = hosts.fold(Element::new("query", NS_ITEMS), |query, host| {
             query.child(Element::new("item", NS_ITEMS).attr("jid", host))
         });
@@ -303,7 +305,7 @@ mod tests {
         }
         assert!(vars.is_sorted_by(|a, b| a < b));
         w.send(a, &ask("localhost", "items", ""));
-        w.expect(a, &["<iq type='result' id='d' from='localhost' to='alice@localhost/a'><query xmlns='http://jabber.org/protocol/disco#items'><item jid='rooms.localhost'/></query></iq>"]);
+        w.expect(a, &["<iq type='result' id='d' from='localhost' to='alice@localhost/a'><query xmlns='http://jabber.org/protocol/disco#items'><item jid='rooms.localhost'/><item jid='upload.localhost'/></query></iq>"]);
         for what in ["info", "items"] {
             w.send(a, &ask("localhost", what, " node='no such'"));
             assert!(w.take(a).concat().contains("<item-not-found"));

@@ -84,6 +84,11 @@ pub fn meta(view: &View<'_>) -> Meta {
     Meta::new(kind).with(flags)
 }
 
+/// Payloads that say nothing by themselves: chat states, receipts, markers.
+pub fn is_chatter(ns: &str) -> bool {
+    matches!(ns, NS_CHAT_STATES | NS_RECEIPTS | NS_MARKERS)
+}
+
 fn invites(x: &Child<'_>) -> bool {
     memchr::memmem::find(x.inner().as_bytes(), b"invite").is_some()
         || memchr::memmem::find(x.inner().as_bytes(), b"decline").is_some()

@@ -24,6 +24,7 @@ pub mod presence;
 pub mod private;
 pub mod private_nodes;
 pub mod profile;
+pub mod push;
 pub mod register;
 pub mod retract;
 pub mod rooms;
@@ -35,6 +36,7 @@ pub mod stable_id;
 pub mod subscription;
 pub mod table;
 pub mod time;
+pub mod upload;
 pub mod vcard;
 pub mod vcard4;
 pub mod version;
@@ -178,7 +180,7 @@ macro_rules! features {
 
 features! {
     disco roster subscription presence blocking carbons offline archive archive_prefs retract rsm stable_id hints sm csi ping caps pep
-    private_nodes avatar vcard vcard4 profile bookmarks displayed omemo private register last time version legacy_session rooms
+    private_nodes avatar vcard vcard4 profile bookmarks displayed omemo private push upload register last time version legacy_session rooms
     occupant_id self_ping moderation
 }
 

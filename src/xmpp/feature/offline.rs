@@ -47,6 +47,12 @@ impl Offline {
         self.bytes
     }
 
+    /// The message that was accepted last.
+    pub fn newest(&self) -> Option<(&[u8], Meta)> {
+        let (_, (stanza, meta)) = self.messages.last_key_value()?;
+        Some((stanza, *meta))
+    }
+
     pub fn put(&mut self, id: u64, stanza: Box<[u8]>, meta: Meta) {
         self.bytes += stanza.len();
         if let Some((old, _)) = self.messages.insert(id, (stanza, meta)) {

@@ -13,12 +13,18 @@
 //! block list and capabilities decide. Who comes on line tells the owners of his contacts, a shard at a time, what he wants
 //! ([`Item::Interest`]), and they send him the last items.
 //!
-//! **Memory.** The index of a user is read when it is first needed and stays with him in the cache. A contact who is not in the cache,
-//! or whose index is not, is loaded for a greeting only as far as there is room: [`READS_MAX`] at a time for each shard, the others
-//! wait, and beyond `limits.pep_waiting_max` nobody hears from him until he publishes something.
+//! **Memory.** The index of a user is read when it is first needed and stays with him in the cache. What a greeting has to read (a
+//! contact who is not in the cache, his index, or the bucket of a last item that does not lie in it) is read once for all who
+//! wait for it, [`READS_MAX`] at a time for each shard; the others wait, and beyond `limits.pep_waiting_max` who has come does not hear
+//! of it until something is published.
+//!
+//! **Who is greeted** (XEP-0163 section 4.3.4 wants it for every subscriber): whoever comes hears the last items of his own account, of
+//! the contacts in his roster, and of the members of shared groups of `groups.last_items_members_max` at most: in a group of
+//! thousands each arrival would read thousands of indexes. An address of a component is told of nothing: the server knows what a client
+//! wants from the capabilities of its own sessions, and asks nobody else for theirs.
 
-use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
+use std::cell::{OnceCell, RefCell};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::rc::Rc;
 
 use fnv::FnvHashMap;
@@ -103,7 +109,7 @@ pub static FEATURE: Feature = Feature {
 /// Changes of one user that may wait for the one at work.
 const WAITING_MAX: usize = 64;
 
-/// Indexes that one shard reads at a time for contacts who are greeted.
+/// Indexes and buckets that one shard reads at a time for those who are greeted.
 pub const READS_MAX: usize = 32;
 
 /// How often the items of a node are read again because it was changed meanwhile.
@@ -115,10 +121,37 @@ const PAGE_BYTES_MAX: usize = 1 << 20;
 /// Runs with the user's nodes, alone. An error: it has not begun.
 pub type Work = Box<dyn FnOnce(&mut Slice, Result<Turn, StanzaError>)>;
 
-/// Work of one user's that goes on; ended by [`commit`] or [`end`].
+/// Work of one user's that goes on; ended by [`commit`] or [`end`]. It counts for the account that it was begun for: when that is removed
+/// meanwhile, nothing is changed, even if there is another one of this name.
 pub struct Turn {
     name: Rc<str>,
     pub nodes: Nodes,
+}
+
+/// The index of a user's nodes, as it is stored. Empty: he has none.
+pub struct Index {
+    bytes: Box<[u8]>,
+    /// What the metadata of his avatar say, once somebody has asked; see [`avatar::hash`].
+    avatar: OnceCell<Option<Box<str>>>,
+}
+
+impl Index {
+    pub fn new(bytes: Box<[u8]>) -> Rc<Index> {
+        Rc::new(Index {
+            bytes,
+            avatar: OnceCell::new(),
+        })
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The hash of the avatar, read once.
+    pub fn avatar(&self) -> Option<&str> {
+        let read = || avatar::hash_in(&Nodes::decode(&self.bytes).ok()?);
+        self.avatar.get_or_init(read).as_deref()
+    }
 }
 
 /// What was read for it.
@@ -130,28 +163,39 @@ type ThenBuckets =
 /// Changes at work, and greetings that wait.
 #[derive(Default)]
 pub struct Pep {
-    changes: FnvHashMap<Rc<str>, VecDeque<Work>>,
-    greetings: VecDeque<Greeting>,
+    /// With the account that each was begun for.
+    changes: FnvHashMap<Rc<str>, VecDeque<(Rc<str>, Work)>>,
+    greetings: FnvHashMap<Source, Audience>,
+    /// Of `greetings` that are not being read.
+    order: VecDeque<Source>,
+    /// Of all of them.
+    waiting: usize,
     reading: usize,
     /// [`pump`] is at work.
     pumping: bool,
 }
 
 impl Pep {
-    /// Greetings that wait for an index to be read.
+    /// Greetings that wait for something to be read.
     pub fn waiting(&self) -> usize {
-        self.greetings.len() + self.reading
+        self.waiting
+    }
+
+    /// Indexes and buckets that are being read for greetings.
+    pub fn reading(&self) -> usize {
+        self.reading
     }
 }
 
-/// Somebody who has come on line is to hear of a user's nodes.
-struct Greeting {
-    /// Whose nodes.
-    name: Box<str>,
-    /// Full JID.
-    to: Rc<str>,
-    wants: Rc<str>,
+/// What is to be read for greetings: a user's index, or one of the buckets.
+#[derive(Clone, PartialEq, Eq, Hash)]
+struct Source {
+    name: Rc<str>,
+    bucket: Option<Bucket>,
 }
+
+/// Who has come on line and is to hear of what is read: full JID, and the nodes that he wants. Each once, with what he wanted last.
+type Audience = BTreeMap<Rc<str>, Rc<str>>;
 
 /// What a node has when nobody says otherwise.
 pub fn default_config(node: &str) -> Config {
@@ -193,8 +237,9 @@ pub fn with_index(
                     && Rc::ptr_eq(&now.name, &user)
                     && now.pep.is_none()
                 {
-                    now.pep = Some(Rc::from(bytes));
+                    now.pep = Some(Index::new(bytes));
                     slice.resize(&user);
+                    slice.ring_read_index(&user);
                 }
                 Ok(())
             });
@@ -206,13 +251,13 @@ pub fn with_index(
     );
 }
 
-fn index(slice: &Slice, name: &str) -> Option<Rc<[u8]>> {
+fn index(slice: &Slice, name: &str) -> Option<Rc<Index>> {
     slice.user(name)?.pep.clone()
 }
 
 /// The nodes of a user whose index was read.
 pub fn nodes_of(slice: &Slice, name: &str) -> Option<Nodes> {
-    Nodes::decode(&index(slice, name)?).ok()
+    Nodes::decode(index(slice, name)?.bytes()).ok()
 }
 
 /// Reads some buckets of the user's.
@@ -315,7 +360,7 @@ pub fn begin(slice: &mut Slice, name: &str, work: Work) {
             slice.pep.changes.insert(name.clone(), VecDeque::new());
             start(slice, name, work);
         }
-        Some(waiting) if waiting.len() < WAITING_MAX => waiting.push_back(work),
+        Some(waiting) if waiting.len() < WAITING_MAX => waiting.push_back((name, work)),
         Some(_) => work(slice, Err(StanzaError::RESOURCE_CONSTRAINT)),
     }
 }
@@ -323,14 +368,21 @@ pub fn begin(slice: &mut Slice, name: &str, work: Work) {
 fn start(slice: &mut Slice, name: Rc<str>, work: Work) {
     with_index(slice, &name.clone(), move |slice, result| {
         let nodes = result.ok().and_then(|()| nodes_of(slice, &name));
-        match nodes {
-            Some(nodes) => work(slice, Ok(Turn { name, nodes })),
-            None => {
-                work(slice, Err(StanzaError::RESOURCE_CONSTRAINT));
-                next(slice, &name);
-            }
-        }
+        let refused = match nodes {
+            _ if !is_there(slice, &name) => StanzaError::ITEM_NOT_FOUND,
+            Some(nodes) => return work(slice, Ok(Turn { name, nodes })),
+            None => StanzaError::RESOURCE_CONSTRAINT,
+        };
+        work(slice, Err(refused));
+        next(slice, &name);
     });
+}
+
+/// Is it still the account whose [`User::name`] this is, and not a later one of the same name? (Who has a change at work stays in the
+/// cache.)
+fn is_there(slice: &Slice, account: &Rc<str>) -> bool {
+    let user = slice.user(account);
+    user.is_some_and(|user| Rc::ptr_eq(&user.name, account))
 }
 
 /// The work is over: the next.
@@ -343,7 +395,7 @@ fn next(slice: &mut Slice, name: &Rc<str>) {
         return;
     };
     match waiting.pop_front() {
-        Some(work) => start(slice, name.clone(), work),
+        Some((account, work)) => start(slice, account, work),
         None => {
             slice.pep.changes.remove(name);
         }
@@ -385,7 +437,10 @@ pub fn commit(
             let done = |slice: &mut Slice, result| {
                 then(slice, result);
             };
-            let made = buckets.and_then(|buckets| make(slice, nodes, buckets, change));
+            let made = match is_there(slice, &name) {
+                true => buckets.and_then(|buckets| make(slice, nodes, buckets, change)),
+                false => Err(StanzaError::ITEM_NOT_FOUND),
+            };
             let (outcome, documents) = match made {
                 Ok(made) => made,
                 Err(error) => {
@@ -400,10 +455,10 @@ pub fn commit(
                     tracing::warn!(user = &*user, %error, "nodes could not be stored");
                     StanzaError::from(error)
                 });
-                if result.is_ok() {
+                let ok = result.is_ok() && is_there(slice, &user);
+                if ok {
                     written(slice, &user, &index);
                 }
-                let ok = result.is_ok();
                 done(slice, result);
                 if ok {
                     for told in &told {
@@ -463,12 +518,14 @@ fn write_all(
 
 /// The index is durable: from now on it is what everybody sees.
 fn written(slice: &mut Slice, name: &Rc<str>, index: &Nodes) {
-    let before = avatar::hash(slice, name);
-    if let Some(user) = slice.user_mut(name) {
-        user.pep = Some(Rc::from(index.encode()));
-        slice.resize(name);
-    }
-    if before != avatar::hash(slice, name) {
+    let index = Index::new(index.encode().into());
+    let now = index.clone();
+    let Some(user) = slice.user_mut(name) else {
+        return;
+    };
+    let before = user.pep.replace(index);
+    slice.resize(name);
+    if before.as_ref().and_then(|index| index.avatar()) != now.avatar() {
         avatar::changed(slice, name);
     }
 }
@@ -599,8 +656,7 @@ pub fn notify(slice: &mut Slice, name: &str, told: &Told) {
     let record = user.record.get();
     let mut names: BTreeMap<u16, Vec<String>> = BTreeMap::new();
     let own = record.roster.iter().filter_map(|item| {
-        let local = item.jid.strip_suffix(&*slice.env.domain)?;
-        let contact = local.strip_suffix('@')?;
+        let contact = slice.env.local_part(&item.jid)?;
         item.subscription().from().then_some(contact)
     });
     let shared = slice.groups.person(name).into_iter();
@@ -691,15 +747,21 @@ pub fn arrived(slice: &mut Slice, sid: SessionId) {
     let Some(user) = slice.user(&name) else {
         return;
     };
+    let record = user.record.get();
     let mut contacts = vec![name.to_string()];
-    for item in user.record.get().roster.iter() {
-        let local = item.jid.strip_suffix(&*slice.env.domain);
-        if let Some(contact) = local.and_then(|jid| jid.strip_suffix('@'))
-            && item.subscription().to()
-        {
-            contacts.push(contact.to_owned());
-        }
-    }
+    let own = record.roster.iter().filter_map(|item| {
+        let contact = slice.env.local_part(&item.jid)?;
+        item.subscription().to().then_some(contact)
+    });
+    contacts.extend(own.map(str::to_owned));
+    let most = slice.env.limits.group_greetings_members_max;
+    let shared = slice.groups.person(&name).into_iter();
+    let shared = shared.flat_map(|person| slice.groups.contacts_in_small(person, most));
+    let shared = shared.filter(|contact| {
+        let item = record.roster_item(&format!("{}@{}", contact.name, slice.env.domain));
+        item.is_none_or(|item| !item.subscription().to())
+    });
+    contacts.extend(shared.map(|contact| contact.name.to_string()));
     ask(slice, sid, contacts);
 }
 
@@ -751,110 +813,149 @@ fn ask(slice: &mut Slice, sid: SessionId, contacts: Vec<String>) {
 /// Full JID `from` wants to hear of nodes (`wants`: each followed by a line feed) of users of this slice (local parts, separated by line
 /// feeds).
 pub fn interest_in(slice: &mut Slice, names: &str, from: &str, wants: &str) {
-    let (mut to, mut shared): (Option<Rc<str>>, Option<Rc<str>>) = (None, None);
+    let (to, wants): (Rc<str>, Rc<str>) = (from.into(), wants.into());
     for name in names.lines() {
         if slice.user(name).is_some_and(|user| user.pep.is_some()) {
-            greet(slice, name, from, wants);
+            greet(slice, name, &to, &wants, None);
             continue;
         }
-        if slice.pep.greetings.len() >= slice.env.limits.pep_waiting_max {
-            slice.counters.pep_dropped += 1;
-            continue;
-        }
-        let to = to.get_or_insert_with(|| from.into()).clone();
-        let wants = shared.get_or_insert_with(|| wants.into()).clone();
-        let name = name.into();
-        slice.pep.greetings.push_back(Greeting { name, to, wants });
+        let index = Source {
+            name: name.into(),
+            bucket: None,
+        };
+        enlist(slice, index, &to, &wants);
     }
     pump(slice);
 }
 
-/// Reads indexes for those who wait, as many as may be read at a time.
+/// Somebody (`to`, full JID) is to hear of nodes as soon as something was read.
+fn enlist(slice: &mut Slice, source: Source, to: &Rc<str>, wants: &Rc<str>) {
+    let pep = &mut slice.pep;
+    let audience = pep.greetings.get_mut(&source);
+    if let Some(wanted) = audience.and_then(|audience| audience.get_mut(to)) {
+        *wanted = wants.clone();
+        return;
+    }
+    if pep.waiting >= slice.env.limits.pep_waiting_max {
+        slice.counters.pep_dropped += 1;
+        return;
+    }
+    pep.waiting += 1;
+    let audience = pep.greetings.entry(source.clone()).or_insert_with(|| {
+        pep.order.push_back(source);
+        Audience::new()
+    });
+    audience.insert(to.clone(), wants.clone());
+}
+
+/// Reads for those who wait, as much as may be read at a time.
 fn pump(slice: &mut Slice) {
-    // an index that is known is there at once: the loop goes on, not deeper
+    // what is known is there at once: the loop goes on, not deeper
     if std::mem::replace(&mut slice.pep.pumping, true) {
         return;
     }
     while slice.pep.reading < READS_MAX
-        && let Some(greeting) = slice.pep.greetings.pop_front()
+        && let Some(source) = slice.pep.order.pop_front()
     {
         slice.pep.reading += 1;
-        let name = greeting.name.clone();
-        slice.when_known(
-            &name.clone(),
-            Box::new(move |slice| {
-                with_index(slice, &name, move |slice, result| {
-                    if result.is_ok() {
-                        greet(slice, &greeting.name, &greeting.to, &greeting.wants);
-                    }
-                    slice.pep.reading -= 1;
-                    pump(slice);
-                });
-            }),
-        );
+        let Source { name, bucket } = source.clone();
+        match bucket {
+            None => slice.when_known(
+                &name.clone(),
+                Box::new(move |slice| {
+                    with_index(slice, &name, move |slice, result| {
+                        was_read(slice, &source, result.is_ok().then_some(None));
+                    });
+                }),
+            ),
+            Some(bucket) => read_buckets(
+                slice,
+                &name,
+                vec![bucket],
+                Box::new(move |slice, found| {
+                    let items = found.ok().and_then(|mut found| found.remove(&bucket));
+                    was_read(slice, &source, items.map(|items| Some((bucket, items))));
+                }),
+            ),
+        }
     }
     slice.pep.pumping = false;
 }
 
-/// The last items of the user's nodes that `from` (full JID) wants and may see.
-fn greet(slice: &mut Slice, name: &str, from: &str, wants: &str) {
-    let (Ok(to), Some(user)) = (Jid::parse(from), slice.user(name)) else {
+type ReadBucket = (Bucket, Vec<nodes::Item>);
+
+/// A source of greetings was read, if it is an index without anything else; `None`: it could not be read.
+fn was_read(slice: &mut Slice, source: &Source, found: Option<Option<ReadBucket>>) {
+    let audience = slice.pep.greetings.remove(source).unwrap_or_default();
+    slice.pep.waiting -= audience.len();
+    slice.pep.reading -= 1;
+    if let Some(found) = found {
+        for (to, wants) in audience {
+            greet(slice, &source.name, &to, &wants, found.as_ref());
+        }
+    }
+    pump(slice);
+}
+
+/// The last items of the user's nodes that `to` (full JID) wants and may see; those that do not lie in the index come from a bucket
+/// that was read for it, or wait for one.
+fn greet(slice: &mut Slice, name: &str, to: &Rc<str>, wants: &Rc<str>, found: Option<&ReadBucket>) {
+    let (Ok(jid), Some(user)) = (Jid::parse(to), slice.user(name)) else {
         return;
     };
-    let own = slice.env.is_local(&to) && to.local() == Some(name);
+    let own = slice.env.is_local(&jid) && jid.local() == Some(name);
     let record = user.record.get();
-    let viewer = Viewer::new(slice, record, name, &to);
-    if !own && (!viewer.is_subscribed() || blocking::blocks(slice, name, &to)) {
+    let viewer = Viewer::new(slice, record, name, &jid);
+    if !own && (!viewer.is_subscribed() || blocking::blocks(slice, name, &jid)) {
         return;
     }
     let Some(bytes) = user.pep.clone() else {
         return;
     };
-    let Some(index) = ArchivedNodes::access(&bytes) else {
+    let Some(index) = ArchivedNodes::access(bytes.bytes()) else {
         return;
     };
-    let mut cold: Vec<(String, String, bool)> = Vec::new();
+    let mut cold: Vec<(Bucket, Rc<str>)> = Vec::new();
     let mut warm: Vec<Vec<u8>> = Vec::new();
     for node in wants.lines().filter_map(|wanted| index.get(wanted)) {
         if !node.greets() || !(own || may_see_archived(&viewer, node)) {
             continue;
         }
-        let payload = node.config.deliver_payloads;
-        match (node.inline.as_ref(), node.last.as_ref()) {
-            (Some(item), _) => {
-                let item = nodes::Item {
-                    id: item.id.as_str().to_owned(),
-                    seq: item.seq.to_native(),
-                    payload: item.payload.to_vec(),
-                };
-                warm.push(last_item(slice, name, node.name.as_str(), item, payload));
+        let item = match (node.inline.as_ref(), node.last.as_ref()) {
+            (Some(item), _) => nodes::Item {
+                id: item.id.as_str().to_owned(),
+                seq: item.seq.to_native(),
+                payload: item.payload.to_vec(),
+            },
+            (None, Some(id)) => {
+                let bucket = node.bucket_of(id);
+                match found {
+                    Some((read, items)) if *read == bucket => {
+                        match items.iter().find(|item| item.id == **id) {
+                            Some(item) => item.clone(),
+                            None => continue,
+                        }
+                    }
+                    _ => {
+                        cold.push((bucket, node.name.as_str().into()));
+                        continue;
+                    }
+                }
             }
-            (None, Some(id)) => cold.push((node.name.as_str().into(), id.as_str().into(), payload)),
-            (None, None) => {}
-        }
+            (None, None) => continue,
+        };
+        let payload = node.config.deliver_payloads;
+        warm.push(last_item(slice, name, node.name.as_str(), item, payload));
     }
     for stanza in warm {
-        send_to(slice, name, &to, &stanza);
+        send_to(slice, name, &jid, &stanza);
     }
-    for (node, id, payload) in cold {
-        let (name, to) = (name.to_owned(), to.clone().into_owned());
-        let nodes = nodes_of(slice, &name).unwrap_or_default();
-        let Some(bucket) = nodes.get(&node).map(|node| node.bucket_of(&id)) else {
-            continue;
+    for (bucket, node) in cold {
+        let source = Source {
+            name: name.into(),
+            bucket: Some(bucket),
         };
-        read_buckets(
-            slice,
-            &name.clone(),
-            vec![bucket],
-            Box::new(move |slice, found| {
-                let items = found.ok().and_then(|mut found| found.remove(&bucket));
-                let item = items.and_then(|items| items.into_iter().find(|item| item.id == id));
-                if let Some(item) = item {
-                    let stanza = last_item(slice, &name, &node, item, payload);
-                    send_to(slice, &name, &to, &stanza);
-                }
-            }),
-        );
+        enlist(slice, source, to, &node);
     }
 }
 
@@ -1305,7 +1406,8 @@ fn page(
     wanted: &Wanted,
 ) -> Result<Element, StanzaError> {
     if !ids.is_empty() {
-        items.retain(|item| ids.contains(&item.id));
+        let ids: HashSet<&str> = ids.iter().map(String::as_str).collect();
+        items.retain(|item| ids.contains(&*item.id));
         if items.is_empty() {
             return Err(StanzaError::ITEM_NOT_FOUND);
         }
@@ -1371,9 +1473,17 @@ pub fn payload(item: &nodes::Item) -> Option<Element> {
     Element::parse(std::str::from_utf8(&item.payload).ok()?).ok()
 }
 
+/// The user's index for his copy in Redis, if it is known and not too long for that.
+pub fn stored(user: &User) -> Option<&[u8]> {
+    let index = user.pep.as_ref()?.bytes();
+    (index.len() <= crate::store::warm::INDEX_BYTES_MAX).then_some(index)
+}
+
 /// The nodes' part of [`crate::xmpp::slice::User`] that counts as its bytes in the cache.
 pub fn bytes(user: &User) -> usize {
-    user.pep.as_ref().map_or(0, |index| index.len() + 16)
+    user.pep
+        .as_ref()
+        .map_or(0, |index| index.bytes.len() + size_of::<Index>())
 }
 
 #[cfg(test)]

@@ -18,6 +18,7 @@ use crate::xmpp::NS_CLIENT;
 use crate::xmpp::batch::{Item, Receipt};
 use crate::xmpp::component::Host;
 use crate::xmpp::error::StanzaError;
+use crate::xmpp::groups::Groups;
 use crate::xmpp::jid::Jid;
 use crate::xmpp::ledger::Act;
 use crate::xmpp::message::{self, attribute, bounce_out};
@@ -331,7 +332,8 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
     };
     let record = user.record.get();
     let blocks = !record.blocked.is_empty();
-    let shared = slice.groups.person(name).is_some();
+    let shared = slice.groups.person(name).is_some()
+        || slice.regrouping.before().any(|g| g.person(name).is_some());
     for item in record.roster.iter() {
         let subscription = item.subscription();
         // without a probe nobody gives
@@ -350,7 +352,7 @@ fn broadcast(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Met
             }
             continue;
         };
-        if shared && slice.groups.together(name, contact) {
+        if shared && still_together(slice, name, contact) {
             // with the others of the group
             continue;
         }
@@ -404,8 +406,7 @@ fn broadcast_to_groups(
     meta: Meta,
     probe: bool,
 ) {
-    let groups = slice.groups.clone();
-    let (Some(person), Some(user)) = (groups.person(name), slice.user(name)) else {
+    let Some(user) = slice.user(name) else {
         return;
     };
     let blocked = &user.record.get().blocked;
@@ -415,7 +416,7 @@ fn broadcast_to_groups(
             return;
         }
         if let Some(contact) = local_name(jid.as_str(), &slice.env.domain)
-            && groups.together(name, contact)
+            && still_together(slice, name, contact)
         {
             except.extend([contact, "\n"]);
         }
@@ -423,7 +424,7 @@ fn broadcast_to_groups(
     for shard in 0..slice.fx.mesh.len() {
         if shard == usize::from(slice.env.shard) {
             group_in(slice, from, (stanza, meta), &except, probe);
-        } else if groups.reaches(person, shard) {
+        } else if all_groups(slice).any(|groups| groups.reaches(name, shard)) {
             let batch = &mut slice.fx.mesh[shard];
             let item = Item::Group {
                 from: batch.put(from.as_bytes()),
@@ -449,28 +450,46 @@ pub fn group_in(
     let Ok(from) = Jid::parse(from) else {
         return;
     };
-    let groups = slice.groups.clone();
-    let Some(person) = from.local().and_then(|local| groups.person(local)) else {
-        return;
-    };
+    let Some(local) = from.local() else { return };
+    let (now, before) = (slice.groups.clone(), slice.regrouping.older());
     let shard = usize::from(slice.env.shard);
     let mut shared = None;
-    for group in groups.of(person) {
-        for contact in groups.contacts_of_shard(person, &group.name, shard) {
-            let name = &*contact.name;
-            // who is not on line is neither told nor asked
-            let online = slice
-                .user(name)
-                .is_some_and(|user| !user.sessions.is_empty());
-            if !online || except.lines().any(|one| one == name) {
-                continue;
-            }
-            tell(slice, name, &from, stanza, meta, &mut shared);
-            if probe {
-                asked(slice, name, &from);
+    for (at, groups) in std::iter::once(&now).chain(&before).enumerate() {
+        let Some(person) = groups.person(local) else {
+            continue;
+        };
+        for group in groups.of(person) {
+            for contact in groups.contacts_of_shard(person, &group.name, shard) {
+                let name = &*contact.name;
+                // who is not on line is neither told nor asked
+                let online = slice
+                    .user(name)
+                    .is_some_and(|user| !user.sessions.is_empty());
+                let done = at > 0 && now.together(local, name);
+                let done = done
+                    || before
+                        .iter()
+                        .take(at.saturating_sub(1))
+                        .any(|g| g.together(local, name));
+                if !online || done || except.lines().any(|one| one == name) {
+                    continue;
+                }
+                tell(slice, name, &from, stanza, meta, &mut shared);
+                if probe {
+                    asked(slice, name, &from);
+                }
             }
         }
     }
+}
+
+/// An administrator's groups, and those of before that other shards may still have.
+fn all_groups(slice: &Slice) -> impl Iterator<Item = &Groups> {
+    std::iter::once(&*slice.groups).chain(slice.regrouping.before())
+}
+
+fn still_together(slice: &Slice, name: &str, contact: &str) -> bool {
+    all_groups(slice).any(|groups| groups.together(name, contact))
 }
 
 /// A probe of full JID `from` for a contact whose presence a component keeps (4.3).
@@ -683,7 +702,7 @@ fn show_to(
     let Some(user) = slice.user(name) else { return };
     // the sender's side may lag behind: what counts is what the recipient's own roster says
     let item = user.record.get().roster_item(from.bare());
-    if !item.is_some_and(|i| i.subscription().to()) && !slice.together(name, from) {
+    if !item.is_some_and(|i| i.subscription().to()) && !slice.still_together(name, from) {
         return;
     }
     let sessions = available_of(slice, user);
@@ -713,7 +732,7 @@ fn asked(slice: &mut Slice, name: &str, from: &Jid<'_>) {
     let sees = match slice.users.get(name) {
         Some(Slot::Present(user)) => {
             let item = user.record.get().roster_item(from.bare());
-            item.is_some_and(|i| i.subscription().from()) || slice.together(name, from)
+            item.is_some_and(|i| i.subscription().from()) || slice.still_together(name, from)
         }
         Some(Slot::Missing | Slot::Room(_)) => false,
         _ => return,

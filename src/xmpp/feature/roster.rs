@@ -404,7 +404,7 @@ pub fn push_item(slice: &mut Slice, user: &str, contact: &str) {
 /// What [`push`] sends for a new or changed item (2.1.6): all of the push behind its start tag's attributes.
 pub fn push_query(slice: &Slice, user: &str, item: &RosterItem, ver: u64) -> Vec<u8> {
     let mut out = Vec::with_capacity(160);
-    open_query(&version_of(slice, user, ver), &mut out);
+    open_query(&pushed_version(slice, user, ver), &mut out);
     match slice.groups.is_empty() {
         true => write_owned(item, &mut out),
         false => {
@@ -420,7 +420,7 @@ pub fn push_query(slice: &Slice, user: &str, item: &RosterItem, ver: u64) -> Vec
 /// What [`push`] sends for a removed item (2.5.2).
 fn removal_query(slice: &Slice, user: &str, contact: &str, ver: u64) -> Vec<u8> {
     let mut out = Vec::with_capacity(160);
-    open_query(&version_of(slice, user, ver), &mut out);
+    open_query(&pushed_version(slice, user, ver), &mut out);
     write_removal(contact, &mut out);
     out.extend_from_slice(b"</query></iq>");
     out
@@ -432,11 +432,13 @@ fn write_removal(contact: &str, out: &mut Vec<u8>) {
     out.extend_from_slice(b" subscription='remove'/>");
 }
 
-fn version_of(slice: &Slice, user: &str, ver: u64) -> String {
+/// The version that a client has after a push, which is that of older groups while it has not heard all of the new ones.
+fn pushed_version(slice: &Slice, user: &str, ver: u64) -> String {
     let created = slice
         .user(user)
         .map(|u| u.record.get().created_at.to_native());
-    version(created.unwrap_or_default(), ver, slice.groups.version(user))
+    let groups = slice.regrouping.version(user, &slice.groups);
+    version(created.unwrap_or_default(), ver, groups)
 }
 
 /// Sends a push to all interested resources of the user.

@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 
 use smallvec::SmallVec;
 
-use super::{Feature, NONE, NonzaRoute, offline};
+use super::{Feature, NONE, NonzaRoute, offline, push};
 use crate::store::change::StreamCount;
 use crate::store::recovery::stream_key;
 use crate::xml::view::View;
@@ -103,6 +103,11 @@ impl Sm {
         self.kept.entries.len()
     }
 
+    /// The newest pending delivery that the client has not acknowledged.
+    pub fn newest_pending(&self) -> Option<(&[u8], Meta)> {
+        self.kept.newest_pending()
+    }
+
     /// Asks for an acknowledgement behind what goes out now, unless one is on its way.
     pub fn ask(&mut self, out: &mut Vec<u8>) {
         if !self.requested && !self.kept.entries.is_empty() && !out.is_empty() {
@@ -150,6 +155,18 @@ impl Kept {
             .push_back(((self.bytes.len() - before) as u32, meta, id));
     }
 
+    fn newest_pending(&self) -> Option<(&[u8], Meta)> {
+        let mut end = self.bytes.len();
+        for (len, meta, id) in self.entries.iter().rev() {
+            let begin = end - *len as usize;
+            if *id != 0 {
+                return Some((&self.bytes[begin..end], *meta));
+            }
+            end = begin;
+        }
+        None
+    }
+
     /// Takes out everything.
     pub fn take_all(&mut self) -> Vec<(Box<[u8]>, Meta, u64)> {
         let kept = std::mem::take(self);
@@ -185,24 +202,44 @@ impl Kept {
     }
 }
 
-fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), StreamError> {
-    let resume = matches!(view.attr("resume").as_deref(), Some("true" | "1"));
-    let wanted_ms = view
-        .attr("max")
-        .and_then(|max| max.parse::<u64>().ok())
-        .map(|s| s.saturating_mul(1000));
-    let most_ms = slice.env.limits.resume_ms_max;
-    let Some(session) = slice.sessions.get_mut(sid) else {
-        return Ok(());
-    };
-    if session.sm.is_some() {
-        slice.send_raw(sid, &failed("unexpected-request", None));
-        return Ok(());
+/// What `<enable/>` asks for.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    resume: bool,
+    max_ms: Option<u64>,
+}
+
+impl Wish {
+    /// By its attributes `resume` and `max`.
+    pub fn new(resume: Option<&str>, max: Option<&str>) -> Wish {
+        Wish {
+            resume: matches!(resume, Some("true" | "1")),
+            max_ms: max
+                .and_then(|max| max.parse::<u64>().ok())
+                .map(|s| s.saturating_mul(1000)),
+        }
     }
-    let resume_ms = if resume {
-        wanted_ms.unwrap_or(most_ms).min(most_ms)
-    } else {
-        0
+}
+
+fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), StreamError> {
+    let wish = Wish::new(view.attr("resume").as_deref(), view.attr("max").as_deref());
+    match begin(slice, sid, &wish) {
+        Some(answer) => slice.send_raw(sid, answer.as_bytes()),
+        None => slice.send_raw(sid, &failed("unexpected-request", None)),
+    }
+    Ok(())
+}
+
+/// Enables stream management; the answer. `None`: it is enabled already.
+pub fn begin(slice: &mut Slice, sid: SessionId, wish: &Wish) -> Option<String> {
+    let most_ms = slice.env.limits.resume_ms_max;
+    let session = slice
+        .sessions
+        .get_mut(sid)
+        .filter(|session| session.sm.is_none())?;
+    let resume_ms = match wish.resume {
+        true => wish.max_ms.unwrap_or(most_ms).min(most_ms),
+        false => 0,
     };
     let id: Box<str> = if resume_ms > 0 {
         crate::xmpp::random_id().into()
@@ -220,8 +257,7 @@ fn enable(slice: &mut Slice, sid: SessionId, view: &View<'_>) -> Result<(), Stre
     session.sm = Some(Box::new(Sm::new(id, resume_ms)));
     // XEP-0198 section 4: counting starts with <enable/>
     session.accept = Default::default();
-    slice.send_raw(sid, answer.as_bytes());
-    Ok(())
+    Some(answer)
 }
 
 fn asked(slice: &mut Slice, sid: SessionId, _: &View<'_>) -> Result<(), StreamError> {
@@ -410,8 +446,15 @@ pub fn is_settling(slice: &mut Slice, sid: SessionId) -> bool {
 }
 
 /// The client is back on a new connection with `h` stanzas: `<resumed/>`, then what it has not got.
-/// The old connection must be closed before. `Err`: the client claims more than it was sent; the session ended.
-pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<(), StreamError> {
+/// `around`: what goes out before `<resumed/>` and directly behind it. The old connection must be closed before. `Err`: the
+/// client claims more than it was sent; the session ended.
+pub fn resume(
+    slice: &mut Slice,
+    sid: SessionId,
+    link: u64,
+    h: u32,
+    around: (&[u8], &[u8]),
+) -> Result<(), StreamError> {
     let ms = slice.now.ms;
     let Some(session) = slice.sessions.get_mut(sid) else {
         return Ok(());
@@ -448,7 +491,9 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
         sm.id,
         session.accept.h()
     );
+    session.out.extend_from_slice(around.0);
     session.out.extend_from_slice(resumed.as_bytes());
+    session.out.extend_from_slice(around.1);
     session.out.extend_from_slice(sm.kept.all());
     sm.requested = false;
     let repeated = (sm.kept.bytes(), sm.kept.entries.len());
@@ -461,6 +506,7 @@ pub fn resume(slice: &mut Slice, sid: SessionId, link: u64, h: u32) -> Result<()
         slice.taken(&user, id);
     }
     slice.allow(sid, repeated);
+    push::is_there(slice, sid);
     Ok(())
 }
 
@@ -476,6 +522,7 @@ pub fn expire(slice: &mut Slice, sid: SessionId) {
 /// What a session that ends for good leaves unacknowledged (XEP-0198 section 5, RFC 6121 8.5.2): pending deliveries wait for
 /// another client, requests are answered by an error, everything else is dropped.
 pub fn redirect(slice: &mut Slice, user: &str, left: Vec<(Box<[u8]>, Meta, u64)>) {
+    let comes_back = left.iter().any(|(_, _, id)| *id != 0);
     for (stanza, meta, id) in left {
         if id != 0 {
             offline::come_back(slice, user, id, stanza, meta);
@@ -509,4 +556,7 @@ pub fn redirect(slice: &mut Slice, user: &str, left: Vec<(Box<[u8]>, Meta, u64)>
         message::redeliver(slice, &to, &stanza, meta);
     }
     offline::deliver_again(slice, user);
+    if comes_back {
+        push::came_back(slice, user);
+    }
 }

@@ -23,6 +23,19 @@ const CORE: &[(&str, &str, &str, &str)] = &[
     ("Use of TLS", "RFC 7590", "", "src/net/"),
     ("Direct TLS", "XEP-0368", "1.1.0", "src/net/"),
     (
+        "Extensible SASL profile",
+        "XEP-0388",
+        "1.0.4",
+        "src/xmpp/sasl2.rs",
+    ),
+    ("Bind 2", "XEP-0386", "1.1.0", "src/xmpp/sasl2.rs"),
+    (
+        "Fast authentication by tokens",
+        "XEP-0484",
+        "0.2.0",
+        "src/xmpp/fast.rs",
+    ),
+    (
         "Channel-binding types",
         "XEP-0440",
         "1.0.0",
@@ -170,5 +183,46 @@ mod tests {
             })
             .collect();
         assert_eq!(xeps, wanted.len());
+    }
+
+    /// The README's table of the compliance suites names dialogues, files and bots.
+    #[test]
+    fn what_the_table_of_compliance_names_is_there() {
+        let readme = include_str!("../../../README.md");
+        let table = readme.split("<!-- compliance -->").nth(1).unwrap();
+        let table = table.split("<!-- /compliance -->").next().unwrap();
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let bots = std::fs::read_to_string(root.join("tests/bots/scenarios.py")).unwrap();
+        let dialogues = std::fs::read_dir(root.join("tests/dialogues")).unwrap();
+        let dialogues: Vec<String> = dialogues
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        let rows: Vec<Vec<&str>> = table
+            .lines()
+            .filter(|line| line.starts_with("| ") && line.contains('`'))
+            .map(|line| line.split('|').map(str::trim).collect())
+            .collect();
+        assert!(rows.len() >= 18);
+        let named = |cell: &str| -> Vec<String> {
+            cell.split('`')
+                .skip(1)
+                .step_by(2)
+                .map(str::to_owned)
+                .collect()
+        };
+        for row in rows {
+            let (ours, others) = (named(row[4]), named(row[5]));
+            assert!(!ours.is_empty() && !others.is_empty(), "{row:?}");
+            for name in ours {
+                let there = match name.contains('/') {
+                    true => root.join(&name).exists(),
+                    false => dialogues.iter().any(|file| file.starts_with(&name)),
+                };
+                assert!(there, "{name} of {row:?}");
+            }
+            for name in others {
+                assert!(bots.contains(&format!("async def {name}(")), "{name}");
+            }
+        }
     }
 }

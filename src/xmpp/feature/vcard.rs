@@ -122,7 +122,7 @@ fn set(slice: &mut Slice, iq: Iq) {
             };
             let mut card = iq.payload.clone();
             let mut ops = avatar::of_card(&turn.nodes, &mut card);
-            ops.push(vcard4::of_card(&card));
+            ops.extend(vcard4::of_card(&turn.nodes, &card));
             let mut bytes = Vec::new();
             card.write(&mut bytes, "");
             let documents = vec![(KEY.to_owned(), bytes)];
@@ -209,5 +209,34 @@ mod tests {
         w.send(a, GET);
         assert!(w.take(a).concat().contains("<resource-constraint"));
         assert!(w.tier.users["alice"].documents.is_empty());
+    }
+
+    #[test]
+    fn a_vcard4_that_its_owner_has_closed_stays_as_it_is_when_a_card_is_set() {
+        let mut w = World::new(1);
+        w.add("alice");
+        w.add("bob");
+        let (a, b) = (w.login("alice", "a"), w.login("bob", "b"));
+        let publish = "<iq type='set' id='p'><pubsub xmlns='http://jabber.org/protocol/pubsub'><publish node='urn:xmpp:vcard4'>\
+            <item id='current'><vcard xmlns='urn:ietf:params:xml:ns:vcard-4.0'><fn><text>Secret</text></fn></vcard></item></publish>\
+            <publish-options><x xmlns='jabber:x:data' type='submit'><field var='FORM_TYPE' type='hidden'>\
+            <value>http://jabber.org/protocol/pubsub#publish-options</value></field><field var='pubsub#access_model'>\
+            <value>whitelist</value></field></x></publish-options></pubsub></iq>";
+        let get = |to: &str| {
+            format!(
+                "<iq type='get' id='i'{to}><pubsub xmlns='http://jabber.org/protocol/pubsub'><items node='urn:xmpp:vcard4'/></pubsub></iq>"
+            )
+        };
+        w.send(a, publish);
+        assert!(w.take(a).concat().contains("type='result'"));
+        w.send(a, SET);
+        assert!(w.take(a).concat().contains("type='result'"));
+        w.send(a, &get(""));
+        let own = w.take(a).concat();
+        assert!(own.contains("Secret") && !own.contains("Alice"), "{own}");
+        w.send(b, &get(" to='alice@localhost'"));
+        assert!(w.take(b).concat().contains("type='error'"));
+        w.send(a, GET);
+        assert!(w.take(a).concat().contains("Alice &amp; Co"));
     }
 }

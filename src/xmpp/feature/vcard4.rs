@@ -1,13 +1,14 @@
 //! vCard4 (XEP-0292) in a node that everybody may read, and its bridge to vcard-temp (XEP-0054).
 //!
 //! Whoever writes one writes both, in one step: the other form gets what it can say. A vCard4 that its user keeps from strangers
-//! (another access model than `open`) does not go into the vcard-temp, which has none. Photos are [`super::avatar`]'s.
+//! (another access model than `open`) does not go into the vcard-temp, which has none, and is left alone when that is set: what it says is
+//! more than what an old client knows of. Photos are [`super::avatar`]'s.
 
 use super::{Feature, NONE, NodeRule, vcard};
 use crate::xml::dom::Element;
 use crate::xmpp::pubsub::config::{Access, Config};
 use crate::xmpp::pubsub::edit::Op;
-use crate::xmpp::pubsub::nodes::Nodes;
+use crate::xmpp::pubsub::nodes::{Node, Nodes};
 
 pub const NODE: &str = "urn:xmpp:vcard4";
 pub const NS: &str = "urn:ietf:params:xml:ns:vcard-4.0";
@@ -94,8 +95,12 @@ pub fn goes_with(nodes: &Nodes, node: &str, op: &Op) -> Vec<(String, Vec<u8>)> {
     }
 }
 
-/// The publication that goes with a vcard-temp.
-pub fn of_card(card: &Element) -> (String, Op) {
+/// The publication that goes with a vcard-temp; none into a node that its owner has closed.
+pub fn of_card(nodes: &Nodes, card: &Element) -> Option<(String, Op)> {
+    let closed = |node: &Node| node.config.access != Access::Open;
+    if nodes.get(NODE).is_some_and(closed) {
+        return None;
+    }
     let mut payload = Vec::new();
     from_temp(card).write(&mut payload, "");
     let op = Op::Publish {
@@ -104,7 +109,7 @@ pub fn of_card(card: &Element) -> (String, Op) {
         options: None,
         config: Config::public(),
     };
-    (NODE.to_owned(), op)
+    Some((NODE.to_owned(), op))
 }
 
 fn temp(name: &str) -> Element {

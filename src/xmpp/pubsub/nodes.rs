@@ -13,7 +13,7 @@ use super::config::{Access, Config, SendLast};
 pub const VERSION: u8 = 1;
 
 /// Key of the index.
-pub const KEY: &str = "pep";
+pub const KEY: &str = crate::store::warm::INDEX_KEY;
 
 /// An item of this size at most, with its id, lies in the index, if its node keeps one item only.
 pub const INLINE_BYTES_MAX: usize = 1024;
@@ -105,12 +105,7 @@ impl Node {
     }
 
     pub fn bucket_of(&self, id: &str) -> Bucket {
-        let mut hash = FnvHasher::default();
-        hash.write(id.as_bytes());
-        // the low bits of FNV are weak for short keys
-        let hash = hash.finish();
-        let mixed = (hash ^ (hash >> 32)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 48;
-        (self.number, mixed as u16 & (self.buckets - 1))
+        (self.number, bucket(id, self.buckets))
     }
 
     /// All that hold items.
@@ -129,7 +124,24 @@ impl Node {
     }
 }
 
+/// In which of so many buckets (a power of two) the item with this id lies.
+fn bucket(id: &str, buckets: u16) -> u16 {
+    let mut hash = FnvHasher::default();
+    hash.write(id.as_bytes());
+    // the low bits of FNV are weak for short keys
+    let hash = hash.finish();
+    let mixed = (hash ^ (hash >> 32)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 48;
+    mixed as u16 & buckets.saturating_sub(1)
+}
+
 impl ArchivedNode {
+    pub fn bucket_of(&self, id: &str) -> Bucket {
+        (
+            self.number.to_native(),
+            bucket(id, self.buckets.to_native()),
+        )
+    }
+
     /// Is its last item for those who come on line?
     pub fn greets(&self) -> bool {
         matches!(self.config.send_last, ArchivedSendLast::OnSubAndPresence) && self.items > 0

@@ -4,13 +4,14 @@ use super::join;
 use super::occupants::Place;
 use super::presence::Show;
 use super::privilege::{Role, may_change_affiliation, may_change_role, may_list};
-use super::{NS_ADMIN, Room};
+use super::{NS_ADMIN, NS_USER, Room};
 use crate::store::room::{Affiliate, Affiliation};
 use crate::xml::Element;
+use crate::xmpp::NS_CLIENT;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::iq::Iq;
 use crate::xmpp::jid::Jid;
-use crate::xmpp::meta::Kind;
+use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::slice::Slice;
 
 /// Items in one request.
@@ -118,7 +119,9 @@ fn set(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<Option<Element>, S
     if changes.is_empty() {
         return Err(StanzaError::BAD_REQUEST);
     }
-    let lasting = |(change, _): &(Change, _)| matches!(change, Change::Affiliation(..));
+    let lasting = changes
+        .iter()
+        .any(|(change, _)| matches!(change, Change::Affiliation(..)));
     let owners_before = room.state.owners();
     let mut state = room.state.clone();
     for (change, reason) in &changes {
@@ -141,8 +144,13 @@ fn set(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<Option<Element>, S
         slice.counters.room_refused += 1;
         return Err(StanzaError::RESOURCE_CONSTRAINT.text("the room has too many affiliations"));
     }
+    // who has it already hears nothing
+    changes.retain(|(change, _)| match change {
+        Change::Role(..) => true,
+        Change::Affiliation(jid, _) => state.affiliation(jid) != room.state.affiliation(jid),
+    });
     let actor = asker_nick.clone();
-    if !changes.iter().any(lasting) {
+    if !lasting {
         for (change, reason) in changes {
             if let Change::Role(place, role) = change {
                 let actor = actor.as_deref().unwrap_or_default();
@@ -282,6 +290,9 @@ pub fn affiliated(
         bare.split_once('@')
             .is_some_and(|(_, domain)| domain == jid)
     };
+    if room.occupants.of(jid).next().is_none() {
+        tell_absent(slice, room, jid, reason);
+    }
     for place in room.occupants.places() {
         let moderated = room.state.settings.moderated;
         let members_only = room.state.settings.members_only;
@@ -325,6 +336,29 @@ pub fn affiliated(
         };
         room.became(slice, place, was, &show);
     }
+}
+
+/// Status 101: somebody's affiliation has changed while he is not in the room. It is not kept for him.
+fn tell_absent(slice: &mut Slice, room: &Room, jid: &str, reason: Option<&str>) {
+    let Ok(to) = Jid::parse(jid) else { return };
+    if !slice.env.is_local(&to) || to.local().is_none() {
+        return;
+    }
+    let mut item = Element::new("item", NS_USER)
+        .attr("affiliation", room.state.affiliation(jid).as_str())
+        .attr("jid", jid)
+        .attr("role", Role::None.as_str());
+    if let Some(reason) = reason {
+        item = item.child(Element::new("reason", NS_USER).text(reason));
+    }
+    let status = Element::new("status", NS_USER).attr("code", "101");
+    let message = Element::new("message", NS_CLIENT)
+        .attr("to", jid)
+        .attr("id", crate::xmpp::random_id())
+        .child(Element::new("x", NS_USER).child(item).child(status))
+        .attr("from", &*room.jid);
+    let meta = Meta::new(Kind::Normal).with(Meta::SERVER | Meta::ROOM | Meta::NO_STORE);
+    slice.route_element(&to, &room.jid, &message, meta, None);
 }
 
 impl Room {

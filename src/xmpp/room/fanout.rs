@@ -13,9 +13,12 @@ use crate::xmpp::pace::{self, Shared};
 use crate::xmpp::session::SessionId;
 use crate::xmpp::slice::{Env, Slice};
 
-/// Full JIDs, by the shard that owns them.
+/// Full JIDs, by the shard that owns them; those of components stand under [`FOREIGN`].
 #[derive(Clone, Debug, Default)]
 pub struct Audience(SmallVec<[(u16, Vec<u8>); 4]>);
+
+/// No shard: addresses of components, whose connections may be anywhere.
+const FOREIGN: u16 = u16::MAX;
 
 impl Audience {
     pub fn of<'a>(env: &Env, jids: impl IntoIterator<Item = &'a str>) -> Audience {
@@ -27,8 +30,11 @@ impl Audience {
     }
 
     pub fn add(&mut self, env: &Env, jid: &str) {
-        let name = jid.split('@').next().unwrap_or_default();
-        let shard = env.owner(name);
+        let (name, domain) = jid.split_once('@').unwrap_or(("", jid));
+        let shard = match domain.split('/').next() == Some(&*env.domain) {
+            true => env.owner(name),
+            false => FOREIGN,
+        };
         let at = match self.0.iter().position(|(one, _)| *one == shard) {
             Some(at) => at,
             None => {
@@ -51,6 +57,13 @@ pub fn send(slice: &mut Slice, audience: &Audience, stanza: &[u8], meta: Meta) {
 pub fn send_all<S: AsRef<[u8]>>(slice: &mut Slice, audience: &Audience, stanzas: &[S], meta: Meta) {
     let meta = meta.with(Meta::ROOM | Meta::SERVER);
     for (shard, list) in &audience.0 {
+        if *shard == FOREIGN {
+            let list = std::str::from_utf8(list).expect("addresses are text");
+            for stanza in stanzas {
+                send_abroad(slice, list, stanza.as_ref(), meta);
+            }
+            continue;
+        }
         if *shard == slice.env.shard {
             let list = std::str::from_utf8(list).expect("addresses are text");
             for stanza in stanzas {
@@ -64,6 +77,27 @@ pub fn send_all<S: AsRef<[u8]>>(slice: &mut Slice, audience: &Audience, stanzas:
             let stanza = batch.put(stanza.as_ref());
             batch.items.push(Item::Room { stanza, meta, to });
         }
+    }
+}
+
+/// A stanza for occupants who are a component's. What cannot be delivered comes back as an error, and they are out.
+fn send_abroad(slice: &mut Slice, to: &str, stanza: &[u8], meta: Meta) {
+    if meta.has(Meta::OUT) && meta.has(Meta::COPY) {
+        // a word to the list of rooms that sessions have
+        return;
+    }
+    let Some(from) = sender(stanza) else { return };
+    let plain = Meta {
+        flags: meta.flags & !(Meta::OUT | Meta::IN | Meta::LAZY),
+        ..meta
+    };
+    for jid in to.lines() {
+        let Ok(to) = Jid::parse(jid) else { continue };
+        slice.counters.room_deliveries += 1;
+        let mut attr: SmallVec<[u8; 128]> = SmallVec::new();
+        let (head, rest) = spliced(jid, stanza, meta.kind, &mut attr);
+        let whole = [head, &attr, rest].concat();
+        slice.route(&to, from.as_str(), &whole, plain, None);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::rc::Rc;
 
-use super::message::add;
+use super::message::{add, unsigned};
 use super::{Limits, NS, Room};
 use crate::store::change::{ArchivedRetract, Id};
 use crate::store::tier::{ArchiveQuery, Page};
@@ -100,7 +100,7 @@ impl History {
     /// With what the archive has.
     pub fn fill(&mut self, env: &Env, room: &str, page: Page) {
         for entry in page.entries {
-            let mut stanza = entry.stanza.into_vec();
+            let mut stanza = unsigned(&entry.stanza).into_owned();
             add(&mut stanza, |out| {
                 out.extend_from_slice(b"<stanza-id xmlns='urn:xmpp:sid:0'");
                 attribute("by", room, out);

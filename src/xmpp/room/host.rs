@@ -36,7 +36,8 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, to: &Jid<'_>
     handle(slice, iq);
 }
 
-fn handle(slice: &mut Slice, iq: Iq) {
+/// A request of somebody who is no session: a component.
+pub fn handle(slice: &mut Slice, iq: Iq) {
     let node = iq.payload.get("node").is_some();
     match (&*iq.payload.name, &*iq.payload.ns) {
         _ if iq.set => slice.iq_error(&iq, &StanzaError::SERVICE_UNAVAILABLE),

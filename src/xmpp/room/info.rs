@@ -1,11 +1,13 @@
 //! What a room says of itself, and keeps for others: service discovery (XEP-0045 section 6.4 to 6.6), registration (7.10), its
 //! picture (XEP-0486), its archive (XEP-0313 section 7.3).
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::rc::Rc;
 
 use super::join::check_nick;
 use super::mediated::ask;
+use super::message::unsigned;
 use super::privilege::Role;
 use super::{NS, Room, at_work, fanout, owner};
 use crate::store::change::Change;
@@ -25,6 +27,10 @@ pub const NS_REGISTER_FORM: &str = "http://jabber.org/protocol/muc#register";
 const NS_ROOM_INFO: &str = "http://jabber.org/protocol/muc#roominfo";
 const NODE_NICK: &str = "x-roomuser-item";
 const NODE_TRAFFIC: &str = "http://jabber.org/protocol/muc#traffic";
+/// Seconds' worth of registrations that may come at once.
+const REGISTRATIONS_BURST: u32 = 20;
+/// After so long without an answer a request for membership may come again.
+const REQUEST_MS: u64 = 3_600_000;
 /// Queries of one room's archive at work.
 pub(super) const QUERIES_MAX: usize = 64;
 /// Those of them that are answered within a millisecond, from memory.
@@ -186,6 +192,16 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
         slice.iq_result(iq, Some(query.child(form.element())));
         return Ok(());
     }
+    let limits = &slice.env.limits.rooms;
+    let (rate, requests_max) = (limits.registrations_per_second_max, limits.requests_max);
+    if !room
+        .registrations
+        .take(slice.now.ms, rate, REGISTRATIONS_BURST)
+    {
+        slice.counters.room_refused += 1;
+        let error = StanzaError::RESOURCE_CONSTRAINT.text("too many registrations at once");
+        return Err(error.wait());
+    }
     if iq.payload.find("remove", register::NS).is_some() {
         if !room.state.affiliates.iter().any(|one| one.jid == bare) {
             slice.iq_result(iq, None);
@@ -228,11 +244,15 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
     }
     // an admin decides (9.9)
     check_nick_of(slice, room, &nick, &bare)?;
-    let asked = room.occupants.find(iq.from.as_str());
-    if let Some(occupant) = asked.and_then(|place| room.occupants.get_mut(place))
-        && std::mem::replace(&mut occupant.asked, true)
-    {
+    let ms = slice.now.ms;
+    room.asked.retain(|_, at| *at + REQUEST_MS > ms);
+    if room.asked.contains_key(&*bare) {
         return Err(StanzaError::RESOURCE_CONSTRAINT.text("it was asked for already"));
+    }
+    if room.asked.len() >= requests_max {
+        slice.counters.room_refused += 1;
+        let error = StanzaError::RESOURCE_CONSTRAINT.text("too many wait for the admins' answer");
+        return Err(error.wait());
     }
     let form = Form::new(form::Kind::Form, NS_REGISTER_FORM)
         .title("Request for membership")
@@ -246,11 +266,17 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
             .text("no admin is in the room")
             .wait());
     }
+    room.asked.insert(bare.into(), ms);
     slice.iq_result(iq, None);
     Ok(())
 }
 
-fn check_nick_of(slice: &Slice, room: &Room, nick: &str, bare: &str) -> Result<(), StanzaError> {
+fn check_nick_of(
+    slice: &Slice,
+    room: &mut Room,
+    nick: &str,
+    bare: &str,
+) -> Result<(), StanzaError> {
     let own = room.occupants.of(bare).next();
     check_nick(slice, room, nick, bare, own).map(|_| ())
 }
@@ -382,7 +408,12 @@ fn picture_hash(card: &Element) -> Result<String, StanzaError> {
 pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
     let affiliation = room.state.affiliation(iq.from.bare());
     let settings = &room.state.settings;
-    let is_in = room.occupants.find(iq.from.as_str()).is_some();
+    let occupant = room.occupants.find(iq.from.as_str());
+    let occupant = occupant.and_then(|place| room.occupants.get(place));
+    let is_in = occupant.is_some();
+    // section 7.3.1: as of now, not as of then
+    let sees = affiliation >= Affiliation::Admin
+        || room.shows_jids_to(occupant.map_or(Role::None, |one| one.role));
     let may = match affiliation {
         Affiliation::Outcast => false,
         Affiliation::None => is_in || (!settings.members_only && settings.password.is_empty()),
@@ -424,7 +455,7 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
                 });
             }
             match page {
-                Ok(page) => show(slice, &iq, &query, page),
+                Ok(page) => show(slice, &iq, &query, page, sees),
                 Err(error) => {
                     tracing::warn!(room = &*name, %error, "an archive could not be read");
                     slice.iq_error(&iq, &StanzaError::RESOURCE_CONSTRAINT);
@@ -437,11 +468,17 @@ pub fn archive(slice: &mut Slice, room: &mut Room, mut iq: Iq) {
     }
 }
 
-fn show(slice: &mut Slice, iq: &Iq, query: &archive::PageQuery, mut page: Page) {
+/// `sees`: with real addresses.
+fn show(slice: &mut Slice, iq: &Iq, query: &archive::PageQuery, mut page: Page, sees: bool) {
     if !page.missing.is_empty() {
         return slice.iq_error(iq, &StanzaError::ITEM_NOT_FOUND);
     }
     let Some(room) = &iq.to else { return };
+    for entry in page.entries.iter_mut().filter(|_| !sees) {
+        if let Cow::Owned(plain) = unsigned(&entry.stanza) {
+            entry.stanza = plain.into();
+        }
+    }
     let mut head = b"<message".to_vec();
     crate::xmpp::message::attribute("from", room.bare(), &mut head);
     let (stanzas, fin) = archive::results(&slice.env, &head, query, &mut page);

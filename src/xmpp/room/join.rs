@@ -18,6 +18,11 @@ use crate::xmpp::slice::{Slice, Waiting};
 /// Bytes of one presence that are told to all.
 const PRESENCE_BYTES_MAX: usize = crate::xmpp::feature::presence::PRESENCE_BYTES_MAX;
 
+/// Presence without `<x/>` is no wish to come in, as the groupchat protocol before XEP-0045 had it, but that of somebody who does
+/// not know yet that he is out: told so, his client comes in again. ejabberd lets such people in, Prosody does not.
+pub const NOT_IN: StanzaError =
+    StanzaError::ITEM_NOT_FOUND.text("who is not in the room comes in with <x/> first");
+
 /// Presence for a room.
 pub fn inbound(slice: &mut Slice, room: &mut Room, to: &Jid<'_>, from: &Jid<'_>, stanza: &Waiting) {
     match stanza.meta.kind {
@@ -44,8 +49,12 @@ fn available(
         return room.refuse(slice, to, stanza, &StanzaError::JID_MALFORMED);
     };
     let joins = presence.find("x", NS).is_some();
+    // as it is shown, so that spaces are no other nickname
+    let shown = super::nick::enforced(nick);
+    let nick = shown.as_deref().unwrap_or(nick);
     let result = match room.occupants.find(from.as_str()) {
-        None => enter(slice, room, nick, from, presence, false),
+        None if !joins => Err(NOT_IN),
+        None => enter(slice, room, to, from, presence, false),
         Some(place) => {
             let limits = &slice.env.limits.rooms;
             let (ms, rate) = (slice.now.ms, limits.presences_per_second_max);
@@ -94,7 +103,7 @@ fn update(
     let mut show = Show::here(occupant);
     show.id = presence.get("id");
     if joins {
-        return welcome(slice, room, place, from, presence, &show, false);
+        return welcome(slice, room, place, from, presence, &show, News::default());
     }
     room.tell(slice, place, &show);
     Ok(())
@@ -113,7 +122,7 @@ pub(super) fn bounded(presence: &Element) -> Result<Vec<u8>, StanzaError> {
 /// May this person use this nickname? Its key.
 pub fn check_nick(
     slice: &Slice,
-    room: &Room,
+    room: &mut Room,
     nick: &str,
     bare: &str,
     own: Option<Place>,
@@ -125,12 +134,8 @@ pub fn check_nick(
         return Err(StanzaError::NOT_ACCEPTABLE.text("that is no nickname"));
     };
     // section 7.10: reserved for somebody else
-    let reserved = room.state.affiliates.iter().any(|one| {
-        !one.nick.is_empty()
-            && one.jid != bare
-            && Key::of(&one.nick).is_some_and(|reserved| reserved.clashes(&key))
-    });
-    if reserved || room.occupants.clash(&key, own).is_some() {
+    room.reserved.follow(&room.state.affiliates, room.revision);
+    if room.reserved.clashes(&key, bare) || room.occupants.clash(&key, own).is_some() {
         return Err(StanzaError::CONFLICT);
     }
     Ok(key)
@@ -140,11 +145,14 @@ pub fn check_nick(
 pub fn enter(
     slice: &mut Slice,
     room: &mut Room,
-    nick: &str,
+    to: &Jid<'_>,
     from: &Jid<'_>,
     presence: &Element,
     created: bool,
 ) -> Result<(), StanzaError> {
+    let asked = to.resource().ok_or(StanzaError::JID_MALFORMED)?;
+    let shown = super::nick::enforced(asked);
+    let nick = shown.as_deref().unwrap_or(asked);
     let bare = from.bare();
     let affiliation = room.state.affiliation(bare);
     let settings = &room.state.settings;
@@ -209,7 +217,19 @@ pub fn enter(
     };
     let mut show = Show::here(occupant);
     show.id = presence.get("id");
-    welcome(slice, room, place, from, presence, &show, created)
+    // section 7.2.1: he has not got the nickname that he asked for, but one that is the same by RFC 8266
+    let renamed = *occupant.nick != *asked;
+    let news = News { created, renamed };
+    welcome(slice, room, place, from, presence, &show, news)
+}
+
+/// What somebody who comes in learns beside what the room is.
+#[derive(Clone, Copy, Default)]
+struct News {
+    /// He has made it.
+    created: bool,
+    /// His nickname is another one than he has said.
+    renamed: bool,
 }
 
 fn welcome(
@@ -219,7 +239,7 @@ fn welcome(
     from: &Jid<'_>,
     presence: &Element,
     show: &Show<'_>,
-    created: bool,
+    news: News,
 ) -> Result<(), StanzaError> {
     let settings = &room.state.settings;
     let mut statuses = Vec::new();
@@ -229,8 +249,11 @@ fn welcome(
     if settings.archived {
         statuses.push(170);
     }
-    if created {
+    if news.created {
         statuses.push(201);
+    }
+    if news.renamed {
+        statuses.push(210);
     }
     room.tell_of_others(slice, place, from.as_str());
     room.tell_others(slice, place, show);

@@ -45,7 +45,8 @@ pub fn inbound(
         return match &*form_type {
             NS_REQUEST => voice(slice, room, from, &Values::read(x, NS_REQUEST)?),
             info::NS_REGISTER_FORM => {
-                approve(slice, room, from, &Values::read(x, info::NS_REGISTER_FORM)?)
+                let form = Values::read(x, info::NS_REGISTER_FORM)?;
+                approve(slice, room, from, &form, stanza.receipt)
             }
             _ => Err(StanzaError::BAD_REQUEST),
         };
@@ -271,16 +272,19 @@ fn approve(
     room: &mut Room,
     from: &Jid<'_>,
     form: &Values,
+    receipt: Option<Receipt>,
 ) -> Result<Fate, StanzaError> {
     if room.state.affiliation(from.bare()) < Affiliation::Admin {
         return Err(StanzaError::FORBIDDEN);
     }
-    if form.boolean("muc#register_allow")? != Some(true) {
-        return Ok(Fate::Decided);
-    }
+    let allow = form.boolean("muc#register_allow")? == Some(true);
     let jid = form
         .jid("muc#register_jid")?
         .ok_or(StanzaError::BAD_REQUEST)?;
+    room.asked.remove(jid.bare());
+    if !allow {
+        return Ok(Fate::Decided);
+    }
     let nick = form
         .one("muc#register_roomnick")?
         .unwrap_or_default()
@@ -288,6 +292,11 @@ fn approve(
     if room.state.affiliation(jid.bare()) > Affiliation::None {
         return Ok(Fate::Decided);
     }
-    info::reserve(slice, room, jid.bare(), &nick, |_, _| {})?;
-    Ok(Fate::Decided)
+    // counted when it is durable
+    info::reserve(slice, room, jid.bare(), &nick, move |slice, _| {
+        if let Some(receipt) = receipt {
+            slice.finish(receipt);
+        }
+    })?;
+    Ok(Fate::Open)
 }

@@ -4,6 +4,8 @@
 //! receipt settles then. Whatever is not worth keeping (chat states, `<no-store/>`, rooms without an archive) waits for what came
 //! before it and is told at once.
 
+use std::borrow::Cow;
+
 use super::fanout;
 use super::history::Past;
 use super::privilege::Role;
@@ -54,6 +56,11 @@ pub fn inbound(
             join::drop_session(slice, room, from.as_str());
             Ok(Fate::Decided)
         }
+        // from a component, about what all got: he is not there any more
+        (Kind::MessageError, Some(_)) if !slice.env.is_local(from) && is_final(stanza) => {
+            join::drop_session(slice, room, from.as_str());
+            Ok(Fate::Decided)
+        }
         (_, Some(nick)) => private(slice, room, nick, from, stanza),
         (Kind::Normal, None) => mediated::inbound(slice, room, from, stanza),
         (Kind::Headline, None) => Ok(Fate::Decided),
@@ -67,6 +74,23 @@ pub fn inbound(
             Fate::Decided
         }
     }
+}
+
+/// Does an error say that nobody is there (XEP-0045 section 7.14)?
+fn is_final(stanza: &Waiting) -> bool {
+    const FINAL: [&str; 8] = [
+        "gone",
+        "item-not-found",
+        "jid-malformed",
+        "recipient-unavailable",
+        "redirect",
+        "remote-server-not-found",
+        "remote-server-timeout",
+        "service-unavailable",
+    ];
+    let message = parse_stanza(&stanza.stanza);
+    let error = message.as_ref().and_then(|m| m.find("error", NS_CLIENT));
+    error.is_some_and(|error| error.elements().any(|e| FINAL.contains(&&*e.name)))
 }
 
 fn to_all(
@@ -91,6 +115,7 @@ fn to_all(
     let role = occupant.role;
     let nick = occupant.nick.clone();
     let id = occupant.id.clone();
+    let affiliation = occupant.affiliation;
     let Ok(view) = View::parse(&stanza.stanza, &StreamNs::client(), &ENTERED) else {
         return Err(StanzaError::BAD_REQUEST);
     };
@@ -118,6 +143,7 @@ fn to_all(
         return Err(StanzaError::RESOURCE_CONSTRAINT);
     }
     let message_id = slice.next_id();
+    let signed = signed(&said, from.as_str(), affiliation.as_str(), role.as_str());
     let (kind, flags) = stanza.meta.numbers();
     let change = Change::Message(Message {
         id: message_id,
@@ -129,7 +155,7 @@ fn to_all(
         twin: 0,
         stream: "",
         count: 0,
-        stanza: &said,
+        stanza: &signed,
     });
     room.flow.messages += 1;
     let act = Act::Reflected {
@@ -178,6 +204,38 @@ fn said(room: &Room, nick: &str, id: &str, view: &View<'_>) -> Vec<u8> {
     out
 }
 
+const SIGNATURE: &[u8] = b"<x xmlns='http://jabber.org/protocol/muc#user'><item affiliation='";
+
+/// The message as it is kept: with who has said it, for those who may see that later (XEP-0313 section 7.3.1), and for whoever
+/// must prove it.
+fn signed(said: &[u8], jid: &str, affiliation: &str, role: &str) -> Vec<u8> {
+    let mut out = said.to_vec();
+    add(&mut out, |out| {
+        out.extend_from_slice(SIGNATURE);
+        out.extend_from_slice(affiliation.as_bytes());
+        out.push(b'\'');
+        attribute("jid", jid, out);
+        attribute("role", role, out);
+        out.extend_from_slice(b"/></x>");
+    });
+    out
+}
+
+/// The message as all get it, without that. Nobody but the room writes such an element: [`said`] takes it out of what comes.
+pub fn unsigned(kept: &[u8]) -> Cow<'_, [u8]> {
+    let end = b"'/></x></message>";
+    match memchr::memmem::rfind(kept, SIGNATURE) {
+        Some(at)
+            if kept.ends_with(end)
+                && memchr::memchr(b'<', &kept[at + SIGNATURE.len()..kept.len() - end.len()])
+                    .is_none() =>
+        {
+            Cow::Owned([&kept[..at], b"</message>"].concat())
+        }
+        _ => Cow::Borrowed(kept),
+    }
+}
+
 const NS_DELAY: &str = "urn:xmpp:delay";
 
 /// Writes something at the end of a `<message/>`.
@@ -199,7 +257,8 @@ pub fn reflected(slice: &mut Slice, name: &str, message: &ArchivedMessage<'_>, m
     at_work(slice, name, |slice, room| {
         // of a room that has ended meanwhile: this one has begun anew
         room.flow.messages = room.flow.messages.saturating_sub(1);
-        let Some(stanza) = stable_id::stamp(slice, &room.jid, &message.stanza, id) else {
+        let said = unsigned(&message.stanza);
+        let Some(stanza) = stable_id::stamp(slice, &room.jid, &said, id) else {
             return;
         };
         if room.occupants.take_changed() || room.audience.is_none() {

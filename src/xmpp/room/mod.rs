@@ -48,7 +48,7 @@ pub mod settings;
 #[cfg(test)]
 mod tests;
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
 use smallvec::SmallVec;
@@ -85,6 +85,8 @@ pub struct Limits {
     pub rooms_max: usize,
     /// Rooms that a session is in.
     pub per_session_max: usize,
+    /// Presences of one session for rooms in a second, on average; twelve times as many at once.
+    pub session_presences_per_second_max: u32,
     pub occupants_max: usize,
     pub affiliates_max: usize,
     pub nick_bytes_max: usize,
@@ -96,13 +98,32 @@ pub struct Limits {
     pub messages_per_second_max: u32,
     /// The same of presence; three times as much at once.
     pub presences_per_second_max: u32,
+    /// Lasting rooms that one person has made, and that there are.
+    pub lasting_per_owner_max: usize,
+    pub lasting_max: usize,
+    /// How long a temporary room that a crash has left waits for those who come back.
+    pub left_ms: u64,
+    /// Registrations with a room in a second, on average; twenty times as many at once.
+    pub registrations_per_second_max: u32,
+    /// Requests for membership of a room that wait for an admin.
+    pub requests_max: usize,
     /// What a room is when its maker says nothing.
     pub persistent: bool,
+    /// How long messages stay in the archives of rooms; 0: for ever.
+    pub archive_keep_ms: u64,
 }
+
+/// Seconds' worth of a session's presence that may come at once: a client that comes into all its rooms, and sets a status.
+const SESSION_BURST: u32 = 12;
 
 /// The store's name of a room.
 pub fn entity(local: &str) -> String {
     format!("{local}@{LABEL}")
+}
+
+/// Is it the store's name of a room?
+pub fn is_entity(name: &str) -> bool {
+    name.contains('@')
 }
 
 /// What a slice has of rooms beside the rooms.
@@ -135,6 +156,15 @@ pub struct Room {
     pub history: History,
     /// Everybody who is in, as of the last message.
     audience: Option<fanout::Audience>,
+    /// Bare JID of who has made it; empty: not known yet. It counts for him while it lasts.
+    maker: Box<str>,
+    /// It was taken from the affiliations: the database may know better.
+    maker_guessed: bool,
+    /// Nicknames that are kept for people.
+    reserved: nick::Reserved,
+    /// Bare JIDs of those who have asked to be members, and when; ms of the monotonic clock.
+    asked: HashMap<Box<str>, u64>,
+    registrations: occupants::Bucket,
     /// Queries of its archive at work.
     pub queries: usize,
     /// When archive queries came last, and how many then; ms of the monotonic clock.
@@ -173,6 +203,11 @@ impl Room {
             occupants: Occupants::default(),
             history: History::default(),
             audience: None,
+            maker: "".into(),
+            maker_guessed: true,
+            reserved: nick::Reserved::default(),
+            asked: HashMap::new(),
+            registrations: occupants::Bucket::default(),
             queries: 0,
             pages: (0, 0),
             flow: Flow::default(),
@@ -194,6 +229,7 @@ impl Room {
             revision: self.revision,
             record: Some(self.record.clone()),
             last: None,
+            index: None,
             pending: false,
         })
     }
@@ -218,11 +254,31 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
     if let Err(error) = may_send(slice, sid, to) {
         return bounce_out(slice, sid, view, &error);
     }
-    let most = slice.env.limits.rooms.per_session_max;
+    let limits = &slice.env.limits.rooms;
+    let (most, rate) = (
+        limits.per_session_max,
+        limits.session_presences_per_second_max,
+    );
+    let ms = slice.now.ms;
     let Some(session) = slice.sessions.get_mut(sid) else {
         return;
     };
     let listed = session.rooms.iter().position(|room| **room == *to.bare());
+    if !session.rooms_rate.take(ms, rate, SESSION_BURST) {
+        match kind {
+            Kind::Available => {
+                slice.counters.room_refused += 1;
+                let error = StanzaError::RESOURCE_CONSTRAINT.text("too much presence for rooms");
+                return bounce_out(slice, sid, view, &error.wait());
+            }
+            // leaving what it is in is always possible, and nobody misses the rest
+            _ if listed.is_none() => {
+                slice.counters.room_refused += 1;
+                return;
+            }
+            _ => {}
+        }
+    }
     match (kind, listed) {
         // section 7.2.1
         (Kind::Available, _) if to.is_bare() => {
@@ -241,9 +297,12 @@ pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, kind: Kind, 
         }
         _ => {}
     }
-    let jid = session.jid.clone();
+    let (jid, user) = (session.jid.clone(), session.user.clone());
     let lang = session.lang.clone();
-    let stanza = compose(view, &jid, Some(to), lang.as_deref(), Vec::new());
+    let mut stanza = compose(view, &jid, Some(to), lang.as_deref(), Vec::new());
+    if kind == Kind::Available {
+        stanza = crate::xmpp::feature::avatar::announce(slice, &user, view, stanza);
+    }
     slice.route(to, &jid, &stanza, Meta::new(kind), None);
 }
 
@@ -350,9 +409,12 @@ pub fn loaded(slice: &mut Slice, name: &str, loaded: Loaded) {
     );
 }
 
-fn begin(slice: &mut Slice, room: Room) {
-    directory::tell(slice, &room);
+fn begin(slice: &mut Slice, mut room: Room) {
+    directory::tell(slice, &mut room);
     let name = room.name.clone();
+    if !room.state.settings.persistent {
+        directory::left(slice, &name);
+    }
     slice.loaded(&name, Slot::Room(Some(Box::new(room))));
     slice.ring_known(&name);
 }
@@ -413,17 +475,32 @@ pub fn at_work<R>(
     Some(result)
 }
 
+/// Is who sends it out of the room then?
+fn ends_presence(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::Unavailable | Kind::PresenceError | Kind::MessageError
+    )
+}
+
+/// Is who sends it in, or out, then?
+fn decides_presence(kind: Kind) -> bool {
+    kind == Kind::Available || ends_presence(kind)
+}
+
 impl Room {
     fn take_in(&mut self, slice: &mut Slice, waiting: Waiting) -> Fate {
         if self.flow.waiting.is_empty() && self.is_ready(&waiting) {
             return self.deal_with(slice, waiting);
         }
-        if self.flow.waiting_bytes + waiting.stanza.len() > slice.env.limits.load_queue_bytes_max
-            && waiting.meta.kind.may_bounce()
-            && waiting.meta.kind != Kind::Unavailable
-        {
+        let full =
+            self.flow.waiting_bytes + waiting.stanza.len() > slice.env.limits.load_queue_bytes_max;
+        if full && !self.must_hear(&waiting) {
             slice.counters.room_refused += 1;
-            if let Ok(to) = Jid::parse(&waiting.to) {
+            if waiting.meta.kind.may_bounce()
+                && waiting.meta.kind != Kind::Unavailable
+                && let Ok(to) = Jid::parse(&waiting.to)
+            {
                 let error = &StanzaError::RESOURCE_CONSTRAINT;
                 slice.bounce(&to, &waiting.from, &waiting.stanza, waiting.meta, error);
             }
@@ -432,6 +509,19 @@ impl Room {
         self.flow.waiting_bytes += waiting.stanza.len();
         self.flow.waiting.push_back(waiting);
         Fate::Open
+    }
+
+    /// Does somebody go who is in, or is about to be? Nobody stays in as a ghost because the queue is full. So many can wait
+    /// beyond its bound as have come in, or wait within it.
+    fn must_hear(&self, waiting: &Waiting) -> bool {
+        if !ends_presence(waiting.meta.kind) {
+            return false;
+        }
+        let mut own = self.flow.waiting.iter().rev();
+        match own.find(|one| one.from == waiting.from && decides_presence(one.meta.kind)) {
+            Some(last) => !ends_presence(last.meta.kind),
+            None => self.occupants.find(&waiting.from).is_some(),
+        }
     }
 
     /// May it be dealt with before what is in the journal's hands is durable?
@@ -458,15 +548,9 @@ impl Room {
             return Fate::Decided;
         };
         if self.ending {
-            // what has come behind the end meets nobody
-            return missing(
-                slice,
-                &self.name.clone(),
-                &to,
-                &stanza.from,
-                &stanza.stanza,
-                stanza.meta,
-            );
+            // what has come behind the end meets nobody, or the room that the first of them makes
+            slice.rooms.again.push_back(stanza);
+            return Fate::Open;
         }
         let kind = stanza.meta.kind;
         if kind.is_message() {

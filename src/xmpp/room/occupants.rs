@@ -23,7 +23,7 @@ pub struct Occupant {
     pub id: Box<str>,
     pub messages: Bucket,
     pub presences: Bucket,
-    /// An admin was asked to let him register; voice was asked for.
+    /// He has asked for voice.
     pub asked: bool,
 }
 

@@ -6,7 +6,7 @@ use super::privilege::Role;
 use super::{NS, NS_OWNER, Room, at_work, directory, entity, fanout, join, settings};
 use crate::store::change::Change;
 use crate::store::record::Record;
-use crate::store::room::{Affiliate, Affiliation, RoomRecord};
+use crate::store::room::{Affiliate, Affiliation, MAKER_KEY, RoomRecord};
 use crate::xml::Element;
 use crate::xmpp::NS_CLIENT;
 use crate::xmpp::error::StanzaError;
@@ -36,6 +36,9 @@ fn try_create(
     let from = Jid::parse(from).map_err(|_| StanzaError::JID_MALFORMED)?;
     let nick = to.resource().ok_or(StanzaError::JID_MALFORMED)?;
     let presence = crate::xmpp::parse_stanza(stanza).ok_or(StanzaError::BAD_REQUEST)?;
+    if presence.find("x", NS).is_none() {
+        return Err(join::NOT_IN);
+    }
     if let Some(creators) = &limits.creators
         && !creators.iter().any(|jid| jid == from.bare())
     {
@@ -49,9 +52,14 @@ fn try_create(
         return Err(StanzaError::NOT_ACCEPTABLE.text("that is no nickname"));
     }
     join::bounded(&presence)?;
+    let lasts = limits.persistent;
+    let limits = limits.clone();
+    if lasts {
+        directory::may_last(slice, from.bare())?;
+    }
     let mut state = RoomRecord {
         created_at: slice.now.unix,
-        settings: settings::default(limits),
+        settings: settings::default(&limits),
         ..RoomRecord::default()
     };
     state.affiliate_as(Affiliate {
@@ -61,8 +69,10 @@ fn try_create(
     });
     let record = Record::room(&state);
     let mut room = Room::new(slice, name, to.bare(), record, 0);
-    // 10.1.1: who knows rooms is to configure it; who does not has it as it is
-    room.locked = presence.find("x", NS).is_some();
+    // 10.1.1: he is to configure it
+    room.locked = true;
+    room.maker = from.bare().into();
+    room.maker_guessed = false;
     match slice.users.get_mut(name) {
         Some(place @ Slot::Missing) => *place = Slot::Room(Some(Box::new(room))),
         _ => {
@@ -70,33 +80,34 @@ fn try_create(
             return Err(StanzaError::RESOURCE_CONSTRAINT);
         }
     }
-    let (nick, from) = (nick.to_owned(), from.into_owned());
+    let (to, from) = (to.clone().into_owned(), from.into_owned());
     let made = at_work(slice, name, move |slice, room| {
         let first = move |slice: &mut Slice, room: &mut Room| {
             // all was checked, and nobody is in
-            let entered = join::enter(slice, room, &nick, &from, &presence, true);
+            let entered = join::enter(slice, room, &to, &from, &presence, true);
             debug_assert!(entered.is_ok());
             if entered.is_err() {
                 end(slice, room, None, |_, _| {});
             }
+            if lasts {
+                directory::lasts(slice, &room.maker);
+            }
             directory::tell(slice, room);
         };
         let made = room.put(slice, state, true, first);
+        if made.is_ok() && lasts {
+            directory::lasts_soon(slice, &room.maker);
+            keep_maker(slice, room);
+        }
         if made.is_err() {
             room.gone = true;
+            if let Some(place) = slice.users.get_mut(&entity(room.local())) {
+                *place = Slot::Missing;
+            }
         }
         made
     });
-    match made {
-        Some(Ok(())) => Ok(()),
-        Some(Err(error)) => {
-            if let Some(place) = slice.users.get_mut(name) {
-                *place = Slot::Missing;
-            }
-            Err(error)
-        }
-        None => Err(StanzaError::RESOURCE_CONSTRAINT),
-    }
+    made.unwrap_or(Err(StanzaError::RESOURCE_CONSTRAINT))
 }
 
 pub fn handle(slice: &mut Slice, room: &mut Room, iq: Iq) {
@@ -161,10 +172,17 @@ fn configure(
 ) -> Result<(), StanzaError> {
     let answer = reply(iq);
     let old = room.state.clone();
+    let begins_to_last = new.settings.persistent && !old.settings.persistent;
+    if begins_to_last {
+        directory::may_last(slice, &room.maker)?;
+    }
     room.change(
         slice,
         move |state| *state = new,
         move |slice, room| {
+            if begins_to_last {
+                directory::lasts(slice, &room.maker);
+            }
             let first = std::mem::take(&mut room.locked);
             slice.iq_result(&answer, None);
             let (before, now) = (&old.settings, &room.state.settings);
@@ -202,7 +220,24 @@ fn configure(
                 show_addresses(slice, room);
             }
         },
-    )
+    )?;
+    if begins_to_last {
+        directory::lasts_soon(slice, &room.maker);
+        keep_maker(slice, room);
+    }
+    Ok(())
+}
+
+/// Who has made a room that lasts is written down with it: it counts for him after the next start, too.
+fn keep_maker(slice: &mut Slice, room: &mut Room) {
+    let (name, maker) = (room.name.clone(), room.maker.clone());
+    let document = Change::PutDocument {
+        name: &name,
+        revision: slice.next_id(),
+        key: MAKER_KEY,
+        value: maker.as_bytes(),
+    };
+    room.written(slice, &document, |_, _| {});
 }
 
 /// Section 9.3: the room is for members now (status 322).

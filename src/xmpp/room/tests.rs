@@ -1025,3 +1025,680 @@ fn whoever_asks_for_page_after_page_at_once_is_bounded() {
     w.advance(1000);
     assert_eq!(shown(&mut w, a, &room), ["hello"]);
 }
+
+#[test]
+fn who_comes_and_goes_without_end_is_refused_at_his_own_shard_and_can_always_leave() {
+    let mut w = World::with(2, |limits| {
+        limits.rooms.session_presences_per_second_max = 1
+    });
+    let alice = w.on(0, "alice");
+    w.add(&alice);
+    let a = w.online(&alice, "a");
+    let room = room_on(&w, 1);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    for n in 0..11 {
+        join(&mut w, a, &room, &format!("Alice{n}"));
+    }
+    w.take(a);
+    join(&mut w, a, &room, "Alice");
+    has(
+        &mut w,
+        a,
+        &["type='error'", "type='wait'", "resource-constraint"],
+    );
+    assert_eq!(w.slices[0].counters.room_refused, 1);
+    // nobody misses a leave from where he is not
+    w.send(
+        a,
+        "<presence type='unavailable' to='other@rooms.localhost/A'/>",
+    );
+    assert_eq!(w.slices[0].counters.room_refused, 2);
+    w.send(
+        a,
+        &format!("<presence type='unavailable' to='{room}/Alice10'/>"),
+    );
+    has(&mut w, a, &["type='unavailable'", "code='110'"]);
+    // with time it is possible again
+    w.advance(1000);
+    join(&mut w, a, &room, "Alice");
+    has(&mut w, a, &["code='201'"]);
+}
+
+#[test]
+fn whoever_comes_behind_the_end_of_a_room_is_in_the_next_one() {
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        let carol = w.on(0, "carol");
+        w.add(&carol);
+        let c = w.online(&carol, "c");
+        w.tier.held = true;
+        w.send(
+            a,
+            &format!(
+                "<iq type='set' id='d' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'><destroy/></query></iq>"
+            ),
+        );
+        join(&mut w, c, &room, "Carol");
+        join(&mut w, b, &room, "Robert");
+        w.release();
+        has(&mut w, a, &["<destroy"]);
+        has(&mut w, c, &["code='201'"]);
+        // somebody else has made it, and has not configured it yet
+        let got = has(&mut w, b, &["<destroy", "item-not-found", "not configured"]);
+        assert!(!got.contains("resource-constraint"), "{got}");
+        configure(&mut w, c, &room, &[]);
+        join(&mut w, b, &room, "Robert");
+        has(&mut w, b, &["code='110'", &format!("from='{room}/Carol'")]);
+    }
+}
+
+#[test]
+fn a_full_queue_of_a_room_keeps_nobody_in_and_holds_nothing_that_means_nothing() {
+    let mut w = World::with(1, |limits| limits.load_queue_bytes_max = 600);
+    for name in ["alice", "bob"] {
+        w.add(name);
+    }
+    let (a, b) = (w.online("alice", "a"), w.online("bob", "b"));
+    let room = room_on(&w, 0);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    join(&mut w, b, &room, "Bob");
+    w.take(a);
+    w.tier.held = true;
+    w.send(
+        a,
+        &format!("<message type='groupchat' to='{room}'><subject>x</subject></message>"),
+    );
+    let text = "x".repeat(300);
+    for _ in 0..5 {
+        say(&mut w, b, &room, &text);
+        // answers to nothing, and leaves
+        w.send(b, &format!("<iq type='result' id='{text}' to='{room}'/>"));
+    }
+    for _ in 0..5 {
+        w.send(
+            b,
+            &format!("<presence type='unavailable' to='{room}/Bob'/>"),
+        );
+    }
+    let bytes = room_of(&w, &room).flow.waiting_bytes;
+    assert!(bytes < 1200, "{bytes}");
+    w.release();
+    has(
+        &mut w,
+        a,
+        &[
+            "<subject>x",
+            &format!("from='{room}/Bob'"),
+            "type='unavailable'",
+        ],
+    );
+    assert_eq!(room_of(&w, &room).occupants.len(), 1);
+}
+
+/// The room in memory.
+fn room_of<'w>(w: &'w World, jid: &str) -> &'w super::Room {
+    let name = super::entity(jid.split('@').next().unwrap());
+    let owner = usize::from(w.slices[0].env.owner(&name));
+    match w.slices[owner].users.peek(&name) {
+        Some(crate::xmpp::slice::Slot::Room(Some(room))) => room,
+        _ => panic!("{jid} is not in memory"),
+    }
+}
+
+fn register(w: &mut World, client: Client, room: &str, nick: &str) {
+    w.send(
+        client,
+        &format!(
+            "<iq type='set' id='r' to='{room}'><query xmlns='jabber:iq:register'><x xmlns='jabber:x:data' type='submit'>\
+             <field var='FORM_TYPE'><value>http://jabber.org/protocol/muc#register</value></field>\
+             <field var='muc#register_roomnick'><value>{nick}</value></field></x></query></iq>"
+        ),
+    );
+}
+
+#[test]
+fn requests_for_membership_are_bounded_whoever_asks_and_wherever_he_is() {
+    let mut w = World::with(1, |limits| limits.rooms.requests_max = 2);
+    let names = ["alice", "bob", "carol", "dave"];
+    names.iter().for_each(|name| w.add(name));
+    let [a, b, c, d] = names.map(|name| w.online(name, "x"));
+    let room = room_on(&w, 0);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    w.take(a);
+    register(&mut w, b, &room, "Bob");
+    has(&mut w, b, &["type='result'"]);
+    register(&mut w, b, &room, "Bob");
+    has(&mut w, b, &["resource-constraint", "asked for already"]);
+    register(&mut w, c, &room, "Carol");
+    has(&mut w, c, &["type='result'"]);
+    register(&mut w, d, &room, "Dave");
+    has(&mut w, d, &["resource-constraint", "type='wait'"]);
+    let asked = w.take(a);
+    assert_eq!(asked.len(), 2, "{asked:#?}");
+    // an answer makes room
+    answer_registration(&mut w, a, &room, "carol@localhost", "Carol", false);
+    register(&mut w, d, &room, "Dave");
+    has(&mut w, d, &["type='result'"]);
+}
+
+fn answer_registration(w: &mut World, admin: Client, room: &str, jid: &str, nick: &str, yes: bool) {
+    w.send(
+        admin,
+        &format!(
+            "<message to='{room}'><x xmlns='jabber:x:data' type='submit'>\
+             <field var='FORM_TYPE'><value>http://jabber.org/protocol/muc#register</value></field>\
+             <field var='muc#register_jid'><value>{jid}</value></field>\
+             <field var='muc#register_roomnick'><value>{nick}</value></field>\
+             <field var='muc#register_allow'><value>{yes}</value></field></x></message>"
+        ),
+    );
+}
+
+#[test]
+fn registrations_with_a_room_have_a_rate() {
+    let mut w = World::with(1, |limits| limits.rooms.registrations_per_second_max = 1);
+    w.add("alice");
+    let a = w.online("alice", "a");
+    let room = room_on(&w, 0);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    w.take(a);
+    for n in 0..20 {
+        register(&mut w, a, &room, &format!("A{n}"));
+    }
+    let got = w.take(a).concat();
+    assert!(!got.contains("type='error'"), "{got}");
+    register(&mut w, a, &room, "A20");
+    has(&mut w, a, &["resource-constraint", "type='wait'"]);
+    w.advance(1000);
+    register(&mut w, a, &room, "A20");
+    has(&mut w, a, &["type='result'"]);
+}
+
+#[test]
+fn an_admins_yes_is_counted_when_it_is_durable() {
+    let (mut w, a, b, room) = two(1);
+    register(&mut w, b, &room, "Bobby");
+    w.take(b);
+    w.send(a, "<enable xmlns='urn:xmpp:sm:3'/>");
+    w.take(a);
+    w.tier.held = true;
+    answer_registration(&mut w, a, &room, "bob@localhost", "Bobby", true);
+    w.send(a, "<r xmlns='urn:xmpp:sm:3'/>");
+    assert_eq!(w.take(a), Vec::<String>::new());
+    w.release();
+    let got = has(&mut w, a, &["affiliation='member'", "<a "]);
+    assert!(got.contains("h='1'"), "{got}");
+}
+
+#[test]
+fn who_is_not_in_and_says_no_word_of_joining_is_told_that_he_is_out() {
+    let (mut w, _, b, room) = two(2);
+    // the room is as after a crash: nobody is in it
+    w.send(
+        b,
+        &format!("<presence type='unavailable' to='{room}/Bob'/>"),
+    );
+    w.take(b);
+    w.send(
+        b,
+        &format!("<presence to='{room}/Bob'><show>away</show></presence>"),
+    );
+    has(&mut w, b, &["type='error'", "item-not-found"]);
+    assert!(w.session(b).rooms.is_empty());
+    w.send(b, "<presence to='new@rooms.localhost/Bob'/>");
+    has(&mut w, b, &["type='error'", "item-not-found"]);
+    assert!(!w.tier.users.contains_key("new@rooms"));
+}
+
+#[test]
+fn who_gets_another_nickname_than_he_has_said_is_told_so() {
+    let (mut w, a, b, room) = two(2);
+    // another session of Bob's: the same nickname by RFC 8266
+    let bob = w.session(b).user.to_string();
+    let b2 = w.online(&bob, "b2");
+    w.take(b2);
+    join(&mut w, b2, &room, "BOB");
+    let got = has(&mut w, b2, &[&format!("from='{room}/Bob'"), "code='210'"]);
+    assert!(got.contains("code='110'"));
+    // spaces that nobody sees
+    w.take(a);
+    let carol = w.on(0, "carol");
+    w.add(&carol);
+    let c = w.online(&carol, "c");
+    join(&mut w, c, &room, "Carol  C");
+    has(
+        &mut w,
+        c,
+        &[&format!("from='{room}/Carol C'"), "code='210'"],
+    );
+    let got = has(&mut w, a, &[&format!("from='{room}/Carol C'")]);
+    assert!(!got.contains("code='210'"), "{got}");
+    // who has what he asked for is not told
+    let dave = w.on(1, "dave");
+    w.add(&dave);
+    let d = w.online(&dave, "d");
+    join(&mut w, d, &room, "Dave");
+    let got = has(&mut w, d, &["code='110'"]);
+    assert!(!got.contains("code='210'"), "{got}");
+}
+
+#[test]
+fn whose_affiliation_changes_while_he_is_not_in_is_told_so() {
+    let (mut w, a, b, room) = two(2);
+    let carol = w.on(0, "carol");
+    w.add(&carol);
+    let c = w.online(&carol, "c");
+    w.take(c);
+    let make =
+        format!("<item affiliation='member' jid='{carol}@localhost'><reason>hi</reason></item>");
+    admin(&mut w, a, &room, &make);
+    let got = has(
+        &mut w,
+        c,
+        &["affiliation='member'", "role='none'", "code='101'", "hi"],
+    );
+    assert!(got.contains(&format!("from='{room}'")), "{got}");
+    // it is as it was: nothing to hear
+    admin(&mut w, a, &room, &make);
+    assert_eq!(w.take(c), Vec::<String>::new());
+    // who is in sees his presence
+    let bob = w.session(b).bare().to_owned();
+    w.take(b);
+    admin(
+        &mut w,
+        a,
+        &room,
+        &format!("<item affiliation='member' jid='{bob}'/>"),
+    );
+    let got = has(&mut w, b, &["<presence", "affiliation='member'"]);
+    assert!(!got.contains("code='101'"), "{got}");
+}
+
+/// Local parts in the list of rooms that this client gets, and the whole answer.
+fn listed(w: &mut World, client: Client, set: &str) -> (Vec<String>, String) {
+    w.take(client);
+    w.send(
+        client,
+        &format!("<iq type='get' id='l' to='rooms.localhost'><query xmlns='http://jabber.org/protocol/disco#items'>{set}</query></iq>"),
+    );
+    let got = w.take(client).concat();
+    let names = got.split("<item jid='").skip(1);
+    let names = names.map(|item| item.split('@').next().unwrap().to_owned());
+    (names.collect(), got)
+}
+
+fn lasting(w: &mut World, client: Client, room: &str) -> String {
+    join(w, client, room, "Maker");
+    w.take(client);
+    configure(w, client, room, &[("muc#roomconfig_persistentroom", "1")]);
+    w.take(client).concat()
+}
+
+/// Counts of lasting rooms that Alice has made, as each shard sees them.
+fn made(w: &World, bare: &str) -> Vec<usize> {
+    let slices = w.slices.iter();
+    slices.map(|s| s.rooms.directory.made_by(bare)).collect()
+}
+
+#[test]
+fn lasting_rooms_are_bounded_for_who_makes_them_and_the_count_outlives_a_start() {
+    let mut w = World::with(2, |limits| limits.rooms.lasting_per_owner_max = 3);
+    let (alice, bob) = (w.on(0, "alice"), w.on(1, "bob"));
+    w.add(&alice);
+    w.add(&bob);
+    let (a, b) = (w.online(&alice, "a"), w.online(&bob, "b"));
+    let bare = format!("{alice}@localhost");
+    for n in 0..3 {
+        let got = lasting(&mut w, a, &format!("r{n}@rooms.localhost"));
+        assert!(got.contains("type='result'"), "{got}");
+    }
+    assert_eq!(made(&w, &bare), [3, 3]);
+    let got = lasting(&mut w, a, "r3@rooms.localhost");
+    assert!(got.contains("resource-constraint"), "{got}");
+    // a temporary one is no matter, nor are those of others
+    accept(&mut w, a, "r3@rooms.localhost");
+    has(&mut w, a, &["type='result'"]);
+    let got = lasting(&mut w, b, "s0@rooms.localhost");
+    assert!(got.contains("type='result'"), "{got}");
+    // he gives one away; it was he who made it
+    admin(
+        &mut w,
+        a,
+        "r0@rooms.localhost",
+        &format!("<item affiliation='owner' jid='{bob}@localhost'/>"),
+    );
+    admin(
+        &mut w,
+        b,
+        "r0@rooms.localhost",
+        &format!("<item affiliation='none' jid='{bare}'/>"),
+    );
+    for shards in [2, 1, 3] {
+        w.crash(shards);
+        w.find_rooms();
+        assert_eq!(made(&w, &bare), vec![3; shards]);
+        let a = w.online(&alice, "a");
+        let got = lasting(&mut w, a, "r4@rooms.localhost");
+        assert!(got.contains("resource-constraint"), "{got}");
+    }
+    // one that ends makes room
+    let a = w.online(&alice, "a2");
+    w.send(a, "<iq type='set' id='d' to='r1@rooms.localhost'><query xmlns='http://jabber.org/protocol/muc#owner'><destroy/></query></iq>");
+    has(&mut w, a, &["type='result'"]);
+    assert_eq!(made(&w, &bare), [2, 2, 2]);
+    let got = lasting(&mut w, a, "r5@rooms.localhost");
+    assert!(got.contains("type='result'"), "{got}");
+}
+
+#[test]
+fn what_is_being_made_counts_before_it_is_durable() {
+    let mut w = World::with(1, |limits| {
+        limits.rooms.lasting_per_owner_max = 2;
+        limits.rooms.persistent = true;
+    });
+    w.add("alice");
+    let a = w.online("alice", "a");
+    w.tier.held = true;
+    for n in 0..4 {
+        join(&mut w, a, &format!("r{n}@rooms.localhost"), "Alice");
+    }
+    w.release();
+    let got = w.take(a).concat();
+    assert_eq!(got.matches("resource-constraint").count(), 2, "{got}");
+    assert_eq!(got.matches("code='201'").count(), 2, "{got}");
+    assert_eq!(made(&w, "alice@localhost"), [2]);
+}
+
+#[test]
+fn the_list_of_rooms_is_whole_after_a_start_page_by_page() {
+    let mut w = World::with(2, |limits| limits.rooms.lasting_max = 120);
+    let alice = w.on(0, "alice");
+    w.add(&alice);
+    let a = w.online(&alice, "a");
+    for n in 0..70 {
+        if n == 60 {
+            // the last ones are in the journal only
+            w.tier.dry = true;
+        }
+        let room = format!("r{n:02}@rooms.localhost");
+        join(&mut w, a, &room, "Maker");
+        let hidden = ["1", "0"][usize::from(n % 10 == 9)];
+        configure(
+            &mut w,
+            a,
+            &room,
+            &[
+                ("muc#roomconfig_persistentroom", "1"),
+                ("muc#roomconfig_publicroom", hidden),
+            ],
+        );
+        w.send(
+            a,
+            &format!("<presence type='unavailable' to='{room}/Maker'/>"),
+        );
+    }
+    w.crash(3);
+    let a = w.online(&alice, "a");
+    assert!(listed(&mut w, a, "").0.is_empty());
+    w.find_rooms();
+    let (all, _) = listed(&mut w, a, "");
+    let public = (0..70).filter(|n| n % 10 != 9);
+    let wanted: Vec<String> = public.map(|n| format!("r{n:02}")).collect();
+    assert_eq!(all, wanted);
+    // forwards and backwards
+    const RSM: &str = "<set xmlns='http://jabber.org/protocol/rsm'>";
+    let (mut read, mut after) = (Vec::new(), String::new());
+    loop {
+        let set = format!("{RSM}<max>25</max>{after}</set>");
+        let (page, got) = listed(&mut w, a, &set);
+        assert!(got.contains("<count>63</count>"), "{got}");
+        assert_eq!(got.contains("index='0'"), read.is_empty(), "{got}");
+        let Some(last) = page.last() else { break };
+        after = format!("<after>{last}@rooms.localhost</after>");
+        read.extend(page);
+    }
+    assert_eq!(read, wanted);
+    let set = format!("{RSM}<max>2</max><before>r05@rooms.localhost</before></set>");
+    assert_eq!(listed(&mut w, a, &set).0, ["r03", "r04"]);
+    let set = format!("{RSM}<max>2</max><before/></set>");
+    assert_eq!(listed(&mut w, a, &set).0, ["r67", "r68"]);
+    let set = format!(
+        "{RSM}<after>r05@rooms.localhost</after><before>r01@rooms.localhost</before></set>"
+    );
+    assert!(listed(&mut w, a, &set).1.contains("item-not-found"));
+    assert_eq!(made(&w, &format!("{alice}@localhost")), [70, 70, 70]);
+}
+
+#[test]
+fn while_the_database_is_away_nobody_makes_a_lasting_room_and_it_is_asked_again() {
+    let (mut w, a, _, room) = two(2);
+    let alice = w.session(a).user.to_string();
+    let got = lasting(&mut w, a, "kept@rooms.localhost");
+    assert!(got.contains("type='result'"), "{got}");
+    w.crash(2);
+    let a = w.online(&alice, "a");
+    join(&mut w, a, &room, "Alice");
+    w.tier.broken = true;
+    w.find_rooms();
+    let got = lasting(&mut w, a, &room);
+    assert!(
+        got.contains("resource-constraint") && got.contains("being counted"),
+        "{got}"
+    );
+    w.tier.broken = false;
+    w.advance(5000);
+    let got = lasting(&mut w, a, &room);
+    assert!(got.contains("type='result'"), "{got}");
+    assert_eq!(made(&w, &format!("{alice}@localhost")), [2, 2]);
+}
+
+#[test]
+fn a_temporary_room_that_a_crash_has_left_waits_for_its_people_and_ends_without_them() {
+    for dry in [false, true] {
+        let (mut w, a, b, room) = two(2);
+        w.tier.dry = dry;
+        let (alice, bob) = (w.session(a).user.to_string(), w.session(b).user.to_string());
+        let other = room_on(&w, 1);
+        join(&mut w, b, &other, "Bob");
+        accept(&mut w, b, &other);
+        say(&mut w, b, &other, "secret");
+        w.crash(2);
+        w.find_rooms();
+        let (a, b) = (w.online(&alice, "a"), w.online(&bob, "b"));
+        assert_eq!(listed(&mut w, a, "").0.len(), 2);
+        // the people of one come back
+        join(&mut w, a, &room, "Alice");
+        w.advance(599_000);
+        assert_eq!(listed(&mut w, b, "").0.len(), 2);
+        w.advance(2_000);
+        let (left, _) = listed(&mut w, b, "");
+        assert_eq!(left, [room.split('@').next().unwrap()]);
+        w.drain();
+        assert!(
+            !w.tier
+                .users
+                .contains_key(&super::entity(other.split('@').next().unwrap()))
+        );
+        // it begins anew, with nothing of what was
+        join(&mut w, b, &other, "Bob");
+        let got = has(&mut w, b, &["code='201'"]);
+        assert!(!got.contains("secret"), "{got}");
+        say(&mut w, a, &room, "still here");
+        has(&mut w, a, &["still here"]);
+    }
+}
+
+#[test]
+fn the_archive_shows_real_addresses_to_those_who_may_see_them_and_nobody_else_ever() {
+    let (mut w, a, b, room) = two(2);
+    let (alice, bob) = (w.session(a).user.to_string(), w.session(b).user.to_string());
+    let jid = format!("jid='{bob}@localhost/b'");
+    // what he claims himself is nothing
+    w.send(
+        b,
+        &format!("<message type='groupchat' to='{room}'><body>hello</body><x xmlns='{ITEM}'><item affiliation='owner' jid='king@localhost' role='moderator'/></x></message>"),
+    );
+    for client in [a, b] {
+        let live = has(&mut w, client, &["<body>hello"]);
+        assert!(!live.contains("jid='"), "{live}");
+    }
+    let got = kept(&mut w, a, &room);
+    assert!(
+        got.contains(&jid) && got.contains("affiliation='none'"),
+        "{got}"
+    );
+    assert!(!got.contains("king@"), "{got}");
+    let got = kept(&mut w, b, &room);
+    assert!(got.contains("<body>hello") && !got.contains(&bob), "{got}");
+    // as of now, not as of then
+    configure(
+        &mut w,
+        a,
+        &room,
+        &[
+            ("muc#roomconfig_whois", "anyone"),
+            ("muc#roomconfig_persistentroom", "1"),
+        ],
+    );
+    let got = kept(&mut w, b, &room);
+    assert!(got.contains(&jid), "{got}");
+    configure(&mut w, a, &room, &[("muc#roomconfig_whois", "moderators")]);
+    assert!(!kept(&mut w, b, &room).contains(&bob));
+    // nor by what is shown to who comes in, or after a crash
+    w.crash(2);
+    let (a, b) = (w.online(&alice, "a"), w.online(&bob, "b"));
+    join(&mut w, b, &room, "Bob");
+    let got = has(&mut w, b, &["<body>hello"]);
+    assert!(!got.contains("affiliation='none' jid='"), "{got}");
+    assert!(!kept(&mut w, b, &room).contains(&format!("{bob}@localhost")));
+    // who is an owner sees it, in the room or not
+    assert!(kept(&mut w, a, &room).contains(&jid));
+}
+
+#[test]
+fn what_is_retracted_shows_no_address_of_who_had_said_it_to_others() {
+    let (mut w, a, b, room) = two(1);
+    say(&mut w, b, &room, "wrong");
+    let id = stable_id_of(&has(&mut w, a, &["wrong"]));
+    moderate(&mut w, a, &room, &id);
+    w.take(a);
+    let got = kept(&mut w, b, &room);
+    assert!(
+        got.contains("<retracted") && !got.contains("bob@localhost"),
+        "{got}"
+    );
+}
+
+#[test]
+fn a_component_is_in_rooms_like_a_user() {
+    use crate::config::ComponentPolicy;
+    const HOST: &str = "bridge.localhost";
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        w.serve(&[(HOST, ComponentPolicy::Refuse)], Default::default());
+        let bridge = w.component(shards - 1, HOST);
+        w.component_takes(bridge);
+        // a name that a user has, too
+        let bob = w.session(b).user.to_string();
+        let ghost = format!("{bob}@{HOST}/b");
+        w.take(a);
+        w.take(b);
+        w.component_sends(
+            bridge,
+            &format!("<iq type='get' id='d' from='{ghost}' to='rooms.localhost'><query xmlns='http://jabber.org/protocol/disco#items'/></iq>"),
+        );
+        assert!(
+            w.component_takes(bridge)
+                .concat()
+                .contains(&format!("jid='{room}'"))
+        );
+        w.component_sends(
+            bridge,
+            &format!("<presence from='{ghost}' to='{room}/Irc'><x xmlns='http://jabber.org/protocol/muc'/></presence>"),
+        );
+        let got = w.component_takes(bridge).concat();
+        assert!(
+            got.contains("code='110'") && got.contains(&format!("from='{room}/Alice'")),
+            "{got}"
+        );
+        assert!(got.contains("<subject"), "{got}");
+        // Bob sees another occupant come, and gets nothing that is for the other one
+        let got = w.take(b).concat();
+        assert_eq!(got.matches("<presence").count(), 1, "{got}");
+        assert!(
+            !got.contains("code='110'") && got.contains(&format!("to='{bob}@localhost/b'")),
+            "{got}"
+        );
+        has(
+            &mut w,
+            a,
+            &[&format!("from='{room}/Irc'"), &format!("jid='{ghost}'")],
+        );
+        // both ways
+        w.component_sends(
+            bridge,
+            &format!("<message type='groupchat' id='i' from='{ghost}' to='{room}'><body>from irc</body></message>"),
+        );
+        has(&mut w, a, &["from irc", &format!("from='{room}/Irc'")]);
+        has(&mut w, b, &["from irc"]);
+        say(&mut w, b, &room, "to-irc");
+        let got = w.component_takes(bridge).concat();
+        assert!(got.contains("from irc") && got.contains("to-irc"), "{got}");
+        assert!(got.contains(&format!("to='{ghost}'")), "{got}");
+        w.send(
+            a,
+            &format!("<message type='chat' to='{room}/Irc'><body>psst</body></message>"),
+        );
+        assert!(w.component_takes(bridge).concat().contains("psst"));
+        // its connection goes: what cannot be delivered takes him out
+        w.take(a);
+        w.component_cut(bridge);
+        say(&mut w, b, &room, "anybody");
+        has(
+            &mut w,
+            a,
+            &[
+                "anybody",
+                "type='unavailable'",
+                &format!("from='{room}/Irc'"),
+            ],
+        );
+        assert_eq!(room_of(&w, &room).occupants.len(), 2);
+        // and it comes back
+        let bridge = w.component(0, HOST);
+        w.component_takes(bridge);
+        w.component_sends(
+            bridge,
+            &format!("<presence from='{HOST}' to='{room}/Bot'><x xmlns='http://jabber.org/protocol/muc'/></presence>"),
+        );
+        assert!(w.component_takes(bridge).concat().contains("code='110'"));
+        w.component_sends(
+            bridge,
+            &format!("<presence type='unavailable' from='{HOST}' to='{room}/Bot'/>"),
+        );
+        assert!(
+            w.component_takes(bridge)
+                .concat()
+                .contains("type='unavailable'")
+        );
+        assert_eq!(room_of(&w, &room).occupants.len(), 2);
+    }
+}
+
+/// All that the archive shows, as it comes.
+fn kept(w: &mut World, client: Client, room: &str) -> String {
+    w.take(client);
+    w.send(
+        client,
+        &format!("<iq type='set' id='q' to='{room}'><query xmlns='urn:xmpp:mam:2'/></iq>"),
+    );
+    let all = w.take(client);
+    assert!(all.last().unwrap().contains("<fin"), "{all:?}");
+    // without the addresses to which it goes
+    let own = w.session(client).jid.to_string();
+    all.concat().replace(&format!("to='{own}'"), "")
+}

@@ -6,8 +6,8 @@
 /// Namespace of XEP-0440 (version 1.0.0).
 pub const NS_SASL_CHANNEL_BINDING: &str = "urn:xmpp:sasl-cb:0";
 
-const TLS_EXPORTER: &str = "tls-exporter";
-const TLS_SERVER_END_POINT: &str = "tls-server-end-point";
+pub(super) const TLS_EXPORTER: &str = "tls-exporter";
+pub(super) const TLS_SERVER_END_POINT: &str = "tls-server-end-point";
 
 /// The bindings of one TLS channel; none without TLS.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -15,6 +15,7 @@ pub mod binding;
 pub mod decoy;
 mod plain;
 pub mod scram;
+pub mod token;
 
 use std::fmt;
 
@@ -152,6 +153,8 @@ impl Failure {
     pub const ABORTED: Failure = Failure::new("aborted");
     /// The account is switched off. Tell nobody but those who proved to be its owner.
     pub const ACCOUNT_DISABLED: Failure = Failure::new("account-disabled");
+    /// A token that was right and is too old (RFC 6120, 6.5.3).
+    pub const CREDENTIALS_EXPIRED: Failure = Failure::new("credentials-expired");
     /// PLAIN without TLS.
     pub const ENCRYPTION_REQUIRED: Failure = Failure::new("encryption-required");
     /// The data is no base64.

@@ -4,6 +4,7 @@ mod changes;
 mod faults;
 mod pages;
 mod retention;
+mod rooms;
 mod schema;
 #[path = "../../../../tests/servers/mod.rs"]
 mod servers;

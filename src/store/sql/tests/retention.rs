@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::store::change::Retract;
-use crate::store::sql::purge::{Purge, STEP_ROWS};
+use crate::store::sql::purge::{Purge, STEP_ROWS, Whose};
 use crate::store::tier::{ArchiveQuery, Retraction};
 
 fn days_ago(days: u64) -> u64 {
@@ -174,7 +174,8 @@ fn a_purge_takes_what_is_old_and_leaves_what_waits() {
             let (waits, stays) = (35, 20);
             apply(&mut sql, &changes).await.unwrap();
             let purge = async |sql: &mut Sql, days, owner: Option<&str>, dry| {
-                let mut purge = Purge::older_than(days, owner.map(str::to_owned), dry);
+                let whose = owner.map_or(Whose::All, |name| Whose::One(name.into()));
+                let mut purge = Purge::older_than(days, whose, dry);
                 while !purge.is_over() {
                     sql.purge_step(&mut purge).await.unwrap();
                 }
@@ -235,6 +236,45 @@ fn the_drain_purges_when_it_has_nothing_to_write() {
         run(async {
             let mut sql = open(&place).await;
             assert_eq!(archive(&mut sql, "romeo").await, [new]);
+        });
+    }
+}
+
+#[test]
+fn rooms_and_users_may_be_kept_for_different_times() {
+    for place in places() {
+        run(async {
+            let mut sql = open(&place).await;
+            let record = record(0);
+            let names = ["a", "desk@rooms", "desk2@rooms", "zoe"];
+            let taken = Message::ARCHIVE | Message::RECEIVED;
+            let mut changes = Vec::new();
+            for (n, name) in (0..).zip(names) {
+                changes.push(add(name, days_ago(900) + n, &record));
+                for age in [40, 10] {
+                    let id = days_ago(age) + n;
+                    changes.push(Change::Message(message(name, id, taken, "x@y")));
+                }
+            }
+            apply(&mut sql, &changes).await.unwrap();
+            let left = async |sql: &mut Sql| {
+                let mut left = Vec::new();
+                for name in names {
+                    left.push(archive(sql, name).await.len());
+                }
+                left
+            };
+            let purge = async |sql: &mut Sql, days, whose| {
+                let mut purge = Purge::older_than(days, whose, false);
+                while !purge.is_over() {
+                    sql.purge_step(&mut purge).await.unwrap();
+                }
+                (purge.gone, purge.kept)
+            };
+            assert_eq!(purge(&mut sql, 30, Whose::Rooms).await, (2, 0));
+            assert_eq!(left(&mut sql).await, [2, 1, 1, 2]);
+            assert_eq!(purge(&mut sql, 5, Whose::Users).await, (4, 0));
+            assert_eq!(left(&mut sql).await, [0, 1, 1, 0]);
         });
     }
 }

@@ -778,7 +778,7 @@ fn greetings_that_wait_are_bounded() {
         &format!("<iq type='result' id='{id}' to='localhost'><query xmlns='http://jabber.org/protocol/disco#info'><feature var='x+notify'/></query></iq>"),
     );
     assert!(w.slices[0].counters.pep_dropped > 0);
-    assert!(w.slices[0].pep.waiting() <= READS_MAX + 3);
+    assert!(w.slices[0].pep.waiting() <= 3);
     w.release();
     assert_eq!(w.slices[0].pep.waiting(), 0);
 }
@@ -788,13 +788,14 @@ fn a_user_without_nodes_costs_next_to_nothing_and_one_with_nodes_his_index() {
     let mut w = World::new(1);
     w.befriend("alice", "bob");
     let a = capable(&mut w, "alice", "a", &[TUNE]);
-    assert_eq!(w.user("alice").pep.as_deref(), Some(&[][..]));
-    assert_eq!(bytes(w.user("alice")), 16);
+    let index = w.user("alice").pep.as_ref();
+    assert_eq!(index.map(|index| index.bytes()), Some(&[][..]));
+    assert_eq!(bytes(w.user("alice")), size_of::<Index>());
     succeeds(&mut w, a, &publish(TUNE, "1", SONG));
     let index = bytes(w.user("alice"));
     assert!(index < 400, "{index} bytes");
     assert!(
-        size_of::<Option<std::rc::Rc<[u8]>>>() == 16
+        size_of::<Index>() <= 48
             && size_of::<Option<std::rc::Rc<super::super::caps::Entity>>>() == 8
     );
 }
@@ -846,6 +847,14 @@ fn who_shares_a_group_is_a_contact_and_who_does_not_is_none() {
         );
         assert_eq!(events(&mut w, bob).len(), 1, "{shard}");
         assert_eq!(events(&mut w, carol).len(), 0);
+        // and at arrival, in a group that is not too large for that
+        for (most, greeted) in [(2, 1), (1, 0)] {
+            for slice in &mut w.slices {
+                slice.env.limits.group_greetings_members_max = most;
+            }
+            let late = capable_now(&mut w, &names[1], &format!("late{most}"), &[TUNE]);
+            assert_eq!(events(&mut w, late).len(), greeted, "{shard} {most}");
+        }
         succeeds(&mut w, bob, &get(&names[0], TUNE));
         fails(
             &mut w,
@@ -854,4 +863,144 @@ fn who_shares_a_group_is_a_contact_and_who_does_not_is_none() {
             &["service-unavailable"],
         );
     }
+}
+
+/// A node of alice's with an item that does not lie in the index, and contacts who want it.
+fn with_cold_item(contacts: usize) -> World {
+    let mut w = World::new(1);
+    w.add("alice");
+    for n in 0..contacts {
+        w.befriend("alice", &format!("u{n}"));
+    }
+    let a = w.online("alice", "a");
+    let long = format!("<x xmlns='urn:x'>{}</x>", "x".repeat(2000));
+    succeeds(&mut w, a, &publish("urn:x", "1", &long));
+    w
+}
+
+#[test]
+fn what_many_wait_for_is_read_once_and_who_waits_twice_hears_it_once() {
+    let mut w = with_cold_item(20);
+    w.crash(1);
+    let clients: Vec<Client> = (0..20).map(|n| w.online(&format!("u{n}"), "r")).collect();
+    w.slices[0].want("alice");
+    w.run();
+    w.tier.held = true;
+    let reads = w.tier.reads;
+    for _ in 0..2 {
+        for n in 0..20 {
+            interest_in(
+                &mut w.slices[0],
+                "alice",
+                &format!("u{n}@localhost/r"),
+                "urn:x\n",
+            );
+        }
+    }
+    assert_eq!(
+        (w.slices[0].pep.waiting(), w.slices[0].pep.reading()),
+        (20, 1)
+    );
+    w.release();
+    assert_eq!(
+        (w.slices[0].pep.waiting(), w.slices[0].pep.reading()),
+        (0, 0)
+    );
+    assert_eq!(w.tier.reads - reads, 2, "the index and a bucket");
+    for client in clients {
+        assert_eq!(events(&mut w, client).len(), 1);
+    }
+}
+
+#[test]
+fn buckets_are_read_within_the_same_bounds_as_indexes() {
+    let mut w = World::with(1, |limits| limits.pubsub.nodes_max = 100);
+    w.befriend("alice", "bob");
+    let a = w.online("alice", "a");
+    let mut wants = String::new();
+    for n in 0..READS_MAX + 8 {
+        let long = format!("<x xmlns='urn:x'>{}</x>", "x".repeat(2000));
+        succeeds(&mut w, a, &publish(&format!("urn:{n}"), "1", &long));
+        wants += &format!("urn:{n}\n");
+    }
+    let bob = w.online("bob", "b");
+    w.tier.held = true;
+    let reads = w.tier.reads;
+    interest_in(&mut w.slices[0], "alice", "bob@localhost/b", &wants);
+    let pep = &w.slices[0].pep;
+    assert_eq!((pep.waiting(), pep.reading()), (READS_MAX + 8, READS_MAX));
+    w.release();
+    assert_eq!(w.slices[0].pep.waiting(), 0);
+    assert_eq!(w.tier.reads - reads, READS_MAX + 8);
+    assert_eq!(events(&mut w, bob).len(), READS_MAX + 8);
+}
+
+#[test]
+fn a_change_that_was_begun_for_an_account_is_not_made_to_the_next_one_of_its_name() {
+    // the index, or the bucket, is being read
+    for crash in [true, false] {
+        let mut w = with_cold_item(0);
+        if crash {
+            w.crash(1);
+        }
+        let a = w.online("alice", "a");
+        w.tier.held = true;
+        let (record, revision) = (w.user("alice").record.clone(), w.slices[0].next_id());
+        let outcome = |slice: &mut Slice| {
+            let heard = std::rc::Rc::new(std::cell::Cell::new(None));
+            let hears = heard.clone();
+            begin(
+                slice,
+                "alice",
+                Box::new(move |slice, turn| match turn {
+                    Err(_) => hears.set(Some(false)),
+                    Ok(turn) => {
+                        let op = Op::Publish {
+                            id: "2".into(),
+                            payload: b"<x xmlns='urn:x'/>".to_vec(),
+                            options: None,
+                            config: Config::personal(),
+                        };
+                        let change = Change {
+                            ops: vec![("urn:x".into(), op)],
+                            ..Change::default()
+                        };
+                        commit(slice, turn, change, move |_, result| {
+                            hears.set(Some(result.is_ok()));
+                        });
+                    }
+                }),
+            );
+            heard
+        };
+        let slice = &mut w.slices[0];
+        let (first, second) = (outcome(slice), outcome(slice));
+        slice.set_user("alice", None);
+        slice.set_user("alice", Some((record, revision)));
+        let third = outcome(slice);
+        w.release();
+        let heard = [first.get(), second.get(), third.get()];
+        assert_eq!(heard, [Some(false), Some(false), Some(true)], "{crash}");
+        let nodes = nodes_of(&w.slices[0], "alice").unwrap();
+        assert!(w.slices[0].pep.changes.is_empty() && nodes.nodes.len() == 1);
+        let _ = a;
+    }
+}
+
+#[test]
+fn a_page_by_ids_is_what_was_named_however_many_that_are() {
+    let mut w = World::new(1);
+    w.add("alice");
+    let a = w.online("alice", "a");
+    for n in 0..5 {
+        let item = publish("urn:x", &n.to_string(), "<x xmlns='urn:x'/>");
+        let options = [("persist_items", "1"), ("max_items", "10")];
+        succeeds(&mut w, a, &with_options(&item, &options));
+    }
+    let ids: String = (3..2000).map(|n| format!("<item id='{n}'/>")).collect();
+    let ask = format!(
+        "<iq type='get' id='g'><pubsub xmlns='{NS}'><items node='urn:x'>{ids}</items></pubsub></iq>"
+    );
+    let got = succeeds(&mut w, a, &ask);
+    assert_eq!(got.matches("<item ").count(), 2, "{got}");
 }

@@ -1,0 +1,302 @@
+//! Uploaded files at this shard (XEP-0363): what the slice asks of the folder, and the bodies that come and go by HTTP.
+//!
+//! In: questions of the slice, requests of the HTTP door. Out: slots that are answered, files. Whatever touches the folder
+//! ([`crate::store::upload`]) runs on threads of the whole blade ([`Files`]), so a slow disk holds up files and nothing else; a shard gives
+//! them one piece of a body at a time and reads or sends the next one when that is done. So a transfer has one piece in memory, whatever
+//! the file's size, and a client that is too fast for the disk is not read.
+
+mod answer;
+mod serve;
+
+use std::any::Any;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::mpsc::{self, SyncSender};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use fnv::FnvHashMap;
+
+use crate::config::Config;
+use crate::observe::Gauges;
+use crate::rt::{self, InboxSender, slot};
+use crate::store::upload::{Bounds, Folder, Refused, Writing};
+use crate::xmpp::feature::upload::{Ask, Limits};
+use crate::xmpp::slice::Slice;
+
+use super::doors::network;
+use super::{Inbound, Shard, unix};
+
+pub(super) use serve::serve;
+
+/// Pieces that are written or read at once.
+pub const PIECE_BYTES: usize = 128 << 10;
+/// Answers that a shard does not take in time are forgotten: it stops.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How often files that are too old are removed.
+const SWEEP: Duration = Duration::from_secs(3600);
+
+type Outcome = Box<dyn Any + Send>;
+type Work = Box<dyn FnOnce(&Folder) -> Done + Send>;
+
+/// What a thread has done for a shard.
+pub enum Done {
+    /// Of [`Ask::ticket`].
+    Slot(u64, Result<(), Refused>),
+    /// By a number of [`Shard::upload_waits`].
+    Piece(u64, Outcome),
+    Discarded,
+}
+
+/// The threads, and what waits for them.
+#[derive(Clone)]
+pub struct Files {
+    queue: SyncSender<(InboxSender<Inbound>, Work)>,
+    folder: Arc<Folder>,
+    transfers: Arc<Transfers>,
+}
+
+impl Files {
+    /// An error is a sentence for the operator.
+    pub fn start(config: &Config) -> Result<Files, String> {
+        let dir = config.upload_dir();
+        let folder = Folder::open(&dir, bounds(config)).map_err(|error| {
+            format!(
+                "upload.dir: {}: {error}; make the folder writable",
+                dir.display()
+            )
+        })?;
+        let folder = Arc::new(folder);
+        let waiting_max = config.upload.waiting_max;
+        let (queue, work) = mpsc::sync_channel::<(InboxSender<Inbound>, Work)>(waiting_max);
+        let work = Arc::new(Mutex::new(work));
+        for n in 0..config.upload.threads {
+            let (work, folder) = (work.clone(), folder.clone());
+            let run = move || {
+                rt::step_back(NICE);
+                loop {
+                    let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    let Ok((inbox, work)) = next else { return };
+                    let done = work(&folder);
+                    let _ = inbox.send(Inbound::Uploaded(done), PATIENCE);
+                }
+            };
+            spawn(&format!("files-{n}"), run)?;
+        }
+        let sweeping = Arc::downgrade(&folder);
+        spawn("files-sweep", move || {
+            rt::step_back(NICE);
+            while let Some(folder) = sweeping.upgrade() {
+                match folder.sweep(unix()) {
+                    Ok(0) => {}
+                    Ok(removed) => tracing::info!(removed, "old uploads were removed"),
+                    Err(error) => {
+                        tracing::error!(%error, "upload.dir: old files cannot be removed")
+                    }
+                }
+                drop(folder);
+                std::thread::sleep(SWEEP);
+            }
+        })?;
+        Ok(Files {
+            queue,
+            folder,
+            transfers: Arc::default(),
+        })
+    }
+
+    pub fn configure(&self, config: &Config) {
+        self.folder.configure(bounds(config));
+    }
+
+    /// For the metrics.
+    pub fn tell(&self, gauges: &Gauges) {
+        gauges.upload_bytes.store(self.folder.bytes(), Relaxed);
+        gauges
+            .upload_transfers
+            .store(self.transfers.count.load(Relaxed), Relaxed);
+    }
+
+    fn submit(&self, inbox: InboxSender<Inbound>, work: Work) -> bool {
+        self.queue.try_send((inbox, work)).is_ok()
+    }
+}
+
+/// Behind live traffic.
+const NICE: i32 = 5;
+
+fn spawn(name: &str, run: impl FnOnce() + Send + 'static) -> Result<(), String> {
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    match thread.spawn(run) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(format!("the thread {name} cannot be started: {error}")),
+    }
+}
+
+fn bounds(config: &Config) -> Bounds {
+    let u = &config.upload;
+    Bounds {
+        day_bytes_max: u.user_bytes_per_day_max,
+        user_bytes_max: u.user_bytes_max,
+        user_files_max: u.user_files_max,
+        bytes_max: u.bytes_max,
+        keep_seconds: u.keep_days * 86_400,
+        slot_seconds: u.slot_seconds,
+    }
+}
+
+/// The slice's part of the configuration.
+pub fn limits(config: &Config) -> Limits {
+    let u = &config.upload;
+    Limits {
+        url: config.upload_url().into(),
+        file_bytes_max: u.file_bytes_max,
+        slot_seconds: u.slot_seconds,
+        waiting_max: u.waiting_max,
+    }
+}
+
+/// Transfers at work, of all shards and by address. Locked when one begins and ends, as the tables of [`super::doors`] are.
+#[derive(Default)]
+struct Transfers {
+    count: AtomicU64,
+    by_address: Mutex<FnvHashMap<IpAddr, usize>>,
+}
+
+/// One of the transfers that may be at once; gives its place back.
+struct Place {
+    transfers: Arc<Transfers>,
+    address: Option<IpAddr>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.transfers.count.fetch_sub(1, Relaxed);
+        let Some(address) = self.address else { return };
+        let mut table = self.transfers.lock();
+        if let Some(count) = table.get_mut(&address) {
+            *count -= 1;
+            if *count == 0 {
+                table.remove(&address);
+            }
+        }
+    }
+}
+
+impl Transfers {
+    fn lock(&self) -> MutexGuard<'_, FnvHashMap<IpAddr, usize>> {
+        let table = self.by_address.lock();
+        table.unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Files {
+    /// `None`: as many transfers as may be are there, all together or of this address.
+    fn place(&self, config: &Config, address: IpAddr) -> Option<Place> {
+        let u = &config.upload;
+        let mut place = Place {
+            transfers: self.transfers.clone(),
+            address: None,
+        };
+        let before = self.transfers.count.fetch_add(1, Relaxed);
+        if before >= u.transfers_max as u64 {
+            return None;
+        }
+        if !config.is_exempt(address) {
+            let address = network(address);
+            let mut table = self.transfers.lock();
+            let count = table.entry(address).or_default();
+            if *count >= u.transfers_per_address_max {
+                return None;
+            }
+            *count += 1;
+            place.address = Some(address);
+        }
+        Some(place)
+    }
+
+    /// Removes what is not whole.
+    fn discard(&self, inbox: InboxSender<Inbound>, writing: Writing) {
+        let work: Work = Box::new(move |_| {
+            drop(writing);
+            Done::Discarded
+        });
+        // if too much waits it is removed here
+        let _ = self.submit(inbox, work);
+    }
+}
+
+impl Shard {
+    /// What the slice has asked of the folder.
+    pub(super) fn ask_for_slots(&self, slice: &mut Slice) {
+        for ask in std::mem::take(&mut slice.fx.slots) {
+            let Ask {
+                ticket,
+                owner,
+                entry,
+            } = ask;
+            let now = slice.now.unix;
+            let work: Work =
+                Box::new(move |folder| Done::Slot(ticket, folder.reserve(owner, &entry, now)));
+            let files = self.files.as_ref();
+            let asked = files.is_some_and(|files| files.submit(self.own_inbox.clone(), work));
+            if !asked {
+                slice.slot_reserved(ticket, None);
+            }
+        }
+    }
+
+    pub(super) fn uploaded(&self, done: Done) {
+        match done {
+            Done::Slot(ticket, answer) => {
+                self.slice.borrow_mut().slot_reserved(ticket, Some(answer));
+            }
+            Done::Discarded => {}
+            Done::Piece(number, outcome) => {
+                let waiting = self.upload_waits.borrow_mut().remove(&number);
+                if let Some(waiting) = waiting {
+                    waiting.set(outcome);
+                }
+            }
+        }
+    }
+
+    /// Does something with the folder elsewhere, and waits for it; `None`: too much waits already.
+    async fn with_folder<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Folder) -> T + Send + 'static,
+    ) -> Option<T> {
+        let files = self.files.as_ref()?;
+        let number = self.upload_number.get();
+        self.upload_number.set(number + 1);
+        let (setter, outcome) = slot::<Outcome>();
+        let work: Work = Box::new(move |folder| Done::Piece(number, Box::new(work(folder))));
+        if !files.submit(self.own_inbox.clone(), work) {
+            return None;
+        }
+        self.upload_waits.borrow_mut().insert(number, setter);
+        let _forgotten = Forgotten {
+            shard: self,
+            number,
+        };
+        outcome
+            .take()
+            .await?
+            .downcast()
+            .ok()
+            .map(|outcome| *outcome)
+    }
+}
+
+/// Who has stopped waiting does not leave his number behind.
+struct Forgotten<'a> {
+    shard: &'a Shard,
+    number: u64,
+}
+
+impl Drop for Forgotten<'_> {
+    fn drop(&mut self) {
+        self.shard.upload_waits.borrow_mut().remove(&self.number);
+    }
+}

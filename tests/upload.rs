@@ -1,0 +1,459 @@
+//! Uploads (XEP-0363) over real sockets: slots by XMPP, files by HTTP, and those who would misuse them.
+
+#[path = "blade/mod.rs"]
+mod blade;
+#[path = "client/mod.rs"]
+mod client;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::time::Duration;
+
+use blade::Blade;
+use client::{Client, wait_until};
+
+const WITHIN: Duration = Duration::from_secs(20);
+
+fn start(settings: &[(&str, &str)]) -> (Blade, SocketAddr) {
+    let own = [
+        ("web.listen", "[\"127.0.0.1:0\"]"),
+        ("upload.url", "\"http://files.example\""),
+    ];
+    let blade = client::blade(&[&own[..], settings].concat());
+    let web = web(&blade, 1);
+    (blade, web)
+}
+
+/// Where the blade said at its start of this number that HTTP clients may connect.
+fn web(blade: &Blade, start: usize) -> SocketAddr {
+    let mut port = None;
+    wait_until("the ports are told", WITHIN, || {
+        let log = blade.log();
+        let mut lines = log
+            .lines()
+            .filter(|line| line.trim_start().starts_with("web "));
+        let address = lines
+            .nth(start - 1)
+            .and_then(|l| l.split_whitespace().last());
+        port = address.and_then(|address| address.parse().ok());
+        port.is_some()
+    });
+    port.unwrap()
+}
+
+struct Slot {
+    /// Path, question mark and token.
+    put: String,
+    get: String,
+}
+
+fn ask(user: &mut Client, attrs: &str) -> client::xml::Element {
+    user.send(&format!(
+        "<iq type='get' id='slot' to='upload.localhost'><request xmlns='urn:xmpp:http:upload:0' {attrs}/></iq>"
+    ));
+    user.find(|e| e.name == "iq" && e.attribute("id") == Some("slot"))
+}
+
+fn slot(user: &mut Client, name: &str, size: usize, typ: &str) -> Slot {
+    let answer = ask(
+        user,
+        &format!("filename='{name}' size='{size}' content-type='{typ}'"),
+    );
+    assert_eq!(answer.attribute("type"), Some("result"), "{answer:?}");
+    let slot = &answer.children[0];
+    let url = |name: &str| {
+        let one = slot.children.iter().find(|e| e.name == name).unwrap();
+        let url = one.attribute("url").unwrap();
+        url.strip_prefix("http://files.example").unwrap().to_owned()
+    };
+    Slot {
+        put: url("put"),
+        get: url("get"),
+    }
+}
+
+#[derive(Debug)]
+struct Answer {
+    status: u16,
+    head: String,
+    body: Vec<u8>,
+}
+
+fn connect(web: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(web).unwrap();
+    stream.set_read_timeout(Some(WITHIN)).unwrap();
+    stream
+}
+
+/// All that comes until the server closes.
+fn answer(mut stream: TcpStream) -> Answer {
+    let mut all = Vec::new();
+    // a reset after the answer is an end, too
+    let _ = stream.read_to_end(&mut all);
+    let end = all
+        .windows(4)
+        .position(|w| w == b"\r\n\r\n")
+        .map_or(all.len(), |at| at + 4);
+    let head = String::from_utf8(all[..end].to_vec()).unwrap();
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(0);
+    Answer {
+        status,
+        head,
+        body: all[end..].to_vec(),
+    }
+}
+
+fn http(web: SocketAddr, method: &str, path: &str, headers: &str, body: &[u8]) -> Answer {
+    let mut stream = connect(web);
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: files.example\r\nConnection: close\r\n{headers}\r\n"
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    // who is refused may be cut off before all is sent
+    let _ = stream.write_all(body);
+    answer(stream)
+}
+
+fn put(web: SocketAddr, slot: &Slot, typ: &str, body: &[u8]) -> u16 {
+    let headers = format!("Content-Type: {typ}\r\nContent-Length: {}\r\n", body.len());
+    http(web, "PUT", &slot.put, &headers, body).status
+}
+
+fn get(web: SocketAddr, slot: &Slot, headers: &str) -> Answer {
+    http(web, "GET", &slot.get, headers, b"")
+}
+
+fn files(dir: &Path) -> usize {
+    let count = |path: std::path::PathBuf| match path.is_dir() {
+        true => files(&path),
+        false => 1,
+    };
+    fs::read_dir(dir)
+        .unwrap()
+        .map(|f| count(f.unwrap().path()))
+        .sum()
+}
+
+fn user(blade: &Blade, name: &str) -> Client {
+    Client::register(blade, name);
+    Client::online(blade, name, "r")
+}
+
+#[test]
+fn a_file_goes_up_and_comes_down_whole_in_parts_and_after_kill_9() {
+    let (mut blade, at) = start(&[]);
+    let mut romeo = user(&blade, "romeo");
+    let body: Vec<u8> = (0..1_000_000_u32).map(|n| (n * 7 % 251) as u8).collect();
+    let one = slot(&mut romeo, "my juliet.jpg", body.len(), "image/jpeg");
+    assert!(one.get.ends_with("/my%20juliet.jpg"));
+    assert_eq!(get(at, &one, "").status, 404);
+    assert_eq!(put(at, &one, "image/jpeg", &body), 201);
+    let whole = get(at, &one, "");
+    assert_eq!(
+        (whole.status, whole.body == body),
+        (200, true),
+        "{}",
+        whole.head
+    );
+    for wanted in [
+        "image/jpeg",
+        "inline",
+        "nosniff",
+        "sandbox; default-src 'none'",
+        "immutable",
+    ] {
+        assert!(whole.head.contains(wanted), "{}", whole.head);
+    }
+    let etag = whole
+        .head
+        .lines()
+        .find_map(|l| l.strip_prefix("ETag: "))
+        .unwrap()
+        .to_owned();
+    let part = get(
+        at,
+        &one,
+        &format!("Range: bytes=999990-\r\nIf-Range: {etag}\r\n"),
+    );
+    assert_eq!((part.status, &part.body[..]), (206, &body[999_990..]));
+    assert!(
+        part.head
+            .contains("Content-Range: bytes 999990-999999/1000000")
+    );
+    assert_eq!(get(at, &one, "Range: bytes=1000000-\r\n").status, 416);
+    assert_eq!(
+        get(at, &one, &format!("If-None-Match: {etag}\r\n")).status,
+        304
+    );
+    let head = http(at, "HEAD", &one.get, "", b"");
+    assert_eq!((head.status, head.body.len()), (200, 0));
+    assert!(head.head.contains("Content-Length: 1000000"));
+    // a page of another origin: preflight, and the answer
+    let preflight = http(
+        at,
+        "OPTIONS",
+        &one.put,
+        "Origin: https://web.example\r\nAccess-Control-Request-Method: PUT\r\n",
+        b"",
+    );
+    assert!(preflight.status == 204 && preflight.head.contains("Access-Control-Allow-Origin: *"));
+    assert!(preflight.head.contains("PUT"), "{}", preflight.head);
+    let page = get(at, &one, "Origin: https://web.example\r\n");
+    assert!(
+        page.head.contains("Access-Control-Allow-Origin: *"),
+        "{}",
+        page.head
+    );
+    // answered: so it is there after this
+    blade.kill();
+    blade.restart();
+    let at = web(&blade, 2);
+    assert!(get(at, &one, "").body == body);
+    assert_eq!(files(&blade.data_dir().join("uploads")), 1);
+}
+
+#[test]
+fn a_slot_is_for_one_body_of_its_length_type_token_and_time() {
+    let (blade, at) = start(&[("upload.slot_seconds", "10")]);
+    let mut romeo = user(&blade, "romeo");
+    let uploads = blade.data_dir().join("uploads");
+    let old = slot(&mut romeo, "old.png", 5, "image/png");
+    let one = slot(&mut romeo, "a.png", 5, "image/png");
+    let two = slot(&mut romeo, "b.png", 5, "image/png");
+    let swapped = Slot {
+        put: format!("{}?{}", one.get, two.put.split_once('?').unwrap().1),
+        get: String::new(),
+    };
+    let none = Slot {
+        put: one.get.clone(),
+        get: String::new(),
+    };
+    let renamed = Slot {
+        put: one.put.replace("/a.png", "/a.html"),
+        get: String::new(),
+    };
+    let longer = Slot {
+        put: one.put.replacen("-5-", "-6-", 1),
+        get: String::new(),
+    };
+    for wrong in [&swapped, &none, &renamed] {
+        assert_eq!(put(at, wrong, "image/png", b"01234"), 403, "{}", wrong.put);
+    }
+    assert_eq!(put(at, &longer, "image/png", b"012345"), 403);
+    assert_eq!(put(at, &one, "image/png", b"0123456"), 413);
+    assert_eq!(put(at, &one, "image/png", b"0123"), 413);
+    assert_eq!(put(at, &one, "text/html", b"01234"), 415);
+    let chunked = http(
+        at,
+        "PUT",
+        &one.put,
+        "Transfer-Encoding: chunked\r\n",
+        b"5\r\n01234\r\n0\r\n\r\n",
+    );
+    assert_eq!(chunked.status, 411);
+    assert_eq!(http(at, "PUT", &one.put, "", b"").status, 411);
+    assert_eq!(files(&uploads), 0);
+    assert_eq!(put(at, &one, "image/png", b"01234"), 201);
+    assert_eq!(put(at, &one, "image/png", b"56789"), 409);
+    assert_eq!(get(at, &one, "").body, b"01234");
+    assert_eq!(http(at, "DELETE", &one.get, "", b"").status, 405);
+    assert_eq!(
+        http(at, "POST", &one.put, "Content-Length: 5\r\n", b"01234").status,
+        405
+    );
+    // expired: the entry says when it was given, and that cannot be changed
+    wait_until("the slot has expired", Duration::from_secs(60), || {
+        put(at, &old, "image/png", b"0123") == 410
+    });
+    assert_eq!(files(&uploads), 1);
+}
+
+#[test]
+fn no_path_leads_out_of_the_folder_and_nothing_lists_it() {
+    let (blade, at) = start(&[]);
+    let mut romeo = user(&blade, "romeo");
+    for name in [
+        "../../../secret",
+        "..\\..\\secret",
+        "a&#10;b",
+        "\u{202e}gnp.exe",
+        &"x".repeat(5000),
+    ] {
+        let one = slot(&mut romeo, name, 3, "image/png");
+        assert_eq!(put(at, &one, "image/png", b"abc"), 201, "{name:.20}");
+        let answer = get(at, &one, "");
+        assert_eq!((answer.status, &answer.body[..]), (200, &b"abc"[..]));
+        let last = one.get.rsplit('/').next().unwrap();
+        assert!(!last.contains("..") && last.len() < 700, "{last}");
+    }
+    let uploads = blade.data_dir().join("uploads");
+    assert_eq!(files(&uploads), 5);
+    let one = slot(&mut romeo, "a.png", 3, "image/png");
+    let folder = one.get.rsplit_once('/').unwrap().0;
+    let owner = folder.rsplit_once('/').unwrap().0;
+    for path in [
+        "/upload/",
+        "/upload",
+        owner,
+        &format!("{owner}/"),
+        folder,
+        &format!("{folder}/"),
+        "/upload/../secret",
+        "/upload/..%2f..%2fsecret",
+        "/upload/%2e%2e/secret",
+        "/upload/new/",
+        "/upload//etc/passwd",
+        &format!("{owner}/../../secret/x"),
+        &format!("{owner}/%00/x"),
+        &format!("{}%00.html", folder),
+        "/upload/\u{2025}/x",
+    ] {
+        let status = http(at, "GET", path, "", b"").status;
+        assert!(matches!(status, 400 | 404), "{path}: {status}");
+        let status = http(at, "PUT", path, "Content-Length: 3\r\n", b"abc").status;
+        assert!(matches!(status, 400 | 403 | 404 | 405), "{path}: {status}");
+    }
+    assert_eq!(files(&uploads), 5);
+}
+
+#[test]
+fn what_is_uploaded_never_runs_in_a_page() {
+    let (blade, at) = start(&[]);
+    let mut romeo = user(&blade, "romeo");
+    let script = b"<script>alert(1)</script>";
+    for (name, typ) in [
+        ("a.html", "text/html"),
+        ("a.svg", "image/svg+xml"),
+        ("a.xhtml", "application/xhtml+xml"),
+        ("a.js", "text/javascript"),
+        ("a.html", "image/png"),
+    ] {
+        let one = slot(&mut romeo, name, script.len(), typ);
+        assert_eq!(put(at, &one, typ, script), 201);
+        let head = get(at, &one, "Accept: text/html\r\n").head;
+        let shown = typ == "image/png";
+        assert_eq!(
+            head.contains("Content-Type: image/png\r\n"),
+            shown,
+            "{head}"
+        );
+        assert_eq!(
+            head.contains("Content-Type: application/octet-stream\r\n"),
+            !shown
+        );
+        assert_eq!(head.contains("Content-Disposition: attachment"), !shown);
+        assert!(head.contains("X-Content-Type-Options: nosniff\r\n"));
+        assert!(head.contains("Content-Security-Policy: sandbox; default-src 'none'\r\n"));
+    }
+}
+
+#[test]
+fn a_body_that_is_slow_or_breaks_off_leaves_nothing() {
+    let (mut blade, at) = start(&[
+        ("limits.http_seconds_max", "1"),
+        ("limits.http_bytes_per_second_min", "1_000_000"),
+    ]);
+    let mut romeo = user(&blade, "romeo");
+    let uploads = blade.data_dir().join("uploads");
+    let begin = |slot: &Slot, bytes: usize| {
+        let mut stream = connect(at);
+        let head = format!(
+            "PUT {} HTTP/1.1\r\nHost: x\r\nContent-Length: 400000\r\n\r\n",
+            slot.put
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(&vec![7; bytes]).unwrap();
+        stream
+    };
+    let one = slot(&mut romeo, "a.png", 400_000, "image/png");
+    let slow = begin(&one, 300_000);
+    wait_until("it is being written", WITHIN, || files(&uploads) == 1);
+    assert_eq!(get(at, &one, "").status, 404);
+    // the same slot twice at once
+    assert_eq!(put(at, &one, "image/png", &[7; 400_000]), 409);
+    let cut = answer(slow);
+    assert!(matches!(cut.status, 0 | 408), "{}", cut.head);
+    wait_until("nothing is left", WITHIN, || files(&uploads) == 0);
+    let broken = begin(&one, 200_000);
+    wait_until("it is being written", WITHIN, || files(&uploads) == 1);
+    drop(broken);
+    wait_until("nothing is left", WITHIN, || files(&uploads) == 0);
+    let killed = begin(&one, 200_000);
+    wait_until("it is being written", WITHIN, || files(&uploads) == 1);
+    blade.kill();
+    drop(killed);
+    assert_eq!(files(&uploads), 1);
+    blade.restart();
+    assert_eq!(files(&uploads), 0);
+    // the slot is still good
+    let at = web(&blade, 2);
+    assert_eq!(put(at, &one, "image/png", &[7; 400_000]), 201);
+}
+
+#[test]
+fn who_does_not_read_holds_up_nobody_else() {
+    let (blade, at) = start(&[
+        ("limits.exempt", "[]"),
+        ("upload.transfers_per_address_max", "2"),
+    ]);
+    let mut romeo = user(&blade, "romeo");
+    let body = vec![7; 20_000_000];
+    let one = slot(&mut romeo, "a.mp4", body.len(), "video/mp4");
+    assert_eq!(put(at, &one, "video/mp4", &body), 201);
+    let begin = || {
+        let mut stream = connect(at);
+        let head = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", one.get);
+        stream.write_all(head.as_bytes()).unwrap();
+        // it is being sent
+        stream.read_exact(&mut [0; 100]).unwrap();
+        stream
+    };
+    let slow = [begin(), begin()];
+    assert_eq!(get(at, &one, "").status, 503);
+    drop(slow);
+    wait_until("their places are free", WITHIN, || {
+        get(at, &one, "").status == 200
+    });
+}
+
+#[test]
+fn quotas_count_on_every_core_and_after_a_restart() {
+    let (mut blade, at) = start(&[
+        ("upload.user_bytes_per_day_max", "1000"),
+        ("upload.file_bytes_max", "900"),
+    ]);
+    let mut romeo = user(&blade, "romeo");
+    let refused = ask(&mut romeo, "filename='a.png' size='901'");
+    let refused = format!("{refused:?}");
+    assert!(
+        refused.contains("file-too-large") && refused.contains("max-file-size"),
+        "{refused}"
+    );
+    let one = slot(&mut romeo, "a.png", 600, "image/png");
+    let two = slot(&mut romeo, "b.png", 400, "image/png");
+    let refused = format!("{:?}", ask(&mut romeo, "filename='c.png' size='1'"));
+    assert!(refused.contains("resource-constraint"), "{refused}");
+    assert_eq!(put(at, &one, "image/png", &[1; 600]), 201);
+    blade.terminate();
+    blade.restart();
+    let at = web(&blade, 2);
+    let mut romeo = Client::online(&blade, "romeo", "r");
+    let refused = format!("{:?}", ask(&mut romeo, "filename='c.png' size='401'"));
+    assert!(
+        refused.contains("resource-constraint") && refused.contains("retry"),
+        "{refused}"
+    );
+    // a slot of before is good as long as there is room
+    assert_eq!(put(at, &two, "image/png", &[1; 400]), 201);
+    let refused = format!("{:?}", ask(&mut romeo, "filename='c.png' size='1'"));
+    assert!(refused.contains("resource-constraint"), "{refused}");
+    // somebody else has his own
+    let mut juliet = user(&blade, "juliet");
+    slot(&mut juliet, "a.png", 900, "image/png");
+}
