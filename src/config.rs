@@ -174,7 +174,7 @@ keys! {
         /// Addresses for HTTPS, with the certificate of section `tls`. Empty: none.
         restart listen_tls: Vec<SocketAddr> = Vec::new();
         /// Networks of the reverse proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are believed. A client that comes through
-        /// one of them is never loopback.
+        /// one of them is never loopback; a proxy that is not named here passes for its clients, loopback included.
         live proxies: Vec<IpNet> = Vec::new();
         /// Origins of other hosts whose pages may come, e.g. ["https://desk.example.com"], or ["*"]: all. A page of the host that it asks
         /// (`Host`, `Origin`) always may; others get 403.

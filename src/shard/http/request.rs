@@ -186,9 +186,7 @@ fn check_lines(bytes: &[u8]) -> Result<(), Refusal> {
 /// Path and query of origin form, absolute form and `*` (RFC 9112 section 3.2).
 fn split_target(target: &str) -> Result<(&str, &str), Refusal> {
     let target = match target.split_once("://") {
-        Some((scheme, rest)) if matches!(scheme, "http" | "https") => {
-            rest.find('/').map_or("/", |at| &rest[at..])
-        }
+        Some(("http" | "https", rest)) => rest.find('/').map_or("/", |at| &rest[at..]),
         _ => target,
     };
     if target != "*" && !target.starts_with('/') {

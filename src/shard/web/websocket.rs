@@ -45,7 +45,8 @@ pub async fn open(exchange: &mut Exchange<'_>) -> Result<After, Gone> {
     let accept = accept(key);
     let (client, encrypted) = exchange.client();
     let shard = exchange.shard;
-    let proxied = exchange.is_proxied();
+    // even if it does not name its client: that one is not on this machine
+    let proxied = exchange.config.is_web_proxy(exchange.conn.peer.ip());
     let pass = match exchange.conn.pass.take() {
         Some(pass) => Ok(pass),
         None => shard.doors.enter(client.ip(), true, &exchange.config),
