@@ -253,9 +253,11 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Logins cut because their clients were silent while others waited (storm.silent_seconds_max). When it rises without a storm,
     /// somebody opens connections and says nothing: look at their addresses.
     counter "nitro_logins_silent" => |g| g.logins_silent.get();
-    /// Attempts to log in with a token instead of a password (XEP-0484), right or wrong.
+    /// Attempts to log in with a token instead of a password (XEP-0484), right or wrong. When it falls against the logins, clients lose
+    /// their tokens: look at nitro_tokens_given and nitro_tokens_evicted.
     counter "nitro_token_logins" => |g| g.token_logins.get();
-    /// Tokens given to clients; each is a write of its account.
+    /// Tokens given to clients; each is a write of its account. When it rises to the number of logins, clients ask anew each time instead
+    /// of using what they have.
     counter "nitro_tokens_given" => |g| g.tokens_given.get();
     /// Tokens that went because their account has too many (limits.tokens_per_user_max). When it rises, users have more clients than
     /// that, or a client makes up a new installation each time.
