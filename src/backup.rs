@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! nitro.db         everything that was accepted: accounts, rosters, archive, what waits (SQLite, whatever the server uses)
-//! secret           32 bytes on which decoys and stable ids hang
+//! secret           32 bytes on which decoys, stable ids and tokens hang
 //! certificate.pem  and key.pem: what the server shows its clients
 //! manifest.json    written last: releases, positions of the journals, checksums of the files and the tables
 //! ```

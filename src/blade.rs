@@ -369,7 +369,7 @@ fn login_key(secret: &[u8; 32]) -> [u8; 32] {
     derived
 }
 
-/// 32 random bytes that outlive the process: decoys and stable ids hang on them.
+/// 32 random bytes that outlive the process: decoys, stable ids and tokens (XEP-0484) hang on them.
 fn secret(dir: &Path) -> Result<[u8; 32], String> {
     use std::os::unix::fs::OpenOptionsExt;
     let path: PathBuf = dir.join("secret");

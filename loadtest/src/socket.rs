@@ -1,16 +1,20 @@
 //! Bytes in and out of one client: a non-blocking TCP socket with or without TLS.
 
+use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use mio::net::TcpStream;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{ClientConnection, Resumption};
+use rustls::client::{
+    ClientConnection, ClientSessionStore, Resumption, Tls12ClientSessionValue,
+    Tls13ClientSessionValue,
+};
 use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, DigitallySignedStruct, NamedGroup, RootCertStore, SignatureScheme};
 use socket2::{Domain, Protocol, Type};
 
 use crate::options::{Global, Target, TlsMode};
@@ -189,9 +193,10 @@ impl Tls {
                 .with_custom_certificate_verifier(Arc::new(AnyCertificate(provider)))
                 .with_no_client_auth()
         };
-        if !options.tls_resume {
-            config.resumption = Resumption::disabled();
-        }
+        config.resumption = match options.tls_resume {
+            true => Resumption::store(Arc::new(Tickets::new(options.users as usize))),
+            false => Resumption::disabled(),
+        };
         if target.tls == TlsMode::Direct {
             // XEP-0368.
             config.alpn_protocols = vec![b"xmpp-client".to_vec()];
@@ -202,6 +207,54 @@ impl Tls {
             config: Arc::new(config),
             name,
         })
+    }
+}
+
+/// One ticket for each user, as each real client keeps its own: the library's store keeps eight for a server. TLS 1.3 only.
+#[derive(Debug)]
+struct Tickets {
+    tickets: Mutex<VecDeque<Tls13ClientSessionValue>>,
+    most: usize,
+}
+
+impl Tickets {
+    fn new(most: usize) -> Tickets {
+        Tickets {
+            tickets: Mutex::default(),
+            most,
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, VecDeque<Tls13ClientSessionValue>> {
+        self.tickets.lock().expect("nobody panics with it")
+    }
+}
+
+impl ClientSessionStore for Tickets {
+    fn set_kx_hint(&self, _: ServerName<'static>, _: NamedGroup) {}
+
+    fn kx_hint(&self, _: &ServerName<'_>) -> Option<NamedGroup> {
+        None
+    }
+
+    fn set_tls12_session(&self, _: ServerName<'static>, _: Tls12ClientSessionValue) {}
+
+    fn tls12_session(&self, _: &ServerName<'_>) -> Option<Tls12ClientSessionValue> {
+        None
+    }
+
+    fn remove_tls12_session(&self, _: &ServerName<'static>) {}
+
+    fn insert_tls13_ticket(&self, _: ServerName<'static>, ticket: Tls13ClientSessionValue) {
+        let mut tickets = self.lock();
+        if tickets.len() == self.most {
+            tickets.pop_front();
+        }
+        tickets.push_back(ticket);
+    }
+
+    fn take_tls13_ticket(&self, _: &ServerName<'static>) -> Option<Tls13ClientSessionValue> {
+        self.lock().pop_front()
     }
 }
 
