@@ -84,12 +84,12 @@ class XmppServer(Server):
     generator_core = None  # a core of the generator's own
     servers = ()
 
-    def load(self, *command):
+    def load(self, *command, port=None):
         """One run of loadtest, which watches the databases too; its JSON line."""
         running = [server for server in [self, *self.servers] if server.is_running()]
         pids = [x for server in running for x in ("--server-pid", str(server.process.pid))]
         run = subprocess.run(
-            [*pinned(self.generator_core), target / "loadtest", *map(str, command), "--port", str(self.ports[0]), *pids,
+            [*pinned(self.generator_core), target / "loadtest", *map(str, command), "--port", str(port or self.ports[0]), *pids,
              "--keys", self.folder / "keys", "--json", "-"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
