@@ -298,6 +298,37 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Logins cut because their clients were silent while others waited (storm.silent_seconds_max). When it rises without a storm,
     /// somebody opens connections and says nothing: look at their addresses.
     counter "nitro_logins_silent" => |g| g.logins_silent.get();
+    /// Files that were uploaded (XEP-0363). When it stands still while nitro_upload_slots rises, clients cannot reach upload.url.
+    counter "nitro_uploads" => |g| g.upload_files.get();
+    /// Bytes of them. When it rises fast, somebody fills the disk: upload.user_bytes_per_day_max bounds each user.
+    counter "nitro_upload_received_bytes" => |g| g.upload_bytes_in.get();
+    /// Bytes that were downloaded. When it is near what the network bears, move the files behind a cache: they never change.
+    counter "nitro_upload_sent_bytes" => |g| g.upload_bytes_out.get();
+    /// Bodies that were refused: wrong token, length or type, expired or used slots, quotas, too many at once
+    /// (upload.transfers_max, upload.transfers_per_address_max). When it rises, the log of the reverse proxy says who.
+    counter "nitro_uploads_refused" => |g| g.upload_refused.get();
+    /// Files that come or go at the moment. When they stay at upload.transfers_max, others are turned away.
+    gauge "nitro_upload_transfers" => |g| g.upload_transfers.load(Relaxed);
+    /// Bytes of all files, counted in the background after the start. When they come near upload.bytes_max, nothing more is taken.
+    gauge "nitro_upload_files_bytes" => |g| g.upload_bytes.load(Relaxed);
+    /// HTTP requests. When the rate is far above the usual, a page or a probe asks in a loop.
+    counter "nitro_http_requests" => |g| g.http_requests.get();
+    /// HTTP requests refused because they were malformed, too large or too slow. When it rises, somebody tries something, or a
+    /// proxy sends larger heads than limits.http_head_bytes_max.
+    counter "nitro_http_refused" => |g| g.http_refused.get();
+    /// HTTP requests of web pages that web.origins does not allow. When it rises, a page was moved, or somebody tries to use the
+    /// sessions of others.
+    counter "nitro_http_origins_refused" => |g| g.http_origins_refused.get();
+    /// WebSockets opened. When it rises without nitro_binds, pages connect and cannot log in: look at nitro_auth_failures.
+    counter "nitro_websockets_opened" => |g| g.websockets.get();
+    /// Sessions of BOSH begun. When it rises without nitro_binds, pages connect and cannot log in: look at nitro_auth_failures.
+    counter "nitro_bosh_sessions_begun" => |g| g.bosh_sessions.get();
+    /// Requests of BOSH for sessions that there are not. When it rises, pages come back after web.bosh_inactivity_seconds_max, or
+    /// somebody guesses ids: each guess is held back longer.
+    counter "nitro_bosh_unknown" => |g| g.bosh_unknown.get();
+    /// Sessions of BOSH ended because their client broke the protocol: request ids out of the window, polling too often. When it
+    /// rises, look which client it is.
+    counter "nitro_bosh_refused" => |g| g.bosh_refused.get();
     /// Attempts to log in with a token instead of a password (XEP-0484), right or wrong. When it rises with nitro_auth_failures, tokens
     /// have ended (changed passwords, a new secret) or somebody guesses. When it falls against the logins, clients lose
     /// their tokens: look at nitro_tokens_given and nitro_tokens_evicted.
