@@ -396,8 +396,9 @@ keys! {
         live persistent_per_owner_max: usize = 100 => 0..=10_000_000;
         /// Such rooms altogether.
         live persistent_max: usize = 100_000 => 0..=10_000_000;
-        /// How long a temporary room that a crash has left waits for those who come back, in seconds. Then it ends.
-        live left_seconds: u64 = 600 => 0..=86_400;
+        /// How long a temporary room with nobody in it waits after a restart of the server for those who come back, in seconds. Then
+        /// it ends, and its archive with it: let it be longer than people are away over a night. 0: it waits for ever.
+        live left_seconds: u64 = 86_400 => 0..=2_592_000;
         /// People in one room; its configuration may say less.
         live occupants_max: usize = 2000 => 1..=100_000;
         /// Members, admins, owners and outcasts of one room.

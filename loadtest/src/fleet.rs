@@ -379,6 +379,20 @@ impl Fleet {
         false
     }
 
+    /// Until nothing arrives any more at this fleet (bounded). The server may be busy with others: beside live users who chat it
+    /// never rests, and [`Fleet::wait_until_quiet`] would wait as long as it may.
+    pub fn wait_until_still(&self) {
+        let start = Instant::now();
+        while start.elapsed() < QUIET_WAIT_MAX {
+            let bytes = self.sum(|counters| &counters.bytes_in);
+            thread::sleep(QUIET_FOR);
+            self.collect();
+            if self.sum(|counters| &counters.bytes_in) == bytes {
+                return;
+            }
+        }
+    }
+
     /// Lets time pass, with a bar.
     pub fn rest(&self, title: &str, duration: Duration) {
         self.watch(title, duration, String::new);

@@ -32,7 +32,7 @@ pub fn run(global: &Global, options: &RoomOptions) -> Result<Report, String> {
     let login = fleet.login_all("log in")?;
     report.note_failures(&login.failures);
     let live = Live::start(global, &options.live, &mut report)?;
-    fleet.wait_until_quiet();
+    fleet.wait_until_still();
     if report.is_failure() {
         fleet.stop(&mut report)?;
         return Ok(report);
@@ -61,7 +61,7 @@ pub fn run(global: &Global, options: &RoomOptions) -> Result<Report, String> {
     let start = Instant::now();
     fleet.start_chat(joins.clone());
     let made = fleet.finish_chat("make the rooms")?;
-    fleet.wait_until_quiet();
+    fleet.wait_until_still();
     let before = fleet.snapshot();
     fleet.start_chat(Plan {
         run: run + 1,
@@ -70,7 +70,7 @@ pub fn run(global: &Global, options: &RoomOptions) -> Result<Report, String> {
         ..joins.clone()
     });
     let joined = fleet.finish_chat("come in")?;
-    fleet.wait_until_quiet();
+    fleet.wait_until_still();
     let join_usage = before.until(&fleet.snapshot());
     report.band("coming in", start, Instant::now(), true);
 

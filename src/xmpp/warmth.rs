@@ -18,6 +18,7 @@ use std::rc::Rc;
 use fnv::FnvHashMap;
 
 use super::feature;
+use super::pubsub::nodes::ArchivedNodes;
 use super::slice::{Slice, Slot, User};
 use crate::store::record::Record;
 use crate::store::redis::Keep;
@@ -238,7 +239,10 @@ impl Slice {
             revision,
             pending: Vec::new(),
             last: warm.last,
-            index: warm.index,
+            // one that cannot be read is made anew, and so the copy heals
+            index: warm
+                .index
+                .filter(|bytes| bytes.is_empty() || ArchivedNodes::access(bytes).is_some()),
         });
         let name = name.into();
         self.answers(vec![Answer::Loaded { name, user }]);

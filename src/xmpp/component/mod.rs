@@ -298,6 +298,11 @@ impl Components {
         served.map(|(host, _)| &**host)
     }
 
+    /// Does anybody serve the name at this moment?
+    pub fn is_served(&self, host: &str) -> bool {
+        self.serving.get(host).is_some_and(|all| !all.is_empty())
+    }
+
     /// Who of these gets what a sender (bare JID) has for the name: the highest of their hashes with his, so that a connection
     /// that comes or goes moves no other one's senders.
     fn pick(&self, host: &str, from: &str, of: impl Fn(&ConnId) -> bool) -> Option<ConnId> {

@@ -3,9 +3,10 @@
 //!
 //! At the start the first shard reads all rooms from the database, page by page ([`find`]), and tells their owners; what only the
 //! journal has is loaded. Until that is complete nobody makes a lasting room, for nobody knows how many he has. What is made on
-//! several shards in the same moment is counted by each alone, so a bound may be exceeded by as often as there are other shards.
+//! several shards in the same moment is counted by each alone, so each may take as many as there was room for: for that moment the
+//! bound holds for each shard, not for all together.
 //!
-//! A temporary room that the database has is left from a crash. It waits for those who come back, then it ends ([`tick`]).
+//! A temporary room that the database has is left from before the start. It waits for those who come back, then it ends ([`tick`]).
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Bound;
@@ -35,7 +36,7 @@ pub struct Directory {
     incomplete: bool,
     /// The first shard: behind which row to read on, and when; ms of the monotonic clock.
     read_on: Option<(u64, u64)>,
-    /// Temporary rooms of this shard that were there before anybody was in, and when they end.
+    /// Temporary rooms of this shard that were there before anybody was in, and since when; ms of the monotonic clock.
     left: HashMap<Rc<str>, u64>,
 }
 
@@ -313,9 +314,9 @@ fn found(slice: &mut Slice, local: &str, listed: &str, maker: &str) {
 
 /// A room that does not last has nobody in it, because the server has just started.
 pub fn left(slice: &mut Slice, name: &str) {
-    let until = slice.now.ms + slice.env.limits.rooms.left_ms;
+    let now = slice.now.ms;
     let left = &mut slice.rooms.directory.left;
-    left.entry(name.into()).or_insert(until);
+    left.entry(name.into()).or_insert(now);
 }
 
 /// Goes on with what waits for its time.
@@ -325,8 +326,12 @@ pub fn tick(slice: &mut Slice) {
         slice.rooms.directory.read_on = None;
         read_on(slice, after);
     }
+    let wait = slice.env.limits.rooms.left_ms;
+    if wait == 0 {
+        return;
+    }
     let left = &slice.rooms.directory.left;
-    let due = left.iter().filter(|(_, until)| **until <= now);
+    let due = left.iter().filter(|(_, since)| **since + wait <= now);
     let due: Vec<Rc<str>> = due.take(ENDS_MAX).map(|(name, _)| name.clone()).collect();
     for name in due {
         let end = name.clone();

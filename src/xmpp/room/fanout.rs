@@ -18,7 +18,7 @@ use crate::xmpp::slice::{Env, Slice};
 pub struct Audience(SmallVec<[(u16, Vec<u8>); 4]>);
 
 /// No shard: addresses of components, whose connections may be anywhere.
-const FOREIGN: u16 = u16::MAX;
+pub(super) const FOREIGN: u16 = u16::MAX;
 
 impl Audience {
     pub fn of<'a>(env: &Env, jids: impl IntoIterator<Item = &'a str>) -> Audience {
@@ -29,9 +29,16 @@ impl Audience {
         audience
     }
 
+    #[cfg(test)]
+    pub fn shards(&self) -> Vec<u16> {
+        self.0.iter().map(|(shard, _)| *shard).collect()
+    }
+
     pub fn add(&mut self, env: &Env, jid: &str) {
-        let (name, domain) = jid.split_once('@').unwrap_or(("", jid));
-        let shard = match domain.split('/').next() == Some(&*env.domain) {
+        // a resource may have an at sign, too
+        let bare = jid.split('/').next().unwrap_or(jid);
+        let (name, domain) = bare.split_once('@').unwrap_or(("", bare));
+        let shard = match *domain == *env.domain && !name.is_empty() {
             true => env.owner(name),
             false => FOREIGN,
         };
@@ -80,7 +87,8 @@ pub fn send_all<S: AsRef<[u8]>>(slice: &mut Slice, audience: &Audience, stanzas:
     }
 }
 
-/// A stanza for occupants who are a component's. What cannot be delivered comes back as an error, and they are out.
+/// A stanza for occupants who are a component's. What it does not take comes back as an error, and they are out. If nobody serves
+/// their domain, all of them are, as soon as the room has done what it is doing ([`super::Rooms::deserted`]).
 fn send_abroad(slice: &mut Slice, to: &str, stanza: &[u8], meta: Meta) {
     if meta.has(Meta::OUT) && meta.has(Meta::COPY) {
         // a word to the list of rooms that sessions have
@@ -93,6 +101,10 @@ fn send_abroad(slice: &mut Slice, to: &str, stanza: &[u8], meta: Meta) {
     };
     for jid in to.lines() {
         let Ok(to) = Jid::parse(jid) else { continue };
+        if !slice.components.is_served(to.domain()) {
+            slice.rooms.desert(from.bare(), to.domain());
+            continue;
+        }
         slice.counters.room_deliveries += 1;
         let mut attr: SmallVec<[u8; 128]> = SmallVec::new();
         let (head, rest) = spliced(jid, stanza, meta.kind, &mut attr);

@@ -192,21 +192,13 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
         slice.iq_result(iq, Some(query.child(form.element())));
         return Ok(());
     }
-    let limits = &slice.env.limits.rooms;
-    let (rate, requests_max) = (limits.registrations_per_second_max, limits.requests_max);
-    if !room
-        .registrations
-        .take(slice.now.ms, rate, REGISTRATIONS_BURST)
-    {
-        slice.counters.room_refused += 1;
-        let error = StanzaError::RESOURCE_CONSTRAINT.text("too many registrations at once");
-        return Err(error.wait());
-    }
+    let requests_max = slice.env.limits.rooms.requests_max;
     if iq.payload.find("remove", register::NS).is_some() {
         if !room.state.affiliates.iter().any(|one| one.jid == bare) {
             slice.iq_result(iq, None);
             return Ok(());
         }
+        take_registration(slice, room)?;
         // owners and admins lose the nickname only
         let answer = reply(iq);
         let then = move |slice: &mut Slice, room: &mut Room| {
@@ -237,6 +229,8 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
         .unwrap_or_default()
         .to_owned();
     if affiliation >= Affiliation::Member {
+        check_nick_of(slice, room, &nick, &bare)?;
+        take_registration(slice, room)?;
         let answer = reply(iq);
         return reserve(slice, room, &bare, &nick, move |slice, _| {
             slice.iq_result(&answer, None);
@@ -269,6 +263,21 @@ fn try_registration(slice: &mut Slice, room: &mut Room, iq: &Iq) -> Result<(), S
     room.asked.insert(bare.into(), ms);
     slice.iq_result(iq, None);
     Ok(())
+}
+
+/// One registration less in the room's rate: it bounds what all together make the room write, so it is taken when all else is
+/// checked, and who may not register uses up nobody's.
+fn take_registration(slice: &mut Slice, room: &mut Room) -> Result<(), StanzaError> {
+    let rate = slice.env.limits.rooms.registrations_per_second_max;
+    if room
+        .registrations
+        .take(slice.now.ms, rate, REGISTRATIONS_BURST)
+    {
+        return Ok(());
+    }
+    slice.counters.room_refused += 1;
+    let error = StanzaError::RESOURCE_CONSTRAINT.text("too many registrations at once");
+    Err(error.wait())
 }
 
 fn check_nick_of(

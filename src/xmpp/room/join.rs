@@ -325,8 +325,38 @@ fn leave(slice: &mut Slice, room: &mut Room, from: &Jid<'_>, stanza: &Waiting) {
     gone(slice, room, place, from.as_str(), &[]);
 }
 
+/// Nobody serves a component's domain: all who are in from there go first, then those who stay learn it. Nobody is told of others
+/// who has gone, too, so a gateway with many people costs what those who stay have to hear.
+pub fn drop_domain(slice: &mut Slice, room: &mut Room, domain: &str) {
+    let there = |bare: &str| bare.split_once('@').map_or(bare, |(_, host)| host) == domain;
+    let places = room.occupants.iter().filter(|(_, one)| there(&one.bare));
+    let places: Vec<Place> = places.map(|(place, _)| place).collect();
+    let gone: Vec<_> = places
+        .into_iter()
+        .filter_map(|place| room.occupants.remove(place))
+        .collect();
+    if gone.is_empty() {
+        return;
+    }
+    let audiences = room.audiences(&slice.env, None);
+    for occupant in &gone {
+        let show = Show {
+            statuses: &[307, 333],
+            ..Show::gone(occupant)
+        };
+        room.tell_those(slice, occupant, &show, &audiences);
+    }
+    left(slice, room);
+}
+
 /// Nothing reaches the session any more.
 pub fn drop_session(slice: &mut Slice, room: &mut Room, jid: &str) {
+    if let Ok(of) = Jid::parse(jid)
+        && !slice.env.is_local(&of)
+        && !slice.components.is_served(of.domain())
+    {
+        return drop_domain(slice, room, of.domain());
+    }
     if let Some(place) = room.occupants.find(jid) {
         room.occupants.set_presence(place, jid, b"");
         gone(slice, room, place, jid, &[307, 333]);

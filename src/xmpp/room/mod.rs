@@ -101,7 +101,7 @@ pub struct Limits {
     /// Lasting rooms that one person has made, and that there are.
     pub lasting_per_owner_max: usize,
     pub lasting_max: usize,
-    /// How long a temporary room that a crash has left waits for those who come back.
+    /// How long a temporary room that was there at the start waits for those who come back; 0: for ever.
     pub left_ms: u64,
     /// Registrations with a room in a second, on average; twenty times as many at once.
     pub registrations_per_second_max: u32,
@@ -131,9 +131,27 @@ pub fn is_entity(name: &str) -> bool {
 pub struct Rooms {
     /// Rooms in memory.
     pub count: usize,
-    /// Came for a room that was at work.
+    /// Came for a room that was at work, or behind the end of one: dealt with when no room is at work any more.
     again: VecDeque<Waiting>,
+    /// Rooms at work, each inside the one before.
+    depth: u32,
+    /// Domains that a room wanted to reach and nobody serves, by the room's bare JID.
+    deserted: Vec<(Box<str>, Box<str>)>,
     pub directory: directory::Directory,
+}
+
+impl Rooms {
+    fn desert(&mut self, room: &str, domain: &str) {
+        let known = |(one, of): &(Box<str>, Box<str>)| **one == *room && **of == *domain;
+        if !self.deserted.iter().any(known) {
+            self.deserted.push((room.into(), domain.into()));
+        }
+    }
+
+    fn next_deserted(&mut self, room: &str) -> Option<Box<str>> {
+        let at = self.deserted.iter().position(|(one, _)| **one == *room)?;
+        Some(self.deserted.swap_remove(at).1)
+    }
 }
 
 /// A room of this slice, loaded.
@@ -435,8 +453,8 @@ pub(super) fn waiting_of(
     }
 }
 
-/// Does something with a room and its slice; what comes for the room meanwhile is dealt with after. `None`: there is no such
-/// room, or it is at work.
+/// Does something with a room and its slice; what comes for the room meanwhile is dealt with after, by the outermost call: one
+/// stanza after the other, however many they are, and never one inside the other. `None`: there is no such room, or it is at work.
 pub fn at_work<R>(
     slice: &mut Slice,
     name: &str,
@@ -446,8 +464,10 @@ pub fn at_work<R>(
         return None;
     };
     let mut room = place.take()?;
+    slice.rooms.depth += 1;
     let was_empty = room.occupants.is_empty();
     let result = work(slice, &mut room);
+    room.drop_deserted(slice);
     room.go_on(slice);
     // who is in keeps the room in memory
     match (was_empty, room.occupants.is_empty()) {
@@ -466,12 +486,13 @@ pub fn at_work<R>(
         *place = Some(room);
         slice.users.set_bytes(name, bytes);
     }
-    // those for another room that is at work come back here, and go on when that one has ended
-    for _ in 0..slice.rooms.again.len() {
-        if let Some(waiting) = slice.rooms.again.pop_front() {
+    if slice.rooms.depth == 1 {
+        // no room is at work, and those that these stanzas set to work are inside of this one
+        while let Some(waiting) = slice.rooms.again.pop_front() {
             slice.deliver_again(waiting);
         }
     }
+    slice.rooms.depth -= 1;
     Some(result)
 }
 
@@ -540,6 +561,14 @@ impl Room {
             if let (Fate::Decided, Some(receipt)) = (self.deal_with(slice, waiting), receipt) {
                 slice.finish(receipt);
             }
+            self.drop_deserted(slice);
+        }
+    }
+
+    /// Those whom nobody can reach any more are out, all at once.
+    fn drop_deserted(&mut self, slice: &mut Slice) {
+        while let Some(domain) = slice.rooms.next_deserted(&self.jid) {
+            join::drop_domain(slice, self, &domain);
         }
     }
 

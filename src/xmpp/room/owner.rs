@@ -1,6 +1,6 @@
 //! Making a room, its configuration, its end (XEP-0045 sections 10.1, 10.2, 10.9).
 
-use super::nick::Key;
+use super::nick::{self, Key};
 use super::presence::Show;
 use super::privilege::Role;
 use super::{NS, NS_OWNER, Room, at_work, directory, entity, fanout, join, settings};
@@ -48,7 +48,9 @@ fn try_create(
         slice.counters.room_refused += 1;
         return Err(StanzaError::RESOURCE_CONSTRAINT.text("there are too many rooms"));
     }
-    if nick.len() > limits.nick_bytes_max || Key::of(nick).is_none() {
+    // as it will be shown, which may be longer
+    let shown = nick::enforced(nick).filter(|nick| nick.len() <= limits.nick_bytes_max);
+    if shown.is_none_or(|nick| Key::of(&nick).is_none()) {
         return Err(StanzaError::NOT_ACCEPTABLE.text("that is no nickname"));
     }
     join::bounded(&presence)?;
@@ -81,16 +83,20 @@ fn try_create(
         }
     }
     let (to, from) = (to.clone().into_owned(), from.into_owned());
+    let stanza: Box<[u8]> = stanza.into();
     let made = at_work(slice, name, move |slice, room| {
+        let maker = room.maker.clone();
         let first = move |slice: &mut Slice, room: &mut Room| {
-            // all was checked, and nobody is in
-            let entered = join::enter(slice, room, &to, &from, &presence, true);
-            debug_assert!(entered.is_ok());
-            if entered.is_err() {
+            // all was checked, and nobody is in; but limits may be others now
+            if let Err(error) = join::enter(slice, room, &to, &from, &presence, true) {
+                let meta = Meta::new(Kind::Available);
+                slice.bounce(&to, from.as_str(), &stanza, meta, &error);
+                let audience = fanout::Audience::of(&slice.env, [from.as_str()]);
+                fanout::forget(slice, &audience, &room.jid);
                 end(slice, room, None, |_, _| {});
             }
             if lasts {
-                directory::lasts(slice, &room.maker);
+                directory::lasts(slice, &maker);
             }
             directory::tell(slice, room);
         };
@@ -173,15 +179,19 @@ fn configure(
     let answer = reply(iq);
     let old = room.state.clone();
     let begins_to_last = new.settings.persistent && !old.settings.persistent;
+    // the room may learn of another one before this is durable: it is counted for one and the same
+    let maker = room.maker.clone();
     if begins_to_last {
-        directory::may_last(slice, &room.maker)?;
+        directory::may_last(slice, &maker)?;
+        directory::lasts_soon(slice, &maker);
     }
-    room.change(
+    let counted = maker.clone();
+    let changed = room.change(
         slice,
         move |state| *state = new,
         move |slice, room| {
             if begins_to_last {
-                directory::lasts(slice, &room.maker);
+                directory::lasts(slice, &counted);
             }
             let first = std::mem::take(&mut room.locked);
             slice.iq_result(&answer, None);
@@ -220,12 +230,14 @@ fn configure(
                 show_addresses(slice, room);
             }
         },
-    )?;
+    );
     if begins_to_last {
-        directory::lasts_soon(slice, &room.maker);
-        keep_maker(slice, room);
+        match changed {
+            Ok(()) => keep_maker(slice, room),
+            Err(_) => directory::lasts(slice, &maker),
+        }
     }
-    Ok(())
+    changed
 }
 
 /// Who has made a room that lasts is written down with it: it counts for him after the next start, too.

@@ -169,11 +169,11 @@ impl Room {
         self.state.settings.presence_of & role.bit() != 0
     }
 
-    /// Those who are in, by whether they see real addresses, but for one.
-    fn audiences(&self, env: &Env, besides: Place) -> (Audience, Audience) {
+    /// Those who are in, by whether they see real addresses, perhaps but for one.
+    pub fn audiences(&self, env: &Env, besides: Option<Place>) -> (Audience, Audience) {
         let (mut see, mut others) = (Audience::default(), Audience::default());
         for (place, occupant) in self.occupants.iter() {
-            if place == besides {
+            if Some(place) == besides {
                 continue;
             }
             let audience = match self.shows_jids_to(occupant.role) {
@@ -216,17 +216,40 @@ impl Room {
         let Some(occupant) = self.occupants.get(place) else {
             return;
         };
+        let audiences = self.audiences(&slice.env, Some(place));
+        self.tell_each(slice, occupant, show, &audiences);
+    }
+
+    /// Tells these of somebody who was in, as far as others have seen him.
+    pub fn tell_those(
+        &self,
+        slice: &mut Slice,
+        occupant: &Occupant,
+        show: &Show<'_>,
+        audiences: &(Audience, Audience),
+    ) {
+        if self.shows(occupant.role) {
+            self.tell_each(slice, occupant, show, audiences);
+        }
+    }
+
+    fn tell_each(
+        &self,
+        slice: &mut Slice,
+        occupant: &Occupant,
+        show: &Show<'_>,
+        (see, others): &(Audience, Audience),
+    ) {
         let payload = match show.farewell || show.kind == Kind::Available {
             true => occupant.presence(),
             false => b"",
         };
         let jid = occupant.sessions.last().map(|s| &*s.jid);
-        let (see, others) = self.audiences(&slice.env, place);
         let meta = Meta::new(show.kind).with(Meta::LAZY);
         let full = write(self, occupant, payload, show, jid, false);
-        fanout::send(slice, &see, &full, meta);
+        fanout::send(slice, see, &full, meta);
         let plain = write(self, occupant, payload, show, None, false);
-        fanout::send(slice, &others, &plain, meta);
+        fanout::send(slice, others, &plain, meta);
     }
 
     /// Tells somebody of himself (status 110), each of his sessions.

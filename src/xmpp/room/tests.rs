@@ -1702,3 +1702,205 @@ fn kept(w: &mut World, client: Client, room: &str) -> String {
     let own = w.session(client).jid.to_string();
     all.concat().replace(&format!("to='{own}'"), "")
 }
+
+/// On a thread whose stack bears no recursion.
+fn on_a_small_stack(test: impl FnOnce() + Send + 'static) {
+    let thread = std::thread::Builder::new().stack_size(1 << 20);
+    thread.spawn(test).unwrap().join().unwrap();
+}
+
+#[test]
+fn however_much_waits_behind_the_end_of_a_room_it_is_dealt_with_one_after_the_other() {
+    const MESSAGES: usize = 20_000;
+    on_a_small_stack(|| {
+        let mut w = World::with(1, |limits| {
+            limits.load_queue_bytes_max = 64 << 20;
+            limits.rooms.messages_per_second_max = 1_000_000;
+            limits.deferred_stanzas_max = 1_000_000;
+        });
+        w.add("alice");
+        let a = w.online("alice", "a");
+        let room = room_on(&w, 0);
+        join(&mut w, a, &room, "Alice");
+        accept(&mut w, a, &room);
+        w.take(a);
+        // all in one write: the room ends, is made anew, and is spoken in
+        let gone = format!("<presence type='unavailable' to='{room}/Alice'/>");
+        w.element(a, &gone).unwrap();
+        let comes = format!(
+            "<presence to='{room}/Alice'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+        );
+        w.element(a, &comes).unwrap();
+        let says = format!("<message type='groupchat' to='{room}'><body>x</body></message>");
+        for _ in 0..MESSAGES {
+            w.element(a, &says).unwrap();
+        }
+        let waits = room_of(&w, &room).flow.waiting.len();
+        assert_eq!(waits, MESSAGES + 1, "behind the end");
+        w.run();
+        let got = has(&mut w, a, &["code='201'"]);
+        assert_eq!(got.matches("<body>x").count(), MESSAGES);
+        assert_eq!(w.slices[0].rooms.again.len(), 0);
+        assert_eq!(w.slices[0].rooms.depth, 0);
+    });
+}
+
+#[test]
+fn when_a_gateway_goes_only_those_who_stay_are_told_and_each_once_of_everybody() {
+    use crate::config::ComponentPolicy;
+    const HOST: &str = "irc.localhost";
+    const PUPPETS: usize = 400;
+    for shards in [1, 2] {
+        on_a_small_stack(move || {
+            let (mut w, a, b, room) = two(shards);
+            w.serve(&[(HOST, ComponentPolicy::Refuse)], Default::default());
+            let gateway = w.component(shards - 1, HOST);
+            for n in 0..PUPPETS {
+                w.component_sends(
+                    gateway,
+                    &format!("<presence from='p{n}@{HOST}/x@y' to='{room}/P{n}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"),
+                );
+            }
+            w.component_takes(gateway);
+            w.take(a);
+            w.take(b);
+            assert_eq!(room_of(&w, &room).occupants.len(), PUPPETS + 2);
+            w.component_cut(gateway);
+            let before: u64 = w.slices.iter().map(|s| s.counters.room_deliveries).sum();
+            say(&mut w, b, &room, "anybody");
+            let after: u64 = w.slices.iter().map(|s| s.counters.room_deliveries).sum();
+            assert_eq!(room_of(&w, &room).occupants.len(), 2);
+            for client in [a, b] {
+                let got = has(&mut w, client, &["anybody", "code='333'"]);
+                assert_eq!(got.matches("type='unavailable'").count(), PUPPETS);
+            }
+            // a message and the leaving of each for the two who stay, and nothing for those who are gone
+            assert_eq!(after - before, 2 * (PUPPETS as u64 + 1));
+            assert!(w.slices.iter().all(|s| s.rooms.deserted.is_empty()));
+        });
+    }
+}
+
+#[test]
+fn a_room_of_a_gateways_people_ends_when_the_gateway_goes() {
+    use crate::config::ComponentPolicy;
+    const HOST: &str = "irc.localhost";
+    let mut w = World::new(1);
+    w.add("alice");
+    let a = w.online("alice", "a");
+    w.serve(&[(HOST, ComponentPolicy::Refuse)], Default::default());
+    let gateway = w.component(0, HOST);
+    w.component_takes(gateway);
+    let room = room_on(&w, 0);
+    for nick in ["One", "Two"] {
+        w.component_sends(
+            gateway,
+            &format!("<presence from='{HOST}/{nick}' to='{room}/{nick}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"),
+        );
+        w.component_sends(
+            gateway,
+            &format!("<iq type='set' id='c' from='{HOST}/{nick}' to='{room}'><query xmlns='http://jabber.org/protocol/muc#owner'><x xmlns='jabber:x:data' type='submit'/></query></iq>"),
+        );
+    }
+    assert_eq!(room_of(&w, &room).occupants.len(), 2);
+    w.component_cut(gateway);
+    // who comes in last is told to them, who cannot be reached
+    join(&mut w, a, &room, "Alice");
+    w.take(a);
+    assert_eq!(room_of(&w, &room).occupants.len(), 1);
+    w.send(
+        a,
+        &format!("<presence type='unavailable' to='{room}/Alice'/>"),
+    );
+    join(&mut w, a, &room, "Alice");
+    has(&mut w, a, &["code='201'"]);
+}
+
+#[test]
+fn an_address_is_of_this_server_by_its_domain_whatever_its_resource_says() {
+    use super::fanout::{Audience, FOREIGN};
+    let w = World::new(1);
+    let env = &w.slices[0].env;
+    for (jid, shard) in [
+        ("alice@localhost/a", 0),
+        ("alice@localhost/a@irc.localhost", 0),
+        ("irc.localhost/x@localhost", FOREIGN),
+        ("irc.localhost", FOREIGN),
+        ("alice@irc.localhost/x@localhost", FOREIGN),
+    ] {
+        assert_eq!(Audience::of(env, [jid]).shards(), [shard], "{jid}");
+    }
+}
+
+#[test]
+fn a_nickname_that_is_too_long_as_it_is_shown_makes_no_room() {
+    let mut w = World::new(1);
+    w.add("alice");
+    let a = w.online("alice", "a");
+    let room = room_on(&w, 0);
+    // 126 bytes, and 18 letters each as it is shown
+    join(&mut w, a, &room, &"\u{FDFA}".repeat(42));
+    has(&mut w, a, &["type='error'", "not-acceptable"]);
+    assert!(w.session(a).rooms.is_empty());
+    join(&mut w, a, &room, "Alice");
+    has(&mut w, a, &["code='201'"]);
+}
+
+#[test]
+fn who_cannot_come_into_the_room_that_he_has_made_is_told_so() {
+    let mut w = World::new(1);
+    w.add("alice");
+    let a = w.online("alice", "a");
+    let room = room_on(&w, 0);
+    w.tier.held = true;
+    join(&mut w, a, &room, "Alice");
+    // the configuration was read anew meanwhile
+    w.slices[0].env.limits.rooms.nick_bytes_max = 1;
+    w.release();
+    has(&mut w, a, &["type='error'", "not-acceptable"]);
+    assert!(w.session(a).rooms.is_empty());
+}
+
+#[test]
+fn who_may_not_register_uses_up_nobodys_registrations() {
+    let mut w = World::with(1, |limits| limits.rooms.registrations_per_second_max = 1);
+    ["alice", "bob"].iter().for_each(|name| w.add(name));
+    let [a, b] = ["alice", "bob"].map(|name| w.online(name, "x"));
+    let room = room_on(&w, 0);
+    join(&mut w, a, &room, "Alice");
+    accept(&mut w, a, &room);
+    w.take(a);
+    let refused = w.slices[0].counters.room_refused;
+    for _ in 0..50 {
+        // a nickname that is taken, and nothing to remove
+        register(&mut w, b, &room, "Alice");
+        w.send(
+            b,
+            &format!("<iq type='set' id='r' to='{room}'><query xmlns='jabber:iq:register'><remove/></query></iq>"),
+        );
+    }
+    let got = w.take(b).concat();
+    assert_eq!(got.matches("<conflict").count(), 50, "{got}");
+    assert_eq!(w.slices[0].counters.room_refused, refused);
+    register(&mut w, a, &room, "Al");
+    has(&mut w, a, &["type='result'"]);
+}
+
+#[test]
+fn a_room_that_waits_for_its_people_for_ever_does_not_end() {
+    let (mut w, _, b, room) = two(1);
+    let bob = w.session(b).user.to_string();
+    for slice in &mut w.slices {
+        slice.env.limits.rooms.left_ms = 0;
+    }
+    say(&mut w, b, &room, "hello");
+    w.crash(1);
+    for slice in &mut w.slices {
+        slice.env.limits.rooms.left_ms = 0;
+    }
+    w.find_rooms();
+    w.advance(40 * 24 * 3_600_000);
+    let b = w.online(&bob, "b");
+    join(&mut w, b, &room, "Bob");
+    has(&mut w, b, &["<body>hello"]);
+}
