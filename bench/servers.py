@@ -112,7 +112,7 @@ class Blade(XmppServer):
     def __init__(self, folder, cores, database=None, redis=(), core=None, options=None):
         data = folder / "data"
         data.mkdir(exist_ok=True)
-        self.ports = [free_port() for _ in range(3)]
+        self.ports = [free_port() for _ in range(4)]
         self.servers = [database] if database else []
         self.servers += redis
         sets = {
@@ -120,6 +120,7 @@ class Blade(XmppServer):
             "cores": f'"{cores}"',
             "c2s.listen": f'["127.0.0.1:{self.ports[0]}"]',
             "c2s.listen_tls": f'["127.0.0.1:{self.ports[1]}"]',
+            "web.listen": f'["127.0.0.1:{self.ports[3]}"]',
             "http.listen": f'["127.0.0.1:{self.ports[2]}"]',
             "c2s.require_tls": "false",
             **(options or {}),

@@ -75,6 +75,8 @@ pub enum Error {
     Stream(String),
     #[error("the server closed the stream")]
     Closed,
+    #[error("a WebSocket message that is no element")]
+    NoElement,
     #[error("unexpected <{got}/> {during}")]
     Unexpected { got: String, during: &'static str },
 }
@@ -137,6 +139,8 @@ pub struct Connection {
     /// Contacts whose presence we may see; kept when [`Target::track_contacts`] asks for it.
     pub contacts: Vec<String>,
     pub archive: crate::archive::Place,
+    /// RFC 7395: a stream begins and ends with elements.
+    websocket: bool,
     purpose: Purpose,
     state: State,
     secure: bool,
@@ -165,6 +169,7 @@ impl Connection {
             exporter: None,
             contacts: Vec::new(),
             archive: Default::default(),
+            websocket: target.websocket.is_some(),
             purpose,
             state: State::Features,
             secure: target.tls == TlsMode::Direct,
@@ -188,6 +193,13 @@ impl Connection {
 
     /// Sends the stream header.
     pub fn open(&mut self, target: &Target) {
+        if self.websocket {
+            return self.write(&[
+                "<open xmlns='urn:ietf:params:xml:ns:xmpp-framing' version='1.0' to='",
+                &escape(&target.domain),
+                "'/>",
+            ]);
+        }
         self.write(&[
             "<?xml version='1.0'?><stream:stream xmlns='jabber:client' \
              xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='",
@@ -312,8 +324,24 @@ impl Connection {
         if self.is_online() {
             self.write(&["<presence type='unavailable'/>"]);
         }
-        self.write(&["</stream:stream>"]);
+        self.write(&[match self.websocket {
+            true => "<close xmlns='urn:ietf:params:xml:ns:xmpp-framing'/>",
+            false => "</stream:stream>",
+        }]);
         self.state = State::Closing;
+    }
+
+    /// A whole message of WebSocket (RFC 7395, section 3.3).
+    pub fn on_message(&mut self, message: &[u8], target: &Target, account: &mut Account) -> Effect {
+        let kind = match message {
+            [b'<', _, ..] => match name(message) {
+                b"open" => Kind::Open,
+                b"close" => Kind::Close,
+                _ => Kind::Stanza,
+            },
+            _ => return Effect::Failed(Error::NoElement),
+        };
+        self.on_piece(kind, message, target, account)
     }
 
     pub fn on_piece(

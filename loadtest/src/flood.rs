@@ -49,6 +49,9 @@ pub fn run(global: &Global, options: &FloodOptions) -> Result<Report, String> {
     if global.tls == TlsMode::Direct {
         return Err("flood speaks without TLS: --tls none".into());
     }
+    if global.websocket.is_some() {
+        return Err("flood speaks without WebSocket".into());
+    }
     raise_file_limit(u64::from(options.attackers) + u64::from(options.live.live_users))?;
     let mut report = Report::new("flood");
     // no users of its own: it watches the server

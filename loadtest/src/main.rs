@@ -2,7 +2,8 @@
 //! `reconnect`, `replay`, `memory`, `archive`.
 //!
 //! One thread polls many connections ([`worker`]); each is a state machine without input or output of its own
-//! ([`connection`]) behind a scanner that only looks for the ends of stanzas ([`scanner`]). The scenarios drive all
+//! ([`connection`]) behind a scanner that only looks for the ends of stanzas ([`scanner`]), or behind the frames of
+//! [`websocket`]. The scenarios drive all
 //! threads through one handle ([`fleet`]) and end in a [`report`], with the server's CPU time and memory read from
 //! `/proc` ([`proc`]). The exit status is 0 when all went well, 1 when logins failed, messages were lost, duplicated
 //! or reordered, or a limit of `--fail-if` was broken, 2 when the run could not be made.
@@ -36,6 +37,7 @@ mod soak;
 mod socket;
 mod storm;
 mod timeline;
+mod websocket;
 mod worker;
 
 use std::process::ExitCode;

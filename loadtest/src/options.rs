@@ -104,7 +104,7 @@ pub struct Global {
     /// Name or address of the server.
     #[arg(long, global = true, default_value = "127.0.0.1")]
     pub host: String,
-    /// Port [default: 5222, 5223 with --tls direct].
+    /// Port [default: 5222, 5223 with --tls direct; 5280 and 5443 with --websocket].
     #[arg(long, global = true)]
     pub port: Option<u16>,
     /// The XMPP domain.
@@ -112,6 +112,16 @@ pub struct Global {
     pub domain: String,
     #[arg(long, global = true, value_enum, default_value_t = TlsMode::None)]
     pub tls: TlsMode,
+    /// Clients come by WebSocket (RFC 7395) to this path of the server's web port: ws://, and with --tls direct wss://.
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "/ws"
+    )]
+    pub websocket: Option<String>,
     /// Whether the server's certificate is verified; auto: not on loopback.
     #[arg(long, global = true, value_enum, default_value_t = Verify::Auto)]
     pub tls_verify: Verify,
@@ -626,6 +636,8 @@ pub struct Target {
     pub password: String,
     pub resource: String,
     pub tls: TlsMode,
+    /// The path of RFC 7395; `None`: XMPP over TCP itself.
+    pub websocket: Option<String>,
     pub mechanism: Mechanism,
     pub login: Login,
     pub until: Until,
@@ -644,10 +656,23 @@ pub struct Target {
 
 impl Global {
     pub fn target(&self) -> Result<Target, String> {
-        let port = self.port.unwrap_or(if self.tls == TlsMode::Direct {
-            5223
-        } else {
-            5222
+        if let Some(path) = &self.websocket {
+            if self.tls == TlsMode::Starttls {
+                return Err(
+                    "--websocket: there is no STARTTLS, use --tls direct for wss://".into(),
+                );
+            }
+            if !path.starts_with('/') || path.contains(|byte: char| !byte.is_ascii_graphic()) {
+                return Err(format!(
+                    "--websocket {path}: a path such as /ws is expected"
+                ));
+            }
+        }
+        let port = self.port.unwrap_or(match (&self.websocket, self.tls) {
+            (None, TlsMode::Direct) => 5223,
+            (None, _) => 5222,
+            (Some(_), TlsMode::Direct) => 5443,
+            (Some(_), _) => 5280,
         });
         let mut addresses = (self.host.as_str(), port)
             .to_socket_addrs()
@@ -696,6 +721,7 @@ impl Global {
             password: self.password.clone(),
             resource: self.resource.clone(),
             tls: self.tls,
+            websocket: self.websocket.clone(),
             mechanism,
             login: self.login,
             until: self.until,

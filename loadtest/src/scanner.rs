@@ -54,6 +54,14 @@ pub struct Scanner {
 }
 
 impl Scanner {
+    /// Of whole elements, as if a stream were open.
+    pub fn inside() -> Scanner {
+        Scanner {
+            depth: 1,
+            ..Scanner::default()
+        }
+    }
+
     /// The next complete piece of `buffer`, or `None` until more bytes are there.
     pub fn next(&mut self, buffer: &[u8]) -> Option<Item> {
         loop {

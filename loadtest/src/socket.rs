@@ -1,4 +1,4 @@
-//! Bytes in and out of one client: a non-blocking TCP socket with or without TLS.
+//! Bytes in and out of one client: a non-blocking TCP socket with or without TLS, with or without WebSocket in it.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -18,10 +18,12 @@ use rustls::{ClientConfig, DigitallySignedStruct, NamedGroup, RootCertStore, Sig
 use socket2::{Domain, Protocol, Type};
 
 use crate::options::{Global, Target, TlsMode};
+use crate::websocket::Framing;
 
 pub struct Socket {
     pub stream: TcpStream,
     tls: Option<Box<ClientConnection>>,
+    pub websocket: Option<Box<Framing>>,
     connected: bool,
     /// How much of the output has been written (without TLS).
     written: usize,
@@ -52,6 +54,8 @@ impl Socket {
         Ok(Socket {
             stream: TcpStream::from_std(socket.into()),
             tls: None,
+            websocket: (target.websocket.as_ref())
+                .map(|path| Box::new(Framing::new(path, &target.domain))),
             connected: false,
             written: 0,
         })
@@ -101,7 +105,9 @@ impl Socket {
     }
 
     pub fn wants_write(&self) -> bool {
-        self.tls.as_ref().is_some_and(|tls| tls.wants_write())
+        let framed = |framing: &Framing| !framing.wire.is_empty();
+        self.websocket.as_deref().is_some_and(framed)
+            || self.tls.as_ref().is_some_and(|tls| tls.wants_write())
     }
 
     /// Writes what it can of `out`, and empties it once all is written.
@@ -116,6 +122,13 @@ impl Socket {
                 Err(error) => return Err(error),
             }
         }
+        let out = match &mut self.websocket {
+            Some(framing) => {
+                framing.frame(out);
+                &mut framing.wire
+            }
+            None => out,
+        };
         let outcome = match &mut self.tls {
             Some(tls) => {
                 if !out.is_empty() {
@@ -197,10 +210,12 @@ impl Tls {
             true => Resumption::store(Arc::new(Tickets::new(options.users as usize))),
             false => Resumption::disabled(),
         };
-        if target.tls == TlsMode::Direct {
-            // XEP-0368.
-            config.alpn_protocols = vec![b"xmpp-client".to_vec()];
-        }
+        config.alpn_protocols = match (&target.websocket, target.tls) {
+            (Some(_), _) => vec![b"http/1.1".to_vec()],
+            // XEP-0368
+            (None, TlsMode::Direct) => vec![b"xmpp-client".to_vec()],
+            (None, _) => Vec::new(),
+        };
         let name = ServerName::try_from(target.domain.clone())
             .map_err(|_| format!("--domain {}: not a host name", target.domain))?;
         Ok(Tls {

@@ -32,6 +32,7 @@ use crate::scanner::Scanner;
 use crate::scram::KeyCache;
 use crate::socket::{Socket, Tls};
 use crate::timeline::{Kind, Recorder};
+use crate::websocket::Read as Framed;
 
 pub const WAKE: Token = Token(usize::MAX - 1);
 const TIMER: Token = Token(usize::MAX - 2);
@@ -805,6 +806,40 @@ impl Worker {
         }
     }
 
+    /// Carries out what is in whole messages of WebSocket; returns how many bytes are done with.
+    fn consume_messages(
+        &mut self,
+        slot: usize,
+        client: &mut Client,
+        bytes: &[u8],
+    ) -> Result<usize, End> {
+        let mut at = 0;
+        while let Some(framing) = &mut client.socket.websocket {
+            let read = framing
+                .read(&bytes[at..])
+                .map_err(|error| End::Failed(error.to_string()))?;
+            let joined;
+            let (message, end) = match read {
+                Framed::Nothing => return Ok(at),
+                Framed::Skip(end) => {
+                    at += end;
+                    continue;
+                }
+                Framed::Message { start, end } => (&bytes[at + start..at + end], end),
+                Framed::Joined(end) => {
+                    joined = std::mem::take(&mut framing.message);
+                    (&joined[..], end)
+                }
+            };
+            at += end;
+            let account = &mut self.accounts[slot];
+            let effect = client.connection.on_message(message, &self.target, account);
+            self.presences += std::mem::take(&mut client.connection.presences);
+            self.carry_out(slot, client, effect, message)?;
+        }
+        Ok(at)
+    }
+
     fn consume(&mut self, slot: usize, client: &mut Client, fresh: &[u8]) -> Result<(), End> {
         let mut joined = std::mem::take(&mut client.rest);
         let bytes = if joined.is_empty() {
@@ -814,19 +849,23 @@ impl Worker {
             &joined
         };
         let mut at = 0;
-        while let Some(item) = client.scanner.next(&bytes[at..]) {
-            let piece = &bytes[at + item.start..at + item.end];
-            at += item.end;
-            let effect = client.connection.on_piece(
-                item.kind,
-                piece,
-                &self.target,
-                &mut self.accounts[slot],
-            );
-            self.presences += std::mem::take(&mut client.connection.presences);
-            self.carry_out(slot, client, effect, piece)?;
+        if client.socket.websocket.is_some() {
+            at = self.consume_messages(slot, client, bytes)?;
+        } else {
+            while let Some(item) = client.scanner.next(&bytes[at..]) {
+                let piece = &bytes[at + item.start..at + item.end];
+                at += item.end;
+                let effect = client.connection.on_piece(
+                    item.kind,
+                    piece,
+                    &self.target,
+                    &mut self.accounts[slot],
+                );
+                self.presences += std::mem::take(&mut client.connection.presences);
+                self.carry_out(slot, client, effect, piece)?;
+            }
+            at += client.scanner.discard();
         }
-        at += client.scanner.discard();
         if at < bytes.len() {
             if joined.is_empty() {
                 joined.extend_from_slice(&fresh[at..]);

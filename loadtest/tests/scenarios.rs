@@ -15,7 +15,7 @@ use serde_json::Value;
 #[derive(Default)]
 struct Shared {
     /// Where to write to a full JID.
-    online: Mutex<HashMap<String, TcpStream>>,
+    online: Mutex<HashMap<String, (TcpStream, Wire)>>,
     /// Sessions that may be resumed, by their name, and their full JIDs.
     sessions: Mutex<HashMap<String, String>>,
     /// Lose every tenth message.
@@ -42,8 +42,98 @@ fn server(lossy: bool) -> u16 {
 const HEADER: &str = "<?xml version='1.0'?><stream:stream xmlns='jabber:client' \
                       xmlns:stream='http://etherx.jabber.org/streams' id='1' version='1.0'>";
 
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Wire {
+    #[default]
+    Tcp,
+    /// RFC 7395: a frame for each element.
+    WebSocket,
+}
+
+impl Wire {
+    fn write(self, mut stream: &TcpStream, text: &str) -> std::io::Result<()> {
+        if self == Wire::Tcp {
+            return stream.write_all(text.as_bytes());
+        }
+        let (mut rest, mut frames) = (text, Vec::new());
+        while let Some(length) = element(rest) {
+            let said = &rest[..length];
+            rest = &rest[length..];
+            let said = match said.split([' ', '>']).next() {
+                Some("<?xml") => continue,
+                Some("<stream:stream") => "<open xmlns='urn:ietf:params:xml:ns:xmpp-framing'/>",
+                Some("</stream:stream") => "<close xmlns='urn:ietf:params:xml:ns:xmpp-framing'/>",
+                _ => said,
+            };
+            frames.extend_from_slice(&[0x81, 126]);
+            frames.extend_from_slice(&u16::try_from(said.len()).unwrap().to_be_bytes());
+            frames.extend_from_slice(said.as_bytes());
+        }
+        stream.write_all(&frames)
+    }
+}
+
+/// Answers the upgrade, then hands over what the client says as a stream would have it.
+fn serve_websocket(mut stream: TcpStream, shared: &Shared) {
+    let mut client = Client {
+        wire: Wire::WebSocket,
+        ..Client::default()
+    };
+    let (mut request, mut byte) = (Vec::new(), [0]);
+    while !request.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte).unwrap();
+        request.push(byte[0]);
+    }
+    let request = String::from_utf8(request).unwrap();
+    assert!(request.starts_with("GET /xmpp HTTP/1.1\r\nHost: localhost\r\n"));
+    assert!(request.contains("Sec-WebSocket-Protocol: xmpp\r\n"));
+    let key = request.split("Sec-WebSocket-Key: ").nth(1).unwrap();
+    let key = key.split("\r\n").next().unwrap();
+    let proof = format!("{key}258EAFA5-E914-47DA-95CA-C5AB0DC85B11");
+    let sha1 = &aws_lc_rs::digest::SHA1_FOR_LEGACY_USE_ONLY;
+    let proof = aws_lc_rs::digest::digest(sha1, proof.as_bytes());
+    let proof = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, proof);
+    let answer = format!(
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nSec-WebSocket-Accept: {proof}\r\n\r\n"
+    );
+    stream.write_all(answer.as_bytes()).unwrap();
+    let mut head = [0; 2];
+    while stream.read_exact(&mut head).is_ok() {
+        assert_eq!((head[0], head[1] & 0x80), (0x81, 0x80), "one masked text");
+        let mut length = u16::from(head[1] & 0x7f);
+        if length == 126 {
+            let mut extended = [0; 2];
+            stream.read_exact(&mut extended).unwrap();
+            length = u16::from_be_bytes(extended);
+        }
+        let (mut key, mut payload) = ([0; 4], vec![0; length.into()]);
+        stream.read_exact(&mut key).unwrap();
+        stream.read_exact(&mut payload).unwrap();
+        for (byte, key) in payload.iter_mut().zip(key.iter().cycle()) {
+            *byte ^= key;
+        }
+        let said = String::from_utf8(payload).unwrap();
+        assert_eq!(element(&said), Some(said.len()), "one element: {said}");
+        assert!(said.contains(" xmlns='"), "no namespace: {said}");
+        let said = match said.split(' ').next().unwrap() {
+            "<open" => "<stream:stream>".to_owned(),
+            "<close" => "</stream:stream>".to_owned(),
+            _ => said.replacen(" xmlns='jabber:client'", "", 1),
+        };
+        let answer = client.answer(&said, &stream, shared);
+        if client.wire.write(&stream, &answer).is_err() || said == "</stream:stream>" {
+            let _ = stream.shutdown(Shutdown::Both);
+            return;
+        }
+    }
+}
+
 fn serve(mut stream: TcpStream, shared: &Shared) {
     stream.set_nodelay(true).unwrap();
+    let mut first = [0; 4];
+    if stream.peek(&mut first).is_ok() && first == *b"GET " {
+        return serve_websocket(stream, shared);
+    }
     let mut client = Client::default();
     let (mut buffer, mut unread) = ([0; 16384], String::new());
     while let Ok(count) = stream.read(&mut buffer)
@@ -84,6 +174,7 @@ fn attribute<'a>(element: &'a str, name: &str) -> &'a str {
 
 #[derive(Default)]
 struct Client {
+    wire: Wire,
     user: Option<String>,
     jid: String,
     messages: u64,
@@ -91,9 +182,14 @@ struct Client {
 
 impl Client {
     fn answer(&mut self, said: &str, stream: &TcpStream, shared: &Shared) -> String {
+        let wire = self.wire;
         let bound = |jid: &str| {
             let stream = stream.try_clone().unwrap();
-            shared.online.lock().unwrap().insert(jid.into(), stream);
+            shared
+                .online
+                .lock()
+                .unwrap()
+                .insert(jid.into(), (stream, wire));
         };
         if said.starts_with("<stream:stream") {
             return match self.user {
@@ -151,8 +247,8 @@ impl Client {
                 return String::new();
             }
             let out = said.replacen("<message", &format!("<message from='{}'", self.jid), 1);
-            if let Some(mut to) = shared.online.lock().unwrap().get(attribute(said, "to")) {
-                let _ = to.write_all(out.as_bytes());
+            if let Some((to, wire)) = shared.online.lock().unwrap().get(attribute(said, "to")) {
+                let _ = wire.write(to, &out);
             }
         }
         if said == "</stream:stream>" {
@@ -279,4 +375,29 @@ fn a_curve_is_replayed_to_its_end() {
     assert_eq!(run.status, 0, "{} {}", run.json, run.error);
     assert_eq!(run.json["logins"], 40);
     std::fs::remove_file(curve).unwrap();
+}
+
+#[test]
+fn over_websocket_users_log_in_chat_come_back_and_log_out() {
+    let port = server(false);
+    let chat =
+        "chat -n 4 --rate 200 --duration 0.3 --warmup 0 --drain 0.3 --body 300 --websocket=/xmpp";
+    let run = loadtest(port, chat);
+    assert_eq!(run.status, 0, "{} {}", run.json, run.error);
+    assert!(run.json["sent"].as_u64().unwrap() > 20 && run.json["lost"] == 0);
+    let storm = loadtest(port, "storm -n 8 --parallel 2 --rounds 2 --websocket=/xmpp");
+    assert_eq!(storm.status, 0, "{} {}", storm.json, storm.error);
+    assert_eq!(storm.json["failed"], 0);
+    let back = "reconnect -n 6 --parallel 3 --online 0 --gap 0.1 --websocket=/xmpp";
+    let run = loadtest(port, back);
+    assert_eq!((run.status, &run.json["resumed"]), (0, &6.into()));
+    let lost = loadtest(server(true), chat);
+    assert_eq!(lost.status, 1, "{}", lost.json);
+    let starttls = loadtest(port, &format!("{chat} --tls starttls"));
+    assert_eq!(starttls.status, 2);
+    assert!(
+        starttls.error.contains("--tls direct"),
+        "{}",
+        starttls.error
+    );
 }
