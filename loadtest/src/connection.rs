@@ -358,7 +358,7 @@ impl Connection {
                 Ok(Effect::Resumed)
             }
             State::Features2 { resumed: false } if name == b"features" => {
-                self.send_initial();
+                self.send_initial(target);
                 Ok(Effect::None)
             }
             State::Features2 { .. } => Err(unexpected(name, "instead of stream features")),
