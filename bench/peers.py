@@ -11,6 +11,8 @@ ejabberd: `+K true` (kernel poll), `+P 250000`, `+Q 65536` (processes and socket
 Prosody: epoll, generational garbage collector, `tcp_backlog` 4096, `limits` off (a rate limit by connection), passwords
   as SCRAM keys (`internal_hashed`), storage `internal` for accounts and rosters, log level warn. Archive: `mod_mam` with
   policy `true` into SQLite (its guide advises SQL for archives): a commit for each copy of a message.
+Both: chat rooms at rooms.localhost for up to 1,000 occupants (ejabberd's default is 200), with 20 messages of history and,
+  where there is an archive, one of each room.
 Both: stream management with resumption for 10 minutes, carbons, ping, offline messages; an ECDSA P-256 certificate.
 """
 import base64, hashlib, hmac, json, os, pathlib, re, resource, shutil, socket, sqlite3, subprocess, sys, time
@@ -151,6 +153,13 @@ modules:
   mod_carboncopy: {{}}
   mod_stream_mgmt:
     resume_timeout: 600
+  mod_muc:
+    host: rooms.localhost
+    max_users: 1000
+    history_size: 20
+    default_room_options:
+      max_users: 1000
+      mam: {str(bool(self.archive)).lower()}
 {mam}""")
         if self.archive:
             schema = found(self.files, "usr/share/ejabberd/sql/lite.sql").read_text()
@@ -246,6 +255,10 @@ smacks_hibernation_time = 600
 {archive}
 VirtualHost "localhost"
     ssl = {{ key = "{self.key}", certificate = "{self.chain}" }}
+
+Component "rooms.localhost" "muc"
+    modules_enabled = {{ {'"muc_mam"' if self.archive else ""} }}
+    max_history_messages = 20
 """)
         script = found(self.files, "usr/bin/prosody").read_text()
         source = found(self.files, "usr/lib/prosody")

@@ -177,7 +177,7 @@ pub trait Outputs {
 pub struct Engine {
     plan: Plan,
     directions: Vec<Direction>,
-    /// What the own presence comes from: bare JID and slash.
+    /// What the own presence comes from: bare JID and slash; in chat rooms the whole address there.
     own: Vec<Vec<u8>>,
     /// Slots of those who send.
     senders: Vec<usize>,
@@ -212,6 +212,8 @@ struct Direction {
     acknowledged: u64,
     /// Of the others: the sender's count of stanzas with it, and when it was due.
     unacknowledged: VecDeque<(u32, u64)>,
+    /// When he was due to come into his room, until he is in.
+    coming: Option<u64>,
     order: Order,
 }
 
@@ -337,10 +339,17 @@ impl Engine {
         if let Traffic::Make { .. } | Traffic::Join { .. } = plan.traffic {
             suffix = b"'><x xmlns='http://jabber.org/protocol/muc'/></presence>".to_vec();
         }
-        let own = slots.iter().map(|account| {
+        let own = slots.iter().enumerate().map(|(slot, account)| {
             let (name, domain) = (escape(&account.name), escape(&target.domain));
-            format!("{name}@{domain}/").into_bytes()
+            match plan.traffic {
+                Traffic::Make { occupants } | Traffic::Join { occupants } => {
+                    format!("load{}@rooms.{domain}/{name}", number(slot) / occupants)
+                }
+                _ => format!("{name}@{domain}/"),
+            }
+            .into_bytes()
         });
+        let own = own.collect();
         let thread = thread as u64;
         let quota = match plan.traffic {
             // each of them once
@@ -355,7 +364,7 @@ impl Engine {
         };
         Engine {
             directions,
-            own: own.collect(),
+            own,
             senders,
             rate_per_s,
             due_offset,
@@ -453,6 +462,7 @@ impl Engine {
         let stanzas = 1 + u32::from(!direction.tail.is_empty());
         *out.stanzas = out.stanzas.wrapping_add(stanzas);
         direction.sent += 1;
+        direction.coming = Some(due_ns);
         self.tally.sent += 1;
         self.tally.to_offline += u64::from(direction.to_offline);
         match self.plan.ack {
@@ -522,7 +532,7 @@ impl Engine {
             self.plan.traffic,
             Traffic::Make { .. } | Traffic::Join { .. } | Traffic::Room { .. }
         ) {
-            self.on_room(message, now, recorder);
+            self.on_room(receiver, message, now, recorder);
             return None;
         }
         let (run, number, due_ns) = parse_id(attribute(message, b"id")?)?;
@@ -585,28 +595,41 @@ impl Engine {
         recorder.record(Kind::Presence, now, Duration::from_nanos(latency_ns));
     }
 
-    /// Notes that somebody is in his room (his own presence comes back under its id), or that an occupant got a message.
-    fn on_room(&mut self, stanza: &[u8], now: Instant, recorder: &mut Recorder) {
-        let Some((run, _, due_ns)) = attribute(stanza, b"id").and_then(parse_id) else {
+    /// Notes that somebody is in his room: his own presence comes from there, under its id or not, and others may get it under
+    /// that id. Or that an occupant got a message.
+    fn on_room(&mut self, receiver: usize, stanza: &[u8], now: Instant, recorder: &mut Recorder) {
+        let id = attribute(stanza, b"id").and_then(parse_id);
+        let id = id.filter(|(run, ..)| *run == self.plan.run);
+        let kind = attribute(stanza, b"type");
+        if kind == Some(b"error") {
+            if id.is_some() {
+                self.last_receipt = now;
+                self.tally.bounced += 1;
+            }
             return;
+        }
+        let (due_ns, of) = match self.plan.traffic {
+            Traffic::Make { .. } | Traffic::Join { .. } => {
+                let own = self.own.get(receiver).map(Vec::as_slice);
+                if kind.is_some() || own.is_none() || attribute(stanza, b"from") != own {
+                    return;
+                }
+                match self.directions[receiver].coming.take() {
+                    Some(due_ns) => (due_ns, Kind::Presence),
+                    None => return,
+                }
+            }
+            _ => match id {
+                Some((_, _, due_ns)) => (due_ns, Kind::Message),
+                None => return,
+            },
         };
-        if run != self.plan.run {
-            return;
-        }
         self.last_receipt = now;
-        if attribute(stanza, b"type") == Some(b"error") {
-            self.tally.bounced += 1;
-            return;
-        }
         self.tally.received += 1;
         let latency_ns = self.since_epoch_ns(now).saturating_sub(due_ns).max(1);
         let phase = phase(&mut self.phases, due_ns);
         phase.latencies.saturating_record(latency_ns);
-        let kind = match self.plan.traffic {
-            Traffic::Make { .. } | Traffic::Join { .. } => Kind::Presence,
-            _ => Kind::Message,
-        };
-        recorder.record(kind, now, Duration::from_nanos(latency_ns));
+        recorder.record(of, now, Duration::from_nanos(latency_ns));
     }
 
     /// Writes the next message of a sender who is owed it.
