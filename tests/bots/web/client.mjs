@@ -57,6 +57,7 @@ async function strophe() {
   const signIn = (text, then) => {
     const connection = new Strophe.Connection(url);
     let done = false;
+    let over = false;
     connection.connect(jid, password, (status, why) => {
       if (status === Strophe.Status.CONNECTED) {
         connection.addHandler(
@@ -75,7 +76,9 @@ async function strophe() {
         fail(`${why ?? status}`);
       } else if (status === Strophe.Status.DISCONNECTED) {
         if (!done) fail("disconnected");
-        then();
+        // it may say so twice
+        if (!over) then();
+        over = true;
       }
     });
   };
