@@ -8,7 +8,8 @@
 //! data folder. Who has stolen the database, a journal or what Redis holds has no token; who has stolen the whole data folder
 //! (or a backup of it, which holds the secret) has, until the password or the secret is changed. Because the password's keys
 //! go in, every change of the password ends all tokens, whichever way it came; because the account's creation does, none
-//! outlives its account.
+//! outlives its account. A log-in that was under way meanwhile gets none: its proof held for what the account was before
+//! ([`account`]).
 //!
 //! **How seldom something is written.** A token is written once, journalled before `<success/>` gives it away; logging in with
 //! it changes nothing. It is replaced when between a third and two thirds of its life are over, at a moment that its salt
@@ -27,7 +28,7 @@ use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use super::feature::time::stamp;
 use super::sasl::token::{Attempt, Ht};
 use super::sasl::{ChannelBindings, Failure};
-use crate::store::record::{ArchivedUserRecord, Token, UserRecord};
+use crate::store::record::{ArchivedScramKeys, ArchivedUserRecord, Token, UserRecord};
 use crate::xml::dom::Element;
 
 pub const NS: &str = "urn:xmpp:fast:0";
@@ -97,6 +98,29 @@ fn installation(agent: &str) -> [u8; 16] {
     hash.as_ref()[..16].try_into().expect("it has 32 bytes")
 }
 
+/// What a proof holds for: an account, from its creation on, with its password. It changes when the account is made anew or
+/// gets another password.
+pub type Account = [u8; 32];
+
+/// The account that a proof is checked against.
+pub fn account(record: &ArchivedUserRecord) -> Account {
+    let mut context = aws_lc_rs::digest::Context::new(&SHA256);
+    for part in [
+        &record.created_at.to_native().to_le_bytes()[..],
+        keys(record.sha1.as_ref()),
+        keys(record.sha256.as_ref()),
+    ] {
+        context.update(&(part.len() as u64).to_le_bytes());
+        context.update(part);
+    }
+    let hash = context.finish();
+    hash.as_ref().try_into().expect("it has 32 bytes")
+}
+
+fn keys(keys: Option<&ArchivedScramKeys>) -> &[u8] {
+    keys.map_or(&[], |keys| &keys.stored_key)
+}
+
 /// The token that belongs to a salt.
 fn token(
     key: &[u8; 32],
@@ -107,9 +131,6 @@ fn token(
     salt: &[u8; 16],
 ) -> String {
     let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, key));
-    let keys = |keys: Option<&crate::store::record::ArchivedScramKeys>| {
-        keys.map_or(Vec::new(), |keys| keys.stored_key.to_vec())
-    };
     let parts: [&[u8]; 8] = [
         b"token",
         name.as_bytes(),
@@ -117,8 +138,8 @@ fn token(
         &[ht],
         salt,
         &record.created_at.to_native().to_le_bytes(),
-        &keys(record.sha1.as_ref()),
-        &keys(record.sha256.as_ref()),
+        keys(record.sha1.as_ref()),
+        keys(record.sha256.as_ref()),
     ];
     for part in parts {
         context.update(&(part.len() as u64).to_le_bytes());
@@ -402,6 +423,21 @@ mod tests {
             account.check("desk", &token, Ht::None, 1),
             Err("not-authorized")
         );
+    }
+
+    #[test]
+    fn a_proof_holds_for_one_account_and_password() {
+        let of = |record: &UserRecord| super::account(Record::new(record).get());
+        let before = Account::new().record;
+        let mut after = before.clone();
+        after.disabled = true;
+        after.tokens.push(Token::default());
+        assert_eq!(of(&before), of(&after));
+        after.sha256 = Some(crate::store::record::tests::keys(9, 32));
+        assert_ne!(of(&before), of(&after));
+        let mut anew = before.clone();
+        anew.created_at += 1;
+        assert_ne!(of(&before), of(&anew));
     }
 
     #[test]

@@ -112,6 +112,8 @@ pub struct Negotiation {
     candidate: Option<Box<str>>,
     /// The account of the exchange at work is disabled.
     disabled: bool,
+    /// What the exchange at work, or the last one, was checked against.
+    pub account: Option<fast::Account>,
     attempts: u32,
     /// Id of the IQ that is answered later (bind, registration).
     iq: String,
@@ -133,6 +135,7 @@ impl Negotiation {
             request: None,
             candidate: None,
             disabled: false,
+            account: None,
             attempts: 0,
             iq: String::new(),
             policy,
@@ -727,19 +730,19 @@ impl Negotiation {
         Step::Continue
     }
 
-    /// The tokens are as they shall be, durably, or cannot be changed (`Err`: the client must not be let in, because it was to
-    /// end its token); `answer`: the new one.
+    /// The tokens are as they shall be, durably: the new one, if there is one. `Err`: the client must not be let in, because it
+    /// was to end its token and that cannot be done now, or its account is not the same any more.
     pub fn tokens(
         &mut self,
-        outcome: Result<Option<String>, ()>,
+        outcome: Result<Option<String>, Failure>,
         env: &Env,
         out: &mut Vec<u8>,
     ) -> Step {
         let answer = match outcome {
             Ok(answer) => answer,
-            Err(()) => {
+            Err(failure) => {
                 self.candidate = self.user.take();
-                return self.failed(Failure::TEMPORARY_AUTH_FAILURE, out);
+                return self.failed(failure, out);
             }
         };
         if let Some(request) = &mut self.request {
