@@ -1214,6 +1214,7 @@ impl Shard {
         }
         let arrival = Arrival {
             user: c.negotiation.user().unwrap_or_default(),
+            account: c.negotiation.account,
             resource,
             link,
             lang: c.negotiation.lang.clone(),
