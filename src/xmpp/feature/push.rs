@@ -6,8 +6,8 @@
 //! answered when it is durable.
 //!
 //! **When.** A message waits in the offline queue, or all his sessions that have it are cut off (XEP-0198) or say that they are
-//! inactive (XEP-0352, `push.inactive`). After that nothing more is said until one of his clients is there again, or
-//! `push.repeat_minutes` have passed. Receipts, markers, chat states, what he has written himself and what his block list
+//! inactive (XEP-0352, `push.inactive`). After that nothing more is said until one of his clients is there again or has
+//! taken all that waited, or `push.repeat_minutes` have passed. Receipts, markers, chat states, what he has written himself and what his block list
 //! keeps out say nothing. A message with a body is said with `last-message-body`, which app servers show and deliver with high
 //! priority; others (encrypted ones, invitations) without.
 //!
@@ -33,7 +33,7 @@ use crate::xmpp::jid::Jid;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::pubsub;
 use crate::xmpp::session::{Session, SessionId};
-use crate::xmpp::slice::{Slice, Then};
+use crate::xmpp::slice::{Slice, Then, User};
 
 pub const NS: &str = "urn:xmpp:push:0";
 const NS_OPTIONS: &str = "http://jabber.org/protocol/pubsub#publish-options";
@@ -418,6 +418,12 @@ pub fn is_there(slice: &mut Slice, sid: SessionId) {
     }
 }
 
+/// His clients have taken all that waited for him: what comes now is new. So an inactive client whose connection stands hears of
+/// each message that finds nothing else waiting.
+pub fn all_taken(slice: &mut Slice, name: &str) {
+    slice.push.told.remove(name);
+}
+
 // ---- what ----------------------------------------------------------------------------------------------------------
 
 fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta) {
@@ -447,6 +453,7 @@ fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta)
         .map(|service| ((&*service.jid).into(), (&*service.node).into()))
         .collect();
     let mut said = false;
+    let mut new = Vec::new();
     for (jid, node) in services {
         let numbers = slice.push.numbers(name);
         if numbers.iter().any(|number| {
@@ -470,13 +477,15 @@ fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta)
             state: State::Waits,
             news: news.clone(),
         };
-        let number = slice.push.put(notification);
-        publish(slice, number);
+        new.push(slice.push.put(notification));
     }
     // where there is no room to remember it he is told again
     if said && slice.push.told.len() < slice.env.limits.push.told_max {
         let until = now + slice.env.limits.push.repeat_ms;
         slice.push.told.insert(who, until);
+    }
+    for number in new {
+        publish(slice, number);
     }
 }
 
@@ -525,6 +534,9 @@ fn publish(slice: &mut Slice, number: u64) {
     };
     let (name, jid) = (notification.user.clone(), notification.jid.clone());
     let Some(request) = request(slice, notification) else {
+        if slice.user(&name).is_none_or(|user| waiting(user) == 0) {
+            slice.push.told.remove(&name);
+        }
         return drop(slice.push.take(number));
     };
     let Ok(to) = Jid::parse(&jid) else {
@@ -566,12 +578,17 @@ impl Push {
     }
 }
 
+/// Messages that no client of the user has taken.
+fn waiting(user: &User) -> usize {
+    user.offline.len() + user.held.len()
+}
+
 /// The request's payload; `None`: nothing waits any more, or the service is disabled.
 fn request(slice: &Slice, notification: &Notification) -> Option<Element> {
     let user = slice.user(&notification.user)?;
     let mut services = user.record.get().push.iter();
     let service = services.find(|s| is(s, &notification.jid, Some(&notification.node)))?;
-    let count = user.offline.len() + user.held.len();
+    let count = waiting(user);
     if count == 0 {
         return None;
     }
@@ -870,6 +887,19 @@ mod tests {
         s.w.logout(phone);
         s.writes();
         assert!(s.asked_once().contains("<value>1</value>"));
+    }
+
+    #[test]
+    fn an_inactive_client_that_takes_what_comes_is_told_of_what_comes_then() {
+        let mut s = scene();
+        let desk = s.phone_at("desk");
+        s.w.send(desk, "<inactive xmlns='urn:xmpp:csi:0'/>");
+        for _ in 0..3 {
+            s.writes();
+            assert_eq!(s.w.user(&s.bob).held.len(), 0);
+            let asked = s.asked_once();
+            s.answers(&asked, "result", "");
+        }
     }
 
     #[test]
