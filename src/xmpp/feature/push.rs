@@ -434,7 +434,7 @@ fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta)
     if own || told {
         return;
     }
-    let body = match meta.has(Meta::BODY) && !meta.has(Meta::RETRACT) {
+    let body = match meta.is_said() {
         true => Some(shown_body(slice, stanza)),
         false if says_something(stanza) => None,
         false => return,
@@ -1007,6 +1007,25 @@ mod tests {
         assert!(s.asked().is_empty());
         s.w.cut(phone);
         assert_eq!(s.asked().len(), 1);
+    }
+
+    #[test]
+    fn a_receipt_behind_a_message_does_not_hide_it() {
+        let receipt = "<received xmlns='urn:xmpp:receipts' id='1'/><store xmlns='urn:xmpp:hints'/>";
+        for managed in [false, true] {
+            let mut s = scene();
+            s.w.confirms = false;
+            let phone = s.phone();
+            if managed {
+                s.w.send(phone, "<enable xmlns='urn:xmpp:sm:3' resume='true'/>");
+            }
+            s.writes();
+            s.says(receipt);
+            s.w.cut(phone);
+            let asked = s.asked_once();
+            assert!(asked.contains("last-message-body"), "{asked}");
+            assert!(asked.contains("<value>2</value>"), "{asked}");
+        }
     }
 
     #[test]
