@@ -218,6 +218,10 @@ fn enable(slice: &mut Slice, iq: Iq) {
         }
         _ => {}
     }
+    // whatever becomes of a request of before says nothing of the service as it is now
+    forget(slice, &name, |n| {
+        *n.jid == *service.jid && *n.node == *service.node
+    });
     let change = move |services: &mut Vec<PushService>| {
         // section 5: the last received request counts
         services.retain(|s| (&s.jid, &s.node) != (&service.jid, &service.node));
@@ -1177,6 +1181,22 @@ mod tests {
         assert_eq!(s.w.stored(&bob).push.len(), 0);
         assert_eq!(s.w.slices[1].push.counters.disabled, 1);
         assert_eq!(s.w.slices[1].push.waiting(), 0);
+    }
+
+    #[test]
+    fn a_late_failure_does_not_disable_a_service_that_was_enabled_anew() {
+        let mut s = scene();
+        s.writes();
+        let asked = s.asked_once();
+        let phone = s.phone();
+        s.w.send(phone, &enable("yxs32").replace("eruio", "other"));
+        s.w.take(phone);
+        s.fails(&asked, "cancel", "item-not-found");
+        assert_eq!(s.services(), 1);
+        assert_eq!(s.w.slices[1].push.waiting(), 0);
+        s.w.logout(phone);
+        s.writes();
+        assert_eq!(s.asked().len(), 1);
     }
 
     #[test]
