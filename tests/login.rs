@@ -521,6 +521,27 @@ fn who_was_disabled_or_lost_his_password_while_he_logged_in_gets_no_session() {
 }
 
 #[test]
+fn where_all_mechanisms_bind_to_the_channel_tokens_do() {
+    let mut blade = Blade::start(&SETTINGS);
+    Client::register(blade.c2s_tls, "alice");
+    let mechanism = "HT-SHA-256-NONE";
+    let mut client = Client::connect(blade.c2s_tls);
+    let success = client.authenticate("alice", &(AGENT.to_owned() + &request(mechanism)));
+    let token = attribute(&success, "<token", "token");
+    blade.kill();
+    blade.set("sasl.mechanisms", "[\"SCRAM-SHA-256-PLUS\"]");
+    blade.restart();
+    let mut client = Client::connect(blade.c2s_tls);
+    let offered = &client.features;
+    assert!(
+        offered.contains("HT-SHA-256-EXPR") && !offered.contains(mechanism),
+        "{offered}"
+    );
+    let failure = client.show("alice", mechanism, &token, "", AGENT);
+    assert!(failure.contains("<invalid-mechanism"), "{failure}");
+}
+
+#[test]
 fn without_tokens_in_the_configuration_none_are_given_or_taken() {
     let blade = Blade::start(&[&SETTINGS[..], &[("sasl.token_days", "0")]].concat());
     Client::register(blade.c2s_tls, "alice");

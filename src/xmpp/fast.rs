@@ -81,11 +81,11 @@ impl Wishes {
     }
 }
 
-/// The feature inside `<inline/>`.
-pub fn write_feature(bindings: &ChannelBindings, out: &mut String) {
+/// The feature inside `<inline/>`. `unbound`: with the mechanism that binds to no channel.
+pub fn write_feature(bindings: &ChannelBindings, unbound: bool, out: &mut String) {
     out.push_str(&format!("<fast xmlns='{NS}'>"));
     for ht in Ht::ALL {
-        if ht.binding(bindings).is_some() {
+        if ht.binding(bindings).is_some() && (unbound || ht != Ht::None) {
             out.push_str(&format!("<mechanism>{}</mechanism>", ht.name()));
         }
     }

@@ -373,7 +373,7 @@ impl Negotiation {
     /// XEP-0388.
     fn authenticate(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
         let ht = view.attr("mechanism").as_deref().and_then(Ht::from_name);
-        if let Some(ht) = ht.filter(|_| self.policy.tokens) {
+        if let Some(ht) = ht.filter(|ht| self.policy.tokens && self.takes(*ht)) {
             return Ok(match self.show_token(ht, &view.to_element()) {
                 Ok(name) => Step::Login { name },
                 Err(failure) => self.failed(failure, out),
@@ -383,7 +383,8 @@ impl Negotiation {
             .mechanism(view)
             .and_then(|mechanism| Ok((mechanism, sasl2::read(&view.to_element())?)));
         Ok(match begun {
-            Ok((mechanism, (initial, request))) => {
+            Ok((mechanism, (initial, mut request))) => {
+                request.tokens.request = request.tokens.request.filter(|ht| self.takes(*ht));
                 self.request = Some(Box::new(request));
                 self.start(mechanism, initial.as_deref(), out)
             }
@@ -391,9 +392,15 @@ impl Negotiation {
         })
     }
 
+    /// Where every mechanism that is offered binds to the channel, tokens do as well.
+    fn takes(&self, ht: Ht) -> bool {
+        ht != Ht::None || self.offered.iter().any(|m| !m.is_plus())
+    }
+
     /// XEP-0484: the user whose token it is said to be.
     fn show_token(&mut self, ht: Ht, authenticate: &Element) -> Result<Box<str>, Failure> {
-        let (initial, request) = sasl2::read(authenticate)?;
+        let (initial, mut request) = sasl2::read(authenticate)?;
+        request.tokens.request = request.tokens.request.filter(|ht| self.takes(*ht));
         let message = initial.filter(|_| request.tokens.fast && request.agent.is_some());
         let message = message.ok_or(
             Failure::MALFORMED_REQUEST.with_text("A token needs <fast/> and a user agent's id"),
