@@ -733,7 +733,9 @@ async fn run(
             Step::Tokens => {
                 // he may have left the cache since he authenticated
                 let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
-                shard.load(&name).await;
+                if shard.slice.borrow().user(&name).is_none() {
+                    guest.away(shard.load(&name)).await;
+                }
                 let outcome = match shard.plan_tokens(&c.negotiation) {
                     Err(failure) => Err(failure),
                     Ok(None) => Ok(None),

@@ -191,7 +191,7 @@ pub fn check(
 pub struct Plan {
     agent: [u8; 16],
     used: Option<[u8; 16]>,
-    /// The token that was used ends with this log-in. Nobody is let in before that is durable.
+    /// All tokens of the installation end with this log-in. Nobody is let in before that is durable.
     pub invalidates: bool,
     add: Option<Token>,
     unix: u64,
@@ -264,11 +264,8 @@ impl Plan {
                     let mut place = 0..;
                     tokens.retain(|one| place.next().is_none_or(|n| n >= at) || !mine(one));
                 }
-                let keeps = |one: &Token| match one.salt == used {
-                    true => !self.invalidates,
-                    false => self.add.is_none(),
-                };
-                tokens.retain(|one| !mine(one) || keeps(one));
+                let keeps = |one: &Token| one.salt == used || self.add.is_none();
+                tokens.retain(|one| !mine(one) || (!self.invalidates && keeps(one)));
             }
             // a password: what this client has not used goes, but for one that it may still have
             None => {
@@ -477,6 +474,9 @@ mod tests {
         let mut account = Account::new();
         let token = account.gets("desk", 0);
         let other = account.gets("phone", 0);
+        // one more, that it has not used yet
+        let new = account.comes("desk", Some(&token), Wishes::default(), 2800);
+        let new = new.unwrap().unwrap();
         let invalidate = Wishes {
             invalidate: true,
             ..Wishes::default()
@@ -485,10 +485,12 @@ mod tests {
             account.comes("desk", Some(&token), invalidate, 2900),
             Ok(None)
         );
-        assert_eq!(
-            account.check("desk", &token, Ht::None, 2901),
-            Err("not-authorized")
-        );
+        for token in [token, new] {
+            assert_eq!(
+                account.check("desk", &token, Ht::None, 2901),
+                Err("not-authorized")
+            );
+        }
         assert!(account.check("phone", &other, Ht::None, 2901).is_ok());
     }
 
