@@ -13,7 +13,8 @@
 //!
 //! **Failures.** An error that waiting does not mend disables the service (section 7.1). One that it may mend, or no answer within
 //! `push.answer_seconds_max`, is tried again, first after `push.retry_seconds`, then after twice as many and so on up to an hour, until
-//! something is there no more; after `push.tries_max` times the service is disabled as well.
+//! something is there no more; after `push.tries_max` times the service is disabled as well. Times at
+//! which its component was not connected do not count.
 //!
 //! Not promised: what was not published when the process ends is published only if another message comes.
 
@@ -134,6 +135,8 @@ struct Notification {
     node: Box<str>,
     /// Failures before this try.
     failures: u32,
+    /// Those of them that an app server is to blame for: not that it was not connected.
+    tries: u32,
     due_ms: u64,
     state: State,
     news: News,
@@ -477,6 +480,7 @@ fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta)
             jid,
             node,
             failures: 0,
+            tries: 0,
             due_ms: 0,
             state: State::Waits,
             news: news.clone(),
@@ -676,14 +680,18 @@ fn failed(slice: &mut Slice, number: u64, temporary: bool) {
     slice.push.counters.failed += 1;
     let limits = &slice.env.limits.push;
     let (tries_max, retry_ms) = (limits.tries_max, limits.retry_ms);
+    let jid = slice.push.waiting.get(&number).map(|n| n.jid.clone());
+    let jid = jid.as_deref().and_then(|jid| Jid::parse(jid).ok());
+    let unserved = jid.is_some_and(|jid| slice.is_unserved(&jid));
     let Some(notification) = slice.push.waiting.get_mut(&number) else {
         return;
     };
     let name = notification.user.clone();
     slice.users.unpin(&name);
     notification.failures += 1;
+    notification.tries += u32::from(!unserved);
     notification.state = State::Waits;
-    if temporary && notification.failures < tries_max {
+    if temporary && notification.tries < tries_max {
         let doubled = retry_ms << (notification.failures - 1).min(20);
         let at = slice.now.ms + doubled.min(RETRY_MS_MAX);
         // whoever has come meanwhile knows what waits
@@ -1218,6 +1226,20 @@ mod tests {
         let asked = s.asked_once();
         s.fails(&asked, "wait", "internal-server-error");
         assert_eq!(s.services(), 0);
+    }
+
+    #[test]
+    fn an_app_server_that_is_not_connected_does_not_lose_its_services() {
+        let mut s = scene_with(|limits| limits.push.tries_max = 2);
+        s.w.component_cut(s.app);
+        s.writes();
+        for _ in 0..4 {
+            s.w.advance(3_600_000);
+        }
+        assert_eq!(s.services(), 1);
+        s.app = s.w.component(0, SERVER);
+        s.w.advance(3_600_000);
+        assert_eq!(s.asked().len(), 1);
     }
 
     #[test]
