@@ -165,8 +165,10 @@ impl House {
 
     fn arrive(&mut self, user: &str, resource: Option<&str>) -> SessionId {
         self.links += 1;
+        let known = self.slice.user(user);
         let arrival = Arrival {
             user,
+            account: known.map(|known| nitro::xmpp::fast::account(known.record.get())),
             resource,
             link: self.links,
             lang: None,

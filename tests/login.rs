@@ -494,6 +494,54 @@ fn a_new_password_ends_tokens_and_too_many_push_out_the_oldest() {
 }
 
 #[test]
+fn who_was_disabled_or_lost_his_password_while_he_logged_in_gets_no_session() {
+    let blade = Blade::start(&SETTINGS);
+    Client::register(blade.c2s_tls, "alice");
+    let jid = format!("alice@{DOMAIN}");
+    let binds = |meanwhile: &[(&str, &[&str])]| {
+        let mut client = Client::connect(blade.c2s_tls);
+        let success = client.authenticate("alice", AGENT);
+        assert!(success.contains("<success"), "{success}");
+        client.until("</stream:features>");
+        for (command, more) in meanwhile {
+            let arguments = [&["user", command, &jid], *more].concat();
+            let output = blade.nitro(&arguments, "changed\n");
+            assert!(output.status.success(), "{output:?}");
+        }
+        client.send("<iq type='set' id='b'><bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'/></iq>");
+        client.until("</iq>")
+    };
+    assert!(binds(&[]).contains("<jid>"));
+    assert!(binds(&[("disable", &[]), ("enable", &[])]).contains("<jid>"));
+    let refused = binds(&[("disable", &[])]);
+    assert!(refused.contains("<not-authorized"), "{refused}");
+    blade.nitro(&["user", "enable", &jid], "");
+    let refused = binds(&[("passwd", &["--password-stdin"])]);
+    assert!(refused.contains("<not-authorized"), "{refused}");
+}
+
+#[test]
+fn where_all_mechanisms_bind_to_the_channel_tokens_do() {
+    let mut blade = Blade::start(&SETTINGS);
+    Client::register(blade.c2s_tls, "alice");
+    let mechanism = "HT-SHA-256-NONE";
+    let mut client = Client::connect(blade.c2s_tls);
+    let success = client.authenticate("alice", &(AGENT.to_owned() + &request(mechanism)));
+    let token = attribute(&success, "<token", "token");
+    blade.kill();
+    blade.set("sasl.mechanisms", "[\"SCRAM-SHA-256-PLUS\"]");
+    blade.restart();
+    let mut client = Client::connect(blade.c2s_tls);
+    let offered = &client.features;
+    assert!(
+        offered.contains("HT-SHA-256-EXPR") && !offered.contains(mechanism),
+        "{offered}"
+    );
+    let failure = client.show("alice", mechanism, &token, "", AGENT);
+    assert!(failure.contains("<invalid-mechanism"), "{failure}");
+}
+
+#[test]
 fn without_tokens_in_the_configuration_none_are_given_or_taken() {
     let blade = Blade::start(&[&SETTINGS[..], &[("sasl.token_days", "0")]].concat());
     Client::register(blade.c2s_tls, "alice");

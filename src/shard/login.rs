@@ -22,7 +22,7 @@ use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::fast;
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
-use crate::xmpp::sasl::{ChannelBindings, Credentials, Mechanism, ScramKeysRef};
+use crate::xmpp::sasl::{ChannelBindings, Credentials, Failure, Mechanism, ScramKeysRef};
 use crate::xmpp::session::{Session, SessionId};
 use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
@@ -733,11 +733,13 @@ async fn run(
             Step::Tokens => {
                 // he may have left the cache since he authenticated
                 let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
-                shard.load(&name).await;
+                if shard.slice.borrow().user(&name).is_none() {
+                    guest.away(shard.load(&name)).await;
+                }
                 let outcome = match shard.plan_tokens(&c.negotiation) {
-                    None if shard.slice.borrow().user(&name).is_none() => Err(()),
-                    None => Ok(None),
-                    Some(plan) => guest.away(shard.change_tokens(&c.negotiation, plan)).await,
+                    Err(failure) => Err(failure),
+                    Ok(None) => Ok(None),
+                    Ok(Some(plan)) => guest.away(shard.change_tokens(&c.negotiation, plan)).await,
                 };
                 let env = &shard.slice.borrow().env;
                 next = match c.negotiation.tokens(outcome, env, &mut out) {
@@ -1015,9 +1017,10 @@ impl Shard {
         let unix = slice.now.unix;
         match slice.users.peek(name) {
             Some(Slot::Present(user)) if c.negotiation.shows_token() => {
-                let record = Some(user.record.get());
+                let record = user.record.get();
                 self.gauges.token_logins.one();
-                c.negotiation.token(record, &slice.env, unix, out)
+                c.negotiation.account = Some(fast::account(record));
+                c.negotiation.token(Some(record), &slice.env, unix, out)
             }
             Some(Slot::Missing) if c.negotiation.shows_token() => {
                 c.negotiation.token(None, &slice.env, unix, out)
@@ -1028,14 +1031,13 @@ impl Shard {
                     sha1: record.sha1.as_ref().map(borrow_keys),
                     sha256: record.sha256.as_ref().map(borrow_keys),
                 };
+                c.negotiation.account = Some(fast::account(record));
                 c.negotiation
                     .credentials(Some(keys), record.disabled, &decoy, out)
             }
             Some(Slot::Missing) => c.negotiation.credentials(None, false, &decoy, out),
             // the tier cannot say
-            _ => c
-                .negotiation
-                .failed(crate::xmpp::sasl::Failure::TEMPORARY_AUTH_FAILURE, out),
+            _ => c.negotiation.failed(Failure::TEMPORARY_AUTH_FAILURE, out),
         }
     }
 
@@ -1118,8 +1120,8 @@ impl Shard {
     }
 
     /// XEP-0484: the change of the tokens of the user who has just authenticated; `None`: there is none, which is the rule.
-    fn plan_tokens(&self, negotiation: &Negotiation) -> Option<fast::Plan> {
-        let request = negotiation.request()?;
+    /// `Err`: he must not be let in.
+    fn plan_tokens(&self, negotiation: &Negotiation) -> Result<Option<fast::Plan>, Failure> {
         let config = self.config.borrow().clone();
         let terms = fast::Terms {
             life_seconds: config.sasl.token_days * 86_400,
@@ -1128,24 +1130,32 @@ impl Shard {
         let mut random = [0; 16];
         aws_lc_rs::rand::fill(&mut random).expect("the system gives random bytes");
         let slice = self.slice.borrow();
-        let user = slice.user(negotiation.user()?)?;
-        let agent = request.agent.as_deref()?;
-        fast::plan(
-            user.record.get(),
-            agent,
-            &request.tokens,
-            terms,
-            slice.now.unix,
-            random,
-        )
+        let user = negotiation.user().and_then(|name| slice.user(name));
+        let record = user.ok_or(Failure::TEMPORARY_AUTH_FAILURE)?.record.get();
+        if record.disabled {
+            return Err(Failure::ACCOUNT_DISABLED);
+        }
+        // he may have been held back: what his proof held for may be past
+        if negotiation.account != Some(fast::account(record)) {
+            return Err(Failure::NOT_AUTHORIZED);
+        }
+        let request = negotiation.request();
+        let plan = request
+            .zip(request.and_then(|request| request.agent.as_deref()))
+            .and_then(|(request, agent)| {
+                let now = slice.now.unix;
+                fast::plan(record, agent, &request.tokens, terms, now, random)
+            });
+        Ok(plan)
     }
 
-    /// Carries it out: the new token, when it is durable. `Err`: the one that was to end cannot be ended.
+    /// Carries it out: the new token, when it is durable. `Err`: the one that was to end cannot be ended, or the account is not
+    /// the same any more.
     async fn change_tokens(
         &self,
         negotiation: &Negotiation,
         plan: fast::Plan,
-    ) -> Result<Option<String>, ()> {
+    ) -> Result<Option<String>, Failure> {
         let name: Box<str> = negotiation.user().unwrap_or_default().into();
         let (setter, done) = slot();
         let mut over = 0;
@@ -1158,13 +1168,21 @@ impl Shard {
         self.flush();
         if !matches!(done.take().await, Some(Ok(()))) {
             tracing::warn!(user = &*name, "a token could not be stored");
-            return if plan.invalidates { Err(()) } else { Ok(None) };
+            return match plan.invalidates {
+                true => Err(Failure::TEMPORARY_AUTH_FAILURE),
+                false => Ok(None),
+            };
         }
         let slice = self.slice.borrow();
         let agent = negotiation.request().and_then(|r| r.agent.as_deref());
-        let answer = slice.user(&name).zip(agent).and_then(|(user, agent)| {
-            plan.answer(&slice.env.login_key, &name, user.record.get(), agent)
-        });
+        let record = slice.user(&name).map(|user| user.record.get());
+        // the password was changed while the token was written: none is made from the new one
+        if record.is_some_and(|record| negotiation.account != Some(fast::account(record))) {
+            return Err(Failure::NOT_AUTHORIZED);
+        }
+        let answer = record
+            .zip(agent)
+            .and_then(|(record, agent)| plan.answer(&slice.env.login_key, &name, record, agent));
         if answer.is_some() {
             self.gauges.tokens_given.one();
         }
@@ -1198,6 +1216,7 @@ impl Shard {
         }
         let arrival = Arrival {
             user: c.negotiation.user().unwrap_or_default(),
+            account: c.negotiation.account,
             resource,
             link,
             lang: c.negotiation.lang.clone(),

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 
 use super::error::{StanzaError, StreamError};
+use super::fast;
 use super::feature::sm;
 use super::random_id;
 use super::session::{Session, SessionId};
@@ -14,6 +15,8 @@ use crate::xml::StreamNs;
 pub struct Arrival<'a> {
     /// Local part, authenticated, loaded.
     pub user: &'a str,
+    /// What he has authenticated against.
+    pub account: Option<fast::Account>,
     /// As the client wishes it, prepared; `None`: the server makes one.
     pub resource: Option<&'a str>,
     pub link: u64,
@@ -56,6 +59,14 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
             &generated
         }
     };
+    let Some(user) = slice.user(arrival.user) else {
+        return Err(StanzaError::NOT_AUTHORIZED);
+    };
+    // since he authenticated the account may have been disabled, made anew, or given another password
+    let record = user.record.get();
+    if record.disabled || arrival.account != Some(fast::account(record)) {
+        return Err(StanzaError::NOT_AUTHORIZED);
+    }
     if let Some(old) = slice.find_session(arrival.user, resource) {
         slice.end(
             old,

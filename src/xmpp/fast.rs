@@ -8,7 +8,8 @@
 //! data folder. Who has stolen the database, a journal or what Redis holds has no token; who has stolen the whole data folder
 //! (or a backup of it, which holds the secret) has, until the password or the secret is changed. Because the password's keys
 //! go in, every change of the password ends all tokens, whichever way it came; because the account's creation does, none
-//! outlives its account.
+//! outlives its account. A log-in that was under way meanwhile gets none: its proof held for what the account was before
+//! ([`account`]).
 //!
 //! **How seldom something is written.** A token is written once, journalled before `<success/>` gives it away; logging in with
 //! it changes nothing. It is replaced when between a third and two thirds of its life are over, at a moment that its salt
@@ -27,7 +28,7 @@ use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 use super::feature::time::stamp;
 use super::sasl::token::{Attempt, Ht};
 use super::sasl::{ChannelBindings, Failure};
-use crate::store::record::{ArchivedUserRecord, Token, UserRecord};
+use crate::store::record::{ArchivedScramKeys, ArchivedUserRecord, Token, UserRecord};
 use crate::xml::dom::Element;
 
 pub const NS: &str = "urn:xmpp:fast:0";
@@ -80,11 +81,11 @@ impl Wishes {
     }
 }
 
-/// The feature inside `<inline/>`.
-pub fn write_feature(bindings: &ChannelBindings, out: &mut String) {
+/// The feature inside `<inline/>`. `unbound`: with the mechanism that binds to no channel.
+pub fn write_feature(bindings: &ChannelBindings, unbound: bool, out: &mut String) {
     out.push_str(&format!("<fast xmlns='{NS}'>"));
     for ht in Ht::ALL {
-        if ht.binding(bindings).is_some() {
+        if ht.binding(bindings).is_some() && (unbound || ht != Ht::None) {
             out.push_str(&format!("<mechanism>{}</mechanism>", ht.name()));
         }
     }
@@ -97,6 +98,29 @@ fn installation(agent: &str) -> [u8; 16] {
     hash.as_ref()[..16].try_into().expect("it has 32 bytes")
 }
 
+/// What a proof holds for: an account, from its creation on, with its password. It changes when the account is made anew or
+/// gets another password.
+pub type Account = [u8; 32];
+
+/// The account that a proof is checked against.
+pub fn account(record: &ArchivedUserRecord) -> Account {
+    let mut context = aws_lc_rs::digest::Context::new(&SHA256);
+    for part in [
+        &record.created_at.to_native().to_le_bytes()[..],
+        keys(record.sha1.as_ref()),
+        keys(record.sha256.as_ref()),
+    ] {
+        context.update(&(part.len() as u64).to_le_bytes());
+        context.update(part);
+    }
+    let hash = context.finish();
+    hash.as_ref().try_into().expect("it has 32 bytes")
+}
+
+fn keys(keys: Option<&ArchivedScramKeys>) -> &[u8] {
+    keys.map_or(&[], |keys| &keys.stored_key)
+}
+
 /// The token that belongs to a salt.
 fn token(
     key: &[u8; 32],
@@ -107,9 +131,6 @@ fn token(
     salt: &[u8; 16],
 ) -> String {
     let mut context = hmac::Context::with_key(&hmac::Key::new(hmac::HMAC_SHA256, key));
-    let keys = |keys: Option<&crate::store::record::ArchivedScramKeys>| {
-        keys.map_or(Vec::new(), |keys| keys.stored_key.to_vec())
-    };
     let parts: [&[u8]; 8] = [
         b"token",
         name.as_bytes(),
@@ -117,8 +138,8 @@ fn token(
         &[ht],
         salt,
         &record.created_at.to_native().to_le_bytes(),
-        &keys(record.sha1.as_ref()),
-        &keys(record.sha256.as_ref()),
+        keys(record.sha1.as_ref()),
+        keys(record.sha256.as_ref()),
     ];
     for part in parts {
         context.update(&(part.len() as u64).to_le_bytes());
@@ -170,7 +191,7 @@ pub fn check(
 pub struct Plan {
     agent: [u8; 16],
     used: Option<[u8; 16]>,
-    /// The token that was used ends with this log-in. Nobody is let in before that is durable.
+    /// All tokens of the installation end with this log-in. Nobody is let in before that is durable.
     pub invalidates: bool,
     add: Option<Token>,
     unix: u64,
@@ -243,11 +264,8 @@ impl Plan {
                     let mut place = 0..;
                     tokens.retain(|one| place.next().is_none_or(|n| n >= at) || !mine(one));
                 }
-                let keeps = |one: &Token| match one.salt == used {
-                    true => !self.invalidates,
-                    false => self.add.is_none(),
-                };
-                tokens.retain(|one| !mine(one) || keeps(one));
+                let keeps = |one: &Token| one.salt == used || self.add.is_none();
+                tokens.retain(|one| !mine(one) || (!self.invalidates && keeps(one)));
             }
             // a password: what this client has not used goes, but for one that it may still have
             None => {
@@ -405,6 +423,21 @@ mod tests {
     }
 
     #[test]
+    fn a_proof_holds_for_one_account_and_password() {
+        let of = |record: &UserRecord| super::account(Record::new(record).get());
+        let before = Account::new().record;
+        let mut after = before.clone();
+        after.disabled = true;
+        after.tokens.push(Token::default());
+        assert_eq!(of(&before), of(&after));
+        after.sha256 = Some(crate::store::record::tests::keys(9, 32));
+        assert_ne!(of(&before), of(&after));
+        let mut anew = before.clone();
+        anew.created_at += 1;
+        assert_ne!(of(&before), of(&anew));
+    }
+
+    #[test]
     fn an_old_token_is_replaced_and_ends_when_the_new_one_was_used() {
         let mut account = Account::new();
         let old = account.gets("desk", 0);
@@ -441,6 +474,9 @@ mod tests {
         let mut account = Account::new();
         let token = account.gets("desk", 0);
         let other = account.gets("phone", 0);
+        // one more, that it has not used yet
+        let new = account.comes("desk", Some(&token), Wishes::default(), 2800);
+        let new = new.unwrap().unwrap();
         let invalidate = Wishes {
             invalidate: true,
             ..Wishes::default()
@@ -449,10 +485,12 @@ mod tests {
             account.comes("desk", Some(&token), invalidate, 2900),
             Ok(None)
         );
-        assert_eq!(
-            account.check("desk", &token, Ht::None, 2901),
-            Err("not-authorized")
-        );
+        for token in [token, new] {
+            assert_eq!(
+                account.check("desk", &token, Ht::None, 2901),
+                Err("not-authorized")
+            );
+        }
         assert!(account.check("phone", &other, Ht::None, 2901).is_ok());
     }
 

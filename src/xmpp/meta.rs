@@ -196,4 +196,9 @@ impl Meta {
     pub fn has(self, flag: u16) -> bool {
         self.flags & flag != 0
     }
+
+    /// Does it say something to a person? Not: receipts, markers and retractions with a body for old clients.
+    pub fn is_said(self) -> bool {
+        self.has(Meta::BODY) && !self.has(Meta::RETRACT)
+    }
 }

@@ -112,6 +112,8 @@ pub struct Negotiation {
     candidate: Option<Box<str>>,
     /// The account of the exchange at work is disabled.
     disabled: bool,
+    /// What the exchange at work, or the last one, was checked against.
+    pub account: Option<fast::Account>,
     attempts: u32,
     /// Id of the IQ that is answered later (bind, registration).
     iq: String,
@@ -133,6 +135,7 @@ impl Negotiation {
             request: None,
             candidate: None,
             disabled: false,
+            account: None,
             attempts: 0,
             iq: String::new(),
             policy,
@@ -370,7 +373,7 @@ impl Negotiation {
     /// XEP-0388.
     fn authenticate(&mut self, view: &View<'_>, out: &mut Vec<u8>) -> Result<Step, StreamError> {
         let ht = view.attr("mechanism").as_deref().and_then(Ht::from_name);
-        if let Some(ht) = ht.filter(|_| self.policy.tokens) {
+        if let Some(ht) = ht.filter(|ht| self.policy.tokens && self.takes(*ht)) {
             return Ok(match self.show_token(ht, &view.to_element()) {
                 Ok(name) => Step::Login { name },
                 Err(failure) => self.failed(failure, out),
@@ -380,7 +383,8 @@ impl Negotiation {
             .mechanism(view)
             .and_then(|mechanism| Ok((mechanism, sasl2::read(&view.to_element())?)));
         Ok(match begun {
-            Ok((mechanism, (initial, request))) => {
+            Ok((mechanism, (initial, mut request))) => {
+                request.tokens.request = request.tokens.request.filter(|ht| self.takes(*ht));
                 self.request = Some(Box::new(request));
                 self.start(mechanism, initial.as_deref(), out)
             }
@@ -388,9 +392,15 @@ impl Negotiation {
         })
     }
 
+    /// Where every mechanism that is offered binds to the channel, tokens do as well.
+    fn takes(&self, ht: Ht) -> bool {
+        ht != Ht::None || self.offered.iter().any(|m| !m.is_plus())
+    }
+
     /// XEP-0484: the user whose token it is said to be.
     fn show_token(&mut self, ht: Ht, authenticate: &Element) -> Result<Box<str>, Failure> {
-        let (initial, request) = sasl2::read(authenticate)?;
+        let (initial, mut request) = sasl2::read(authenticate)?;
+        request.tokens.request = request.tokens.request.filter(|ht| self.takes(*ht));
         let message = initial.filter(|_| request.tokens.fast && request.agent.is_some());
         let message = message.ok_or(
             Failure::MALFORMED_REQUEST.with_text("A token needs <fast/> and a user agent's id"),
@@ -727,19 +737,19 @@ impl Negotiation {
         Step::Continue
     }
 
-    /// The tokens are as they shall be, durably, or cannot be changed (`Err`: the client must not be let in, because it was to
-    /// end its token); `answer`: the new one.
+    /// The tokens are as they shall be, durably: the new one, if there is one. `Err`: the client must not be let in, because it
+    /// was to end its token and that cannot be done now, or its account is not the same any more.
     pub fn tokens(
         &mut self,
-        outcome: Result<Option<String>, ()>,
+        outcome: Result<Option<String>, Failure>,
         env: &Env,
         out: &mut Vec<u8>,
     ) -> Step {
         let answer = match outcome {
             Ok(answer) => answer,
-            Err(()) => {
+            Err(failure) => {
                 self.candidate = self.user.take();
-                return self.failed(Failure::TEMPORARY_AUTH_FAILURE, out);
+                return self.failed(failure, out);
             }
         };
         if let Some(request) = &mut self.request {

@@ -146,7 +146,8 @@ pub fn write_feature(mechanisms: &[Mechanism], tokens: Option<&ChannelBindings>,
         sm::NS,
     ));
     if let Some(bindings) = tokens {
-        fast::write_feature(bindings, out);
+        let unbound = mechanisms.iter().any(|m| !m.is_plus());
+        fast::write_feature(bindings, unbound, out);
     }
     out.push_str("</inline></authentication>");
 }

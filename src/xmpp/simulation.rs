@@ -1161,8 +1161,11 @@ impl Simulation {
         let link = self.links;
         let name = self.accounts[self.peers[peer].user].name.clone();
         let resource = self.peers[peer].resource.clone();
+        let user = self.world.slice_of(&name).user(&name);
+        let account = user.map(|user| crate::xmpp::fast::account(user.record.get()));
         let arrival = Arrival {
             user: &name,
+            account,
             resource: Some(&resource),
             link,
             lang: None,

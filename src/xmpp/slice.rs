@@ -1933,8 +1933,12 @@ impl Slice {
         };
         if let Ok(at) = user.held.binary_search_by_key(&id, |(held, _)| *held) {
             user.held.remove(at);
+            let none = user.held.is_empty() && user.offline.is_empty();
             let (user, calm) = (user.name.clone(), user.is_calm());
             self.ledger.done(&user, id, ms);
+            if none {
+                feature::push::all_taken(self, &user);
+            }
             if calm {
                 self.ring_calm(&user);
             }

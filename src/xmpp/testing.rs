@@ -408,8 +408,11 @@ impl World {
         self.run();
         self.clients.push(Connection::default());
         let link = self.clients.len() - 1;
+        let user = self.slices[shard].user(name);
+        let account = user.map(|user| crate::xmpp::fast::account(user.record.get()));
         let arrival = Arrival {
             user: name,
+            account,
             resource: Some(resource),
             link: link as u64,
             lang: None,

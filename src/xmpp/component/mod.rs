@@ -335,6 +335,12 @@ impl Slice {
         self.host(to.domain()) != Host::Unknown
     }
 
+    /// Is it a component's that is not connected just now?
+    pub fn is_unserved(&self, to: &Jid<'_>) -> bool {
+        let serving = self.components.serving.get(to.domain());
+        self.host(to.domain()) == Host::Component && serving.is_none_or(|conns| conns.is_empty())
+    }
+
     // ---- connections -------------------------------------------------------------------------------------------
 
     /// Names, secrets and bounds were loaded. Connections of names that are gone end.

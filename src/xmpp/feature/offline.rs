@@ -47,9 +47,11 @@ impl Offline {
         self.bytes
     }
 
-    /// The message that was accepted last.
+    /// The message that was accepted last of those that say something, or of all, if none does.
     pub fn newest(&self) -> Option<(&[u8], Meta)> {
-        let (_, (stanza, meta)) = self.messages.last_key_value()?;
+        let mut from_newest = self.messages.values().rev();
+        let said = from_newest.find(|(_, meta)| meta.is_said());
+        let (stanza, meta) = said.or_else(|| self.messages.values().next_back())?;
         Some((stanza, *meta))
     }
 

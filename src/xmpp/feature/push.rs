@@ -6,14 +6,15 @@
 //! answered when it is durable.
 //!
 //! **When.** A message waits in the offline queue, or all his sessions that have it are cut off (XEP-0198) or say that they are
-//! inactive (XEP-0352, `push.inactive`). After that nothing more is said until one of his clients is there again, or
-//! `push.repeat_minutes` have passed. Receipts, markers, chat states, what he has written himself and what his block list
+//! inactive (XEP-0352, `push.inactive`). After that nothing more is said until one of his clients is there again or has
+//! taken all that waited, or `push.repeat_minutes` have passed. Receipts, markers, chat states, what he has written himself and what his block list
 //! keeps out say nothing. A message with a body is said with `last-message-body`, which app servers show and deliver with high
 //! priority; others (encrypted ones, invitations) without.
 //!
 //! **Failures.** An error that waiting does not mend disables the service (section 7.1). One that it may mend, or no answer within
 //! `push.answer_seconds_max`, is tried again, first after `push.retry_seconds`, then after twice as many and so on up to an hour, until
-//! something is there no more; after `push.tries_max` times the service is disabled as well.
+//! something is there no more; after `push.tries_max` times the service is disabled as well. Times at
+//! which its component was not connected do not count.
 //!
 //! Not promised: what was not published when the process ends is published only if another message comes.
 
@@ -33,7 +34,7 @@ use crate::xmpp::jid::Jid;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::pubsub;
 use crate::xmpp::session::{Session, SessionId};
-use crate::xmpp::slice::{Slice, Then};
+use crate::xmpp::slice::{Slice, Then, User};
 
 pub const NS: &str = "urn:xmpp:push:0";
 const NS_OPTIONS: &str = "http://jabber.org/protocol/pubsub#publish-options";
@@ -134,6 +135,8 @@ struct Notification {
     node: Box<str>,
     /// Failures before this try.
     failures: u32,
+    /// Those of them that an app server is to blame for: not that it was not connected.
+    tries: u32,
     due_ms: u64,
     state: State,
     news: News,
@@ -218,6 +221,10 @@ fn enable(slice: &mut Slice, iq: Iq) {
         }
         _ => {}
     }
+    // whatever becomes of a request of before says nothing of the service as it is now
+    forget(slice, &name, |n| {
+        *n.jid == *service.jid && *n.node == *service.node
+    });
     let change = move |services: &mut Vec<PushService>| {
         // section 5: the last received request counts
         services.retain(|s| (&s.jid, &s.node) != (&service.jid, &service.node));
@@ -418,6 +425,12 @@ pub fn is_there(slice: &mut Slice, sid: SessionId) {
     }
 }
 
+/// His clients have taken all that waited for him: what comes now is new. So an inactive client whose connection stands hears of
+/// each message that finds nothing else waiting.
+pub fn all_taken(slice: &mut Slice, name: &str) {
+    slice.push.told.remove(name);
+}
+
 // ---- what ----------------------------------------------------------------------------------------------------------
 
 fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta) {
@@ -428,7 +441,7 @@ fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta)
     if own || told {
         return;
     }
-    let body = match meta.has(Meta::BODY) && !meta.has(Meta::RETRACT) {
+    let body = match meta.is_said() {
         true => Some(shown_body(slice, stanza)),
         false if says_something(stanza) => None,
         false => return,
@@ -447,6 +460,7 @@ fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta)
         .map(|service| ((&*service.jid).into(), (&*service.node).into()))
         .collect();
     let mut said = false;
+    let mut new = Vec::new();
     for (jid, node) in services {
         let numbers = slice.push.numbers(name);
         if numbers.iter().any(|number| {
@@ -466,17 +480,20 @@ fn arrived(slice: &mut Slice, name: &str, from: &str, stanza: &[u8], meta: Meta)
             jid,
             node,
             failures: 0,
+            tries: 0,
             due_ms: 0,
             state: State::Waits,
             news: news.clone(),
         };
-        let number = slice.push.put(notification);
-        publish(slice, number);
+        new.push(slice.push.put(notification));
     }
     // where there is no room to remember it he is told again
     if said && slice.push.told.len() < slice.env.limits.push.told_max {
         let until = now + slice.env.limits.push.repeat_ms;
         slice.push.told.insert(who, until);
+    }
+    for number in new {
+        publish(slice, number);
     }
 }
 
@@ -525,6 +542,9 @@ fn publish(slice: &mut Slice, number: u64) {
     };
     let (name, jid) = (notification.user.clone(), notification.jid.clone());
     let Some(request) = request(slice, notification) else {
+        if slice.user(&name).is_none_or(|user| waiting(user) == 0) {
+            slice.push.told.remove(&name);
+        }
         return drop(slice.push.take(number));
     };
     let Ok(to) = Jid::parse(&jid) else {
@@ -566,12 +586,17 @@ impl Push {
     }
 }
 
+/// Messages that no client of the user has taken.
+fn waiting(user: &User) -> usize {
+    user.offline.len() + user.held.len()
+}
+
 /// The request's payload; `None`: nothing waits any more, or the service is disabled.
 fn request(slice: &Slice, notification: &Notification) -> Option<Element> {
     let user = slice.user(&notification.user)?;
     let mut services = user.record.get().push.iter();
     let service = services.find(|s| is(s, &notification.jid, Some(&notification.node)))?;
-    let count = user.offline.len() + user.held.len();
+    let count = waiting(user);
     if count == 0 {
         return None;
     }
@@ -655,14 +680,18 @@ fn failed(slice: &mut Slice, number: u64, temporary: bool) {
     slice.push.counters.failed += 1;
     let limits = &slice.env.limits.push;
     let (tries_max, retry_ms) = (limits.tries_max, limits.retry_ms);
+    let jid = slice.push.waiting.get(&number).map(|n| n.jid.clone());
+    let jid = jid.as_deref().and_then(|jid| Jid::parse(jid).ok());
+    let unserved = jid.is_some_and(|jid| slice.is_unserved(&jid));
     let Some(notification) = slice.push.waiting.get_mut(&number) else {
         return;
     };
     let name = notification.user.clone();
     slice.users.unpin(&name);
     notification.failures += 1;
+    notification.tries += u32::from(!unserved);
     notification.state = State::Waits;
-    if temporary && notification.failures < tries_max {
+    if temporary && notification.tries < tries_max {
         let doubled = retry_ms << (notification.failures - 1).min(20);
         let at = slice.now.ms + doubled.min(RETRY_MS_MAX);
         // whoever has come meanwhile knows what waits
@@ -873,6 +902,19 @@ mod tests {
     }
 
     #[test]
+    fn an_inactive_client_that_takes_what_comes_is_told_of_what_comes_then() {
+        let mut s = scene();
+        let desk = s.phone_at("desk");
+        s.w.send(desk, "<inactive xmlns='urn:xmpp:csi:0'/>");
+        for _ in 0..3 {
+            s.writes();
+            assert_eq!(s.w.user(&s.bob).held.len(), 0);
+            let asked = s.asked_once();
+            s.answers(&asked, "result", "");
+        }
+    }
+
+    #[test]
     fn after_some_time_he_is_told_again() {
         let mut s = scene();
         s.writes();
@@ -977,6 +1019,25 @@ mod tests {
         assert!(s.asked().is_empty());
         s.w.cut(phone);
         assert_eq!(s.asked().len(), 1);
+    }
+
+    #[test]
+    fn a_receipt_behind_a_message_does_not_hide_it() {
+        let receipt = "<received xmlns='urn:xmpp:receipts' id='1'/><store xmlns='urn:xmpp:hints'/>";
+        for managed in [false, true] {
+            let mut s = scene();
+            s.w.confirms = false;
+            let phone = s.phone();
+            if managed {
+                s.w.send(phone, "<enable xmlns='urn:xmpp:sm:3' resume='true'/>");
+            }
+            s.writes();
+            s.says(receipt);
+            s.w.cut(phone);
+            let asked = s.asked_once();
+            assert!(asked.contains("last-message-body"), "{asked}");
+            assert!(asked.contains("<value>2</value>"), "{asked}");
+        }
     }
 
     #[test]
@@ -1131,6 +1192,22 @@ mod tests {
     }
 
     #[test]
+    fn a_late_failure_does_not_disable_a_service_that_was_enabled_anew() {
+        let mut s = scene();
+        s.writes();
+        let asked = s.asked_once();
+        let phone = s.phone();
+        s.w.send(phone, &enable("yxs32").replace("eruio", "other"));
+        s.w.take(phone);
+        s.fails(&asked, "cancel", "item-not-found");
+        assert_eq!(s.services(), 1);
+        assert_eq!(s.w.slices[1].push.waiting(), 0);
+        s.w.logout(phone);
+        s.writes();
+        assert_eq!(s.asked().len(), 1);
+    }
+
+    #[test]
     fn temporary_failures_are_tried_again_and_disable_it_after_some() {
         let mut s = scene_with(|limits| limits.push.tries_max = 4);
         s.writes();
@@ -1149,6 +1226,20 @@ mod tests {
         let asked = s.asked_once();
         s.fails(&asked, "wait", "internal-server-error");
         assert_eq!(s.services(), 0);
+    }
+
+    #[test]
+    fn an_app_server_that_is_not_connected_does_not_lose_its_services() {
+        let mut s = scene_with(|limits| limits.push.tries_max = 2);
+        s.w.component_cut(s.app);
+        s.writes();
+        for _ in 0..4 {
+            s.w.advance(3_600_000);
+        }
+        assert_eq!(s.services(), 1);
+        s.app = s.w.component(0, SERVER);
+        s.w.advance(3_600_000);
+        assert_eq!(s.asked().len(), 1);
     }
 
     #[test]

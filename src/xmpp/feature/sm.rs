@@ -103,7 +103,7 @@ impl Sm {
         self.kept.entries.len()
     }
 
-    /// The newest pending delivery that the client has not acknowledged.
+    /// The newest pending delivery that the client has not acknowledged, of those that say something or, if none does, of all.
     pub fn newest_pending(&self) -> Option<(&[u8], Meta)> {
         self.kept.newest_pending()
     }
@@ -156,15 +156,20 @@ impl Kept {
     }
 
     fn newest_pending(&self) -> Option<(&[u8], Meta)> {
+        let mut newest = None;
         let mut end = self.bytes.len();
         for (len, meta, id) in self.entries.iter().rev() {
             let begin = end - *len as usize;
             if *id != 0 {
-                return Some((&self.bytes[begin..end], *meta));
+                let this = Some((&self.bytes[begin..end], *meta));
+                if meta.is_said() {
+                    return this;
+                }
+                newest = newest.or(this);
             }
             end = begin;
         }
-        None
+        newest
     }
 
     /// Takes out everything.
