@@ -144,7 +144,7 @@ impl Transport {
     }
 
     fn read_websocket<'s>(&mut self, scratch: &'s mut Scratch) -> io::Result<Read<'s>> {
-        let (decoded, sealed, more) = loop {
+        let (decoded, sealed, more) = 'read: {
             let Some(web) = &mut self.web else {
                 return Ok(Read::Eof);
             };
@@ -185,11 +185,13 @@ impl Transport {
             }
             // a peer that closed is told so by the next read
             if decoded != Decoded::InPlace(0) || closed {
-                break (decoded, sealed, more || closed);
+                break 'read (decoded, sealed, more || closed);
             }
             if !more {
                 return Ok(Read::WouldBlock);
             }
+            // pings and empty frames alone: callers count their reads, so they hear of each
+            return Ok(Read::Data { bytes: &[], more });
         };
         Ok(match decoded {
             Decoded::InPlace(0) => Read::Eof,

@@ -684,7 +684,11 @@ impl Shard {
 
 /// Has the peer's kernel all that was sent?
 fn has_all(transport: &Transport) -> bool {
-    transport.pending() == 0 && transport.socket().unsent().is_ok_and(|unsent| unsent == 0)
+    let socket = transport.socket();
+    // in this order: an end between the two must be seen
+    transport.pending() == 0
+        && socket.unsent().is_ok_and(|unsent| unsent == 0)
+        && !socket.may_have_lost()
 }
 
 /// Why reading ends.

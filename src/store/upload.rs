@@ -249,7 +249,9 @@ impl Folder {
         let usage = self.usage(&mut quotas, owner)?;
         usage.slots.retain(|(until, ..)| *until > now);
         if bounds.keep_seconds > 0 {
-            usage.files.retain(|(at, _)| at + bounds.keep_seconds > now);
+            usage
+                .files
+                .retain(|(at, _)| at.saturating_add(bounds.keep_seconds) > now);
         }
         if usage.slots.iter().any(|(.., id)| *id == entry.id) {
             return Ok(());
@@ -342,7 +344,7 @@ impl Folder {
     /// A file, to be read; `None`: there is none.
     pub fn read(&self, owner: Owner, entry: &Entry, now: u64) -> io::Result<Option<File>> {
         let keep = lock(&self.bounds).keep_seconds;
-        if keep > 0 && entry.at + keep <= now {
+        if keep > 0 && entry.at.saturating_add(keep) <= now {
             return Ok(None);
         }
         match File::open(self.path(owner, entry)) {
@@ -362,7 +364,7 @@ impl Folder {
             for owner in subfolders(&fan)? {
                 let mut left = false;
                 for entry in entries(&owner)? {
-                    if keep > 0 && entry.at + keep <= now {
+                    if keep > 0 && entry.at.saturating_add(keep) <= now {
                         fs::remove_file(owner.join(entry.name()))?;
                         removed += 1;
                     } else {

@@ -247,7 +247,14 @@ async fn serve(
     mut moved: Option<(Head, Option<String>, Vec<u8>)>,
 ) -> Option<WebStream> {
     let mut first = true;
+    let mut served = 0_u32;
     loop {
+        // who sends requests faster than they are answered never lets this task wait
+        served = served.wrapping_add(1);
+        match served.is_multiple_of(16) {
+            true => rt::yield_now().await,
+            false => rt::yield_if_needed().await,
+        }
         if let Some((head, cors, body)) = moved.take() {
             let mut exchange = Exchange::moved(shard, &mut conn, head);
             exchange.cors = cors;
@@ -341,6 +348,9 @@ async fn route(exchange: &mut Exchange<'_>) -> Result<After, Gone> {
     if found.is_none_or(|route| route.resource != Resource::WebSocket) {
         // it is no login
         exchange.conn.guest = None;
+        if let Some(pass) = &mut exchange.conn.pass {
+            pass.authenticated();
+        }
     }
     let Some(route) = found else {
         let status = if &*path == "*" { 204 } else { 404 };
