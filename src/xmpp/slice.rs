@@ -2592,6 +2592,9 @@ enum Overflow {
     Unsent,
 }
 
+/// What is not known to have arrived, against what a client with stream management may leave unacknowledged.
+const UNCONFIRMED_TIMES: usize = 8;
+
 fn overflow(session: &Session, limits: &Limits) -> Option<Overflow> {
     let (bytes, stanzas) = session.burst;
     let kept = session.sm.as_ref().is_some_and(|sm| {
@@ -2600,10 +2603,18 @@ fn overflow(session: &Session, limits: &Limits) -> Option<Overflow> {
             limits.unacked_stanzas_max + stanzas,
         )
     });
+    // who gives no acknowledgements is asked for them by his kernel, a few times a second and for all at once: more is between
+    // two such moments of a client that keeps up. Over BOSH a client that only listens may never come to one.
+    let unconfirmed = session.unconfirmed.as_ref().is_some_and(|kept| {
+        kept.over(
+            UNCONFIRMED_TIMES * limits.unacked_bytes_max + bytes,
+            UNCONFIRMED_TIMES * limits.unacked_stanzas_max + stanzas,
+        )
+    });
     // what was not offered to the kernel yet says nothing about the client
     let unsent = session.unsent > 0
         && session.unsent + session.out.len() > limits.send_queue_bytes_max + bytes;
-    match (kept, unsent) {
+    match (kept || unconfirmed, unsent) {
         (true, _) => Some(Overflow::Kept),
         (false, true) => Some(Overflow::Unsent),
         (false, false) => None,

@@ -442,7 +442,7 @@ fn head_of(
         let value: String = value.chars().filter(|c| !c.is_control()).collect();
         head.push_str(&format!("{name}: {value}\r\n"));
     }
-    if status != 204 {
+    if !matches!(status, 204 | 304) {
         let length = length.unwrap_or(answer.body.len() as u64);
         head.push_str(&format!("Content-Length: {length}\r\n"));
     }

@@ -353,8 +353,11 @@ async fn route(exchange: &mut Exchange<'_>) -> Result<After, Gone> {
         }
     }
     let Some(route) = found else {
-        let status = if &*path == "*" { 204 } else { 404 };
-        return exchange.answer(Answer::text(status, hint)).await;
+        let answer = match &*path {
+            "*" => Answer::empty(204),
+            _ => Answer::text(404, hint),
+        };
+        return exchange.answer(answer).await;
     };
     let mut methods = route.methods.to_vec();
     if methods.contains(&"GET") {

@@ -8,7 +8,9 @@
 //!
 //! Promise: stanzas of requests arrive once and in the order of their ids; an answer is kept until the client must have it and is
 //! sent again when it asks again; what no answer that the client must have has carried counts as not delivered (one byte of it stays
-//! unread in the pair, so that the owner sees it). Not offered: several streams in one session (XEP-0124 section 16: no client asks), keys
+//! unread in the pair, so that the owner sees it). That is known for all at once or not at all: of a client without stream management
+//! that only listens, and hears something in each answer, nothing is known to have arrived until a moment of silence. It gets
+//! that again when it has gone, and is ended when it is too much (`slice::overflow`). Not offered: several streams in one session (XEP-0124 section 16: no client asks), keys
 //! (section 15: what TLS does better), answers by script (section 18).
 
 use std::cell::RefCell;

@@ -95,7 +95,7 @@ impl Sm {
 
     /// Is more kept than a client may leave unacknowledged?
     pub fn over(&self, bytes_max: usize, stanzas_max: usize) -> bool {
-        self.kept.bytes() > bytes_max || self.kept.entries.len() > stanzas_max
+        self.kept.over(bytes_max, stanzas_max)
     }
 
     /// Stanzas that the client has not acknowledged.
@@ -146,6 +146,10 @@ pub struct Kept {
 }
 
 impl Kept {
+    pub fn over(&self, bytes_max: usize, stanzas_max: usize) -> bool {
+        self.bytes() > bytes_max || self.entries.len() > stanzas_max
+    }
+
     pub fn push(&mut self, parts: &[&[u8]], meta: Meta, id: u64) {
         let before = self.bytes.len();
         for part in parts {
