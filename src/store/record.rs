@@ -144,7 +144,7 @@ struct RecordOfVersion1 {
 
 impl From<RecordOfVersion1> for UserRecord {
     fn from(old: RecordOfVersion1) -> UserRecord {
-        UserRecord {
+        let next = RecordOfVersion2 {
             created_at: old.created_at,
             disabled: old.disabled,
             sha1: old.sha1,
@@ -154,9 +154,8 @@ impl From<RecordOfVersion1> for UserRecord {
             blocked: old.blocked,
             requests: old.requests,
             archiving: None,
-            push: Vec::new(),
-            tokens: Vec::new(),
-        }
+        };
+        next.into()
     }
 }
 

@@ -28,6 +28,28 @@ pub struct Iq {
 }
 
 impl Iq {
+    /// What a session of this slice asks a service of the server; it changes nothing that its count waits for.
+    pub fn of_session(
+        slice: &Slice,
+        sid: SessionId,
+        view: &View<'_>,
+        to: &Jid<'_>,
+        kind: Kind,
+    ) -> Option<Iq> {
+        let element = view.to_element();
+        let payload = element.elements().next().cloned()?;
+        let from = Jid::parse(&slice.sessions.get(sid)?.jid).ok()?;
+        Some(Iq {
+            session: Some(sid),
+            from: from.into_owned(),
+            to: Some(to.clone().into_owned()),
+            id: element.get("id").unwrap_or_default().to_owned(),
+            set: kind == Kind::IqSet,
+            payload,
+            receipt: None,
+        })
+    }
+
     /// Local part of the account that is asked (the asker's own when there is no `to`); for [`Target::Server`] the asker's. Empty,
     /// which no account is, when a component asks the server.
     pub fn account(&self) -> &str {

@@ -189,22 +189,8 @@ fn escaped(name: &str) -> String {
 
 /// A request of a session of this slice to the service.
 pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, to: &Jid<'_>, kind: Kind) {
-    let element = view.to_element();
-    let payload = element.elements().next().cloned();
-    let (Some(session), Some(payload)) = (slice.sessions.get(sid), payload) else {
+    let Some(iq) = Iq::of_session(slice, sid, view, to, kind) else {
         return;
-    };
-    let Ok(from) = Jid::parse(&session.jid) else {
-        return;
-    };
-    let iq = Iq {
-        session: Some(sid),
-        from: from.into_owned(),
-        to: Some(to.clone().into_owned()),
-        id: element.get("id").unwrap_or_default().to_owned(),
-        set: kind == Kind::IqSet,
-        payload,
-        receipt: None,
     };
     let node = iq.payload.get("node").is_some();
     match (&*iq.payload.name, &*iq.payload.ns) {

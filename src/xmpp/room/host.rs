@@ -16,24 +16,9 @@ const NS_UNIQUE: &str = "http://jabber.org/protocol/muc#unique";
 
 /// A request of a session of this slice.
 pub fn outbound(slice: &mut Slice, sid: SessionId, view: &View<'_>, to: &Jid<'_>, kind: Kind) {
-    let element = view.to_element();
-    let payload = element.elements().next().cloned();
-    let (Some(session), Some(payload)) = (slice.sessions.get(sid), payload) else {
-        return;
-    };
-    let Ok(from) = Jid::parse(&session.jid) else {
-        return;
-    };
-    let iq = Iq {
-        session: Some(sid),
-        from: from.into_owned(),
-        to: Some(to.clone().into_owned()),
-        id: element.get("id").unwrap_or_default().to_owned(),
-        set: kind == Kind::IqSet,
-        payload,
-        receipt: None,
-    };
-    handle(slice, iq);
+    if let Some(iq) = Iq::of_session(slice, sid, view, to, kind) {
+        handle(slice, iq);
+    }
 }
 
 /// A request of somebody who is no session: a component.
