@@ -6,7 +6,7 @@
 use super::certificate::fingerprint;
 use aws_lc_rs::digest::{self, digest};
 use aws_lc_rs::hkdf::{self, KeyType, Prk};
-use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
+use rustls::crypto::{CryptoProvider, GetRandomFailed, SecureRandom, aws_lc_rs as provider};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
@@ -129,7 +129,19 @@ pub(super) fn provider() -> CryptoProvider {
         let name = format!("{:?}", suite.suite());
         (!name.starts_with("TLS13_"), !name.contains("AES_128_GCM"))
     });
+    provider.secure_random = &Stock;
     provider
+}
+
+/// Hellos and tickets ask for few bytes each: see [`crate::random`].
+#[derive(Debug)]
+struct Stock;
+
+impl SecureRandom for Stock {
+    fn fill(&self, out: &mut [u8]) -> Result<(), GetRandomFailed> {
+        crate::random::random(out);
+        Ok(())
+    }
 }
 
 fn unreadable(what: &str, path: &Path, error: pem::Error) -> String {
