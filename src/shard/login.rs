@@ -22,7 +22,7 @@ use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::fast;
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
-use crate::xmpp::sasl::{ChannelBindings, Credentials, Failure, Mechanism, ScramKeysRef};
+use crate::xmpp::sasl::{ChannelBindings, Credentials, Exporter, Failure, Mechanism, ScramKeysRef};
 use crate::xmpp::session::{Session, SessionId};
 use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
@@ -410,7 +410,9 @@ pub(super) async fn begin_stream(shard: Rc<Shard>, stream: WebStream) {
 
 fn bindings(bound: crate::net::ChannelBindings) -> ChannelBindings {
     ChannelBindings {
-        exporter: bound.exporter,
+        exporter: bound
+            .exporter
+            .map(|exporter| Exporter::new(move || exporter.binding())),
         server_end_point: bound.end_point.map(Into::into),
     }
 }

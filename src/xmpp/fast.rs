@@ -86,8 +86,8 @@ impl Wishes {
 pub fn write_feature(bindings: &ChannelBindings, unbound: bool, out: &mut String) {
     push(out, &["<fast xmlns='", NS, "'>"]);
     for ht in Ht::ALL {
-        if ht.binding(bindings).is_some() && (unbound || ht != Ht::None) {
-            out.push_str(&format!("<mechanism>{}</mechanism>", ht.name()));
+        if ht.can_bind(bindings) && (unbound || ht != Ht::None) {
+            push(out, &["<mechanism>", ht.name(), "</mechanism>"]);
         }
     }
     out.push_str("</fast>");
