@@ -314,7 +314,8 @@ fn data_that_comes_with_the_end_of_the_handshake_is_not_lost() {
     client.tls.refresh_traffic_keys().unwrap();
     client.say(b"</stream>");
     assert_eq!(read_all(&mut server, &mut scratch), b"</stream>");
-    server.close_notify(&mut scratch).unwrap();
+    server.finish(&[], &mut scratch).unwrap();
+    server.socket().shutdown().unwrap();
     client.receive();
     assert!(client.closed);
 }
@@ -422,9 +423,9 @@ fn the_end_is_told_both_ways_after_all_that_was_said() {
     );
     assert_eq!(server.read(&mut scratch).unwrap(), Read::Eof);
     assert_eq!(server.read(&mut scratch).unwrap(), Read::Eof);
-    server.write(b"bye", &mut scratch).unwrap();
-    server.close_notify(&mut scratch).unwrap();
+    server.finish(b"bye", &mut scratch).unwrap();
     assert!(server.write(b"too late", &mut scratch).is_err());
+    server.socket().shutdown().unwrap();
     client.receive();
     assert_eq!(client.got, b"bye");
     assert!(client.closed);
@@ -434,7 +435,7 @@ fn the_end_is_told_both_ways_after_all_that_was_said() {
     drop(client);
     assert_eq!(read_all(&mut server, &mut scratch), b"x");
     assert_eq!(server.read(&mut scratch).unwrap(), Read::Eof);
-    server.close_notify(&mut scratch).unwrap();
+    server.finish(&[], &mut scratch).unwrap();
     assert_eq!(
         server.write(b"x", &mut scratch).unwrap_err().kind(),
         ErrorKind::BrokenPipe
@@ -494,7 +495,7 @@ fn changed_bytes_anywhere_in_a_handshake_do_no_harm() {
         let late = early.and_then(|()| server.read(&mut scratch).map(drop));
         if late.is_err() {
             assert!(server.write(b"x", &mut scratch).is_err());
-            assert!(server.close_notify(&mut scratch).is_ok() || !server.handshaking());
+            assert!(server.finish(&[], &mut scratch).is_ok() || !server.handshaking());
         }
     }
 }

@@ -86,8 +86,8 @@ enum Outcome {
     Move(usize, Wish),
     /// A stream error is owed.
     Refuse(StreamError),
-    /// Whatever had to be said was said.
-    Close,
+    /// Nothing more is to be said than this.
+    Close(Vec<u8>),
     /// The connection broke.
     Gone,
 }
@@ -460,7 +460,7 @@ pub fn arrived(shard: Rc<Shard>, moved: Moved) {
 }
 
 /// Says why a connection is not let in: in words where it expects plain text, else by a TLS alert.
-fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &StreamError) {
+fn turn_away(shard: &Shard, transport: Transport, door: Door, error: &StreamError) {
     shard.gauges.turned_away.one();
     let mut out = Vec::new();
     if door.begins_with_tls() {
@@ -481,8 +481,7 @@ fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &Stream
         };
         Negotiation::new(&config.domain, policy).refuse(error, &mut out);
     }
-    let _ = transport.write(&out, &mut shard.scratch.borrow_mut());
-    shard.close_transport(transport);
+    shard.close_transport(transport, &out);
 }
 
 async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, guest: Guest) {
@@ -539,9 +538,9 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
         return;
     }
     shard.links.borrow_mut().remove(link);
-    shard.readiness.remove(c.transport.socket());
     match outcome {
         Outcome::Move(owner, wish) => {
+            shard.readiness.remove(c.transport.socket());
             shard.ways.borrow_mut().send(
                 owner,
                 Parcel::Moved(Box::new(Moved {
@@ -554,13 +553,12 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
         Outcome::Refuse(error) => {
             let mut out = Vec::new();
             c.negotiation.refuse(&error, &mut out);
-            if !c.transport.handshaking() {
-                let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-            }
-            shard.close_transport(c.transport);
+            shard.close_transport(c.transport, &out);
         }
-        Outcome::Close => shard.close_transport(c.transport),
-        Outcome::Gone if c.transport.has_said_farewell() => shard.close_transport(c.transport),
+        Outcome::Close(last) => shard.close_transport(c.transport, &last),
+        Outcome::Gone if c.transport.has_said_farewell() => {
+            shard.close_transport(c.transport, &[]);
+        }
         Outcome::Gone | Outcome::Bound => {}
     }
 }
@@ -717,8 +715,7 @@ async fn run(
                 // what was reported meanwhile is not reported again
                 c.drained = false;
                 if close {
-                    let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-                    return Outcome::Close;
+                    return Outcome::Close(out);
                 }
             }
             Step::Register { name, password } => {
@@ -785,10 +782,7 @@ async fn run(
                 }
                 Err(error) => return Outcome::Refuse(error),
             },
-            Step::End => {
-                let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-                return Outcome::Close;
-            }
+            Step::End => return Outcome::Close(out),
         }
         if next.is_none() && !out.is_empty() {
             if c.transport
