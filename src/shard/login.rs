@@ -92,6 +92,8 @@ enum Outcome {
     Gone,
 }
 
+/// The longest that a login usually has to say at once: so that it is written without moving.
+const OUT_BYTES_USUAL: usize = 1536;
 /// How often a user is loaded for one binding, when others push him out of the cache in between.
 const LOADS_MAX: u32 = 3;
 
@@ -302,7 +304,9 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
             arrived_us,
             ..
         } = knock;
-        return http::serve_client(shard, socket, peer, pass, tls, arrived_us, guest).await;
+        // in a box: a task has room for the longest way through it, and most do not go this one
+        let serving = http::serve_client(shard, socket, peer, pass, tls, arrived_us, guest);
+        return Box::pin(serving).await;
     }
     let config = shard.config.borrow().clone();
     let mut transport = Transport::plain(knock.socket);
@@ -501,10 +505,13 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
             transport,
             framer,
             rest,
+            drained,
             pass,
             negotiation,
             ..
         } = c;
+        // what came behind the binding, and edges that nobody saw meanwhile
+        let more = !rest.is_empty() || !drained || guest.login.has_news();
         drop(negotiation);
         let Some(sid) = shard.take_bound(link) else {
             return;
@@ -529,8 +536,9 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
             }));
         }
         shard.admission.bound();
-        // what came behind the binding, and edges that nobody saw meanwhile
-        shard.read(link, true);
+        if more {
+            shard.read(link, true);
+        }
         shard.flush();
         if !shard.unread.borrow().is_empty() {
             shard.nudge();
@@ -597,7 +605,7 @@ async fn run(
     guest: &Guest,
     link: u64,
 ) -> Outcome {
-    let mut out = Vec::new();
+    let mut out = Vec::with_capacity(OUT_BYTES_USUAL);
     let mut next = wish.map(|wish| match wish {
         Wish::Login(name) => Step::Login { name },
         Wish::Register(name, password) => Step::Register { name, password },
