@@ -65,7 +65,9 @@ const BEHIND_NICE: i32 = 10;
 
 /// Runs the server until it is told to stop. A mistake of the operator is one sentence on standard error.
 pub fn serve(config: Config, load: impl Fn() -> Result<Config, String>) -> ExitCode {
-    match run(config, load) {
+    let ended = run(config, load);
+    observe::flush_log();
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {
             eprintln!("nitro: {sentence}");
@@ -291,6 +293,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let until = Instant::now() + patience.mul_f32(0.8);
     std::thread::spawn(move || {
         std::thread::sleep(patience);
+        observe::flush_log();
         eprintln!("nitro: stopping took longer than shutdown.seconds_max; ending now");
         std::process::exit(0);
     });

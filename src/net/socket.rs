@@ -43,6 +43,12 @@ impl Socket {
         Ok(rustix::net::send(&self.fd, bytes, flags)?)
     }
 
+    /// The same, but the kernel may keep them until more bytes or the end of the stream go with them.
+    pub fn send_more(&self, bytes: &[u8]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | SendFlags::MORE;
+        Ok(rustix::net::send(&self.fd, bytes, flags)?)
+    }
+
     /// Ends the sending direction: the peer reads an end of stream after all that was sent.
     pub fn shutdown(&self) -> io::Result<()> {
         Ok(rustix::net::shutdown(&self.fd, Shutdown::Write)?)

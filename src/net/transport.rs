@@ -309,7 +309,7 @@ impl Transport {
     /// Sends what waits; true when nothing waits any more. For every report that the socket is writable.
     pub fn flush(&mut self) -> io::Result<bool> {
         while self.pending() > 0 {
-            match send(&self.socket, &self.unsent[self.sent..])? {
+            match taken(self.socket.send(&self.unsent[self.sent..]))? {
                 0 => return Ok(false),
                 taken => self.sent += taken,
             }
@@ -324,21 +324,46 @@ impl Transport {
         self.unsent.len() - self.sent
     }
 
-    /// Tells the peer that nothing more will come: TLS's close_notify, if a session stands. Sent or pending like any
-    /// other bytes; shut the socket down when nothing is pending.
-    pub fn close_notify(&mut self, scratch: &mut Scratch) -> io::Result<()> {
-        if let Some(web) = &mut self.web {
-            let mut farewell = Vec::new();
-            web.farewell(&mut farewell);
-            self.send_all(&farewell, &mut scratch.out)?;
+    /// Says `last` and that nothing more will come: TLS's close_notify, if a session stands. What the kernel does not take is
+    /// pending like any other bytes. Shut the socket down when nothing is pending: all this and the end of the stream are one
+    /// packet then.
+    pub fn finish(&mut self, last: &[u8], scratch: &mut Scratch) -> io::Result<()> {
+        let mut framed = Vec::new();
+        let mut last = last;
+        if last.len() > CHUNK_BYTES {
+            self.write(last, scratch)?;
+            last = &[];
         }
-        let Some(tls) = self.tls.as_mut().filter(|tls| !tls.handshaking()) else {
+        if let Some(web) = &mut self.web {
+            // who may not be written to any more may still be told the end
+            if web.encode(last, &mut framed).is_err() {
+                framed.clear();
+            }
+            web.farewell(&mut framed);
+            last = &framed;
+        }
+        let out = &mut scratch.out;
+        out.clear();
+        match &mut self.tls {
+            None => out.extend_from_slice(last),
+            Some(tls) if tls.handshaking() => return Ok(()),
+            Some(tls) => {
+                tls.prepend_held(out);
+                if !last.is_empty() {
+                    tls.seal(last, out)?;
+                }
+                tls.seal_close(out)?;
+            }
+        }
+        if out.is_empty() {
             return Ok(());
+        }
+        let taken = match self.pending() {
+            0 => taken(self.socket.send_more(out))?,
+            _ => 0,
         };
-        scratch.out.clear();
-        tls.prepend_held(&mut scratch.out);
-        tls.seal_close(&mut scratch.out)?;
-        send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, &scratch.out)
+        keep(&mut self.unsent, &mut self.sent, &out[taken..]);
+        Ok(())
     }
 
     /// Whether TLS was started and its handshake is not done.
@@ -375,8 +400,8 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<Option<usize>> {
 }
 
 /// 0: the kernel takes nothing now.
-fn send(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
-    match socket.send(bytes) {
+fn taken(sent: io::Result<usize>) -> io::Result<usize> {
+    match sent {
         Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(0),
         sent => sent,
     }
@@ -390,13 +415,18 @@ fn send_or_keep(
     bytes: &[u8],
 ) -> io::Result<()> {
     let taken = match unsent.len() == *sent {
-        true => send(socket, bytes)?,
+        true => taken(socket.send(bytes))?,
         false => 0,
     };
-    if taken < bytes.len() {
+    keep(unsent, sent, &bytes[taken..]);
+    Ok(())
+}
+
+/// Keeps what the kernel has not taken.
+fn keep(unsent: &mut Vec<u8>, sent: &mut usize, rest: &[u8]) {
+    if !rest.is_empty() {
         unsent.drain(..*sent);
         *sent = 0;
-        unsent.extend_from_slice(&bytes[taken..]);
+        unsent.extend_from_slice(rest);
     }
-    Ok(())
 }

@@ -264,9 +264,13 @@ impl Shard {
                     self.component_ready(link, event);
                     false
                 }
-                Some(Kind::Closing { .. }) => {
+                Some(Kind::Closing { transport, .. }) => {
+                    // room to write is news only for who has something to write
+                    let news = event.readable || event.closed || transport.pending() > 0;
                     drop(links);
-                    self.go_on_closing(link);
+                    if news {
+                        self.go_on_closing(link);
+                    }
                     false
                 }
                 Some(Kind::Bosh) => {
@@ -352,15 +356,15 @@ impl Shard {
         match end {
             End::Lost => {
                 let gone = links.remove(link);
+                // a socket that is closed leaves the readiness set by itself
                 if let Some(Kind::Live(live)) = gone {
-                    self.readiness.remove(live.transport.socket());
                     if has_all(&live.transport) {
                         slice.confirmed(sid);
                     }
                     slice.link_lost(sid);
                     drop((links, slice, scratch));
                     if live.transport.has_said_farewell() {
-                        self.close_transport(live.transport);
+                        self.close_transport(live.transport, &[]);
                     }
                 }
             }
@@ -402,7 +406,6 @@ impl Shard {
 
     fn lost(&self, link: u64) {
         if let Some(Kind::Live(live)) = self.links.borrow_mut().remove(link) {
-            self.readiness.remove(live.transport.socket());
             self.slice.borrow_mut().link_lost(live.session);
         }
     }
@@ -504,8 +507,7 @@ impl Shard {
                 }
                 Err(_) => {
                     let gone = self.links.borrow_mut().remove(link);
-                    if let Some(Kind::Live(live)) = gone {
-                        self.readiness.remove(live.transport.socket());
+                    if let Some(Kind::Live(_)) = gone {
                         slice.link_lost(sid);
                     }
                 }
@@ -590,19 +592,16 @@ impl Shard {
     // ---- farewells ---------------------------------------------------------------------------------------------
 
     fn begin_closing(&self, link: u64, bytes: &[u8]) {
-        let mut links = self.links.borrow_mut();
-        let Some(Kind::Live(mut live)) = links.remove(link) else {
-            return;
-        };
-        let _ = live.transport.write(bytes, &mut self.scratch.borrow_mut());
-        drop(links);
-        self.readiness.remove(live.transport.socket());
-        self.close_transport(live.transport);
+        let gone = self.links.borrow_mut().remove(link);
+        if let Some(Kind::Live(live)) = gone {
+            self.close_transport(live.transport, bytes);
+        }
     }
 
-    /// Lets a connection hear what was written last: a socket that is closed with unread input would take it back.
-    pub(super) fn close_transport(&self, mut transport: Transport) {
-        let _ = transport.close_notify(&mut self.scratch.borrow_mut());
+    /// Says `last`, and lets a connection hear it: a socket that is closed with unread input would take it back. Its link is
+    /// gone already.
+    pub(super) fn close_transport(&self, mut transport: Transport, last: &[u8]) {
+        let _ = transport.finish(last, &mut self.scratch.borrow_mut());
         let until_ms = self.slice.borrow().now.ms + FAREWELL_MS;
         let mut links = self.links.borrow_mut();
         let link = links.insert(Kind::Closing {
@@ -614,7 +613,7 @@ impl Shard {
         let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else {
             return;
         };
-        if self.readiness.add(transport.socket(), link).is_err() {
+        if self.readiness.rename(transport.socket(), link).is_err() {
             links.remove(link);
             return;
         }
@@ -643,15 +642,15 @@ impl Shard {
                 Ok(false) => break false,
                 Err(_) => break true,
             }
-            match transport.socket().recv(&mut [0; 16 << 10]) {
+            match transport.socket().recv(&mut [0; 4 << 10]) {
                 Ok(0) => break true,
                 Ok(more) if *read + more > FAREWELL_BYTES_MAX => break true,
                 Ok(more) => *read += more,
                 Err(error) => break error.kind() != std::io::ErrorKind::WouldBlock,
             }
         };
-        if over && let Some(Kind::Closing { transport, .. }) = links.remove(link) {
-            self.readiness.remove(transport.socket());
+        if over {
+            links.remove(link);
         }
     }
 
@@ -664,9 +663,7 @@ impl Shard {
             .map(|(slot, _)| slot)
             .collect();
         for slot in late {
-            if let Kind::Closing { transport, .. } = links.slab.remove(slot).kind {
-                self.readiness.remove(transport.socket());
-            }
+            links.slab.remove(slot);
         }
     }
 

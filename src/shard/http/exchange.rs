@@ -116,9 +116,9 @@ impl Conn {
 
     /// Lets the client hear what was said last, then closes.
     pub fn close(self, shard: &Shard) {
-        self.leave(shard);
+        shard.links.borrow_mut().remove(self.link);
         if !self.transport.handshaking() {
-            shard.close_transport(self.transport);
+            shard.close_transport(self.transport, &[]);
         }
     }
 
