@@ -725,7 +725,11 @@ impl Simulation {
         slice.cut_slow_readers();
         slice.fx.loaded.clear();
         let mut moved = false;
-        for sid in std::mem::take(&mut slice.fx.dirty) {
+        let mut dirty = std::mem::take(&mut slice.fx.dirty);
+        // a turn has time for some of those who are told what all are told
+        let some = self.random.below(4);
+        dirty.extend((0..some).map_while(|_| slice.next_fanned()));
+        for sid in dirty {
             if let Some((link, bytes)) = slice.take_out(sid) {
                 moved = true;
                 if let Some(peer) = self.peers.iter_mut().find(|p| p.link == Some(link)) {
