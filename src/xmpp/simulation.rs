@@ -724,11 +724,11 @@ impl Simulation {
         };
         slice.cut_slow_readers();
         slice.fx.loaded.clear();
-        let mut moved = false;
         let mut dirty = std::mem::take(&mut slice.fx.dirty);
         // a turn has time for some of those who are told what all are told
         let some = self.random.below(4);
         dirty.extend((0..some).map_while(|_| slice.next_fanned()));
+        let mut moved = !slice.fx.fanned.is_empty();
         for sid in dirty {
             if let Some((link, bytes)) = slice.take_out(sid) {
                 moved = true;
@@ -761,7 +761,7 @@ impl Simulation {
             let Some(session) = slice.sessions.get(sid) else {
                 continue;
             };
-            let link = session.link.filter(|_| session.out.is_empty());
+            let link = session.link.filter(|_| !session.dirty);
             let has_all = |p: &Peer| p.link.is_some() && p.link == link && p.inbox.is_empty();
             match self.peers.iter().any(has_all) {
                 true => {

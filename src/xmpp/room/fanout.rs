@@ -18,8 +18,9 @@ use crate::xmpp::slice::{Env, Slice};
 #[derive(Clone, Debug, Default)]
 pub struct Audience(SmallVec<[(u16, Vec<u8>); 4]>);
 
-/// So many sessions of a shard are told at once like one; what goes to more waits for turns with time.
-const FEW: usize = 16;
+/// So many sessions of a shard are told at once like one; what goes to more waits for turns with time. Few in tests, whose worlds
+/// are small.
+const FEW: usize = if cfg!(test) { 2 } else { 16 };
 
 /// No shard: addresses of components, whose connections may be anywhere.
 pub(super) const FOREIGN: u16 = u16::MAX;

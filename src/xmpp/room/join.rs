@@ -402,10 +402,13 @@ pub fn drop_unreached(slice: &mut Slice, room: &mut Room) {
             statuses: STATUSES,
             ..Show::gone(occupant)
         };
+        let last = occupant.sessions.len() == 1;
         room.tell_session(slice, place, &jid, &show);
-        match room.occupants.remove_session(place, &jid) {
-            Some(occupant) => gone.push(occupant),
-            None => partly.push(place),
+        if last {
+            gone.extend(room.occupants.remove(place));
+        } else {
+            room.occupants.remove_session(place, &jid);
+            partly.push(place);
         }
     }
     if gone.is_empty() && partly.is_empty() {
