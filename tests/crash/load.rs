@@ -199,7 +199,9 @@ fn retract(bot: &mut Bot, round: &Round, rng: &mut Rng) {
     let first = bot.sent.len().saturating_sub(LAST);
     let may = |number: &usize| {
         let sent = &bot.sent[*number];
-        sent.state == State::Accepted && !sent.fleeting && sent.retracts.is_none()
+        // newcomers of earlier rounds do not come any more
+        let comes = sent.to_user < round.lasting || sent.round == round.number;
+        comes && sent.state == State::Accepted && !sent.fleeting && sent.retracts.is_none()
     };
     let candidates: Vec<usize> = (first..bot.sent.len()).filter(may).collect();
     if let Some(number) = rng.choice(candidates) {
