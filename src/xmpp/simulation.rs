@@ -260,6 +260,8 @@ type Written = Rc<RefCell<Vec<(usize, bool, bool)>>>;
 
 struct Simulation {
     random: Random,
+    /// How much time turns have for those who are told what all are told.
+    leisure: Random,
     trace: Rc<RefCell<Vec<String>>>,
     seen: BTreeMap<&'static str, u64>,
     disk: SimDisk,
@@ -339,6 +341,7 @@ impl Simulation {
             now: 0,
             last: false,
             random,
+            leisure: Random(!seed),
         };
         let mut room = testing::Stored::default();
         room.room = Some(the_room(&simulation.limits));
@@ -726,7 +729,7 @@ impl Simulation {
         slice.fx.loaded.clear();
         let mut dirty = std::mem::take(&mut slice.fx.dirty);
         // a turn has time for some of those who are told what all are told
-        let some = self.random.below(4);
+        let some = self.leisure.below(4);
         dirty.extend((0..some).map_while(|_| slice.next_fanned()));
         let mut moved = !slice.fx.fanned.is_empty();
         for sid in dirty {
