@@ -197,10 +197,12 @@ impl House {
                 self.slice.ledger.give_back(group);
             }
             self.slice.release(usize::MAX);
-            if self.slice.fx.dirty.is_empty() {
+            let mut dirty = std::mem::take(&mut self.slice.fx.dirty);
+            dirty.extend(std::iter::from_fn(|| self.slice.next_fanned()));
+            if dirty.is_empty() {
                 break;
             }
-            for session in std::mem::take(&mut self.slice.fx.dirty) {
+            for session in dirty {
                 if let Some((_, bytes)) = self.slice.take_out(session) {
                     self.slice.reuse(black_box(bytes));
                 }

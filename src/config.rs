@@ -346,7 +346,8 @@ keys! {
     /// Many logins at once: who is in must not notice (see "Storms" in README.md).
     storm: Storm {
         /// Microseconds that a turn of a shard's loop should take at most, and so what a message waits for logins: the number
-        /// of logins that compute at a time is lowered while turns take longer and raised while they do not.
+        /// of logins that compute at a time is lowered while turns take longer and raised while they do not. Half of it is for
+        /// what large chat rooms say: who is told in later turns waits behind messages between two.
         live lag_us_target: u64 = 300 => 20..=100_000;
         /// Logins of one shard that may compute at a time even when turns take too long.
         live logins_computing_min: usize = 1 => 1..=1000;

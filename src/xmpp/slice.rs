@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -299,7 +299,11 @@ pub struct Closing {
 /// What the shard has to carry out.
 #[derive(Default)]
 pub struct Effects {
+    /// Sessions whose output goes to their clients in this turn.
     pub dirty: Vec<SessionId>,
+    /// Sessions that only have to be told what many are told: their output goes when the turn has time for it
+    /// ([`Slice::next_fanned`]), behind that of [`Effects::dirty`].
+    pub fanned: VecDeque<SessionId>,
     pub closing: Vec<Closing>,
     pub requests: Vec<Request>,
     /// The same, of users of whom the Redis ring does not know enough.
@@ -556,6 +560,8 @@ const RELOAD_MS: u64 = 1000;
 const AGAIN_MAX: u8 = 3;
 const BUFFERS_MAX: usize = 64;
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
+/// Output of one session that waits behind that of others; what has more is written in its turn.
+const FANNED_BYTES_MAX: usize = 64 * 1024;
 
 /// Bytes that a cached user costs beside its record and offline messages.
 const USER_BYTES: usize = 256;
@@ -886,6 +892,7 @@ impl Slice {
         feature::push::tick(self);
         self.component_recovered();
         room::directory::tick(self);
+        room::tick(self);
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -1086,8 +1093,21 @@ impl Slice {
         self.give(sid, parts, meta, id);
     }
 
+    /// [`Slice::send`] of what many are told at once. It may wait for a later turn: it reaches each of them behind all that was
+    /// sent to him before it and ahead of all that is sent to him behind it, but not ahead of what goes to others.
+    pub fn send_fanned(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta) {
+        if self.sessions.get(sid).is_some_and(|s| s.paced.is_some()) {
+            self.release_sender(sid, parts, meta);
+        }
+        self.push(sid, parts, meta, 0, Haste::Fanned);
+    }
+
     /// [`Slice::hand`], whatever waits.
     pub(super) fn give(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta, id: u64) {
+        self.push(sid, parts, meta, id, Haste::Now);
+    }
+
+    fn push(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta, id: u64, haste: Haste) {
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
@@ -1111,7 +1131,7 @@ impl Slice {
             self.fx.unconfirmed.push(sid);
         }
         session.push(parts, meta, id);
-        self.touched(sid);
+        self.touched_for(sid, haste);
     }
 
     pub fn send_element(&mut self, sid: SessionId, element: &Element, meta: Meta) {
@@ -1135,10 +1155,15 @@ impl Slice {
 
     /// The session has new output: written at the end of the turn, unless its client reads too slowly.
     pub(super) fn touched(&mut self, sid: SessionId) {
+        self.touched_for(sid, Haste::Now);
+    }
+
+    fn touched_for(&mut self, sid: SessionId, haste: Haste) {
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
         if !session.dirty
+            && !session.fanned
             && session.unsent == 0
             && session.sm.as_ref().is_none_or(|sm| sm.waiting() <= 1)
         {
@@ -1147,10 +1172,32 @@ impl Slice {
         if overflow(session, &self.env.limits).is_some() {
             self.fx.overflown.push(sid);
         }
-        if !session.dirty && session.link.is_some() {
-            session.dirty = true;
-            self.fx.dirty.push(sid);
+        if session.dirty || session.link.is_none() {
+            return;
         }
+        if haste == Haste::Fanned && session.out.len() <= FANNED_BYTES_MAX {
+            if !std::mem::replace(&mut session.fanned, true) {
+                self.fx.fanned.push_back(sid);
+            }
+            return;
+        }
+        session.dirty = true;
+        self.fx.dirty.push(sid);
+    }
+
+    /// The next session of [`Effects::fanned`] that still has something to say; it is [`Slice::take_out`]'s.
+    pub fn next_fanned(&mut self) -> Option<SessionId> {
+        while let Some(sid) = self.fx.fanned.pop_front() {
+            let Some(session) = self.sessions.get_mut(sid) else {
+                continue;
+            };
+            session.fanned = false;
+            // it may have gone out already, with something that was more urgent
+            if session.link.is_some() && !session.out.is_empty() {
+                return Some(sid);
+            }
+        }
+        None
     }
 
     /// The server itself sent so much (bytes, stanzas) at once.
@@ -2590,6 +2637,15 @@ enum Overflow {
     Kept,
     /// Bytes that the kernel does not take.
     Unsent,
+}
+
+/// When output goes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Haste {
+    /// At the end of this turn.
+    Now,
+    /// When a turn has time.
+    Fanned,
 }
 
 /// What is not known to have arrived, against what a client with stream management may leave unacknowledged.

@@ -147,6 +147,8 @@ pub struct World {
     pub now: Now,
     /// Presences that may go out in a turn of a slice.
     pub room: usize,
+    /// For so many sessions, in all, turns have time to tell them what many are told.
+    pub fanned: usize,
     /// What those say who keep the folder of uploads.
     pub slots: Result<(), Refused>,
     /// Peers without stream management have at once what they are sent.
@@ -263,6 +265,7 @@ impl World {
             flying: Vec::new(),
             owners: (0, Id(0)),
             now,
+            fanned: usize::MAX,
             room: usize::MAX,
             slots: Ok(()),
             confirms: true,
@@ -660,7 +663,14 @@ impl World {
                     slice.confirmed(sid);
                 }
                 slice.cut_slow_readers();
-                for sid in std::mem::take(&mut slice.fx.dirty) {
+                let mut dirty = std::mem::take(&mut slice.fx.dirty);
+                while self.fanned > 0
+                    && let Some(sid) = slice.next_fanned()
+                {
+                    self.fanned -= 1;
+                    dirty.push(sid);
+                }
+                for sid in dirty {
                     moved = true;
                     if let Some((link, bytes)) = slice.take_out(sid) {
                         self.clients[link as usize].out.extend_from_slice(&bytes);
