@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -20,7 +21,8 @@ from slix import SlixBot
 
 LIBRARIES = [SlixBot, AioBot]
 TOKIO_CLIENT = None  # the program of tests/bots/tokio-client
-WEB_CLIENT = None  # tests/bots/web/client.mjs, with its libraries installed
+WEB_CLIENT = None  # tests/bots/web/client.mjs, with its libraries installed and login.mjs beside it
+LOADTEST = None  # the load generator
 SCENARIOS = []
 PASSWORD = "correct horse"
 
@@ -32,6 +34,7 @@ class Scenario:
     needs_own_server: bool = False
     needs_tokio_client: bool = False
     needs_web_client: bool = False
+    needs_loadtest: bool = False
 
 
 class Stage:
@@ -61,11 +64,11 @@ class Stage:
                 pass
 
 
-def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False):
+def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False, loadtest=False):
     """One play, or one for each library, or for each pair of them.
 
     `own`: only on a server that we started; `tokio`: only if there is the program of tests/bots/tokio-client; `web`: only if there
-    is tests/bots/web with its libraries.
+    is tests/bots/web with its libraries; `loadtest`: only if there is the load generator.
     """
 
     def declare(function):
@@ -78,7 +81,7 @@ def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False):
                 title = f"{name} [{one.library} to {other.library}]"
                 SCENARIOS.append(Scenario(title, bound(function, one, other), own))
         else:
-            SCENARIOS.append(Scenario(name, function, own, tokio, web))
+            SCENARIOS.append(Scenario(name, function, own, tokio, web, loadtest))
         return function
 
     return declare
@@ -92,7 +95,7 @@ def all_of_them(server):
     return [
         one for one in SCENARIOS
         if (server.own or not one.needs_own_server) and (TOKIO_CLIENT or not one.needs_tokio_client)
-        and (WEB_CLIENT or not one.needs_web_client)
+        and (WEB_CLIENT or not one.needs_web_client) and (LOADTEST or not one.needs_loadtest)
     ]
 
 
@@ -865,5 +868,93 @@ async def web_clients_chat_over_every_transport_and_come_back(stage):
             assert process.returncode == 0, (library, url, output.decode())
         await stage.leave()
         stage.bots.clear()
+    finally:
+        await asyncio.to_thread(blade.stop)
+
+
+async def program(blade, *command, within_s=60):
+    """Runs a foreign client that trusts the blade's certificate, to its end; what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *command, env={**os.environ, "NODE_EXTRA_CA_CERTS": str(blade.certificate)},
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), within_s)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, (command, process.returncode, output.decode())
+    return output.decode()
+
+
+@scenario(own=True, web=True)
+async def a_client_logs_in_by_token_in_one_round_trip(stage):
+    """@xmpp/client's own SASL2, Bind 2 and FAST, over STARTTLS and over WebSocket: with the password, then with the token."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{port}"]')
+    try:
+        for name, url in (("tcp", f"xmpp://localhost:{blade.port}"), ("page", f"wss://localhost:{port}/ws")):
+            blade.command("user", "add", name, "--password-stdin", text=PASSWORD + "\n")
+            login = pathlib.Path(WEB_CLIENT).with_name("login.mjs")
+            said = await program(blade, "node", str(login), url, name, PASSWORD)
+            assert said.startswith(f"ok: {name}@localhost/"), said
+    finally:
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True, loadtest=True)
+async def the_load_generator_comes_by_websocket_within_tls(stage):
+    """As pages come: accounts are made, people chat, log in by token, are cut and come back; nothing is lost."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{port}"]', sasl__iterations="4096")
+    by = ["--port", str(port), "--tls", "direct", "--websocket=/ws", "--json", "-", "-n", "8", "--parallel", "4"]
+    try:
+        await program(blade, LOADTEST, "register", *by)
+        chat = ["--rate", "100", "--duration", "1", "--warmup", "0", "--drain", "2"]
+        told = json.loads(await program(blade, LOADTEST, "chat", *by, *chat))
+        assert told["sent"] > 50 and told["lost"] == 0, told
+        for login in ("old", "sasl2", "fast"):
+            told = json.loads(await program(blade, LOADTEST, "storm", *by, "--rounds", "2", "--login", login))
+            assert told["failed"] == 0, (login, told)
+        told = json.loads(await program(blade, LOADTEST, "reconnect", *by, "--online", "0", "--gap", "0.1"))
+        assert told["resumed"] == 8, told
+    finally:
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario()
+async def nobody_is_woken_by_presence_while_he_is_inactive(stage):
+    """XEP-0352 with slixmpp: of what contacts did meanwhile only the last comes, before the message that wakes him."""
+    alice, bob = await stage.online(SlixBot, "alice"), await stage.online(SlixBot, "bob")
+    await befriend(alice, bob)
+    alice.client["xep_0352"].send_inactive()
+    alice.chat(bob.jid, "I sleep")
+    await bob.wait(Message, body="I sleep")
+    alice.inbox.clear()
+    for show in ("away", "xa", "dnd"):
+        bob.set_presence(show)
+    bob.chat(alice.full, "wake up")
+    await alice.wait(Message, body="wake up")
+    assert [event.show for event in alice.inbox if isinstance(event, Presence)] == ["dnd"], alice.inbox
+    alice.client["xep_0352"].send_active()
+    alice.chat(bob.jid, "I am here")
+    await bob.wait(Message, body="I am here")
+    alice.inbox.clear()
+    for show in ("away", "xa"):
+        bob.set_presence(show)
+    await alice.wait(Presence, sender=bob.full, show="away")
+    await alice.wait(Presence, sender=bob.full, show="xa")
+
+
+@scenario(own=True, web=True)
+async def a_page_finds_its_doors(stage):
+    """@xmpp/resolve reads host-meta (XEP-0156), and @xmpp/client comes in by what it says."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{port}"]')
+    try:
+        blade.command("user", "add", "page", "--password-stdin", text=PASSWORD + "\n")
+        find = pathlib.Path(WEB_CLIENT).with_name("find.mjs")
+        said = await program(blade, "node", str(find), f"localhost:{port}", "localhost", "page", PASSWORD)
+        assert said.split() == [f"wss://localhost:{port}/ws", f"https://localhost:{port}/bosh"], said
     finally:
         await asyncio.to_thread(blade.stop)
