@@ -422,6 +422,112 @@ fn who_does_not_read_holds_up_nobody_else() {
     });
 }
 
+/// A file of so many bytes that is being got and whose server has given all to the connection, as far as that takes it.
+fn all_given(blade: &Blade, mut stream: TcpStream, taken: &mut Vec<u8>) -> TcpStream {
+    let given = || {
+        let (_, metrics) = blade.http_get("/metrics").unwrap();
+        let line = metrics
+            .lines()
+            .find(|l| l.starts_with("nitro_upload_transfers"));
+        line.is_some_and(|line| line.ends_with(" 0"))
+    };
+    let mut piece = vec![0; 32 << 10];
+    while !given() {
+        let n = stream.read(&mut piece).unwrap();
+        assert!(n > 0, "the end of it has come before");
+        taken.extend_from_slice(&piece[..n]);
+    }
+    stream
+}
+
+#[test]
+fn a_slow_link_gets_the_end_of_a_file_although_the_connection_closes_behind_it() {
+    let (blade, at) = start(&[]);
+    let mut romeo = user(&blade, "romeo");
+    let body: Vec<u8> = (0..12_000_000_u32).map(|n| (n * 7 % 251) as u8).collect();
+    let one = slot(&mut romeo, "a.mp4", body.len(), "video/mp4");
+    assert_eq!(put(at, &one, "video/mp4", &body), 201);
+    let mut stream = connect(at);
+    let head = format!(
+        "GET {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+        one.get
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    let mut got = vec![0; 1000];
+    stream.read_exact(&mut got).unwrap();
+    let mut stream = all_given(&blade, stream, &mut got);
+    // a link that is down for longer than a farewell lasts (FAREWELL_MS)
+    std::thread::sleep(Duration::from_secs(4));
+    stream.read_to_end(&mut got).unwrap();
+    assert!(got.ends_with(&body), "{} bytes", got.len());
+}
+
+#[test]
+fn a_reader_that_is_too_slow_is_cut() {
+    let (blade, at) = start(&[
+        ("limits.http_seconds_max", "1"),
+        ("limits.http_bytes_per_second_min", "100_000_000"),
+    ]);
+    let mut romeo = user(&blade, "romeo");
+    let body = vec![7; 20_000_000];
+    let one = slot(&mut romeo, "a.mp4", body.len(), "video/mp4");
+    assert_eq!(put(at, &one, "video/mp4", &body), 201);
+    let mut stream = connect(at);
+    let head = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", one.get);
+    stream.write_all(head.as_bytes()).unwrap();
+    wait_until("its place is free", WITHIN, || {
+        let (_, metrics) = blade.http_get("/metrics").unwrap();
+        let value = |name: &str| {
+            let line = metrics.lines().find(|l| l.starts_with(name));
+            line.and_then(|l| l.rsplit(' ').next()?.parse::<f64>().ok())
+        };
+        value("nitro_upload_sent_bytes_total") > Some(0.0)
+            && value("nitro_upload_transfers") == Some(0.0)
+    });
+    let mut got = Vec::new();
+    let _ = stream.read_to_end(&mut got);
+    assert!(got.len() < body.len(), "{}", got.len());
+}
+
+#[test]
+fn who_sends_a_large_body_that_is_refused_hears_why() {
+    let (mut blade, at) = start(&[("limits.http_linger_seconds_max", "60")]);
+    let mut romeo = user(&blade, "romeo");
+    let one = slot(&mut romeo, "a.png", 5, "image/png");
+    let (path, _) = one.put.split_once('?').unwrap();
+    let body = vec![7; 20_000_000];
+    // does not look before it has sent everything
+    let refused = |at, path: &str, fields: &str| {
+        let mut stream = connect(at);
+        let head = format!("PUT {path} HTTP/1.1\r\nHost: x\r\n{fields}\r\n");
+        stream.write_all(head.as_bytes())?;
+        for piece in body.chunks(64 << 10) {
+            stream.write_all(piece)?;
+        }
+        std::io::Result::Ok(answer(stream))
+    };
+    let length = format!("Content-Length: {}\r\n", body.len());
+    for (path, fields, status) in [
+        (path, &*length, 403),
+        (&one.put, &*length, 413),
+        ("/upload/nothing", &*length, 404),
+        (&one.put, "Transfer-Encoding: chunked\r\n", 411),
+    ] {
+        let answer = refused(at, path, fields).unwrap();
+        assert_eq!(answer.status, status, "{path} {fields}");
+        assert!(
+            answer.head.contains("Connection: close\r\n"),
+            "{}",
+            answer.head
+        );
+    }
+    // within bounds
+    blade.terminate();
+    blade.set("limits.http_linger_bytes_max", "1_000_000");
+    blade.restart();
+    assert!(refused(web(&blade, 2), path, &length).is_err());
+}
+
 #[test]
 fn quotas_count_on_every_core_and_after_a_restart() {
     let (mut blade, at) = start(&[

@@ -271,7 +271,7 @@ impl Shard {
                 }
                 Some(Kind::Bosh) => {
                     drop(links);
-                    self.bosh_ready(link, event.closed);
+                    self.bosh_ready(link);
                     false
                 }
                 Some(Kind::Redis(instance)) => {
@@ -352,11 +352,9 @@ impl Shard {
         match end {
             End::Lost => {
                 let gone = links.remove(link);
-                if let Some(Kind::Live(live)) = gone {
+                if let Some(Kind::Live(mut live)) = gone {
                     self.readiness.remove(live.transport.socket());
-                    if has_all(&live.transport) {
-                        slice.confirmed(sid);
-                    }
+                    confirm(&mut slice, &mut live.transport, sid);
                     slice.link_lost(sid);
                     drop((links, slice, scratch));
                     if live.transport.has_said_farewell() {
@@ -365,10 +363,8 @@ impl Shard {
                 }
             }
             End::Stream(error) => {
-                if let Some(Kind::Live(live)) = links.get_mut(link)
-                    && has_all(&live.transport)
-                {
-                    slice.confirmed(sid);
+                if let Some(Kind::Live(live)) = links.get_mut(link) {
+                    confirm(&mut slice, &mut live.transport, sid);
                 }
                 slice.end(sid, error);
             }
@@ -401,9 +397,13 @@ impl Shard {
     }
 
     fn lost(&self, link: u64) {
-        if let Some(Kind::Live(live)) = self.links.borrow_mut().remove(link) {
+        if let Some(Kind::Live(mut live)) = self.links.borrow_mut().remove(link) {
             self.readiness.remove(live.transport.socket());
-            self.slice.borrow_mut().link_lost(live.session);
+            let mut slice = self.slice.borrow_mut();
+            if live.transport.is_relayed() {
+                confirm(&mut slice, &mut live.transport, live.session);
+            }
+            slice.link_lost(live.session);
         }
     }
 
@@ -487,10 +487,16 @@ impl Shard {
             let sent = {
                 let mut links = self.links.borrow_mut();
                 match links.get_mut(link) {
-                    Some(Kind::Live(live)) => live
-                        .transport
-                        .write(&bytes, &mut self.scratch.borrow_mut())
-                        .map(|()| live.transport.pending()),
+                    Some(Kind::Live(live)) => {
+                        let sent = live
+                            .transport
+                            .write(&bytes, &mut self.scratch.borrow_mut())
+                            .map(|()| live.transport.pending());
+                        if live.transport.is_relayed() {
+                            live.transport.mark(slice.unconfirmed(sid));
+                        }
+                        sent
+                    }
                     _ => Ok(0),
                 }
             };
@@ -504,8 +510,11 @@ impl Shard {
                 }
                 Err(_) => {
                     let gone = self.links.borrow_mut().remove(link);
-                    if let Some(Kind::Live(live)) = gone {
+                    if let Some(Kind::Live(mut live)) = gone {
                         self.readiness.remove(live.transport.socket());
+                        if live.transport.is_relayed() {
+                            confirm(&mut slice, &mut live.transport, sid);
+                        }
                         slice.link_lost(sid);
                     }
                 }
@@ -575,14 +584,14 @@ impl Shard {
             let Some(session) = slice.sessions.get(sid) else {
                 continue;
             };
-            let link = session.link.filter(|_| session.out.is_empty());
-            let confirmed = match link.and_then(|link| links.get_mut(link)) {
-                Some(Kind::Live(live)) => has_all(&live.transport),
-                _ => false,
-            };
-            match confirmed {
-                true => slice.confirmed(sid),
-                false => slice.fx.unconfirmed.push(sid),
+            let all_written = session.out.is_empty();
+            if let Some(Kind::Live(live)) = session.link.and_then(|link| links.get_mut(link))
+                && (all_written || live.transport.is_relayed())
+            {
+                confirm(&mut slice, &mut live.transport, sid);
+            }
+            if slice.unconfirmed(sid) > 0 {
+                slice.fx.unconfirmed.push(sid);
             }
         }
     }
@@ -682,13 +691,18 @@ impl Shard {
     }
 }
 
-/// Has the peer's kernel all that was sent?
-fn has_all(transport: &Transport) -> bool {
-    let socket = transport.socket();
-    // in this order: an end between the two must be seen
-    transport.pending() == 0
-        && socket.unsent().is_ok_and(|unsent| unsent == 0)
-        && !socket.may_have_lost()
+/// What a session without stream management was sent is delivered when its peer's kernel has all of it; over BOSH when requests
+/// have said that its client has it.
+fn confirm(slice: &mut Slice, transport: &mut Transport, sid: SessionId) {
+    if transport.is_relayed() {
+        match transport.take_arrived() {
+            0 => {}
+            messages => slice.confirmed_first(sid, messages),
+        }
+    } else if transport.pending() == 0 && transport.socket().unsent().is_ok_and(|bytes| bytes == 0)
+    {
+        slice.confirmed(sid);
+    }
 }
 
 /// Why reading ends.

@@ -4,6 +4,9 @@
 //! ([`crate::store::upload`]) runs on threads of the whole blade ([`Files`]), so a slow disk holds up files and nothing else; a shard gives
 //! them one piece of a body at a time and reads or sends the next one when that is done. So a transfer has one piece in memory, whatever
 //! the file's size, and a client that is too fast for the disk is not read.
+//!
+//! Slots have a queue and a thread of their own: who asks for many holds up no transfer. A transfer whose piece finds the queue
+//! full waits for room.
 
 mod answer;
 mod serve;
@@ -12,7 +15,7 @@ use std::any::Any;
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{self, SyncSender};
+use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -34,11 +37,16 @@ pub(super) use serve::serve;
 pub const PIECE_BYTES: usize = 128 << 10;
 /// Answers that a shard does not take in time are forgotten: it stops.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How often, and in which distance, a piece looks for room in the queue: ten seconds.
+const ROOM_TRIES: u32 = 500;
+const ROOM_PAUSE: Duration = Duration::from_millis(20);
 /// How often files that are too old are removed.
 const SWEEP: Duration = Duration::from_secs(3600);
 
 type Outcome = Box<dyn Any + Send>;
 type Work = Box<dyn FnOnce(&Folder) -> Done + Send>;
+/// Work, and who is told of its outcome.
+type Waiting = (InboxSender<Inbound>, Work);
 
 /// What a thread has done for a shard.
 pub enum Done {
@@ -52,7 +60,10 @@ pub enum Done {
 /// The threads, and what waits for them.
 #[derive(Clone)]
 pub struct Files {
-    queue: SyncSender<(InboxSender<Inbound>, Work)>,
+    /// Pieces of transfers.
+    queue: SyncSender<Waiting>,
+    /// Slots, and whatever else the slice asks for.
+    slots: SyncSender<Waiting>,
     folder: Arc<Folder>,
     transfers: Arc<Transfers>,
 }
@@ -69,21 +80,13 @@ impl Files {
         })?;
         let folder = Arc::new(folder);
         let waiting_max = config.upload.waiting_max;
-        let (queue, work) = mpsc::sync_channel::<(InboxSender<Inbound>, Work)>(waiting_max);
-        let work = Arc::new(Mutex::new(work));
+        let (queue, pieces) = mpsc::sync_channel(waiting_max);
+        let pieces = Arc::new(Mutex::new(pieces));
         for n in 0..config.upload.threads {
-            let (work, folder) = (work.clone(), folder.clone());
-            let run = move || {
-                rt::step_back(NICE);
-                loop {
-                    let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok((inbox, work)) = next else { return };
-                    let done = work(&folder);
-                    let _ = inbox.send(Inbound::Uploaded(done), PATIENCE);
-                }
-            };
-            spawn(&format!("files-{n}"), run)?;
+            work(&format!("files-{n}"), pieces.clone(), folder.clone())?;
         }
+        let (slots, asked) = mpsc::sync_channel(waiting_max);
+        work("files-slots", Arc::new(Mutex::new(asked)), folder.clone())?;
         let sweeping = Arc::downgrade(&folder);
         spawn("files-sweep", move || {
             rt::step_back(NICE);
@@ -101,6 +104,7 @@ impl Files {
         })?;
         Ok(Files {
             queue,
+            slots,
             folder,
             transfers: Arc::default(),
         })
@@ -118,9 +122,36 @@ impl Files {
             .store(self.transfers.count.load(Relaxed), Relaxed);
     }
 
-    fn submit(&self, inbox: InboxSender<Inbound>, work: Work) -> bool {
-        self.queue.try_send((inbox, work)).is_ok()
+    /// Work for a transfer; given back when too much waits.
+    fn submit(&self, inbox: InboxSender<Inbound>, work: Work) -> Result<(), Work> {
+        match self.queue.try_send((inbox, work)) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full((_, work)) | TrySendError::Disconnected((_, work))) => Err(work),
+        }
     }
+
+    /// Work that a slice has asked for; `false`: too much waits.
+    fn ask(&self, inbox: InboxSender<Inbound>, work: Work) -> bool {
+        self.slots.try_send((inbox, work)).is_ok()
+    }
+}
+
+/// A thread that does one thing after the other until all senders have gone.
+fn work(
+    name: &str,
+    queue: Arc<Mutex<Receiver<Waiting>>>,
+    folder: Arc<Folder>,
+) -> Result<(), String> {
+    let run = move || {
+        rt::step_back(NICE);
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok((inbox, work)) = next else { return };
+            let done = work(&folder);
+            let _ = inbox.send(Inbound::Uploaded(done), PATIENCE);
+        }
+    };
+    spawn(name, run)
 }
 
 /// Behind live traffic.
@@ -154,6 +185,7 @@ pub fn limits(config: &Config) -> Limits {
         file_bytes_max: u.file_bytes_max,
         slot_seconds: u.slot_seconds,
         waiting_max: u.waiting_max,
+        user_waiting_max: u.user_waiting_max,
     }
 }
 
@@ -240,7 +272,7 @@ impl Shard {
             let work: Work =
                 Box::new(move |folder| Done::Slot(ticket, folder.reserve(owner, &entry, now)));
             let files = self.files.as_ref();
-            let asked = files.is_some_and(|files| files.submit(self.own_inbox.clone(), work));
+            let asked = files.is_some_and(|files| files.ask(self.own_inbox.clone(), work));
             if !asked {
                 slice.slot_reserved(ticket, None);
             }
@@ -262,7 +294,7 @@ impl Shard {
         }
     }
 
-    /// Does something with the folder elsewhere, and waits for it; `None`: too much waits already.
+    /// Does something with the folder elsewhere, and waits for it; `None`: too much waits, and there was no room for a while.
     async fn with_folder<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Folder) -> T + Send + 'static,
@@ -271,9 +303,15 @@ impl Shard {
         let number = self.upload_number.get();
         self.upload_number.set(number + 1);
         let (setter, outcome) = slot::<Outcome>();
-        let work: Work = Box::new(move |folder| Done::Piece(number, Box::new(work(folder))));
-        if !files.submit(self.own_inbox.clone(), work) {
-            return None;
+        let mut work: Work = Box::new(move |folder| Done::Piece(number, Box::new(work(folder))));
+        let mut tries = 0;
+        while let Err(back) = files.submit(self.own_inbox.clone(), work) {
+            if tries == ROOM_TRIES {
+                return None;
+            }
+            tries += 1;
+            work = back;
+            rt::sleep(ROOM_PAUSE).await;
         }
         self.upload_waits.borrow_mut().insert(number, setter);
         let _forgotten = Forgotten {
