@@ -422,17 +422,25 @@ fn who_does_not_read_holds_up_nobody_else() {
     });
 }
 
-/// A file of so many bytes that is being got and whose server has given all to the connection, as far as that takes it.
+/// How many the server told of last.
+fn transfers(blade: &Blade) -> u32 {
+    let (_, metrics) = blade.http_get("/metrics").unwrap();
+    let mut lines = metrics.lines();
+    let line = lines.find(|line| line.starts_with("nitro_upload_transfers"));
+    let value = line.and_then(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    value.unwrap() as u32
+}
+
+/// Reads a file that is being got until the server has given all of it to the connection.
 fn all_given(blade: &Blade, mut stream: TcpStream, taken: &mut Vec<u8>) -> TcpStream {
-    let given = || {
-        let (_, metrics) = blade.http_get("/metrics").unwrap();
-        let line = metrics
-            .lines()
-            .find(|l| l.starts_with("nitro_upload_transfers"));
-        line.is_some_and(|line| line.ends_with(" 0"))
-    };
     let mut piece = vec![0; 32 << 10];
-    while !given() {
+    let mut began = false;
+    loop {
+        match transfers(blade) {
+            0 if began => break,
+            0 => {}
+            _ => began = true,
+        }
         let n = stream.read(&mut piece).unwrap();
         assert!(n > 0, "the end of it has come before");
         taken.extend_from_slice(&piece[..n]);
@@ -465,7 +473,7 @@ fn a_slow_link_gets_the_end_of_a_file_although_the_connection_closes_behind_it()
 #[test]
 fn a_reader_that_is_too_slow_is_cut() {
     let (blade, at) = start(&[
-        ("limits.http_seconds_max", "1"),
+        ("limits.http_seconds_max", "3"),
         ("limits.http_bytes_per_second_min", "100_000_000"),
     ]);
     let mut romeo = user(&blade, "romeo");
@@ -475,15 +483,8 @@ fn a_reader_that_is_too_slow_is_cut() {
     let mut stream = connect(at);
     let head = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", one.get);
     stream.write_all(head.as_bytes()).unwrap();
-    wait_until("its place is free", WITHIN, || {
-        let (_, metrics) = blade.http_get("/metrics").unwrap();
-        let value = |name: &str| {
-            let line = metrics.lines().find(|l| l.starts_with(name));
-            line.and_then(|l| l.rsplit(' ').next()?.parse::<f64>().ok())
-        };
-        value("nitro_upload_sent_bytes_total") > Some(0.0)
-            && value("nitro_upload_transfers") == Some(0.0)
-    });
+    wait_until("it is being sent", WITHIN, || transfers(&blade) == 1);
+    wait_until("it was cut", WITHIN, || transfers(&blade) == 0);
     let mut got = Vec::new();
     let _ = stream.read_to_end(&mut got);
     assert!(got.len() < body.len(), "{}", got.len());
@@ -526,6 +527,82 @@ fn who_sends_a_large_body_that_is_refused_hears_why() {
     blade.set("limits.http_linger_bytes_max", "1_000_000");
     blade.restart();
     assert!(refused(web(&blade, 2), path, &length).is_err());
+}
+
+#[test]
+fn a_removed_accounts_files_go_with_it_and_a_backup_has_all_files() {
+    let (mut blade, at) = start(&[]);
+    let uploads = blade.data_dir().join("uploads");
+    let put_one = |name: &str| {
+        let mut client = user(&blade, name);
+        let one = slot(&mut client, "a.png", 5, "image/png");
+        assert_eq!(put(at, &one, "image/png", b"01234"), 201);
+        one
+    };
+    let (romeo, juliet) = (put_one("romeo"), put_one("juliet"));
+    let path = |slot: &Slot| {
+        let parts: Vec<&str> = slot.get.split('/').collect();
+        uploads.join(&parts[2][..2]).join(parts[2]).join(parts[3])
+    };
+    let (of_romeo, of_juliet) = (path(&romeo), path(&juliet));
+    let command = |blade: &Blade, arguments: &[&str]| {
+        let output = blade.nitro(arguments, "");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let backup = blade.folder().join("backup");
+    let to = backup.to_str().unwrap();
+    let told = command(&blade, &["backup", to]);
+    assert!(told.contains("2 uploaded files, 10 B"), "{told}");
+    let without = blade.folder().join("without");
+    let without = without.to_str().unwrap();
+    command(&blade, &["backup", without, "--without-uploads"]);
+    assert!(!Path::new(without).join("uploads").exists());
+
+    command(&blade, &["user", "remove", "romeo@localhost"]);
+    wait_until("nobody gets it", WITHIN, || {
+        get(at, &romeo, "").status == 404
+    });
+    wait_until("it is removed", WITHIN, || !of_romeo.exists());
+    // as if the stop had come before that was written down
+    blade.kill();
+    fs::create_dir_all(of_romeo.parent().unwrap()).unwrap();
+    fs::write(&of_romeo, b"01234").unwrap();
+    fs::remove_dir_all(uploads.join("gone")).unwrap();
+    blade.restart();
+    let at = web(&blade, 2);
+    assert_eq!(get(at, &romeo, "").status, 404);
+    wait_until("it is removed again", WITHIN, || !of_romeo.exists());
+    assert_eq!(get(at, &juliet, "").status, 200);
+    // while no server runs
+    blade.terminate();
+    command(&blade, &["user", "remove", "juliet@localhost"]);
+    blade.restart();
+    assert_eq!(get(web(&blade, 3), &juliet, "").status, 404);
+    wait_until("hers is removed", WITHIN, || !of_juliet.exists());
+
+    blade.terminate();
+    fs::rename(blade.data_dir(), blade.folder().join("old")).unwrap();
+    command(&blade, &["restore", to]);
+    blade.restart();
+    let at = web(&blade, 4);
+    for one in [&romeo, &juliet] {
+        assert_eq!(get(at, one, "").body, b"01234");
+    }
+    // damaged
+    blade.terminate();
+    fs::remove_dir_all(blade.data_dir()).unwrap();
+    let copy = backup
+        .join("uploads")
+        .join(of_romeo.strip_prefix(&uploads).unwrap());
+    fs::remove_file(copy).unwrap();
+    let refused = blade.nitro(&["restore", to], "");
+    assert!(!refused.status.success());
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        why.contains("holds 1 files, and 2 were put into it"),
+        "{why}"
+    );
 }
 
 #[test]

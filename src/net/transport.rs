@@ -83,6 +83,8 @@ struct Relayed {
     arrived: Arc<AtomicU64>,
     /// How many bytes were written when so many messages (each behind those of the mark before) had been.
     marks: VecDeque<(u64, usize)>,
+    /// Messages of all marks.
+    marked: usize,
 }
 
 /// A connection that belongs to one shard at a time; `Send`, to be handed over with all its state.
@@ -117,6 +119,7 @@ impl Transport {
                 written: 0,
                 arrived,
                 marks: VecDeque::new(),
+                marked: 0,
             })),
             ..Self::plain(socket)
         }
@@ -131,11 +134,10 @@ impl Transport {
         let Some(relayed) = &mut self.relayed else {
             return;
         };
-        let marked: usize = relayed.marks.iter().map(|(_, count)| count).sum();
-        if messages > marked {
-            relayed
-                .marks
-                .push_back((relayed.written, messages - marked));
+        if messages > relayed.marked {
+            let new = messages - relayed.marked;
+            relayed.marks.push_back((relayed.written, new));
+            relayed.marked = messages;
         }
     }
 
@@ -149,6 +151,7 @@ impl Transport {
         while let Some((_, count)) = relayed.marks.pop_front_if(|(end, _)| *end <= arrived) {
             messages += count;
         }
+        relayed.marked -= messages;
         messages
     }
 

@@ -523,7 +523,7 @@ impl Shard {
         self.component_flush(&mut slice);
         let closing = std::mem::take(&mut slice.fx.closing);
         let ending = std::mem::take(&mut slice.components.ending);
-        if !slice.fx.slots.is_empty() {
+        if !slice.fx.slots.is_empty() || !slice.fx.uploads_gone.is_empty() {
             self.ask_for_slots(&mut slice);
         }
         for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {

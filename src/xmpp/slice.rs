@@ -312,6 +312,8 @@ pub struct Effects {
     pub jobs: Vec<(Ticket, Job)>,
     /// For those who keep the folder of uploads; answered by [`Slice::slot_reserved`].
     pub slots: Vec<feature::upload::Ask>,
+    /// Accounts that were removed, and when (unix seconds); for the same.
+    pub uploads_gone: Vec<(crate::store::upload::Owner, u64)>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
     /// Sessions without stream management that were given messages: [`Slice::confirmed`] when their peer has all.

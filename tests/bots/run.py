@@ -41,6 +41,8 @@ def main():
     logging.disable(logging.CRITICAL)
     scenarios.TOKIO_CLIENT = arguments.tokio_client and os.path.abspath(arguments.tokio_client)
     scenarios.WEB_CLIENT = arguments.web_client and os.path.abspath(arguments.web_client)
+    if not scenarios.NGINX:
+        print("nginx is missing (Debian: nginx-light): config/nginx.conf is not tried", flush=True)
     server = running_server() or Blade(os.path.abspath(arguments.nitro))
     passed = failed = 0
     try:

@@ -13,18 +13,18 @@ mod serve;
 
 use std::any::Any;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{self, Receiver, SyncSender, TrySendError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::sync::{Arc, Weak};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fnv::FnvHashMap;
 
 use crate::config::Config;
 use crate::observe::Gauges;
 use crate::rt::{self, InboxSender, slot};
-use crate::store::upload::{Bounds, Folder, Refused, Writing};
+use crate::store::upload::{Bounds, Folder, Owner, Refused, Writing};
 use crate::xmpp::feature::upload::{Ask, Limits};
 use crate::xmpp::slice::Slice;
 
@@ -37,6 +37,8 @@ pub(super) use serve::serve;
 pub const PIECE_BYTES: usize = 128 << 10;
 /// Answers that a shard does not take in time are forgotten: it stops.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two pieces of what is removed.
+const CLEAR_PAUSE: Duration = Duration::from_millis(20);
 /// How often, and in which distance, a piece looks for room in the queue: ten seconds.
 const ROOM_TRIES: u32 = 500;
 const ROOM_PAUSE: Duration = Duration::from_millis(20);
@@ -64,6 +66,8 @@ pub struct Files {
     queue: SyncSender<Waiting>,
     /// Slots, and whatever else the slice asks for.
     slots: SyncSender<Waiting>,
+    /// Wakes who removes what removed accounts have left.
+    gone: SyncSender<()>,
     folder: Arc<Folder>,
     transfers: Arc<Transfers>,
 }
@@ -88,23 +92,15 @@ impl Files {
         let (slots, asked) = mpsc::sync_channel(waiting_max);
         work("files-slots", Arc::new(Mutex::new(asked)), folder.clone())?;
         let sweeping = Arc::downgrade(&folder);
+        let (gone, told) = mpsc::sync_channel(1);
         spawn("files-sweep", move || {
             rt::step_back(NICE);
-            while let Some(folder) = sweeping.upgrade() {
-                match folder.sweep(unix()) {
-                    Ok(0) => {}
-                    Ok(removed) => tracing::info!(removed, "old uploads were removed"),
-                    Err(error) => {
-                        tracing::error!(%error, "upload.dir: old files cannot be removed")
-                    }
-                }
-                drop(folder);
-                std::thread::sleep(SWEEP);
-            }
+            sweep_forever(&sweeping, &told);
         })?;
         Ok(Files {
             queue,
             slots,
+            gone,
             folder,
             transfers: Arc::default(),
         })
@@ -133,6 +129,50 @@ impl Files {
     /// Work that a slice has asked for; `false`: too much waits.
     fn ask(&self, inbox: InboxSender<Inbound>, work: Work) -> bool {
         self.slots.try_send((inbox, work)).is_ok()
+    }
+}
+
+/// Removes what is old now and then, and what removed accounts have left as soon as that is told.
+fn sweep_forever(sweeping: &Weak<Folder>, told: &Receiver<()>) {
+    while let Some(folder) = sweeping.upgrade() {
+        clear(&folder);
+        match folder.sweep(unix()) {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "old uploads were removed"),
+            Err(error) => tracing::error!(%error, "upload.dir: old files cannot be removed"),
+        }
+        drop(folder);
+        let next = Instant::now() + SWEEP;
+        loop {
+            match told.recv_timeout(next.saturating_duration_since(Instant::now())) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Timeout) => break,
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            let Some(folder) = sweeping.upgrade() else {
+                return;
+            };
+            clear(&folder);
+        }
+    }
+}
+
+/// Piece by piece, so that transfers have the disk in between.
+fn clear(folder: &Folder) {
+    let mut all = 0;
+    loop {
+        match folder.clear(unix()) {
+            Ok(0) => break,
+            Ok(removed) => all += removed,
+            Err(error) => {
+                tracing::error!(%error, "upload.dir: files of removed accounts cannot be removed");
+                break;
+            }
+        }
+        std::thread::sleep(CLEAR_PAUSE);
+    }
+    if all > 0 {
+        tracing::info!(removed = all, "uploads of removed accounts were removed");
     }
 }
 
@@ -259,9 +299,38 @@ impl Files {
     }
 }
 
+impl Files {
+    /// An account was removed.
+    fn forgets(&self, owner: Owner, at: u64) -> Work {
+        let gone = self.gone.clone();
+        Box::new(move |folder| {
+            if let Err(error) = folder.forget(owner, at) {
+                tracing::error!(%error, "upload.dir: it cannot be written down that an account was removed");
+            }
+            // full: told already
+            let _ = gone.try_send(());
+            Done::Discarded
+        })
+    }
+
+    /// The same, at once: at the start, of what the journals tell.
+    pub fn forget(&self, owner: Owner, at: u64) {
+        self.forgets(owner, at)(&self.folder);
+    }
+}
+
 impl Shard {
     /// What the slice has asked of the folder.
     pub(super) fn ask_for_slots(&self, slice: &mut Slice) {
+        if let Some(files) = &self.files {
+            while let Some((owner, at)) = slice.fx.uploads_gone.pop() {
+                if !files.ask(self.own_inbox.clone(), files.forgets(owner, at)) {
+                    // with the next turn's
+                    slice.fx.uploads_gone.push((owner, at));
+                    break;
+                }
+            }
+        }
         for ask in std::mem::take(&mut slice.fx.slots) {
             let Ask {
                 ticket,
@@ -336,5 +405,50 @@ struct Forgotten<'a> {
 impl Drop for Forgotten<'_> {
     fn drop(&mut self) {
         self.shard.upload_waits.borrow_mut().remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::upload::Entry;
+
+    #[test]
+    fn slots_are_answered_while_the_disk_holds_up_all_transfers() {
+        let dir = tempfile::tempdir().unwrap();
+        let sets = [
+            format!("data_dir='{}'", dir.path().display()),
+            "upload.waiting_max=16".to_owned(),
+            "upload.threads=1".to_owned(),
+        ];
+        let files = Files::start(&Config::load(None, &sets).unwrap()).unwrap();
+        let (sender, inbox) = rt::inbox::<Inbound>(64).unwrap();
+        let nothing = || -> Work { Box::new(|_| Done::Discarded) };
+        let (_go, wait) = mpsc::channel::<()>();
+        let slow: Work = Box::new(move |_| {
+            let _ = wait.recv();
+            Done::Discarded
+        });
+        assert!(files.submit(sender.clone(), slow).is_ok());
+        while files.submit(sender.clone(), nothing()).is_ok() {}
+        let entry = Entry {
+            at: unix(),
+            bytes: 10,
+            id: [1; 16],
+            ending: "png",
+        };
+        let ask: Work =
+            Box::new(move |folder| Done::Slot(7, folder.reserve(Owner([1; 16]), &entry, unix())));
+        assert!(files.ask(sender, ask));
+        let deadline = Instant::now() + PATIENCE;
+        let mut got = Vec::new();
+        while !got
+            .iter()
+            .any(|one| matches!(one, Inbound::Uploaded(Done::Slot(7, Ok(())))))
+        {
+            assert!(Instant::now() < deadline, "no answer");
+            inbox.drain(&mut got);
+            std::thread::yield_now();
+        }
     }
 }

@@ -295,6 +295,14 @@ fn request(slice: &mut Slice, iq: Iq) {
     });
 }
 
+/// What the account has put goes with it.
+pub fn account_removed(slice: &mut Slice, name: &str) {
+    if let Some(key) = &slice.env.upload_key {
+        let owner = key.owner(name);
+        slice.fx.uploads_gone.push((owner, slice.now.unix));
+    }
+}
+
 impl Slice {
     /// Is there room for what was asked? `None`: nobody can say now.
     pub fn slot_reserved(&mut self, ticket: u64, answer: Option<Result<(), Refused>>) {
