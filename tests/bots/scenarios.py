@@ -849,6 +849,11 @@ async def page_chats(blade, library, url, page, desk):
             # with XEP-0386 the server makes the resource
             desk.chat(heard.sender, f"answer to {text}")
         output, _ = await asyncio.wait_for(process.communicate(), 30)
+    except AssertionError as error:
+        if process.returncode is None:
+            process.kill()
+        output, _ = await process.communicate()
+        raise AssertionError(f"{library} at {url}: {error}; it says: {output.decode()}") from None
     finally:
         if process.returncode is None:
             process.kill()
