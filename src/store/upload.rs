@@ -709,10 +709,15 @@ fn entries(dir: &Path) -> io::Result<Vec<Entry>> {
     Ok(found)
 }
 
-/// Those that are numbers: the fan-out, and owners in it.
+/// Those that are numbers: the fan-out, and owners in it; none where there is no folder.
 fn subfolders(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let list = match fs::read_dir(dir) {
+        Ok(list) => list,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
     let mut found = Vec::new();
-    for file in fs::read_dir(dir)? {
+    for file in list {
         let file = file?;
         let name = file.file_name();
         let number = |name: &str| name.bytes().all(|b| b.is_ascii_hexdigit());
