@@ -557,6 +557,7 @@ fn limits() -> Limits {
             file_bytes_max: 100_000,
             slot_seconds: 300,
             waiting_max: 100,
+            user_waiting_max: 8,
         },
     }
 }

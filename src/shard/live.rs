@@ -281,7 +281,7 @@ impl Shard {
                 }
                 Some(Kind::Bosh) => {
                     drop(links);
-                    self.bosh_ready(link, event.closed);
+                    self.bosh_ready(link);
                     false
                 }
                 Some(Kind::Redis(instance)) => {
@@ -363,10 +363,8 @@ impl Shard {
             End::Lost => {
                 let gone = links.remove(link);
                 // a socket that is closed leaves the readiness set by itself
-                if let Some(Kind::Live(live)) = gone {
-                    if !is_dirty(&slice, sid) && has_all(&live.transport) {
-                        slice.confirmed(sid);
-                    }
+                if let Some(Kind::Live(mut live)) = gone {
+                    confirm(&mut slice, &mut live.transport, sid);
                     slice.link_lost(sid);
                     drop((links, slice, scratch));
                     if live.transport.has_said_farewell() {
@@ -375,11 +373,8 @@ impl Shard {
                 }
             }
             End::Stream(error) => {
-                if let Some(Kind::Live(live)) = links.get_mut(link)
-                    && !is_dirty(&slice, sid)
-                    && has_all(&live.transport)
-                {
-                    slice.confirmed(sid);
+                if let Some(Kind::Live(live)) = links.get_mut(link) {
+                    confirm(&mut slice, &mut live.transport, sid);
                 }
                 slice.end(sid, error);
             }
@@ -412,8 +407,12 @@ impl Shard {
     }
 
     fn lost(&self, link: u64) {
-        if let Some(Kind::Live(live)) = self.links.borrow_mut().remove(link) {
-            self.slice.borrow_mut().link_lost(live.session);
+        if let Some(Kind::Live(mut live)) = self.links.borrow_mut().remove(link) {
+            let mut slice = self.slice.borrow_mut();
+            if live.transport.is_relayed() {
+                confirm(&mut slice, &mut live.transport, live.session);
+            }
+            slice.link_lost(live.session);
         }
     }
 
@@ -499,7 +498,7 @@ impl Shard {
         self.component_flush(&mut slice);
         let closing = std::mem::take(&mut slice.fx.closing);
         let ending = std::mem::take(&mut slice.components.ending);
-        if !slice.fx.slots.is_empty() {
+        if !slice.fx.slots.is_empty() || !slice.fx.uploads_gone.is_empty() {
             self.ask_for_slots(&mut slice);
         }
         for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {
@@ -560,10 +559,16 @@ impl Shard {
         let sent = {
             let mut links = self.links.borrow_mut();
             match links.get_mut(link) {
-                Some(Kind::Live(live)) => live
-                    .transport
-                    .write(&bytes, &mut self.scratch.borrow_mut())
-                    .map(|()| live.transport.pending()),
+                Some(Kind::Live(live)) => {
+                    let sent = live
+                        .transport
+                        .write(&bytes, &mut self.scratch.borrow_mut())
+                        .map(|()| live.transport.pending());
+                    if live.transport.is_relayed() {
+                        live.transport.mark(slice.unconfirmed(sid));
+                    }
+                    sent
+                }
                 _ => Ok(0),
             }
         };
@@ -578,7 +583,10 @@ impl Shard {
             }
             Err(_) => {
                 let gone = self.links.borrow_mut().remove(link);
-                if let Some(Kind::Live(_)) = gone {
+                if let Some(Kind::Live(mut live)) = gone {
+                    if live.transport.is_relayed() {
+                        confirm(slice, &mut live.transport, sid);
+                    }
                     slice.link_lost(sid);
                 }
                 false
@@ -620,14 +628,14 @@ impl Shard {
             let Some(session) = slice.sessions.get(sid) else {
                 continue;
             };
-            let link = session.link.filter(|_| !session.dirty);
-            let confirmed = match link.and_then(|link| links.get_mut(link)) {
-                Some(Kind::Live(live)) => has_all(&live.transport),
-                _ => false,
-            };
-            match confirmed {
-                true => slice.confirmed(sid),
-                false => slice.fx.unconfirmed.push(sid),
+            let all_written = !session.dirty;
+            if let Some(Kind::Live(live)) = session.link.and_then(|link| links.get_mut(link))
+                && (all_written || live.transport.is_relayed())
+            {
+                confirm(&mut slice, &mut live.transport, sid);
+            }
+            if slice.unconfirmed(sid) > 0 {
+                slice.fx.unconfirmed.push(sid);
             }
         }
     }
@@ -728,13 +736,20 @@ fn is_dirty(slice: &Slice, sid: SessionId) -> bool {
     session.is_some_and(|session| session.dirty)
 }
 
-/// Has the peer's kernel all that was sent?
-fn has_all(transport: &Transport) -> bool {
-    let socket = transport.socket();
-    // in this order: an end between the two must be seen
-    transport.pending() == 0
-        && socket.unsent().is_ok_and(|unsent| unsent == 0)
-        && !socket.may_have_lost()
+/// What a session without stream management was sent is delivered when its peer's kernel has all of it; over BOSH when requests
+/// have said that its client has it.
+fn confirm(slice: &mut Slice, transport: &mut Transport, sid: SessionId) {
+    if transport.is_relayed() {
+        match transport.take_arrived() {
+            0 => {}
+            messages => slice.confirmed_first(sid, messages),
+        }
+    } else if !is_dirty(slice, sid)
+        && transport.pending() == 0
+        && transport.socket().unsent().is_ok_and(|bytes| bytes == 0)
+    {
+        slice.confirmed(sid);
+    }
 }
 
 /// Why reading ends.

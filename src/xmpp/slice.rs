@@ -316,6 +316,8 @@ pub struct Effects {
     pub jobs: Vec<(Ticket, Job)>,
     /// For those who keep the folder of uploads; answered by [`Slice::slot_reserved`].
     pub slots: Vec<feature::upload::Ask>,
+    /// Accounts that were removed, and when (unix seconds); for the same.
+    pub uploads_gone: Vec<(crate::store::upload::Owner, u64)>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
     /// Sessions without stream management that were given messages: [`Slice::confirmed`] when their peer has all.
@@ -2008,6 +2010,30 @@ impl Slice {
         }
     }
 
+    /// Messages that the peer of a session without stream management may not have.
+    pub fn unconfirmed(&self, sid: SessionId) -> usize {
+        let session = self.sessions.get(sid);
+        session
+            .and_then(|session| session.unconfirmed.as_ref())
+            .map_or(0, |kept| kept.len())
+    }
+
+    /// The peer of a session without stream management has so many of the messages that it was sent, oldest first, and perhaps more.
+    pub fn confirmed_first(&mut self, sid: SessionId, messages: usize) {
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
+        let Some(mut kept) = session.unconfirmed.take() else {
+            return;
+        };
+        let ids: Vec<u64> = (0..messages).map_while(|_| kept.pop()).collect();
+        session.unconfirmed = Some(kept).filter(|kept| !kept.is_empty());
+        let name = session.user.clone();
+        for id in ids {
+            self.taken(&name, id);
+        }
+    }
+
     /// RFC 6121 8.5.1: the user does not exist.
     pub(super) fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
         if meta.kind.is_message() || meta.kind.is_iq() {
@@ -2660,7 +2686,7 @@ fn overflow(session: &Session, limits: &Limits) -> Option<Overflow> {
         )
     });
     // who gives no acknowledgements is asked for them by his kernel, a few times a second and for all at once: more is between
-    // two such moments of a client that keeps up. Over BOSH a client that only listens may never come to one.
+    // two such moments of a client that keeps up. Over BOSH each request says what has arrived.
     let unconfirmed = session.unconfirmed.as_ref().is_some_and(|kept| {
         kept.over(
             UNCONFIRMED_TIMES * limits.unacked_bytes_max + bytes,
