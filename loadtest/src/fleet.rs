@@ -481,6 +481,8 @@ pub enum Priority {
 impl Priority {
     const NICE_FIRST: i32 = -20;
     const NICE_LAST: i32 = 10;
+    /// Of who comes first; the kernel allows no shorter one.
+    const SLICE_FIRST: Duration = Duration::from_micros(100);
 
     /// Whether this process may raise the priority of its threads (root, CAP_SYS_NICE, `ulimit -e`).
     pub fn may_be_first() -> bool {
@@ -492,11 +494,32 @@ impl Priority {
     fn take(self) {
         let nice = match self {
             Priority::Normal => return,
-            Priority::First => Priority::NICE_FIRST,
+            Priority::First => {
+                ask_for_slice(Priority::SLICE_FIRST);
+                Priority::NICE_FIRST
+            }
             Priority::Last => Priority::NICE_LAST,
         };
         // refused: the lag that is measured tells what came of it
         let _ = setpriority_process(None, nice);
+    }
+}
+
+/// Asks for short slices for the calling thread (EEVDF, Linux 6.12; needs no privilege): a thread that wakes up then runs at
+/// once. Without it, whatever its nice value, it waits until the one that runs has used up its own slice: in a storm 1.4 ms
+/// at p99 instead of 0.07. Refused: as with the nice value.
+#[allow(unsafe_code)]
+fn ask_for_slice(slice: Duration) {
+    // SAFETY: plain integers. The calls are about the calling thread (0); the first writes at most `size` bytes into
+    // `attributes`, the second reads as many from it.
+    unsafe {
+        let mut attributes: libc::sched_attr = std::mem::zeroed();
+        let size = size_of::<libc::sched_attr>() as u32;
+        if libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attributes, size, 0) == 0 {
+            attributes.size = size;
+            attributes.sched_runtime = slice.as_nanos() as u64;
+            libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0);
+        }
     }
 }
 

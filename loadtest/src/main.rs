@@ -8,7 +8,7 @@
 //! `/proc` ([`proc`]). The exit status is 0 when all went well, 1 when logins failed, messages were lost, duplicated
 //! or reordered, or a limit of `--fail-if` was broken, 2 when the run could not be made.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod archive;
 mod chat;

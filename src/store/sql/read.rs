@@ -43,6 +43,10 @@ impl Sql {
     /// Ids that one [`ArchiveQuery`] may name.
     pub const IDS_MAX: usize = 5_000;
 
+    /// More entries than this are not counted beside a page: a page of a long archive must not read all of its index. It then
+    /// has neither count nor index, which XEP-0059 2.6 allows. Who asks for the count only (its 2.7) is told.
+    pub const COUNT_MAX: u64 = 10_000;
+
     /// Loads up to [`Sql::LOADS_MAX`] users with one statement. The answers stand in the order of `names`.
     pub async fn load(&mut self, names: &[&str]) -> Result<Vec<Found>, SqlError> {
         let rows = self
@@ -212,9 +216,16 @@ impl Sql {
                     page.last_id = row.id(1)?;
                     page.retracted = row.optional_bytes(4)?.is_some();
                     if query.count {
-                        page.count = Some(row.id(2)?);
+                        let most = if query.most == 0 {
+                            u64::MAX
+                        } else {
+                            Sql::COUNT_MAX
+                        };
+                        let exact = |n: i64| u64::try_from(n).ok().filter(|n| *n <= most);
+                        let (all, before) = (row.int(2)?, row.int(3)?);
+                        page.count = exact(all);
                         // Those before the page: counted up to where it begins, or up to where it ends.
-                        page.index = Some(row.id(3)?);
+                        page.index = exact(if before == SAME { all } else { before });
                     }
                 }
                 1 => page.entries.push(entry_of(row)?),
@@ -460,7 +471,11 @@ impl<'q> PageStatement<'q> {
                 (false, Some(after), _) => cut((filter.0, after.min(filter.1)), None, None),
                 (true, _, before) => cut(filter, None, before),
             };
-            text += &format!("({}), ({})", self.count(filter), self.count(before_page));
+            text += &format!("({}), ", self.count(filter));
+            text += &match before_page == filter {
+                true => SAME.to_string(),
+                false => format!("({})", self.count(before_page)),
+            };
         } else {
             text += "0, 0";
         }
@@ -488,7 +503,13 @@ impl<'q> PageStatement<'q> {
 
     fn count(&mut self, range: Range) -> String {
         let matches = self.matches(range);
-        format!("SELECT count(*) FROM {matches}")
+        match self.query.most {
+            // the count is all that is asked for
+            0 => format!("SELECT count(*) FROM {matches}"),
+            _ => format!(
+                "SELECT count(*) FROM (SELECT 1 FROM {matches} LIMIT {COUNT_BEHIND}) AS counted"
+            ),
+        }
     }
 
     /// The archive and the filter's conditions within a range of ids.
@@ -537,6 +558,12 @@ impl<'q> PageStatement<'q> {
 
 /// The number of a user in one of the page's parts; nobody has NULL.
 const OWNER: &str = "(SELECT u.id FROM users u WHERE u.name = ?)";
+
+/// Stands for a count that is the one before it.
+const SAME: i64 = -1;
+
+/// Where counting stops: what is there is more than [`Sql::COUNT_MAX`].
+const COUNT_BEHIND: u64 = Sql::COUNT_MAX + 1;
 
 /// Milliseconds that an id can carry without leaving `i64`.
 const LAST_MS: u64 = (1 << 42) - 2;
