@@ -6,7 +6,10 @@
 use super::socket::Socket;
 use super::tls::{ChannelBindings, Opened, Tls, TlsConfig, TlsVersion};
 use super::websocket::{Decoded, WebSocket, WebSocketLimits};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes taken from the kernel at once, and the unfinished TLS message (at most 64 KiB of handshake) before them.
 const INPUT_BYTES: usize = 96 * 1024;
@@ -72,11 +75,24 @@ pub enum Read<'s> {
     Eof,
 }
 
+/// The other end passes on what is written here, and says how much of it has arrived where it goes to.
+struct Relayed {
+    /// Bytes.
+    written: u64,
+    /// The first so many have arrived; set by the other end.
+    arrived: Arc<AtomicU64>,
+    /// How many bytes were written when so many messages (each behind those of the mark before) had been.
+    marks: VecDeque<(u64, usize)>,
+    /// Messages of all marks.
+    marked: usize,
+}
+
 /// A connection that belongs to one shard at a time; `Send`, to be handed over with all its state.
 pub struct Transport {
     socket: Socket,
     tls: Option<Box<Tls>>,
     web: Option<Box<WebSocket>>,
+    relayed: Option<Box<Relayed>>,
     /// Bytes as they go to the wire, from `sent` on. Owns no memory when all is sent.
     unsent: Vec<u8>,
     sent: usize,
@@ -89,9 +105,54 @@ impl Transport {
             socket,
             tls: None,
             web: None,
+            relayed: None,
             unsent: Vec::new(),
             sent: 0,
         }
+    }
+
+    /// Without TLS, to an end of this process that passes on what is written. `arrived`: set by that end, how many bytes of it
+    /// the client must have.
+    pub fn relayed(socket: Socket, arrived: Arc<AtomicU64>) -> Self {
+        Self {
+            relayed: Some(Box::new(Relayed {
+                written: 0,
+                arrived,
+                marks: VecDeque::new(),
+                marked: 0,
+            })),
+            ..Self::plain(socket)
+        }
+    }
+
+    pub fn is_relayed(&self) -> bool {
+        self.relayed.is_some()
+    }
+
+    /// `messages`: how many have been written and are not known to have arrived. For each write to a relayed one.
+    pub fn mark(&mut self, messages: usize) {
+        let Some(relayed) = &mut self.relayed else {
+            return;
+        };
+        if messages > relayed.marked {
+            let new = messages - relayed.marked;
+            relayed.marks.push_back((relayed.written, new));
+            relayed.marked = messages;
+        }
+    }
+
+    /// Of the [marked](Self::mark) messages, oldest first, so many are now known to have arrived.
+    pub fn take_arrived(&mut self) -> usize {
+        let Some(relayed) = &mut self.relayed else {
+            return 0;
+        };
+        let arrived = relayed.arrived.load(Ordering::Acquire);
+        let mut messages = 0;
+        while let Some((_, count)) = relayed.marks.pop_front_if(|(end, _)| *end <= arrived) {
+            messages += count;
+        }
+        relayed.marked -= messages;
+        messages
     }
 
     /// Begins a server handshake, for direct TLS or after `<proceed/>` (which must have been written before).
@@ -278,6 +339,9 @@ impl Transport {
     /// Errors: the connection is broken; a TLS handshake is under way.
     pub fn write(&mut self, bytes: &[u8], scratch: &mut Scratch) -> io::Result<()> {
         let Some(web) = &mut self.web else {
+            if let Some(relayed) = &mut self.relayed {
+                relayed.written += bytes.len() as u64;
+            }
             return self.send_all(bytes, &mut scratch.out);
         };
         let mut framed = std::mem::take(&mut scratch.framed);
