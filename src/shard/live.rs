@@ -270,14 +270,18 @@ impl Shard {
                     self.component_ready(link, event);
                     false
                 }
-                Some(Kind::Closing { .. }) => {
+                Some(Kind::Closing { transport, .. }) => {
+                    // room to write is news only for who has something to write
+                    let news = event.readable || event.closed || transport.pending() > 0;
                     drop(links);
-                    self.go_on_closing(link);
+                    if news {
+                        self.go_on_closing(link);
+                    }
                     false
                 }
                 Some(Kind::Bosh) => {
                     drop(links);
-                    self.bosh_ready(link, event.closed);
+                    self.bosh_ready(link);
                     false
                 }
                 Some(Kind::Redis(instance)) => {
@@ -358,24 +362,19 @@ impl Shard {
         match end {
             End::Lost => {
                 let gone = links.remove(link);
-                if let Some(Kind::Live(live)) = gone {
-                    self.readiness.remove(live.transport.socket());
-                    if !is_dirty(&slice, sid) && has_all(&live.transport) {
-                        slice.confirmed(sid);
-                    }
+                // a socket that is closed leaves the readiness set by itself
+                if let Some(Kind::Live(mut live)) = gone {
+                    confirm(&mut slice, &mut live.transport, sid);
                     slice.link_lost(sid);
                     drop((links, slice, scratch));
                     if live.transport.has_said_farewell() {
-                        self.close_transport(live.transport);
+                        self.close_transport(live.transport, &[]);
                     }
                 }
             }
             End::Stream(error) => {
-                if let Some(Kind::Live(live)) = links.get_mut(link)
-                    && !is_dirty(&slice, sid)
-                    && has_all(&live.transport)
-                {
-                    slice.confirmed(sid);
+                if let Some(Kind::Live(live)) = links.get_mut(link) {
+                    confirm(&mut slice, &mut live.transport, sid);
                 }
                 slice.end(sid, error);
             }
@@ -408,9 +407,12 @@ impl Shard {
     }
 
     fn lost(&self, link: u64) {
-        if let Some(Kind::Live(live)) = self.links.borrow_mut().remove(link) {
-            self.readiness.remove(live.transport.socket());
-            self.slice.borrow_mut().link_lost(live.session);
+        if let Some(Kind::Live(mut live)) = self.links.borrow_mut().remove(link) {
+            let mut slice = self.slice.borrow_mut();
+            if live.transport.is_relayed() {
+                confirm(&mut slice, &mut live.transport, live.session);
+            }
+            slice.link_lost(live.session);
         }
     }
 
@@ -496,7 +498,7 @@ impl Shard {
         self.component_flush(&mut slice);
         let closing = std::mem::take(&mut slice.fx.closing);
         let ending = std::mem::take(&mut slice.components.ending);
-        if !slice.fx.slots.is_empty() {
+        if !slice.fx.slots.is_empty() || !slice.fx.uploads_gone.is_empty() {
             self.ask_for_slots(&mut slice);
         }
         for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {
@@ -557,10 +559,16 @@ impl Shard {
         let sent = {
             let mut links = self.links.borrow_mut();
             match links.get_mut(link) {
-                Some(Kind::Live(live)) => live
-                    .transport
-                    .write(&bytes, &mut self.scratch.borrow_mut())
-                    .map(|()| live.transport.pending()),
+                Some(Kind::Live(live)) => {
+                    let sent = live
+                        .transport
+                        .write(&bytes, &mut self.scratch.borrow_mut())
+                        .map(|()| live.transport.pending());
+                    if live.transport.is_relayed() {
+                        live.transport.mark(slice.unconfirmed(sid));
+                    }
+                    sent
+                }
                 _ => Ok(0),
             }
         };
@@ -575,8 +583,10 @@ impl Shard {
             }
             Err(_) => {
                 let gone = self.links.borrow_mut().remove(link);
-                if let Some(Kind::Live(live)) = gone {
-                    self.readiness.remove(live.transport.socket());
+                if let Some(Kind::Live(mut live)) = gone {
+                    if live.transport.is_relayed() {
+                        confirm(slice, &mut live.transport, sid);
+                    }
                     slice.link_lost(sid);
                 }
                 false
@@ -618,14 +628,14 @@ impl Shard {
             let Some(session) = slice.sessions.get(sid) else {
                 continue;
             };
-            let link = session.link.filter(|_| !session.dirty);
-            let confirmed = match link.and_then(|link| links.get_mut(link)) {
-                Some(Kind::Live(live)) => has_all(&live.transport),
-                _ => false,
-            };
-            match confirmed {
-                true => slice.confirmed(sid),
-                false => slice.fx.unconfirmed.push(sid),
+            let all_written = !session.dirty;
+            if let Some(Kind::Live(live)) = session.link.and_then(|link| links.get_mut(link))
+                && (all_written || live.transport.is_relayed())
+            {
+                confirm(&mut slice, &mut live.transport, sid);
+            }
+            if slice.unconfirmed(sid) > 0 {
+                slice.fx.unconfirmed.push(sid);
             }
         }
     }
@@ -633,19 +643,16 @@ impl Shard {
     // ---- farewells ---------------------------------------------------------------------------------------------
 
     fn begin_closing(&self, link: u64, bytes: &[u8]) {
-        let mut links = self.links.borrow_mut();
-        let Some(Kind::Live(mut live)) = links.remove(link) else {
-            return;
-        };
-        let _ = live.transport.write(bytes, &mut self.scratch.borrow_mut());
-        drop(links);
-        self.readiness.remove(live.transport.socket());
-        self.close_transport(live.transport);
+        let gone = self.links.borrow_mut().remove(link);
+        if let Some(Kind::Live(live)) = gone {
+            self.close_transport(live.transport, bytes);
+        }
     }
 
-    /// Lets a connection hear what was written last: a socket that is closed with unread input would take it back.
-    pub(super) fn close_transport(&self, mut transport: Transport) {
-        let _ = transport.close_notify(&mut self.scratch.borrow_mut());
+    /// Says `last`, and lets a connection hear it: a socket that is closed with unread input would take it back. Its link is
+    /// gone already.
+    pub(super) fn close_transport(&self, mut transport: Transport, last: &[u8]) {
+        let _ = transport.finish(last, &mut self.scratch.borrow_mut());
         let until_ms = self.slice.borrow().now.ms + FAREWELL_MS;
         let mut links = self.links.borrow_mut();
         let link = links.insert(Kind::Closing {
@@ -657,7 +664,7 @@ impl Shard {
         let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else {
             return;
         };
-        if self.readiness.add(transport.socket(), link).is_err() {
+        if self.readiness.rename(transport.socket(), link).is_err() {
             links.remove(link);
             return;
         }
@@ -686,15 +693,15 @@ impl Shard {
                 Ok(false) => break false,
                 Err(_) => break true,
             }
-            match transport.socket().recv(&mut [0; 16 << 10]) {
+            match transport.socket().recv(&mut [0; 4 << 10]) {
                 Ok(0) => break true,
                 Ok(more) if *read + more > FAREWELL_BYTES_MAX => break true,
                 Ok(more) => *read += more,
                 Err(error) => break error.kind() != std::io::ErrorKind::WouldBlock,
             }
         };
-        if over && let Some(Kind::Closing { transport, .. }) = links.remove(link) {
-            self.readiness.remove(transport.socket());
+        if over {
+            links.remove(link);
         }
     }
 
@@ -707,9 +714,7 @@ impl Shard {
             .map(|(slot, _)| slot)
             .collect();
         for slot in late {
-            if let Kind::Closing { transport, .. } = links.slab.remove(slot).kind {
-                self.readiness.remove(transport.socket());
-            }
+            links.slab.remove(slot);
         }
     }
 
@@ -731,13 +736,20 @@ fn is_dirty(slice: &Slice, sid: SessionId) -> bool {
     session.is_some_and(|session| session.dirty)
 }
 
-/// Has the peer's kernel all that was sent?
-fn has_all(transport: &Transport) -> bool {
-    let socket = transport.socket();
-    // in this order: an end between the two must be seen
-    transport.pending() == 0
-        && socket.unsent().is_ok_and(|unsent| unsent == 0)
-        && !socket.may_have_lost()
+/// What a session without stream management was sent is delivered when its peer's kernel has all of it; over BOSH when requests
+/// have said that its client has it.
+fn confirm(slice: &mut Slice, transport: &mut Transport, sid: SessionId) {
+    if transport.is_relayed() {
+        match transport.take_arrived() {
+            0 => {}
+            messages => slice.confirmed_first(sid, messages),
+        }
+    } else if !is_dirty(slice, sid)
+        && transport.pending() == 0
+        && transport.socket().unsent().is_ok_and(|bytes| bytes == 0)
+    {
+        slice.confirmed(sid);
+    }
 }
 
 /// Why reading ends.

@@ -316,6 +316,8 @@ pub struct Effects {
     pub jobs: Vec<(Ticket, Job)>,
     /// For those who keep the folder of uploads; answered by [`Slice::slot_reserved`].
     pub slots: Vec<feature::upload::Ask>,
+    /// Accounts that were removed, and when (unix seconds); for the same.
+    pub uploads_gone: Vec<(crate::store::upload::Owner, u64)>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
     /// Sessions without stream management that were given messages: [`Slice::confirmed`] when their peer has all.
@@ -2008,6 +2010,30 @@ impl Slice {
         }
     }
 
+    /// Messages that the peer of a session without stream management may not have.
+    pub fn unconfirmed(&self, sid: SessionId) -> usize {
+        let session = self.sessions.get(sid);
+        session
+            .and_then(|session| session.unconfirmed.as_ref())
+            .map_or(0, |kept| kept.len())
+    }
+
+    /// The peer of a session without stream management has so many of the messages that it was sent, oldest first, and perhaps more.
+    pub fn confirmed_first(&mut self, sid: SessionId, messages: usize) {
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
+        let Some(mut kept) = session.unconfirmed.take() else {
+            return;
+        };
+        let ids: Vec<u64> = (0..messages).map_while(|_| kept.pop()).collect();
+        session.unconfirmed = Some(kept).filter(|kept| !kept.is_empty());
+        let name = session.user.clone();
+        for id in ids {
+            self.taken(&name, id);
+        }
+    }
+
     /// RFC 6121 8.5.1: the user does not exist.
     pub(super) fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
         if meta.kind.is_message() || meta.kind.is_iq() {
@@ -2496,10 +2522,14 @@ impl Slice {
         self.fx.requests.push(Request::Read { ticket, query });
     }
 
-    /// Ids of the first and the last entry of an archive, if they are in memory; the inner `None`: it is empty.
-    pub fn archive_ends(&mut self, name: &str) -> Option<Option<(u64, u64)>> {
+    /// Ids of the first and the last entry of an archive, if they are in memory; the inner `None`: it is empty. `asked`: a client waits
+    /// for it, so whether they are is counted.
+    pub fn archive_ends(&mut self, name: &str, asked: bool) -> Option<Option<(u64, u64)>> {
         self.expire_archive(name);
-        self.recent.ends(name)
+        match asked {
+            true => self.recent.asked_ends(name),
+            false => self.recent.ends(name),
+        }
     }
 
     /// What may be purged of an archive any time is not given any more.
@@ -2660,7 +2690,7 @@ fn overflow(session: &Session, limits: &Limits) -> Option<Overflow> {
         )
     });
     // who gives no acknowledgements is asked for them by his kernel, a few times a second and for all at once: more is between
-    // two such moments of a client that keeps up. Over BOSH a client that only listens may never come to one.
+    // two such moments of a client that keeps up. Over BOSH each request says what has arrived.
     let unconfirmed = session.unconfirmed.as_ref().is_some_and(|kept| {
         kept.over(
             UNCONFIRMED_TIMES * limits.unacked_bytes_max + bytes,

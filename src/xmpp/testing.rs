@@ -129,6 +129,7 @@ pub fn limits() -> Limits {
             file_bytes_max: 100_000,
             slot_seconds: 300,
             waiting_max: 100,
+            user_waiting_max: 8,
         },
     }
 }
@@ -151,6 +152,8 @@ pub struct World {
     pub fanned: usize,
     /// What those say who keep the folder of uploads.
     pub slots: Result<(), Refused>,
+    /// They say nothing.
+    pub slots_held: bool,
     /// Peers without stream management have at once what they are sent.
     pub confirms: bool,
     clients: Vec<Connection>,
@@ -268,6 +271,7 @@ impl World {
             fanned: usize::MAX,
             room: usize::MAX,
             slots: Ok(()),
+            slots_held: false,
             confirms: true,
             clients: Vec::new(),
             components: Vec::new(),
@@ -636,7 +640,11 @@ impl World {
                     moved = true;
                     slice.computed(ticket, job.run());
                 }
-                for ask in std::mem::take(&mut slice.fx.slots) {
+                let asked = match self.slots_held {
+                    true => Vec::new(),
+                    false => std::mem::take(&mut slice.fx.slots),
+                };
+                for ask in asked {
                     moved = true;
                     slice.slot_reserved(ask.ticket, Some(self.slots));
                 }

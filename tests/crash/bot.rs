@@ -474,7 +474,7 @@ impl Bot {
     pub fn cut(&mut self, round: &Round) {
         if let Some(wire) = self.wire.take() {
             // what had come and was not looked at is lost with it: it is neither received nor covered
-            let _ = rustix::net::sockopt::set_socket_linger(&wire.socket, Some(Duration::ZERO));
+            let _ = rustix::net::sockopt::set_socket_linger(wire.socket(), Some(Duration::ZERO));
             self.note(round, "cut".to_owned());
         }
         self.asked = false;
@@ -1112,7 +1112,7 @@ fn forwarded(wrapper: &Element) -> Option<&Element> {
 
 fn connect(round: &Round) -> Result<Connection, Trouble> {
     let mut wire = Connection::connect(round.address).map_err(|why| trouble(round, why))?;
-    let _ = wire.socket.set_write_timeout(Some(ANSWER_WITHIN));
+    let _ = wire.socket().set_write_timeout(Some(ANSWER_WITHIN));
     wire.open(DOMAIN).map_err(|why| trouble(round, why))?;
     Ok(wire)
 }
