@@ -19,7 +19,7 @@ use nitro::store::record::{ArchivedScramKeys, Record, RosterItem, Subscription, 
 use nitro::store::ring::Ring;
 use nitro::store::tier::{Answer, Loaded};
 use nitro::xml::{Framer, StreamNs};
-use nitro::xmpp::bind::{Arrival, bind, enable};
+use nitro::xmpp::bind::{Answers, Arrival, bind, enable};
 use nitro::xmpp::fast::{self, Wishes};
 use nitro::xmpp::negotiation::{Negotiation, Policy, Step};
 use nitro::xmpp::sasl::decoy::Shape;
@@ -215,10 +215,12 @@ impl House {
                 self.slice.ledger.give_back(group);
             }
             self.slice.release(usize::MAX);
-            if self.slice.fx.dirty.is_empty() {
+            let mut dirty = std::mem::take(&mut self.slice.fx.dirty);
+            dirty.extend(std::iter::from_fn(|| self.slice.next_fanned()));
+            if dirty.is_empty() {
                 break;
             }
-            for session in std::mem::take(&mut self.slice.fx.dirty) {
+            for session in dirty {
                 if let Some((_, bytes)) = self.slice.take_out(session) {
                     self.slice.reuse(black_box(bytes));
                 }
@@ -276,7 +278,7 @@ impl House {
             };
             let new = this.arrive(name, resource.as_deref());
             let jid = &*this.slice.sessions.get(new).expect("it is new").jid;
-            negotiation.bound(Ok((jid, "")), &this.slice.env, &mut out);
+            negotiation.bound(Ok((jid, &Answers::default())), &this.slice.env, &mut out);
             session = Some(new);
         });
         self.settle_in(session.expect("it was bound"), &mut framer);
@@ -555,6 +557,7 @@ fn limits() -> Limits {
             file_bytes_max: 100_000,
             slot_seconds: 300,
             waiting_max: 100,
+            user_waiting_max: 8,
         },
     }
 }

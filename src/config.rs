@@ -211,6 +211,14 @@ keys! {
         live key: PathBuf = PathBuf::new();
         /// The oldest TLS version that is accepted: "1.2" or "1.3".
         live version_min: TlsVersion = TlsVersion::V1_2;
+        /// Whoever has a certificate that these authorities have signed logs in with it (SASL EXTERNAL, XEP-0178): PEM, with
+        /// all authorities in one file. Empty: clients are asked for no certificate. SIGHUP reads the file again.
+        live client_ca: PathBuf = PathBuf::new();
+        /// Files with the lists of certificates that these authorities have revoked, PEM or DER. With any, there must be a list that
+        /// is not out of date of each authority in a client's chain. SIGHUP reads the files again.
+        live client_crl: Vec<PathBuf> = Vec::new();
+        /// Whether a certificate without an XMPP address stands for the account that is called like its e-mail address.
+        live client_email: bool = false;
     }
 
     /// Authentication.
@@ -220,7 +228,8 @@ keys! {
         /// Milliseconds that the answer to a client's first message takes at least, so that its time does not tell whether
         /// the account exists or is cached: a little more than a query of the database takes.
         live answer_ms_min: u64 = 3 => 0..=1000;
-        /// The mechanisms that are offered. Those with channel binding (-PLUS) and PLAIN need TLS anyway.
+        /// The mechanisms that are offered. Those with channel binding (-PLUS) and PLAIN need TLS anyway, EXTERNAL a client's
+        /// certificate (tls.client_ca).
         live mechanisms: Vec<String> = MECHANISMS.iter().map(|m| m.to_string()).collect();
         /// Whether authentication, binding and resumption in one step (XEP-0388, XEP-0386) are offered over TLS, beside the older
         /// way.
@@ -337,6 +346,10 @@ keys! {
         live http_seconds_max: u64 = 10 => 1..=600;
         /// Bytes a second that a body must come at, and an answer be taken, on average; slower connections are cut.
         live http_bytes_per_second_min: u64 = 1024 => 1..=1_073_741_824;
+        /// Bytes of a refused body that are read away so that its sender hears why; more end the connection by a reset.
+        live http_linger_bytes_max: usize = 67_108_864 => 65_536..=17_179_869_184;
+        /// And the seconds that this may take.
+        live http_linger_seconds_max: u64 = 30 => 1..=600;
         /// Frames of one WebSocket message; more end the connection with status 1008.
         live websocket_fragments_max: u32 = 256 => 1..=1_000_000;
         /// Connections of `nitro user` and `nitro session` to the admin socket at the same time.
@@ -346,7 +359,8 @@ keys! {
     /// Many logins at once: who is in must not notice (see "Storms" in README.md).
     storm: Storm {
         /// Microseconds that a turn of a shard's loop should take at most, and so what a message waits for logins: the number
-        /// of logins that compute at a time is lowered while turns take longer and raised while they do not.
+        /// of logins that compute at a time is lowered while turns take longer and raised while they do not. Half of it is for
+        /// what large chat rooms say: who is told in later turns waits behind messages between two.
         live lag_us_target: u64 = 300 => 20..=100_000;
         /// Logins of one shard that may compute at a time even when turns take too long.
         live logins_computing_min: usize = 1 => 1..=1000;
@@ -484,9 +498,12 @@ keys! {
         live transfers_max: usize = 256 => 1..=100_000;
         /// The same of one address (an IPv6 /64 counts as one), where `limits.exempt` does not say otherwise.
         live transfers_per_address_max: usize = 16 => 1..=100_000;
-        /// Pieces of files and requests for slots that wait for the disk; more are refused.
+        /// Pieces of files that wait for the disk, and apart from them requests for slots: more of these are refused, a piece waits
+        /// for room.
         restart waiting_max: usize = 1024 => 16..=1_000_000;
-        /// Threads that write and read them.
+        /// Requests for slots of one user that wait; more are refused.
+        live user_waiting_max: usize = 32 => 1..=1_000_000;
+        /// Threads that write and read pieces; one more answers requests for slots.
         restart threads: usize = 2 => 1..=64;
     }
 
@@ -617,6 +634,7 @@ keys! {
 
 /// The SASL mechanisms that nitro has, strongest first (the default of `sasl.mechanisms`).
 pub const MECHANISMS: &[&str] = &[
+    "EXTERNAL",
     "SCRAM-SHA-256-PLUS",
     "SCRAM-SHA-1-PLUS",
     "SCRAM-SHA-256",
@@ -1289,6 +1307,17 @@ impl Item for String {
     }
 }
 
+impl Item for PathBuf {
+    const KIND: &'static str = "a path";
+    const EXAMPLE: &'static str = r#"["/etc/nitro/clients.crl"]"#;
+    fn parse(text: &str) -> Option<Self> {
+        (!text.is_empty()).then(|| text.into())
+    }
+    fn text(&self) -> String {
+        self.to_string_lossy().into_owned()
+    }
+}
+
 impl<T: Item> Value for Vec<T> {
     fn read(value: &DeValue) -> Result<Self, String> {
         const ITEMS_MAX: usize = 1000;
@@ -1538,6 +1567,27 @@ impl Loading {
             return wrong(
                 set,
                 format!("it stands without {missing}; set both or none"),
+            );
+        }
+        if empty(&c.tls.client_ca) {
+            for (key, set) in [
+                ("tls.client_crl", !c.tls.client_crl.is_empty()),
+                ("tls.client_email", c.tls.client_email),
+            ] {
+                if set {
+                    return wrong(key, "it stands without tls.client_ca; set that, too".into());
+                }
+            }
+            if c.sasl.mechanisms.iter().all(|m| m == "EXTERNAL") {
+                return wrong(
+                    "sasl.mechanisms",
+                    "nobody could log in: EXTERNAL needs tls.client_ca; set that, too".into(),
+                );
+            }
+        } else if !c.sasl.mechanisms.iter().any(|m| m == "EXTERNAL") {
+            return wrong(
+                "tls.client_ca",
+                "no certificate lets in without EXTERNAL; add it to sasl.mechanisms".into(),
             );
         }
         if c.rooms_host().as_deref() == Some(&*c.domain) {
@@ -1955,6 +2005,22 @@ mod tests {
             (
                 "database = 'postgres://x'",
                 r#"nitro.toml:1: database: this is no database; write "sqlite:PATH" or "mysql://USER:PASSWORD@HOST/NAME""#,
+            ),
+            (
+                "tls.client_crl = ['c.crl']",
+                "nitro.toml:1: tls.client_crl: it stands without tls.client_ca; set that, too",
+            ),
+            (
+                "tls.client_email = true",
+                "nitro.toml:1: tls.client_email: it stands without tls.client_ca; set that, too",
+            ),
+            (
+                "sasl.mechanisms = ['PLAIN']\ntls.client_ca = 'ca.pem'",
+                "nitro.toml:2: tls.client_ca: no certificate lets in without EXTERNAL; add it to sasl.mechanisms",
+            ),
+            (
+                "sasl.mechanisms = ['EXTERNAL']",
+                "nitro.toml:1: sasl.mechanisms: nobody could log in: EXTERNAL needs tls.client_ca; set that, too",
             ),
             (
                 "\ntls.key = 'k'",

@@ -4,14 +4,15 @@
 //! rustls's buffered connection would cost 4 KiB more for each idle client; this one writes into the shard's buffers.
 
 use super::certificate::fingerprint;
+use super::client_certificate::{ClientAuthority, ClientNames};
 use aws_lc_rs::digest::{self, digest};
 use aws_lc_rs::hkdf::{self, KeyType, Prk};
-use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
+use rustls::crypto::{CryptoProvider, GetRandomFailed, SecureRandom, aws_lc_rs as provider};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
-use rustls::{KeyLog, ProtocolVersion, ServerConfig};
+use rustls::{HandshakeKind, KeyLog, ProtocolVersion, ServerConfig};
 use std::cell::Cell;
 use std::io;
 use std::path::Path;
@@ -37,6 +38,8 @@ pub struct TlsConfig(Arc<Shared>);
 struct Shared {
     server: Arc<ServerConfig>,
     https: Arc<ServerConfig>,
+    /// Who vouches for clients at the ports for XMPP; `None`: clients are asked for no certificate.
+    clients: Option<ClientAuthority>,
     /// tls-server-end-point (RFC 5929, 4.1).
     end_point: Option<Vec<u8>>,
     fingerprint: String,
@@ -52,17 +55,23 @@ pub enum TlsVersion {
 }
 
 /// What SCRAM-PLUS may bind to, as bytes for the `cbind-data` field.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default)]
 pub struct ChannelBindings {
     /// tls-exporter (RFC 9266); TLS 1.3 only.
-    pub exporter: Option<[u8; 32]>,
+    pub exporter: Option<Exporter>,
     /// tls-server-end-point (RFC 5929): the hash of the certificate; absent for signatures without a hash.
     pub end_point: Option<Vec<u8>>,
 }
 
 impl TlsConfig {
     /// Reads a PEM certificate chain (leaf first) and its key; TLS 1.2 is spoken unless `only_tls13`. The error is a sentence that names the file.
-    pub fn load(certificate: &Path, key: &Path, only_tls13: bool) -> Result<Self, String> {
+    /// With `clients`, those who come for XMPP are asked for a certificate.
+    pub fn load(
+        certificate: &Path,
+        key: &Path,
+        only_tls13: bool,
+        clients: Option<ClientAuthority>,
+    ) -> Result<Self, String> {
         let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(certificate)
             .and_then(Iterator::collect)
             .map_err(|e| unreadable("certificate", certificate, e))?;
@@ -73,7 +82,7 @@ impl TlsConfig {
             ));
         }
         let private = PrivateKeyDer::from_pem_file(key).map_err(|e| unreadable("key", key, e))?;
-        Self::new(chain, private, only_tls13).map_err(|e| {
+        Self::new(chain, private, only_tls13, clients).map_err(|e| {
             format!(
                 "the certificate {} and the key {} cannot be used together: {e}",
                 certificate.display(),
@@ -86,6 +95,7 @@ impl TlsConfig {
         chain: Vec<CertificateDer<'static>>,
         key: PrivateKeyDer<'static>,
         only_tls13: bool,
+        clients: Option<ClientAuthority>,
     ) -> Result<Self, rustls::Error> {
         let versions: &[&rustls::SupportedProtocolVersion] = match only_tls13 {
             true => &[&rustls::version::TLS13],
@@ -93,20 +103,32 @@ impl TlsConfig {
         };
         let end_point = end_point(&chain[0]);
         let fingerprint = fingerprint(&chain[0]);
-        let mut server = ServerConfig::builder_with_provider(Arc::new(provider()))
-            .with_protocol_versions(versions)?
+        let builder = ServerConfig::builder_with_provider(Arc::new(provider()))
+            .with_protocol_versions(versions)?;
+        let mut https = builder
+            .clone()
             .with_no_client_auth()
             .with_single_cert(chain, key)?;
-        server.ignore_client_order = true;
-        // Tickets carry their state with them: no table of sessions that cores would share.
-        server.session_storage = Arc::new(NoServerSessionStorage {});
-        server.ticketer = provider::Ticketer::new()?;
-        server.send_tls13_tickets = 1;
+        // a browser would ask its user which certificate to show
+        let mut server = match &clients {
+            None => https.clone(),
+            Some(clients) => builder
+                .with_client_cert_verifier(clients.asking())
+                .with_cert_resolver(https.cert_resolver.clone()),
+        };
+        let ticketer = provider::Ticketer::new()?;
+        for config in [&mut server, &mut https] {
+            config.ignore_client_order = true;
+            // Tickets carry their state with them: no table of sessions that cores would share.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.ticketer = ticketer.clone();
+            config.send_tls13_tickets = 1;
+            config.key_log = Arc::new(CatchExporter);
+        }
         server.alpn_protocols = vec![ALPN_XMPP_CLIENT.to_vec()];
-        server.key_log = Arc::new(CatchExporter);
-        let mut https = server.clone();
         https.alpn_protocols = vec![ALPN_HTTP.to_vec()];
         Ok(Self(Arc::new(Shared {
+            clients,
             https: Arc::new(https),
             server: Arc::new(server),
             end_point,
@@ -129,7 +151,19 @@ pub(super) fn provider() -> CryptoProvider {
         let name = format!("{:?}", suite.suite());
         (!name.starts_with("TLS13_"), !name.contains("AES_128_GCM"))
     });
+    provider.secure_random = &Stock;
     provider
+}
+
+/// Hellos and tickets ask for few bytes each: see [`crate::random`].
+#[derive(Debug)]
+struct Stock;
+
+impl SecureRandom for Stock {
+    fn fill(&self, out: &mut [u8]) -> Result<(), GetRandomFailed> {
+        crate::random::random(out);
+        Ok(())
+    }
 }
 
 fn unreadable(what: &str, path: &Path, error: pem::Error) -> String {
@@ -155,7 +189,7 @@ pub(super) struct Tls {
     unfinished: Vec<u8>,
     /// `unfinished` was put there from outside and rustls has not seen it.
     unseen: bool,
-    exporter: Option<ExporterSecret>,
+    exporter: Option<Exporter>,
     /// Records that go to the peer before the next ones. Owns no memory when empty.
     held: Vec<u8>,
     closed_by_peer: bool,
@@ -221,9 +255,21 @@ impl Tls {
         }
     }
 
+    /// Whether the handshake resumed an earlier session.
+    pub(super) fn resumed(&self) -> bool {
+        self.connection.handshake_kind() == Some(HandshakeKind::Resumed)
+    }
+
+    /// The names in the certificate that the client has shown; `Err`: why it does not hold now. `None`: it was asked for none, or has
+    /// none. Costs the verification of the chain's signatures.
+    pub(super) fn client_names(&self) -> Option<Result<ClientNames, rustls::Error>> {
+        let clients = self.config.0.clients.as_ref()?;
+        Some(clients.names(self.connection.peer_certificates()?))
+    }
+
     pub(super) fn channel_bindings(&self) -> ChannelBindings {
         ChannelBindings {
-            exporter: self.exporter.as_ref().and_then(ExporterSecret::bind),
+            exporter: self.exporter.clone(),
             end_point: self.config.0.end_point.clone(),
         }
     }
@@ -467,33 +513,44 @@ fn append(
 
 /// The exporter secret of TLS 1.3, as long as the hash of the cipher suite.
 #[derive(Clone)]
-struct ExporterSecret {
-    bytes: [u8; 48],
-    length: u8,
+pub enum Exporter {
+    /// Of a cipher suite with SHA-256.
+    Sha256([u8; 32]),
+    /// Of a cipher suite with SHA-384.
+    Sha384([u8; 48]),
 }
 
-impl ExporterSecret {
-    /// tls-exporter: TLS-Exporter("EXPORTER-Channel-Binding", "", 32), RFC 9266 section 4 and RFC 8446 section 7.5.
-    fn bind(&self) -> Option<[u8; 32]> {
-        let (hash, hkdf) = match self.length {
-            32 => (&digest::SHA256, hkdf::HKDF_SHA256),
-            48 => (&digest::SHA384, hkdf::HKDF_SHA384),
-            _ => return None,
+impl Exporter {
+    /// `None`: no suite has a hash of this length.
+    fn new(secret: &[u8]) -> Option<Exporter> {
+        match secret.len() {
+            32 => secret.try_into().ok().map(Exporter::Sha256),
+            48 => secret.try_into().ok().map(Exporter::Sha384),
+            _ => None,
+        }
+    }
+
+    /// tls-exporter: TLS-Exporter("EXPORTER-Channel-Binding", "", 32), RFC 9266 section 4 and RFC 8446 section 7.5. Costs
+    /// about as much as encrypting two records.
+    pub fn binding(&self) -> [u8; 32] {
+        let (hash, hkdf, secret) = match self {
+            Exporter::Sha256(secret) => (&digest::SHA256, hkdf::HKDF_SHA256, &secret[..]),
+            Exporter::Sha384(secret) => (&digest::SHA384, hkdf::HKDF_SHA384, &secret[..]),
         };
         let empty = digest(hash, b"");
         let mut derived = [0u8; 48];
-        let derived = &mut derived[..usize::from(self.length)];
-        let secret = &self.bytes[..usize::from(self.length)];
+        let derived = &mut derived[..secret.len()];
+        let mut binding = [0u8; 32];
         expand_label(
             hkdf,
             secret,
             b"EXPORTER-Channel-Binding",
             empty.as_ref(),
             derived,
-        )?;
-        let mut binding = [0u8; 32];
-        expand_label(hkdf, derived, b"exporter", empty.as_ref(), &mut binding)?;
-        Some(binding)
+        )
+        .and_then(|()| expand_label(hkdf, derived, b"exporter", empty.as_ref(), &mut binding))
+        .expect("a hash can be expanded to its own length");
+        binding
     }
 }
 
@@ -529,7 +586,7 @@ fn expand_label(
 
 thread_local! {
     /// What [`CatchExporter`] caught during the call of [`Tls::open`] that is under way on this thread.
-    static CAUGHT: Cell<Option<ExporterSecret>> = const { Cell::new(None) };
+    static CAUGHT: Cell<Option<Exporter>> = const { Cell::new(None) };
 }
 
 /// The unbuffered connection exports no keying material, but it offers its secrets to a key log while it processes
@@ -539,13 +596,8 @@ struct CatchExporter;
 
 impl KeyLog for CatchExporter {
     fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
-        let mut bytes = [0u8; 48];
-        if self.will_log(label) && secret.len() <= bytes.len() {
-            bytes[..secret.len()].copy_from_slice(secret);
-            CAUGHT.set(Some(ExporterSecret {
-                bytes,
-                length: secret.len() as u8,
-            }));
+        if self.will_log(label) {
+            CAUGHT.set(Exporter::new(secret));
         }
     }
 

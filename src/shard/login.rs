@@ -17,12 +17,14 @@ use crate::observe::{Stage, record};
 use crate::rt::{self, Notify, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::xml::{Framer, StreamNs};
-use crate::xmpp::bind::{self, Arrival, Extras};
+use crate::xmpp::bind::{self, Answers, Arrival, Extras};
 use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::fast;
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
-use crate::xmpp::sasl::{ChannelBindings, Credentials, Failure, Mechanism, ScramKeysRef};
+use crate::xmpp::sasl::{
+    ChannelBindings, Credentials, Exporter, Failure, Mechanism, ScramKeysRef, external,
+};
 use crate::xmpp::session::{Session, SessionId};
 use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
@@ -86,17 +88,21 @@ enum Outcome {
     Move(usize, Wish),
     /// A stream error is owed.
     Refuse(StreamError),
-    /// Whatever had to be said was said.
-    Close,
+    /// Nothing more is to be said than this.
+    Close(Vec<u8>),
     /// The connection broke.
     Gone,
 }
 
+/// The longest that a login usually has to say at once: so that it is written without moving.
+const OUT_BYTES_USUAL: usize = 1536;
 /// How often a user is loaded for one binding, when others push him out of the cache in between.
 const LOADS_MAX: u32 = 3;
 
 enum Resumed {
     Yes,
+    /// The account is not what was authenticated against any more.
+    Refused(Failure),
     /// There is no such session; so many of its stanzas were durable, if that is known.
     No {
         count: Option<u32>,
@@ -302,7 +308,9 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
             arrived_us,
             ..
         } = knock;
-        return http::serve_client(shard, socket, peer, pass, tls, arrived_us, guest).await;
+        // in a box: a task has room for the longest way through it, and most do not go this one
+        let serving = http::serve_client(shard, socket, peer, pass, tls, arrived_us, guest);
+        return Box::pin(serving).await;
     }
     let config = shard.config.borrow().clone();
     let mut transport = Transport::plain(knock.socket);
@@ -410,7 +418,9 @@ pub(super) async fn begin_stream(shard: Rc<Shard>, stream: WebStream) {
 
 fn bindings(bound: crate::net::ChannelBindings) -> ChannelBindings {
     ChannelBindings {
-        exporter: bound.exporter,
+        exporter: bound
+            .exporter
+            .map(|exporter| Exporter::new(move || exporter.binding())),
         server_end_point: bound.end_point.map(Into::into),
     }
 }
@@ -458,7 +468,7 @@ pub fn arrived(shard: Rc<Shard>, moved: Moved) {
 }
 
 /// Says why a connection is not let in: in words where it expects plain text, else by a TLS alert.
-fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &StreamError) {
+fn turn_away(shard: &Shard, transport: Transport, door: Door, error: &StreamError) {
     shard.gauges.turned_away.one();
     let mut out = Vec::new();
     if door.begins_with_tls() {
@@ -479,8 +489,7 @@ fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &Stream
         };
         Negotiation::new(&config.domain, policy).refuse(error, &mut out);
     }
-    let _ = transport.write(&out, &mut shard.scratch.borrow_mut());
-    shard.close_transport(transport);
+    shard.close_transport(transport, &out);
 }
 
 async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, guest: Guest) {
@@ -500,10 +509,13 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
             transport,
             framer,
             rest,
+            drained,
             pass,
             negotiation,
             ..
         } = c;
+        // what came behind the binding, and edges that nobody saw meanwhile
+        let more = !rest.is_empty() || !drained || guest.login.has_news();
         drop(negotiation);
         let Some(sid) = shard.take_bound(link) else {
             return;
@@ -528,8 +540,9 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
             }));
         }
         shard.admission.bound();
-        // what came behind the binding, and edges that nobody saw meanwhile
-        shard.read(link, true);
+        if more {
+            shard.read(link, true);
+        }
         shard.flush();
         if !shard.unread.borrow().is_empty() {
             shard.nudge();
@@ -537,9 +550,9 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
         return;
     }
     shard.links.borrow_mut().remove(link);
-    shard.readiness.remove(c.transport.socket());
     match outcome {
         Outcome::Move(owner, wish) => {
+            shard.readiness.remove(c.transport.socket());
             shard.ways.borrow_mut().send(
                 owner,
                 Parcel::Moved(Box::new(Moved {
@@ -552,13 +565,12 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
         Outcome::Refuse(error) => {
             let mut out = Vec::new();
             c.negotiation.refuse(&error, &mut out);
-            if !c.transport.handshaking() {
-                let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-            }
-            shard.close_transport(c.transport);
+            shard.close_transport(c.transport, &out);
         }
-        Outcome::Close => shard.close_transport(c.transport),
-        Outcome::Gone if c.transport.has_said_farewell() => shard.close_transport(c.transport),
+        Outcome::Close(last) => shard.close_transport(c.transport, &last),
+        Outcome::Gone if c.transport.has_said_farewell() => {
+            shard.close_transport(c.transport, &[]);
+        }
         Outcome::Gone | Outcome::Bound => {}
     }
 }
@@ -597,7 +609,7 @@ async fn run(
     guest: &Guest,
     link: u64,
 ) -> Outcome {
-    let mut out = Vec::new();
+    let mut out = Vec::with_capacity(OUT_BYTES_USUAL);
     let mut next = wish.map(|wish| match wish {
         Wish::Login(name) => Step::Login { name },
         Wish::Register(name, password) => Step::Register { name, password },
@@ -715,8 +727,7 @@ async fn run(
                 // what was reported meanwhile is not reported again
                 c.drained = false;
                 if close {
-                    let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-                    return Outcome::Close;
+                    return Outcome::Close(out);
                 }
             }
             Step::Register { name, password } => {
@@ -751,7 +762,7 @@ async fn run(
                 let outcome = shard.bind(c, resource.as_deref(), &extras, link).await;
                 let bound = outcome.is_ok();
                 let told = match &outcome {
-                    Ok((jid, answers)) => Ok((&**jid, &**answers)),
+                    Ok((jid, answers)) => Ok((&**jid, answers)),
                     Err(error) => Err(error.clone()),
                 };
                 c.negotiation
@@ -774,6 +785,12 @@ async fn run(
                     record(Stage::Resume, shard.now_us() - c.times.accepted_us);
                     return Outcome::Bound;
                 }
+                Ok(Resumed::Refused(failure)) => {
+                    next = match c.negotiation.refused_resumption(failure, &mut out) {
+                        Step::Continue => None,
+                        step => Some(step),
+                    };
+                }
                 Ok(Resumed::No { count }) => {
                     let env = &shard.slice.borrow().env;
                     next = match c.negotiation.not_resumed(count, env, &mut out) {
@@ -783,10 +800,7 @@ async fn run(
                 }
                 Err(error) => return Outcome::Refuse(error),
             },
-            Step::End => {
-                let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-                return Outcome::Close;
-            }
+            Step::End => return Outcome::Close(out),
         }
         if next.is_none() && !out.is_empty() {
             if c.transport
@@ -835,8 +849,12 @@ async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()
         let handshake_done = handshaking && !c.transport.handshaking();
         if handshake_done {
             record(Stage::TlsHandshake, shard.now_us() - c.times.tls_us);
+            if c.transport.tls_resumed() {
+                shard.gauges.tls_resumed.one();
+            }
             let bound = c.transport.channel_bindings();
             c.negotiation.encrypted(bindings(bound));
+            c.negotiation.certified(certified(shard, c));
         }
         if read || (handshake_done && c.refusal.is_some()) {
             return Ok(());
@@ -845,6 +863,23 @@ async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()
             continue;
         }
         c.drained = true;
+    }
+}
+
+/// The accounts that the client's certificate stands for (XEP-0178).
+fn certified(shard: &Shard, c: &Connecting) -> Vec<Box<str>> {
+    let config = shard.config.borrow();
+    match c.transport.client_names() {
+        None => Vec::new(),
+        Some(Ok(names)) => {
+            let email = config.tls.client_email.then_some(&*names.email);
+            external::accounts(&names.xmpp, email, &config.domain)
+        }
+        Some(Err(reason)) => {
+            shard.gauges.client_certificates_refused.one();
+            tracing::info!(address = %c.peer.ip(), reason, "a client's certificate does not hold");
+            Vec::new()
+        }
     }
 }
 
@@ -1031,6 +1066,9 @@ impl Shard {
                     sha1: record.sha1.as_ref().map(borrow_keys),
                     sha256: record.sha256.as_ref().map(borrow_keys),
                 };
+                if c.negotiation.shows_certificate() {
+                    self.gauges.certificate_logins.one();
+                }
                 c.negotiation.account = Some(fast::account(record));
                 c.negotiation
                     .credentials(Some(keys), record.disabled, &decoy, out)
@@ -1132,13 +1170,8 @@ impl Shard {
         let slice = self.slice.borrow();
         let user = negotiation.user().and_then(|name| slice.user(name));
         let record = user.ok_or(Failure::TEMPORARY_AUTH_FAILURE)?.record.get();
-        if record.disabled {
-            return Err(Failure::ACCOUNT_DISABLED);
-        }
         // he may have been held back: what his proof held for may be past
-        if negotiation.account != Some(fast::account(record)) {
-            return Err(Failure::NOT_AUTHORIZED);
-        }
+        bind::check_account(record, negotiation.account)?;
         let request = negotiation.request();
         let plan = request
             .zip(request.and_then(|request| request.agent.as_deref()))
@@ -1196,7 +1229,7 @@ impl Shard {
         resource: Option<&str>,
         extras: &Extras,
         link: u64,
-    ) -> Result<(String, String), StanzaError> {
+    ) -> Result<(String, Answers), StanzaError> {
         let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
         for _ in 0..LOADS_MAX {
             self.load(&name).await;
@@ -1256,6 +1289,10 @@ impl Shard {
         let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
         let sid = sm::find(&self.slice.borrow(), &name, previd);
         if let Some(sid) = sid {
+            // nobody else's connection is closed
+            if let Err(failure) = self.check_account(&c.negotiation) {
+                return Ok(Resumed::Refused(failure));
+            }
             sm::detach(&mut self.slice.borrow_mut(), sid);
         }
         while self.is_settling(sid, previd) {
@@ -1267,6 +1304,9 @@ impl Shard {
                 .push(setter);
             self.flush();
             guest.away(settled.take()).await;
+        }
+        if let Err(failure) = self.check_account(&c.negotiation) {
+            return Ok(Resumed::Refused(failure));
         }
         let mut slice = self.slice.borrow_mut();
         let Some(sid) = sm::find(&slice, &name, previd) else {
@@ -1293,6 +1333,15 @@ impl Shard {
         }
         self.bound.borrow_mut().push((link, sid));
         Ok(Resumed::Yes)
+    }
+
+    /// Whoever has a session is loaded; of others there is nothing to resume.
+    fn check_account(&self, negotiation: &Negotiation) -> Result<(), Failure> {
+        let slice = self.slice.borrow();
+        match negotiation.user().and_then(|name| slice.user(name)) {
+            Some(user) => bind::check_account(user.record.get(), negotiation.account),
+            None => Ok(()),
+        }
     }
 
     /// Is something that was read from the session, or from one that has ended, not decided yet?

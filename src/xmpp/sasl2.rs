@@ -8,8 +8,8 @@
 //!
 //! Two places where XEP-0386 leaves room: messages that wait for the user are not thrown away when he binds but delivered as
 //! ever, with the stable ids by which the client knows them from its archive, because a message that was accepted is given up
-//! only to a client that has acknowledged it; and the archive's `<metadata/>` is not in `<bound/>`: it would cost each login a
-//! query of the database, and a client that wants it asks for it.
+//! only to a client that has acknowledged it; and the archive's `<metadata/>` is in `<bound/>` only where it is in memory: else
+//! it would cost the login a query of the database, and a client that wants it asks for it.
 
 use aws_lc_rs::hmac;
 use base64::Engine;
@@ -19,6 +19,7 @@ use super::bind::Extras;
 use super::fast;
 use super::feature::{carbons, csi, sm};
 use super::jid;
+use super::push;
 use super::sasl::{ChannelBindings, Failure, Mechanism};
 use crate::xml::dom::Element;
 use crate::xml::escape_text;
@@ -101,6 +102,7 @@ impl Bind {
                     .map(|enable| sm::Wish::new(enable.get("resume"), enable.get("max"))),
                 carbons: bind.find("enable", carbons::NS).is_some(),
                 inactive: bind.find("inactive", csi::NS).is_some(),
+                archive: true,
             },
         }
     }
@@ -133,20 +135,26 @@ impl Bind {
 
 /// The stream feature; what it names can all be had. `tokens`: with XEP-0484, on this channel.
 pub fn write_feature(mechanisms: &[Mechanism], tokens: Option<&ChannelBindings>, out: &mut String) {
-    out.push_str(&format!("<authentication xmlns='{NS}'>"));
+    push(out, &["<authentication xmlns='", NS, "'>"]);
     for mechanism in mechanisms {
-        out.push_str(&format!("<mechanism>{}</mechanism>", mechanism.name()));
+        push(out, &["<mechanism>", mechanism.name(), "</mechanism>"]);
     }
-    out.push_str(&format!(
-        "<inline><sm xmlns='{}'/><bind xmlns='{NS_BIND}'><inline><feature var='{}'/><feature var='{}'/><feature var='{}'/>\
-         </inline></bind>",
-        sm::NS,
-        carbons::NS,
-        csi::NS,
-        sm::NS,
-    ));
+    push(
+        out,
+        &[
+            "<inline><sm xmlns='",
+            sm::NS,
+            "'/><bind xmlns='",
+            NS_BIND,
+            "'><inline>",
+        ],
+    );
+    for feature in [carbons::NS, csi::NS, sm::NS] {
+        push(out, &["<feature var='", feature, "'/>"]);
+    }
+    out.push_str("</inline></bind>");
     if let Some(bindings) = tokens {
-        let unbound = mechanisms.iter().any(|m| !m.is_plus());
+        let unbound = mechanisms.iter().any(|m| !m.is_bound());
         fast::write_feature(bindings, unbound, out);
     }
     out.push_str("</inline></authentication>");

@@ -43,6 +43,8 @@ def main():
     scenarios.TOKIO_CLIENT = arguments.tokio_client and os.path.abspath(arguments.tokio_client)
     scenarios.WEB_CLIENT = arguments.web_client and os.path.abspath(arguments.web_client)
     scenarios.LOADTEST = arguments.loadtest and os.path.abspath(arguments.loadtest)
+    if not scenarios.NGINX:
+        print("nginx is missing (Debian: nginx-light): config/nginx.conf is not tried", flush=True)
     server = running_server() or Blade(os.path.abspath(arguments.nitro))
     passed = failed = 0
     try:

@@ -9,12 +9,17 @@ import json
 import os
 import pathlib
 import re
+import shutil
+import socket
 import ssl
+import subprocess
 import tempfile
+import time
 import typing
 
 from aio import AioBot
 from bot import Event, Message, Presence, Push, Refused, StreamEnd
+from certificates import Authority
 from components import AppServer, Echo
 from server import Blade, free_ports
 from slix import SlixBot
@@ -23,6 +28,8 @@ LIBRARIES = [SlixBot, AioBot]
 TOKIO_CLIENT = None  # the program of tests/bots/tokio-client
 WEB_CLIENT = None  # tests/bots/web/client.mjs, with its libraries installed and login.mjs beside it
 LOADTEST = None  # the load generator
+NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
+NGINX_CONF = pathlib.Path(__file__).parents[2] / "config" / "nginx.conf"
 SCENARIOS = []
 PASSWORD = "correct horse"
 
@@ -35,6 +42,7 @@ class Scenario:
     needs_tokio_client: bool = False
     needs_web_client: bool = False
     needs_loadtest: bool = False
+    needs_nginx: bool = False
 
 
 class Stage:
@@ -64,11 +72,12 @@ class Stage:
                 pass
 
 
-def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False, loadtest=False):
+def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False, loadtest=False, nginx=False):
     """One play, or one for each library, or for each pair of them.
 
     `own`: only on a server that we started; `tokio`: only if there is the program of tests/bots/tokio-client; `web`: only if there
-    is tests/bots/web with its libraries; `loadtest`: only if there is the load generator.
+    is tests/bots/web with its libraries; `loadtest`: only if there is the load generator; `nginx`: only if there
+    is nginx.
     """
 
     def declare(function):
@@ -81,7 +90,7 @@ def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False, load
                 title = f"{name} [{one.library} to {other.library}]"
                 SCENARIOS.append(Scenario(title, bound(function, one, other), own))
         else:
-            SCENARIOS.append(Scenario(name, function, own, tokio, web, loadtest))
+            SCENARIOS.append(Scenario(name, function, own, tokio, web, loadtest, nginx))
         return function
 
     return declare
@@ -96,6 +105,7 @@ def all_of_them(server):
         one for one in SCENARIOS
         if (server.own or not one.needs_own_server) and (TOKIO_CLIENT or not one.needs_tokio_client)
         and (WEB_CLIENT or not one.needs_web_client) and (LOADTEST or not one.needs_loadtest)
+        and (NGINX or not one.needs_nginx)
     ]
 
 
@@ -521,6 +531,34 @@ async def expect_refusal(bot):
     raise AssertionError(f"{bot.full} logged in")
 
 
+@scenario(own=True)
+async def a_certificate_logs_in_without_password(stage):
+    """SASL EXTERNAL (XEP-0178) by STARTTLS and direct TLS."""
+    with tempfile.TemporaryDirectory(prefix="nitro-bots-") as folder:
+        authority = Authority(folder)
+        blade = stage.server = Blade(stage.server.program, tls__client_ca=f'"{authority.path}"')
+        try:
+            for name in ("alice", "bob"):
+                await stage.bot(SlixBot, name).log_in(register=True)
+            for direct_tls in (False, True):
+                alice = stage.bot(SlixBot, "alice", resource=f"by-certificate-{direct_tls}", password="wrong")
+                alice.identity = authority.issue(alice.jid)
+                await alice.log_in(direct_tls=direct_tls)
+                await alice.come_online()
+            # the certificate says who it is, not how the client is set up (slixmpp names no authorization identity)
+            bob = stage.bot(SlixBot, "bob", password="wrong")
+            bob.identity = authority.issue(alice.jid)
+            await bob.log_in()
+            assert bob.client.boundjid.bare == alice.jid, bob.client.boundjid
+            # who has a certificate that says nothing logs in as ever
+            bob = stage.bot(SlixBot, "bob", resource="by-password")
+            bob.identity = authority.issue("bob@example.com")
+            await bob.log_in()
+        finally:
+            await stage.leave()
+            await asyncio.to_thread(blade.stop)
+
+
 @scenario(each=True, own=True)
 async def sigterm_tells_every_client(stage, library):
     """On a blade of its own: clients get system-shutdown, the process ends with 0, and the accounts are still there."""
@@ -831,6 +869,103 @@ async def groups_are_in_every_members_roster(stage):
             await asyncio.to_thread(blade.stop)
 
 
+async def page_chats(blade, library, url, page, desk):
+    """A page's client signs in twice, and is answered by `desk` each time."""
+    process = await asyncio.create_subprocess_exec(
+        "node", WEB_CLIENT, library, url, f"{page.jid}/page", PASSWORD, desk.full,
+        env={**os.environ, "NODE_EXTRA_CA_CERTS": str(blade.certificate)},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        for text in ("first", "again"):
+            heard = await desk.wait(Message, carbon="")
+            assert heard.body == text, (library, url, heard)
+            # with XEP-0386 the server makes the resource
+            desk.chat(heard.sender, f"answer to {text}")
+        output, _ = await asyncio.wait_for(process.communicate(), 30)
+    except AssertionError as error:
+        if process.returncode is None:
+            process.kill()
+        output, _ = await process.communicate()
+        raise AssertionError(f"{library} at {url}: {error}; it says: {output.decode()}") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, (library, url, output.decode())
+
+
+def nginx_in_front(blade, folder, port, plain):
+    """nginx with config/nginx.conf, but for its port, names and files."""
+    text = NGINX_CONF.read_text()
+    for example, here in (
+        ("server 127.0.0.1:5281;", f"server 127.0.0.1:{plain};"),
+        ("listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;"),
+        ("listen [::]:443 ssl;", ""),
+        ("server_name chat.example.com;", "server_name localhost;"),
+        ("/etc/ssl/chat.example.com.pem", str(blade.certificate)),
+        ("/etc/ssl/private/chat.example.com.key", str(blade.certificate.with_name("key.pem"))),
+    ):
+        assert text.count(example) == 1, example
+        text = text.replace(example, here)
+    # what a distribution's nginx.conf has around it
+    temporary = "".join(f"{name}_temp_path {folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    user = "user root;\n" if os.getuid() == 0 else ""
+    conf = pathlib.Path(folder) / "nginx.conf"
+    conf.write_text(
+        f"{user}daemon off;\nworker_processes 1;\npid {folder}/pid;\nerror_log stderr;\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{temporary}{text}}}\n")
+    return subprocess.Popen([NGINX, "-p", folder, "-c", str(conf), "-e", "stderr"], stderr=subprocess.PIPE, text=True)
+
+
+def listens(process, port):
+    """Until somebody can connect."""
+    deadline = time.monotonic() + 20
+    while True:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)  # the poll's interval; the bound is the deadline
+
+
+@scenario(own=True, web=True, nginx=True)
+async def all_of_the_web_comes_through_nginx(stage):
+    """config/nginx.conf in front: WebSocket, BOSH, host-meta and an upload, all with TLS at nginx alone."""
+    plain, port = free_ports(2)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, web__listen=f'["127.0.0.1:{plain}"]', web__proxies='["127.0.0.1/32"]',
+        web__websocket_url=f'"wss://localhost:{port}/ws"', upload__url=f'"https://localhost:{port}"')
+    with tempfile.TemporaryDirectory(prefix="nitro-nginx-") as folder:
+        nginx = nginx_in_front(blade, folder, port, plain)
+        users = Stage(blade, stage.tag)
+        try:
+            desk = await users.online(SlixBot, "desk")
+            page = await users.online(SlixBot, "page")
+            picture = os.urandom(1_000_000)
+            await asyncio.to_thread(listens, nginx, port)
+            url = await desk.upload("a.png", picture, "image/png")
+            assert url.startswith(f"https://localhost:{port}/upload/"), url
+            status, _, got = await page.download(url)
+            assert (status, got == picture) == (200, True), status
+            status, _, got = await page.download(f"https://localhost:{port}/.well-known/host-meta.json")
+            assert (status, b"wss://localhost" in got) == (200, True), (status, got)
+            # only what is for clients goes on
+            assert (await page.download(f"https://localhost:{port}/metrics"))[0] == 404
+            await page.log_out()
+            for library, url in (
+                ("xmpp.js", f"wss://localhost:{port}/ws"),
+                ("strophe", f"wss://localhost:{port}/ws"),
+                ("strophe", f"https://localhost:{port}/bosh"),
+            ):
+                await page_chats(blade, library, url, page, desk)
+        finally:
+            await users.leave()
+            nginx.terminate()
+            nginx.communicate(timeout=20)
+            await asyncio.to_thread(blade.stop)
+
+
 @scenario(own=True, web=True)
 async def web_clients_chat_over_every_transport_and_come_back(stage):
     """@xmpp/client and strophe.js, each signing in twice: the first one resumes its session after a cut."""
@@ -850,22 +985,7 @@ async def web_clients_chat_over_every_transport_and_come_back(stage):
             ("strophe", f"ws://127.0.0.1:{plain}/ws"),
             ("strophe", f"http://127.0.0.1:{plain}/bosh"),
         ):
-            process = await asyncio.create_subprocess_exec(
-                "node", WEB_CLIENT, library, url, f"{page.jid}/page", PASSWORD, desk.full,
-                env={**os.environ, "NODE_EXTRA_CA_CERTS": str(blade.certificate)},
-                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            )
-            try:
-                for text in ("first", "again"):
-                    heard = await desk.wait(Message, carbon="")
-                    assert heard.body == text, (library, url, heard)
-                    # with XEP-0386 the server makes the resource
-                    desk.chat(heard.sender, f"answer to {text}")
-                output, _ = await asyncio.wait_for(process.communicate(), 30)
-            finally:
-                if process.returncode is None:
-                    process.kill()
-            assert process.returncode == 0, (library, url, output.decode())
+            await page_chats(blade, library, url, page, desk)
         await stage.leave()
         stage.bots.clear()
     finally:
