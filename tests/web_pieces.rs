@@ -126,8 +126,7 @@ fn a_websocket_says_the_same_in_whatever_pieces_it_is_spoken_to() {
     for text in [open, &auth, open, bind, ping] {
         said.extend(frame(0x81, text.as_bytes()));
     }
-    said.extend(frame(0x89, b"?"));
-    // in three fragments, cut within characters
+    // no ping: its answer may stand anywhere. In three fragments, cut within characters
     let (begin, rest) = note.as_bytes().split_at(90);
     let (middle, end) = rest.split_at(31);
     said.extend(frame(0x01, begin));
@@ -137,8 +136,8 @@ fn a_websocket_says_the_same_in_whatever_pieces_it_is_spoken_to() {
         0x81,
         b"<close xmlns='urn:ietf:params:xml:ns:xmpp-framing'/>",
     ));
-    // a log-in each: every third place
-    let heard = however_it_is_cut(&blade, &said, 3);
+    // a log-in each: some places; src/net/websocket.rs cuts at all
+    let heard = however_it_is_cut(&blade, &said, 13);
     for part in [
         "101 Switching",
         "<success ",
