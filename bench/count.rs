@@ -20,9 +20,10 @@ const TIMES: u64 = 50;
 type Case = (&'static str, fn(&mut House));
 
 /// Name and one round.
-const CASES: [Case; 4] = [
+const CASES: [Case; 5] = [
     ("login", |house| house.log_in("carol")),
     ("login-contacts", |house| house.log_in("alice")),
+    ("login-token", |house| house.log_in_by_token("dave")),
     ("message-archived", |house| house.chat(CHAT)),
     ("message-fleeting", |house| house.chat(FLEETING)),
 ];

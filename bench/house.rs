@@ -19,10 +19,14 @@ use nitro::store::record::{ArchivedScramKeys, Record, RosterItem, Subscription, 
 use nitro::store::ring::Ring;
 use nitro::store::tier::{Answer, Loaded};
 use nitro::xml::{Framer, StreamNs};
-use nitro::xmpp::bind::{Answers, Arrival, bind};
+use nitro::xmpp::bind::{Answers, Arrival, bind, enable};
+use nitro::xmpp::fast::{self, Wishes};
 use nitro::xmpp::negotiation::{Negotiation, Policy, Step};
 use nitro::xmpp::sasl::decoy::Shape;
-use nitro::xmpp::sasl::{self, Credentials, Decoy, Mechanism, ScramKeys, ScramKeysRef};
+use nitro::xmpp::sasl::token::Ht;
+use nitro::xmpp::sasl::{
+    self, ChannelBindings, Credentials, Decoy, Mechanism, ScramKeys, ScramKeysRef,
+};
 use nitro::xmpp::session::SessionId;
 use nitro::xmpp::slice::{Env, Limits, Now, Slice, Start};
 
@@ -31,6 +35,9 @@ const PASSWORD: &str = "secret";
 const CONTACTS: usize = 20;
 const HEADER: &str = "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' to='localhost' version='1.0'>";
 const BIND: &str = "<iq type='set' id='b'><bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'><resource>desk</resource></bind></iq>";
+/// Names the client's installation.
+const AGENT: &str = "d4565fa7-4d72-4749-b3d3-740edbf87770";
+const LOGIN_KEY: [u8; 32] = [1; 32];
 const ROSTER: &str = "<iq type='get' id='r'><query xmlns='jabber:iq:roster'/></iq>";
 const PRESENCE: &str = "<presence/>";
 /// 220 bytes, to be archived on both sides.
@@ -53,6 +60,8 @@ pub struct House {
     links: u64,
     /// Who writes messages.
     sender: Option<Live>,
+    /// Of the user who logs in with one.
+    token: Option<String>,
 }
 
 struct Live {
@@ -86,7 +95,7 @@ impl House {
             ring: Rc::new(Ring::of_shards(1)),
             limits: limits(),
             id_key: [1, 2],
-            login_key: [1; 32],
+            login_key: LOGIN_KEY,
             features: OnceCell::new(),
         };
         // what is delivered at once is never read back
@@ -113,6 +122,7 @@ impl House {
             links: 0,
             around: |work| work(),
             sender: None,
+            token: None,
         };
         let contacts: Vec<String> = (0..CONTACTS).map(|n| format!("trader{n:02}")).collect();
         house.add("alice", &contacts);
@@ -127,6 +137,11 @@ impl House {
     }
 
     fn add(&mut self, name: &str, contacts: &[String]) {
+        let record = self.record(contacts);
+        self.load(name, &record);
+    }
+
+    fn record(&self, contacts: &[String]) -> UserRecord {
         let item = |contact: &String| RosterItem {
             jid: format!("{contact}@{DOMAIN}"),
             name: contact.to_uppercase(),
@@ -134,18 +149,21 @@ impl House {
             subscription: Subscription::Both,
             ..RosterItem::default()
         };
-        let record = UserRecord {
+        UserRecord {
             sha1: Some(self.keys.0.clone().into()),
             sha256: Some(self.keys.1.clone().into()),
             roster: contacts.iter().map(item).collect(),
             ..UserRecord::default()
-        };
+        }
+    }
+
+    fn load(&mut self, name: &str, record: &UserRecord) {
         self.slice.want(name);
         self.slice.fx.requests.clear();
         self.slice.answers(vec![Answer::Loaded {
             name: name.into(),
             user: Some(Loaded {
-                record: Record::new(&record),
+                record: Record::new(record),
                 revision: 1,
                 pending: Vec::new(),
                 last: None,
@@ -197,10 +215,12 @@ impl House {
                 self.slice.ledger.give_back(group);
             }
             self.slice.release(usize::MAX);
-            if self.slice.fx.dirty.is_empty() {
+            let mut dirty = std::mem::take(&mut self.slice.fx.dirty);
+            dirty.extend(std::iter::from_fn(|| self.slice.next_fanned()));
+            if dirty.is_empty() {
                 break;
             }
-            for session in std::mem::take(&mut self.slice.fx.dirty) {
+            for session in dirty {
                 if let Some((_, bytes)) = self.slice.take_out(session) {
                     self.slice.reuse(black_box(bytes));
                 }
@@ -261,15 +281,92 @@ impl House {
             negotiation.bound(Ok((jid, &Answers::default())), &this.slice.env, &mut out);
             session = Some(new);
         });
-        let session = session.expect("it was bound");
+        self.settle_in(session.expect("it was bound"), &mut framer);
+    }
+
+    /// Roster and presence; then log-out, uncounted.
+    fn settle_in(&mut self, session: SessionId, framer: &mut Framer) {
         for stanza in [ROSTER, PRESENCE] {
             self.count(|this| {
-                this.frame_and_take(session, &mut framer, stanza);
+                this.frame_and_take(session, framer, stanza);
                 this.settle();
             });
         }
         self.slice.end(session, None);
         self.settle();
+    }
+
+    /// Connect to available in one round trip: a token (XEP-0484) by XEP-0388, with XEP-0386's binding, XEP-0198 and XEP-0280,
+    /// as if within TLS; roster, presence; then log-out, uncounted.
+    pub fn log_in_by_token(&mut self, name: &'static str) {
+        let token = self.token(name);
+        let key = hmac::Key::new(hmac::HMAC_SHA256, token.as_bytes());
+        let proof = hmac::sign(&key, b"Initiator");
+        let initial = BASE64_STANDARD.encode([name.as_bytes(), b"\0", proof.as_ref()].concat());
+        let both = format!(
+            "{HEADER}<authenticate xmlns='urn:xmpp:sasl:2' mechanism='HT-SHA-256-NONE'>\
+             <initial-response>{initial}</initial-response><user-agent id='{AGENT}'/><fast xmlns='urn:xmpp:fast:0'/>\
+             <bind xmlns='urn:xmpp:bind:0'><tag>desk</tag><enable xmlns='urn:xmpp:sm:3' resume='true'/>\
+             <enable xmlns='urn:xmpp:carbons:2'/></bind></authenticate>"
+        );
+        let mut negotiation = Negotiation::new(DOMAIN, policy());
+        negotiation.encrypted(ChannelBindings::default());
+        let (mut out, mut framer) = (Out::new(), Framer::new());
+        let mut session = None;
+        self.count(|this| {
+            let step = this.frames(&mut negotiation, &mut framer, &both, &mut out);
+            assert!(matches!(step, Step::Login { .. }) && negotiation.shows_token());
+            assert!(this.slice.want(name));
+            let user = this.slice.user(name).expect("it is cached");
+            let (record, now) = (user.record.get(), this.slice.now.unix);
+            negotiation.account = Some(fast::account(record));
+            let step = negotiation.token(Some(record), &this.slice.env, now, &mut out);
+            assert!(matches!(step, Step::Authenticated));
+            let step = negotiation.proceed(&this.slice.env, &mut out);
+            assert!(matches!(step, Step::Tokens));
+            let wishes = &negotiation.request().expect("it came along").tokens;
+            assert!(fast::plan(record, AGENT, wishes, TERMS, now, [1; 16]).is_none());
+            let step = negotiation.tokens(Ok(None), &this.slice.env, &mut out);
+            let Step::Bind { resource, extras } = step else {
+                panic!("it is bound");
+            };
+            let new = this.arrive(name, resource.as_deref());
+            let answers = enable(&mut this.slice, new, &extras);
+            let jid = &*this.slice.sessions.get(new).expect("it is new").jid;
+            negotiation.bound(Ok((jid, &answers)), &this.slice.env, &mut out);
+            session = Some(new);
+        });
+        assert!(out.ends_with(b"</stream:features>"));
+        self.settle_in(session.expect("it was bound"), &mut framer);
+    }
+
+    /// The user's token; at first he is made, with it.
+    fn token(&mut self, name: &str) -> String {
+        if self.token.is_none() {
+            let wishes = Wishes {
+                request: Some(Ht::None),
+                ..Wishes::default()
+            };
+            let mut record = self.record(&[]);
+            let now = self.slice.now.unix;
+            let plan = fast::plan(
+                Record::new(&record).get(),
+                AGENT,
+                &wishes,
+                TERMS,
+                now,
+                [9; 16],
+            );
+            let plan = plan.expect("a token was asked for");
+            plan.apply(&mut record);
+            let answer = plan.answer(&LOGIN_KEY, name, Record::new(&record).get(), AGENT);
+            let answer = answer.expect("a token is given");
+            let (_, token) = answer.split_once("token='").expect("it is in there");
+            let token = token.split('\'').next().expect("it ends");
+            self.token = Some(token.to_owned());
+            self.load(name, &record);
+        }
+        self.token.clone().expect("it was made")
     }
 
     /// Frames of one read; the last step.
@@ -370,6 +467,12 @@ fn policy() -> Policy {
     }
 }
 
+/// Long ones: none is due.
+const TERMS: fast::Terms = fast::Terms {
+    life_seconds: 21 * 86_400,
+    tokens_max: 16,
+};
+
 /// The defaults of the configuration, as far as anything here comes near them.
 fn limits() -> Limits {
     Limits {
@@ -454,6 +557,7 @@ fn limits() -> Limits {
             file_bytes_max: 100_000,
             slot_seconds: 300,
             waiting_max: 100,
+            user_waiting_max: 8,
         },
     }
 }

@@ -4,6 +4,7 @@
 //! nitro.db         everything that was accepted: accounts, rosters, archive, what waits (SQLite, whatever the server uses)
 //! secret           32 bytes on which decoys, stable ids and tokens hang
 //! certificate.pem  and key.pem: what the server shows its clients
+//! uploads/         the files that users have uploaded, unless they are left out
 //! manifest.json    written last: releases, positions of the journals, checksums of the files and the tables
 //! ```
 //!
@@ -16,6 +17,9 @@
 //! No shard and no lane takes part: the copy is made by the command's own process and connection, SQLite's by
 //! `VACUUM INTO` (a reader of the write-ahead log, which holds up no writer; the log grows meanwhile), MySQL's by
 //! [`Copy`] in one consistent view.
+//!
+//! Uploaded files never change, so they are in the backup by a second name of the same file (a hard link) where both folders are on one
+//! file system, and copied elsewhere. They come after the positions were asked for: whatever an acknowledged message names is there.
 //!
 //! A restore checks everything before it writes anything, wants an empty data folder, and begins journals anew: they get
 //! new identities, so no position in the restored database is taken for theirs. Redis instances begin anew as well, for
@@ -40,6 +44,7 @@ use crate::config::Config;
 use crate::migrate::{bar, show, table};
 use crate::store::sql::Database;
 use crate::store::sql::copy::{self, Copy, Sum};
+use crate::store::upload::{self, Counted};
 
 /// The format of the folder.
 const FORMAT: u32 = 1;
@@ -48,6 +53,7 @@ const DATABASE: &str = "nitro.db";
 const SECRET: &str = "secret";
 const CERTIFICATE: &str = "certificate.pem";
 const KEY: &str = "key.pem";
+const UPLOADS: &str = "uploads";
 /// How often a running server is asked how far its database is.
 const POLL: Duration = Duration::from_millis(50);
 
@@ -66,6 +72,9 @@ struct Manifest {
     positions: Vec<JournalPosition>,
     tables: Vec<Sum>,
     files: BTreeMap<String, FileSum>,
+    /// Of the folder `uploads`; none where it was left out.
+    #[serde(default)]
+    uploads: Option<Counted>,
 }
 
 /// Only this is read of a manifest of another format.
@@ -92,7 +101,7 @@ struct FileSum {
 ///
 /// # Errors
 /// A sentence.
-pub fn backup(config: &Config, to: &Path, wait: Duration) -> Result<(), String> {
+pub fn backup(config: &Config, to: &Path, wait: Duration, uploads: bool) -> Result<(), String> {
     let began = Instant::now();
     let database = admin::database(config)?;
     if let Database::Sqlite(path) = &database
@@ -118,7 +127,7 @@ pub fn backup(config: &Config, to: &Path, wait: Duration) -> Result<(), String> 
                 to.display()
             )
         })?;
-    let filled = fill(config, &database, to, &wanted, &bar);
+    let filled = fill(config, &database, to, &wanted, uploads, &bar);
     bar.finish_and_clear();
     let manifest = match filled {
         Ok(manifest) => manifest,
@@ -129,6 +138,13 @@ pub fn backup(config: &Config, to: &Path, wait: Duration) -> Result<(), String> 
         }
     };
     eprintln!("{}", table(&manifest.tables));
+    if let Some(uploads) = manifest.uploads {
+        eprintln!(
+            "{} uploaded files, {}",
+            uploads.files,
+            HumanBytes(uploads.bytes)
+        );
+    }
     eprintln!(
         "{0}: {1} in {2:.1} s; it holds secrets, keep it as safe as the data folder. Restore it with: nitro restore {0}",
         to.display(),
@@ -144,6 +160,7 @@ fn fill(
     database: &Database,
     to: &Path,
     wanted: &[JournalLine],
+    with_uploads: bool,
     bar: &ProgressBar,
 ) -> Result<Manifest, String> {
     let began_at = unix_seconds();
@@ -185,6 +202,11 @@ fn fill(
     }
     files.insert(DATABASE.to_owned(), sum_of(&copied)?);
     sync(&copied)?;
+    let own = config.upload_dir();
+    let uploads = match with_uploads && own.exists() {
+        true => Some(copy_uploads(&own, &to.join(UPLOADS), bar)?),
+        false => None,
+    };
     let positions = described.positions.iter().map(|at| JournalPosition {
         identity: at.identity,
         journal: at.journal,
@@ -199,6 +221,7 @@ fn fill(
         positions: positions.collect(),
         tables: described.sums,
         files,
+        uploads,
     };
     let text = serde_json::to_vec_pretty(&manifest).map_err(|e| format!("{MANIFEST}: {e}"))?;
     write_new(&to.join(MANIFEST), &text)?;
@@ -254,6 +277,9 @@ pub fn restore(config: &Config, from: &Path) -> Result<(), String> {
             "{}: its tables are not what the manifest says; use another backup",
             from.join(DATABASE).display()
         ));
+    }
+    if manifest.uploads.is_some() {
+        copy_uploads(&from.join(UPLOADS), &config.upload_dir(), &bar)?;
     }
     let (certificate, key, own) = config.certificate_paths();
     let mut places = vec![(SECRET, config.data_dir.join(SECRET))];
@@ -409,13 +435,33 @@ fn check_files(from: &Path, manifest: &Manifest) -> Result<(), String> {
             ));
         }
     }
+    if let Some(wanted) = manifest.uploads {
+        let folder = from.join(UPLOADS);
+        let broken = |why: String| format!("{why}; use another backup");
+        let counted =
+            upload::count(&folder).map_err(|e| broken(format!("{}: {e}", folder.display())))?;
+        if counted != wanted {
+            return Err(broken(format!(
+                "{}: it holds {} files, and {} were put into it",
+                folder.display(),
+                counted.files,
+                wanted.files
+            )));
+        }
+    }
     Ok(())
+}
+
+fn copy_uploads(from: &Path, to: &Path, bar: &ProgressBar) -> Result<Counted, String> {
+    let mut tell = |so_far: Counted| bar.set_message(format!("uploads: {}", so_far.files));
+    upload::copy_all(from, to, &mut tell)
+        .map_err(|e| format!("{}: uploads cannot be copied to it ({e})", to.display()))
 }
 
 /// Nothing but the lock, and what an interrupted restore left.
 fn check_empty(config: &Config, database: &Database, staging: &Path) -> Result<(), String> {
     let again = staging.exists();
-    let fills = |name: &str| again && [DATABASE, SECRET, CERTIFICATE, KEY].contains(&name);
+    let fills = |name: &str| again && [DATABASE, SECRET, CERTIFICATE, KEY, UPLOADS].contains(&name);
     let occupied = |folder: &Path, ignored: &dyn Fn(&str) -> bool| -> Result<(), String> {
         let listed = match fs::read_dir(folder) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),

@@ -30,7 +30,7 @@ use crate::shard::journal::Foreign;
 use crate::shard::redis::RedisParts;
 use crate::shard::upload::Files;
 use crate::shard::{Door, Inbound, Parts, Shard};
-use crate::store::change::Id;
+use crate::store::change::{ArchivedChange, Id};
 use crate::store::drain::{DrainConfig, Source};
 use crate::store::journal::{self, Journals, State, disk::Folder};
 use crate::store::overlay::Position;
@@ -65,7 +65,9 @@ const BEHIND_NICE: i32 = 10;
 
 /// Runs the server until it is told to stop. A mistake of the operator is one sentence on standard error.
 pub fn serve(config: Config, load: impl Fn() -> Result<Config, String>) -> ExitCode {
-    match run(config, load) {
+    let ended = run(config, load);
+    observe::flush_log();
+    match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {
             eprintln!("nitro: {sentence}");
@@ -112,7 +114,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let folder = Arc::new(Folder::open(&config.journal_dir())?);
     let mut journals = journal::open(folder, &options).map_err(|error| error.to_string())?;
     let positions = accounts.if_there(Store::positions);
-    let (mut found, last_id) = recover(&journals, &ring, positions.as_deref())?;
+    let (mut found, last_id, removed) = recover(&journals, &ring, positions.as_deref())?;
     let last_id = last_id.max(accounts.if_there(Store::highest_id).unwrap_or_default());
     let owners = crate::admin::owners(&config);
     let since = crate::store::owners::since(&owners, shards, last_id).map_err(|error| {
@@ -172,6 +174,13 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
         .upload_host()
         .map(|_| Files::start(&config))
         .transpose()?;
+    if let Some(files) = &files_of_users {
+        // a stop may have come between the end of an account and that of its files
+        let key = crate::xmpp::feature::upload::Key::new(&secret);
+        for (name, at) in removed {
+            files.forget(key.owner(&name), at);
+        }
+    }
     let doors = Arc::new(Doors::default());
     let loads = Arc::new(Loads::new(shards));
     let id_key = [
@@ -291,6 +300,7 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let until = Instant::now() + patience.mul_f32(0.8);
     std::thread::spawn(move || {
         std::thread::sleep(patience);
+        observe::flush_log();
         eprintln!("nitro: stopping took longer than shutdown.seconds_max; ending now");
         std::process::exit(0);
     });
@@ -409,12 +419,14 @@ fn secret(dir: &Path) -> Result<[u8; 32], String> {
     }
 }
 
-/// What the journals hold beyond the database, for each shard.
+/// What the journals hold beyond the database, for each shard; the highest id in them; and which accounts were removed, and when in
+/// unix seconds, as far as they go back.
+#[allow(clippy::type_complexity)]
 fn recover(
     journals: &Journals,
     ring: &Ring,
     positions: Option<&[sql::Position]>,
-) -> Result<(Vec<Found>, crate::store::change::Id), String> {
+) -> Result<(Vec<Found>, Id, Vec<(Box<str>, u64)>), String> {
     let drained = journals
         .found()
         .iter()
@@ -422,15 +434,23 @@ fn recover(
         .collect();
     let mut recovery = Recovery::new(ring, drained);
     let mut unreadable = None;
+    let mut removed = Vec::new();
     let replayed = journals.replay(|shard, seq, place, change| {
         if let Err(error) = recovery.record(shard, seq, place, change) {
             unreadable.get_or_insert_with(|| format!("record {seq} of journal {shard}: {error}"));
+        }
+        if let ArchivedChange::RemoveUser { name, revision } = change {
+            let at = Id(revision.to_native()).unix_ms() / 1000;
+            removed.push((Box::from(&**name), at));
         }
     });
     replayed.map_err(|error| error.to_string())?;
     match unreadable {
         Some(sentence) => Err(sentence),
-        None => Ok(recovery.finish()),
+        None => {
+            let (found, last_id) = recovery.finish();
+            Ok((found, last_id, removed))
+        }
     }
 }
 

@@ -106,6 +106,9 @@ enum Command {
         /// How long the database may take to have everything that was accepted.
         #[arg(long, value_name = "SECONDS", default_value_t = 300)]
         wait: u64,
+        /// Leave out the users' uploaded files (where another file system holds them they are copied, which may take long).
+        #[arg(long)]
+        without_uploads: bool,
     },
     /// Restore a backup into an empty data folder (and an empty MySQL database, if one is configured).
     #[command(after_help = "Example:\n  nitro restore /var/backups/nitro-monday")]
@@ -440,8 +443,13 @@ pub fn run() -> ExitCode {
                     .map(|user| user_name(&user, &config.domain))
                     .transpose()
                     .and_then(|user| purge::run(&config, older_than, user, dry_run)),
-                Command::Backup { folder, wait } => {
-                    backup::backup(&config, &folder, Duration::from_secs(wait))
+                Command::Backup {
+                    folder,
+                    wait,
+                    without_uploads,
+                } => {
+                    let wait = Duration::from_secs(wait);
+                    backup::backup(&config, &folder, wait, !without_uploads)
                 }
                 Command::Restore { folder } => backup::restore(&config, &folder),
                 Command::MigrateStore { to, from, verify } => {

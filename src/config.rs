@@ -346,6 +346,10 @@ keys! {
         live http_seconds_max: u64 = 10 => 1..=600;
         /// Bytes a second that a body must come at, and an answer be taken, on average; slower connections are cut.
         live http_bytes_per_second_min: u64 = 1024 => 1..=1_073_741_824;
+        /// Bytes of a refused body that are read away so that its sender hears why; more end the connection by a reset.
+        live http_linger_bytes_max: usize = 67_108_864 => 65_536..=17_179_869_184;
+        /// And the seconds that this may take.
+        live http_linger_seconds_max: u64 = 30 => 1..=600;
         /// Frames of one WebSocket message; more end the connection with status 1008.
         live websocket_fragments_max: u32 = 256 => 1..=1_000_000;
         /// Connections of `nitro user` and `nitro session` to the admin socket at the same time.
@@ -355,7 +359,8 @@ keys! {
     /// Many logins at once: who is in must not notice (see "Storms" in README.md).
     storm: Storm {
         /// Microseconds that a turn of a shard's loop should take at most, and so what a message waits for logins: the number
-        /// of logins that compute at a time is lowered while turns take longer and raised while they do not.
+        /// of logins that compute at a time is lowered while turns take longer and raised while they do not. Half of it is for
+        /// what large chat rooms say: who is told in later turns waits behind messages between two.
         live lag_us_target: u64 = 300 => 20..=100_000;
         /// Logins of one shard that may compute at a time even when turns take too long.
         live logins_computing_min: usize = 1 => 1..=1000;
@@ -493,9 +498,12 @@ keys! {
         live transfers_max: usize = 256 => 1..=100_000;
         /// The same of one address (an IPv6 /64 counts as one), where `limits.exempt` does not say otherwise.
         live transfers_per_address_max: usize = 16 => 1..=100_000;
-        /// Pieces of files and requests for slots that wait for the disk; more are refused.
+        /// Pieces of files that wait for the disk, and apart from them requests for slots: more of these are refused, a piece waits
+        /// for room.
         restart waiting_max: usize = 1024 => 16..=1_000_000;
-        /// Threads that write and read them.
+        /// Requests for slots of one user that wait; more are refused.
+        live user_waiting_max: usize = 32 => 1..=1_000_000;
+        /// Threads that write and read pieces; one more answers requests for slots.
         restart threads: usize = 2 => 1..=64;
     }
 

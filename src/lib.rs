@@ -10,6 +10,7 @@ pub mod migrate;
 pub mod net;
 pub mod observe;
 pub mod purge;
+pub mod random;
 pub mod rt;
 pub mod shard;
 pub mod store;

@@ -683,7 +683,10 @@ fn a_backup_of_a_stopped_server_is_restored_only_whole_and_only_into_an_empty_fo
         fs::create_dir(&copy).unwrap();
         for entry in fs::read_dir(&folder).unwrap() {
             let entry = entry.unwrap();
-            fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+            // the folder of uploads is empty
+            if entry.path().is_file() {
+                fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+            }
         }
         prepare(&mut other, &copy);
         let why = refused(&other, &["restore", copy.to_str().unwrap()]);

@@ -359,6 +359,10 @@ fn run(options: &Options, seed: u64) -> Value {
         let text = format!("only {} messages were accepted", world.totals.accepted);
         world.wrong("too_little_for_a_proof", &text, |_| Vec::new());
     }
+    if archive && (world.totals.retractions == 0 || world.totals.tombstones == 0) {
+        let text = "no message was retracted";
+        world.wrong("too_little_for_a_proof", text, |_| Vec::new());
+    }
     if options.keep && world.wrong_count() == 0 {
         server.keep(false);
     }

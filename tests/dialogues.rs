@@ -1,8 +1,8 @@
-//! Protocol behaviour as dialogues: every `tests/dialogues/*.dlg` is one test, played by raw TCP clients against one
-//! blade that runs on all cores.
+//! Protocol behaviour as dialogues: every `tests/dialogues/*.dlg` is one test by TCP, one by WebSocket (`NAME.websocket`) and one by
+//! BOSH (`NAME.bosh`), unless it speaks of one of them only. All are played against one blade that runs on all cores.
 //!
 //! `cargo test --test dialogues -- roster` plays those with "roster" in their names. With `NITRO_DIALOGUE_PORT=5222` they
-//! are played against a server that runs already (it must allow registration and log-in without TLS);
+//! are played by TCP against a server that runs already (it must allow registration and log-in without TLS);
 //! `NITRO_DIALOGUE_DOMAIN` names its domain, and `NITRO_DIALOGUE_PEER=prosody` leaves out those that are known to differ.
 
 #[path = "blade/mod.rs"]
@@ -17,9 +17,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use blade::Blade;
-use dialogue::run::{self, Server};
-use dialogue::script;
+use dialogue::run::{self, Over, Server};
+use dialogue::script::{self, Transport};
 use libtest_mimic::{Arguments, Trial};
+use rustls::pki_types::{CertificateDer, pem::PemObject};
+use rustls::{ClientConfig, RootCertStore};
 
 /// Dialogues mostly wait for the network.
 const AT_ONCE: usize = 8;
@@ -35,21 +37,36 @@ fn main() {
         SocketAddr::from((Ipv4Addr::LOCALHOST, port))
     });
     let own = Arc::new(Mutex::new(None::<Blade>));
-    let address = {
+    let server = {
         let own = own.clone();
         // The first dialogue starts the blade; `--list` needs none.
-        move || match running {
-            Some(address) => address,
+        move |transport, tls| match running {
+            Some(address) => Server {
+                address,
+                domain: domain.clone(),
+                over: Over::Tcp,
+            },
             None => {
                 // A blade that did not start poisons the lock; the others then fail at once with a word about it.
                 let mut own = own.lock().expect("the blade started");
-                own.get_or_insert_with(|| {
+                let blade = own.get_or_insert_with(|| {
                     Blade::start(&[
                         ("c2s.require_tls", "false"),
                         ("upload.url", "\"https://chat.localhost\""),
+                        // who comes by a proxy is not on this machine
+                        ("web.proxies", "[\"127.0.0.0/8\"]"),
+                        ("registration", "\"on\""),
+                        // many come from one address and fail
+                        ("limits.auth_failure_delay_ms", "10"),
+                        ("limits.auth_failure_delay_ms_max", "10"),
+                        ("limits.registrations_per_address_per_hour", "100000"),
                     ])
-                })
-                .c2s
+                });
+                Server {
+                    address: blade.c2s,
+                    domain: domain.clone(),
+                    over: over(blade, transport, tls),
+                }
             }
         }
     };
@@ -71,24 +88,34 @@ fn main() {
             .expect("a name")
             .to_string_lossy()
             .into_owned();
-        let script = script::parse(&text);
+        let script = script::parse(&text).map(Arc::new);
         let differs = script
             .as_ref()
             .is_ok_and(|script| script.differs.contains_key(&peer));
-        let (address, domain, tag) = (
-            address.clone(),
-            domain.clone(),
-            format!("{number}-{run_tag:x}"),
-        );
-        let trial = Trial::test(name.clone(), move || {
-            let script = script.map_err(|why| format!("{name}.dlg: {why}"))?;
-            let server = Server {
-                address: address(),
-                domain,
+        for transport in Transport::ALL {
+            let plays = match &script {
+                Ok(script) => script.plays_over(transport),
+                Err(_) => transport == Transport::Tcp,
             };
-            run::play(&script, &server, &tag).map_err(|why| format!("{name}.dlg, {why}").into())
-        });
-        trials.push(trial.with_ignored_flag(differs));
+            // whose web ports nobody has named
+            let foreign = running.is_some()
+                && (transport != Transport::Tcp || script.as_ref().is_ok_and(|one| one.tls));
+            if !plays || foreign {
+                continue;
+            }
+            let title = match transport {
+                Transport::Tcp => name.clone(),
+                other => format!("{name}.{}", other.name()),
+            };
+            let (server, name, script) = (server.clone(), name.clone(), script.clone());
+            let tag = format!("{}{number}-{run_tag:x}", &transport.name()[..1]);
+            let trial = Trial::test(title, move || {
+                let script = script.map_err(|why| format!("{name}.dlg: {why}"))?;
+                let server = server(transport, script.tls);
+                run::play(&script, &server, &tag).map_err(|why| format!("{name}.dlg, {why}").into())
+            });
+            trials.push(trial.with_ignored_flag(differs));
+        }
     }
     let conclusion = libtest_mimic::run(&arguments, trials);
     // `exit` runs no destructors: stop the blade before.
@@ -96,4 +123,27 @@ fn main() {
         own.take();
     }
     conclusion.exit();
+}
+
+/// How clients come to the blade.
+fn over(blade: &Blade, transport: Transport, tls: bool) -> Over {
+    let (address, proxied) = (blade.web, tls);
+    match transport {
+        Transport::Tcp if tls => {
+            let file = blade.data_dir().join("certificate.pem");
+            let certificate = CertificateDer::from_pem_file(file).expect("the certificate");
+            let mut roots = RootCertStore::empty();
+            roots.add(certificate).expect("a good certificate");
+            let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+            let config = ClientConfig::builder_with_provider(provider)
+                .with_safe_default_protocol_versions()
+                .expect("TLS 1.2 and 1.3")
+                .with_root_certificates(roots)
+                .with_no_client_auth();
+            Over::Tls(blade.c2s_tls, Arc::new(config))
+        }
+        Transport::Tcp => Over::Tcp,
+        Transport::WebSocket => Over::WebSocket { address, proxied },
+        Transport::Bosh => Over::Bosh { address, proxied },
+    }
 }

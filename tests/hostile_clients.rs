@@ -54,8 +54,8 @@ fn who_never_authenticates_is_cut_whatever_he_does_meanwhile() {
         ("with an open stream", open, true),
         ("half-open TLS", half_open_tls, false),
         ("half a client hello", broken_hello, false),
-        ("half-open STARTTLS", starttls.socket, false),
-        ("without binding", unbound.socket, true),
+        ("half-open STARTTLS", starttls.into_socket(), false),
+        ("without binding", unbound.into_socket(), true),
     ] {
         let said = rest(&mut socket, within).unwrap_or_else(|why| panic!("{what}: {why}"));
         assert_eq!(said.contains("connection-timeout"), told, "{what}: {said}");
@@ -70,7 +70,7 @@ fn trickle(
     at_once: usize,
     most: usize,
 ) -> (String, usize) {
-    let socket = &mut connection.socket;
+    let mut socket = connection.socket();
     socket.set_nonblocking(true).unwrap();
     let mut said = Vec::new();
     let mut sent = 0;

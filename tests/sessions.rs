@@ -149,7 +149,7 @@ fn a_cut_stream_resumes_again_and_again_without_loss_doubling_or_reordering() {
         }
         // with and without a word, with unread bytes on the way
         if cut % 2 == 0 {
-            let _ = bob.connection.socket.shutdown(Shutdown::Both);
+            let _ = bob.connection.socket().shutdown(Shutdown::Both);
         }
         let mut connection = authenticated(blade.c2s, "u1", PASSWORD).unwrap();
         assert!(

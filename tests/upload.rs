@@ -422,6 +422,215 @@ fn who_does_not_read_holds_up_nobody_else() {
     });
 }
 
+/// A figure as the server told it last, a quarter of a second ago at most.
+fn told(blade: &Blade, name: &str) -> u64 {
+    let (_, metrics) = blade.http_get("/metrics").unwrap();
+    let lines = metrics.lines().filter(|line| line.starts_with(name));
+    let values = lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok());
+    values.sum::<f64>() as u64
+}
+
+fn transfers(blade: &Blade) -> u64 {
+    told(blade, "nitro_upload_transfers")
+}
+
+/// Polls for a second.
+fn soon(mut holds: impl FnMut() -> bool) -> bool {
+    let began = std::time::Instant::now();
+    while !holds() {
+        if began.elapsed() > Duration::from_secs(1) {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20)); // the poll's interval
+    }
+    true
+}
+
+#[test]
+fn a_slow_link_gets_the_end_of_a_file_although_the_connection_closes_behind_it() {
+    let (blade, at) = start(&[]);
+    let mut romeo = user(&blade, "romeo");
+    let mut file = |bytes: usize| {
+        let body: Vec<u8> = (0..bytes).map(|n| (n * 7 % 251) as u8).collect();
+        let one = slot(&mut romeo, "a.mp4", bytes, "video/mp4");
+        assert_eq!(put(at, &one, "video/mp4", &body), 201);
+        (one, body)
+    };
+    let get_unread = |one: &Slot| {
+        let mut stream = connect(at);
+        let head = format!(
+            "GET {} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+            one.get
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        stream
+    };
+    // how much is given to a connection that nobody reads: the kernel's, and more than 128 KiB that wait behind it
+    let large = get_unread(&file(20_000_000).0);
+    let given = || told(&blade, "nitro_upload_sent_bytes");
+    wait_until("the link is full", WITHIN, || {
+        let before = given();
+        before > 0 && !soon(|| given() > before)
+    });
+    let given = given() as usize;
+    drop(large);
+    wait_until("it was given up", WITHIN, || transfers(&blade) == 0);
+    // of this some waits too, and it is all
+    let (one, body) = file(given - (128 << 10));
+    let mut stream = get_unread(&one);
+    let mut got = vec![0; 1];
+    stream.read_exact(&mut got).unwrap();
+    while !soon(|| transfers(&blade) == 0) {
+        let mut piece = vec![0; 32 << 10];
+        let n = stream.read(&mut piece).unwrap();
+        got.extend_from_slice(&piece[..n]);
+    }
+    // the link is down for longer than a farewell lasts (FAREWELL_MS)
+    std::thread::sleep(Duration::from_secs(4));
+    stream.read_to_end(&mut got).unwrap();
+    assert!(
+        got.ends_with(&body),
+        "{} bytes of {}",
+        got.len(),
+        body.len()
+    );
+}
+
+#[test]
+fn a_reader_that_is_too_slow_is_cut() {
+    let (blade, at) = start(&[
+        ("limits.http_seconds_max", "3"),
+        ("limits.http_bytes_per_second_min", "100_000_000"),
+    ]);
+    let mut romeo = user(&blade, "romeo");
+    let body = vec![7; 20_000_000];
+    let one = slot(&mut romeo, "a.mp4", body.len(), "video/mp4");
+    assert_eq!(put(at, &one, "video/mp4", &body), 201);
+    let mut stream = connect(at);
+    let head = format!("GET {} HTTP/1.1\r\nHost: x\r\n\r\n", one.get);
+    stream.write_all(head.as_bytes()).unwrap();
+    wait_until("it is being sent", WITHIN, || transfers(&blade) == 1);
+    wait_until("it was cut", WITHIN, || transfers(&blade) == 0);
+    let mut got = Vec::new();
+    let _ = stream.read_to_end(&mut got);
+    assert!(got.len() < body.len(), "{}", got.len());
+}
+
+#[test]
+fn who_sends_a_large_body_that_is_refused_hears_why() {
+    let (mut blade, at) = start(&[("limits.http_linger_seconds_max", "60")]);
+    let mut romeo = user(&blade, "romeo");
+    let one = slot(&mut romeo, "a.png", 5, "image/png");
+    let (path, _) = one.put.split_once('?').unwrap();
+    let body = vec![7; 20_000_000];
+    // does not look before it has sent everything
+    let refused = |at, path: &str, fields: &str| {
+        let mut stream = connect(at);
+        let head = format!("PUT {path} HTTP/1.1\r\nHost: x\r\n{fields}\r\n");
+        stream.write_all(head.as_bytes())?;
+        for piece in body.chunks(64 << 10) {
+            stream.write_all(piece)?;
+        }
+        std::io::Result::Ok(answer(stream))
+    };
+    let length = format!("Content-Length: {}\r\n", body.len());
+    for (path, fields, status) in [
+        (path, &*length, 403),
+        (&one.put, &*length, 413),
+        ("/upload/nothing", &*length, 404),
+        (&one.put, "Transfer-Encoding: chunked\r\n", 411),
+    ] {
+        let answer = refused(at, path, fields).unwrap();
+        assert_eq!(answer.status, status, "{path} {fields}");
+        assert!(
+            answer.head.contains("Connection: close\r\n"),
+            "{}",
+            answer.head
+        );
+    }
+    // within bounds
+    blade.terminate();
+    blade.set("limits.http_linger_bytes_max", "1_000_000");
+    blade.restart();
+    assert!(refused(web(&blade, 2), path, &length).is_err());
+}
+
+#[test]
+fn a_removed_accounts_files_go_with_it_and_a_backup_has_all_files() {
+    let (mut blade, at) = start(&[]);
+    let uploads = blade.data_dir().join("uploads");
+    let put_one = |name: &str| {
+        let mut client = user(&blade, name);
+        let one = slot(&mut client, "a.png", 5, "image/png");
+        assert_eq!(put(at, &one, "image/png", b"01234"), 201);
+        one
+    };
+    let (romeo, juliet) = (put_one("romeo"), put_one("juliet"));
+    let path = |slot: &Slot| {
+        let parts: Vec<&str> = slot.get.split('/').collect();
+        uploads.join(&parts[2][..2]).join(parts[2]).join(parts[3])
+    };
+    let (of_romeo, of_juliet) = (path(&romeo), path(&juliet));
+    let command = |blade: &Blade, arguments: &[&str]| {
+        let output = blade.nitro(arguments, "");
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let backup = blade.folder().join("backup");
+    let to = backup.to_str().unwrap();
+    let told = command(&blade, &["backup", to]);
+    assert!(told.contains("2 uploaded files, 10 B"), "{told}");
+    let without = blade.folder().join("without");
+    let without = without.to_str().unwrap();
+    command(&blade, &["backup", without, "--without-uploads"]);
+    assert!(!Path::new(without).join("uploads").exists());
+
+    command(&blade, &["user", "remove", "romeo@localhost"]);
+    wait_until("nobody gets it", WITHIN, || {
+        get(at, &romeo, "").status == 404
+    });
+    wait_until("it is removed", WITHIN, || !of_romeo.exists());
+    // as if the stop had come before that was written down
+    blade.kill();
+    fs::create_dir_all(of_romeo.parent().unwrap()).unwrap();
+    fs::write(&of_romeo, b"01234").unwrap();
+    fs::remove_dir_all(uploads.join("gone")).unwrap();
+    blade.restart();
+    let at = web(&blade, 2);
+    assert_eq!(get(at, &romeo, "").status, 404);
+    wait_until("it is removed again", WITHIN, || !of_romeo.exists());
+    assert_eq!(get(at, &juliet, "").status, 200);
+    // while no server runs
+    blade.terminate();
+    command(&blade, &["user", "remove", "juliet@localhost"]);
+    blade.restart();
+    assert_eq!(get(web(&blade, 3), &juliet, "").status, 404);
+    wait_until("hers is removed", WITHIN, || !of_juliet.exists());
+
+    blade.terminate();
+    fs::rename(blade.data_dir(), blade.folder().join("old")).unwrap();
+    command(&blade, &["restore", to]);
+    blade.restart();
+    let at = web(&blade, 4);
+    for one in [&romeo, &juliet] {
+        assert_eq!(get(at, one, "").body, b"01234");
+    }
+    // damaged
+    blade.terminate();
+    fs::remove_dir_all(blade.data_dir()).unwrap();
+    let copy = backup
+        .join("uploads")
+        .join(of_romeo.strip_prefix(&uploads).unwrap());
+    fs::remove_file(copy).unwrap();
+    let refused = blade.nitro(&["restore", to], "");
+    assert!(!refused.status.success());
+    let why = String::from_utf8(refused.stderr).unwrap();
+    assert!(
+        why.contains("holds 1 files, and 2 were put into it"),
+        "{why}"
+    );
+}
+
 #[test]
 fn quotas_count_on_every_core_and_after_a_restart() {
     let (mut blade, at) = start(&[

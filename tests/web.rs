@@ -46,8 +46,8 @@ fn status(answer: &str) -> u16 {
 }
 
 /// A WebSocket, with no more than these tests need.
-struct WebSocket {
-    socket: TcpStream,
+struct WebSocket<S = TcpStream> {
+    socket: S,
     input: Vec<u8>,
 }
 
@@ -58,11 +58,10 @@ enum Frame {
     End,
 }
 
-impl WebSocket {
-    fn open(address: SocketAddr, fields: &str) -> Result<WebSocket, u16> {
-        let mut socket = connect(address);
+impl<S: Read + Write> WebSocket<S> {
+    fn over(mut socket: S, fields: &str) -> Result<WebSocket<S>, u16> {
         socket
-            .write_all(format!("{HANDSHAKE}{PROXIED}{fields}\r\n").as_bytes())
+            .write_all(format!("{HANDSHAKE}{fields}\r\n").as_bytes())
             .unwrap();
         let mut input = Vec::new();
         let end = loop {
@@ -170,6 +169,25 @@ impl WebSocket {
         features
     }
 
+    /// The status with which the server closes, and the stream error before it, if any.
+    fn closes(&mut self) -> (u16, String) {
+        let mut error = String::new();
+        loop {
+            match self.frame() {
+                Frame::Text(text) if text.starts_with("<stream:error") => error = text,
+                Frame::Text(_) => {}
+                Frame::Close(code) => return (code, error),
+                Frame::End => panic!("no Close frame"),
+            }
+        }
+    }
+}
+
+impl WebSocket {
+    fn open(address: SocketAddr, fields: &str) -> Result<WebSocket, u16> {
+        WebSocket::over(connect(address), &format!("{PROXIED}{fields}"))
+    }
+
     /// Authenticated, with the features of the new stream read.
     fn authenticated(address: SocketAddr, name: &str) -> WebSocket {
         let mut socket = WebSocket::open(address, "").unwrap();
@@ -194,19 +212,6 @@ impl WebSocket {
         socket.send("<presence xmlns='jabber:client'/>");
         socket.find("<presence");
         socket
-    }
-
-    /// The status with which the server closes, and the stream error before it, if any.
-    fn closes(&mut self) -> (u16, String) {
-        let mut error = String::new();
-        loop {
-            match self.frame() {
-                Frame::Text(text) if text.starts_with("<stream:error") => error = text,
-                Frame::Text(_) => {}
-                Frame::Close(code) => return (code, error),
-                Frame::End => panic!("no Close frame"),
-            }
-        }
     }
 }
 
@@ -498,11 +503,15 @@ fn attribute<'a>(body: &'a str, name: &str) -> &'a str {
 
 impl Bosh {
     fn begin(address: SocketAddr, wait: u64, hold: u64) -> Bosh {
+        Bosh::begin_with(address, &format!("wait='{wait}' hold='{hold}'"))
+    }
+
+    fn begin_with(address: SocketAddr, attributes: &str) -> Bosh {
         let rid = 4_000_000_000;
         let begun = answer(post(
             address,
             &format!(
-                "<body rid='{rid}' to='localhost' ver='1.6' wait='{wait}' hold='{hold}' xmpp:version='1.0' {BODY}/>"
+                "<body rid='{rid}' to='localhost' ver='1.6' {attributes} xmpp:version='1.0' {BODY}/>"
             ),
         ));
         assert!(begun.contains("<stream:features"), "{begun}");
@@ -543,7 +552,11 @@ impl Bosh {
     }
 
     fn authenticated(address: SocketAddr, name: &str) -> Bosh {
-        let mut bosh = Bosh::begin(address, 5, 1);
+        Bosh::begin(address, 5, 1).logs_in(name)
+    }
+
+    fn logs_in(mut self, name: &str) -> Bosh {
+        let bosh = &mut self;
         use base64::Engine;
         let plain = format!("\0{name}\0{}", client::PASSWORD);
         let plain = base64::prelude::BASE64_STANDARD.encode(plain);
@@ -551,18 +564,32 @@ impl Bosh {
         bosh.find(&format!("<auth {mechanism}>{plain}</auth>"), "<success");
         let features = bosh.ask("xmpp:restart='true' to='localhost'", "");
         assert!(features.contains("<bind "), "{features}");
-        bosh
+        self
     }
 
     fn online(address: SocketAddr, name: &str) -> Bosh {
-        let mut bosh = Bosh::authenticated(address, name);
-        let bound = bosh.find(
-            "<iq xmlns='jabber:client' type='set' id='b'><bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'/></iq>",
+        Bosh::authenticated(address, name).binds("page")
+    }
+
+    fn binds(mut self, resource: &str) -> Bosh {
+        let bound = self.find(
+            &format!(
+                "<iq xmlns='jabber:client' type='set' id='b'><bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'>\
+                 <resource>{resource}</resource></bind></iq>"
+            ),
             "<bind",
         );
         assert!(bound.contains("<iq xmlns='jabber:client'"), "{bound}");
-        bosh.find("<presence xmlns='jabber:client'/>", "<presence");
-        bosh
+        self.find("<presence xmlns='jabber:client'/>", "<presence");
+        self
+    }
+
+    /// Asks for something that is answered at once.
+    fn ping(&mut self) {
+        self.find(
+            "<iq xmlns='jabber:client' type='get' id='p' to='localhost'><ping xmlns='urn:xmpp:ping'/></iq>",
+            "id='p'",
+        );
     }
 }
 
@@ -638,6 +665,364 @@ fn a_session_of_requests_that_falls_silent_can_be_resumed_over_websocket() {
     ));
     page.find("<resumed");
     page.find("<body>meanwhile</body>");
+}
+
+/// To a user's sessions.
+fn tell(from: &mut Client, to: &str, body: &str) {
+    from.send(&format!(
+        "<message to='{to}@localhost' type='chat'><body>{body}</body></message>"
+    ));
+}
+
+#[test]
+fn without_stream_management_what_no_request_has_confirmed_comes_again_and_nothing_else_does() {
+    let blade = blade(&[("web.bosh_inactivity_seconds_max", "5")]);
+    for name in ["alice", "carol", "bob"] {
+        Client::register(&blade, name);
+    }
+    let mut bob = Client::online(&blade, "bob", "tcp");
+    // one that says nothing of what it has got, but by its next ids, and falls silent
+    let mut alice = Bosh::online(blade.web, "alice");
+    tell(&mut bob, "alice", "one");
+    alice.find("", "<body>one</body>");
+    alice.ping();
+    alice.ping();
+    tell(&mut bob, "alice", "two");
+    alice.find("", "<body>two</body>");
+    // one that acknowledges answers, which it does with every request that says nothing else
+    let mut carol = Bosh::begin_with(blade.web, "wait='5' hold='1' ack='1'")
+        .logs_in("carol")
+        .binds("page");
+    tell(&mut bob, "carol", "three");
+    carol.find("", "<body>three</body>");
+    let end = carol.ask("type='terminate'", "");
+    assert!(end.contains("type='terminate'"), "{end}");
+    let mut carol = Client::online(&blade, "carol", "tcp");
+    tell(&mut bob, "carol", "four");
+    assert_eq!(carol.next_body(), "four");
+    drop(carol);
+    // what has come while she is told nothing, too
+    tell(&mut bob, "alice", "three");
+    let mut alice = Client::online(&blade, "alice", "tcp");
+    assert_eq!(alice.next_body(), "two");
+    assert_eq!(alice.next_body(), "three");
+    tell(&mut bob, "alice", "four");
+    assert_eq!(alice.next_body(), "four");
+}
+
+#[test]
+fn an_acknowledgement_is_as_good_as_its_number() {
+    let blade = blade(&[]);
+    for name in ["alice", "bob"] {
+        Client::register(&blade, name);
+    }
+    let mut bob = Client::online(&blade, "bob", "tcp");
+    let mut alice = Bosh::begin_with(blade.web, "wait='5' hold='1' ack='1'")
+        .logs_in("alice")
+        .binds("page");
+    tell(&mut bob, "alice", "one");
+    alice.find("", "<body>one</body>");
+    tell(&mut bob, "alice", "two");
+    alice.find("", "<body>two</body>");
+    // the answer with the second one is still on its way
+    let has = alice.rid - 1;
+    let end = alice.ask(&format!("type='terminate' ack='{has}'"), "");
+    assert!(end.contains("type='terminate'"), "{end}");
+    let mut alice = Client::online(&blade, "alice", "tcp");
+    assert_eq!(alice.next_body(), "two");
+}
+
+#[test]
+fn a_paused_session_of_requests_outlives_the_inactivity_of_others() {
+    let blade = blade(&[("web.bosh_inactivity_seconds_max", "5")]);
+    for name in ["alice", "bob"] {
+        Client::register(&blade, name);
+    }
+    let mut bob = Client::online(&blade, "bob", "tcp");
+    let mut paused = Bosh::online(blade.web, "alice");
+    let answer = paused.ask("pause='60'", "");
+    assert!(!answer.contains("terminate"), "{answer}");
+    // begins its silence later, and hears of its end earlier
+    let mut silent = Bosh::online(blade.web, "bob");
+    let own = format!("{}/page", bob.jid.split('/').next().unwrap());
+    bob.find(|e| {
+        e.name == "presence"
+            && e.attribute("type") == Some("unavailable")
+            && e.attribute("from") == Some(&own)
+    });
+    let gone = silent.ask("", "");
+    assert!(gone.contains("condition='item-not-found'"), "{gone}");
+    paused.ping();
+}
+
+#[test]
+fn last_words_reach_a_client_that_asks_when_the_stream_has_long_ended() {
+    let blade = blade(&[]);
+    Client::register(&blade, "alice");
+    let mut alice = Bosh::online(blade.web, "alice");
+    // the two ends of the session's pair are among these
+    let sockets = || {
+        let all = std::fs::read_to_string("/proc/net/unix").unwrap();
+        let inodes: Vec<&str> = all
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(6))
+            .collect();
+        let open = std::fs::read_dir(format!("/proc/{}/fd", blade.pid())).unwrap();
+        open.filter(|fd| {
+            // one may close while it is looked at
+            let path = fd.as_ref().unwrap().path();
+            let target = std::fs::read_link(path).unwrap_or_default();
+            let target = target.to_string_lossy();
+            let inode = target
+                .strip_prefix("socket:[")
+                .and_then(|t| t.strip_suffix(']'));
+            inode.is_some_and(|inode| inodes.contains(&inode))
+        })
+        .count()
+    };
+    let before = sockets();
+    // takes her place, and stays
+    let _twin = Client::online(&blade, "alice", "page");
+    client::wait_until("the older session's connection is closed", WITHIN, || {
+        sockets() < before
+    });
+    let end = alice.ask("", "<presence xmlns='jabber:client'/>");
+    assert!(
+        end.contains("type='terminate' condition='remote-stream-error'"),
+        "{end}"
+    );
+    assert!(end.contains("<conflict "), "{end}");
+}
+
+#[test]
+fn who_comes_back_with_the_id_of_before_a_restart_is_told_at_once_and_who_makes_one_up_is_not() {
+    let mut blade = blade(&[
+        ("limits.auth_failure_delay_ms", "5000"),
+        ("limits.auth_failure_delay_ms_max", "5000"),
+    ]);
+    let mut alice = Bosh::begin(blade.web, 5, 1);
+    blade.kill();
+    blade.restart();
+    let began = Instant::now();
+    let gone = alice.ask("", "");
+    assert!(gone.contains("condition='item-not-found'"), "{gone}");
+    assert!(
+        began.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
+    alice.sid = alice.sid.replacen(
+        &alice.sid[..1],
+        if alice.sid.starts_with('A') { "B" } else { "A" },
+        1,
+    );
+    let began = Instant::now();
+    let gone = alice.ask("", "");
+    assert!(gone.contains("condition='item-not-found'"), "{gone}");
+    assert!(
+        began.elapsed() >= Duration::from_secs(5),
+        "{:?}",
+        began.elapsed()
+    );
+}
+
+#[test]
+fn a_connection_that_asks_for_a_page_first_and_then_logs_in_counts_as_one_that_logs_in() {
+    let blade = client::blade(&[
+        ("limits.exempt", "[]"),
+        ("limits.unauthenticated_per_address_max", "2"),
+    ]);
+    let answer = |socket: &mut TcpStream, request: &str, end: &str| {
+        socket.write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        let mut piece = [0; 4096];
+        while !answer.contains(end) {
+            let taken = socket.read(&mut piece).unwrap();
+            assert!(taken > 0, "{answer}");
+            answer.push_str(&String::from_utf8_lossy(&piece[..taken]));
+        }
+        status(&answer)
+    };
+    // pages are to be had on as many connections as one likes
+    let page = "GET /.well-known/host-meta HTTP/1.1\r\nHost: x\r\n\r\n";
+    let mut sockets: Vec<TcpStream> = (0..4)
+        .map(|_| {
+            let mut socket = connect(blade.web);
+            assert_eq!(answer(&mut socket, page, "</XRD>"), 200);
+            socket
+        })
+        .collect();
+    let handshake = format!("{HANDSHAKE}\r\n");
+    let mut opens = |socket: usize| answer(&mut sockets[socket], &handshake, "\r\n\r\n");
+    assert_eq!([opens(0), opens(1), opens(2)], [101, 101, 503]);
+    drop(sockets.remove(0));
+    client::wait_until("its place is free", WITHIN, || {
+        answer(&mut sockets[2], &handshake, "\r\n\r\n") == 101
+    });
+}
+
+/// Takes any certificate: these tests are not about it.
+#[derive(Debug)]
+struct Anybody(rustls::crypto::CryptoProvider);
+
+impl rustls::client::danger::ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &rustls::pki_types::CertificateDer<'_>,
+        _: &[rustls::pki_types::CertificateDer<'_>],
+        _: &rustls::pki_types::ServerName<'_>,
+        _: &[u8],
+        _: rustls::pki_types::UnixTime,
+    ) -> Result<rustls::client::danger::ServerCertVerified, rustls::Error> {
+        Ok(rustls::client::danger::ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &rustls::pki_types::CertificateDer<'_>,
+        dss: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &rustls::pki_types::CertificateDer<'_>,
+        dss: &rustls::DigitallySignedStruct,
+    ) -> Result<rustls::client::danger::HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(
+            message,
+            cert,
+            dss,
+            &self.0.signature_verification_algorithms,
+        )
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<rustls::SignatureScheme> {
+        self.0.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+/// SCRAM-SHA-256-PLUS over wss:// with these bytes as the channel's (RFC 9266); the outcome.
+fn scram_plus(address: SocketAddr, bound: impl Fn(&mut [u8])) -> String {
+    use aws_lc_rs::{digest, hmac, pbkdf2};
+    use base64::Engine;
+    use base64::prelude::BASE64_STANDARD as B64;
+    use rustls::crypto::aws_lc_rs as provider;
+
+    let config = rustls::ClientConfig::builder_with_provider(provider::default_provider().into())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(std::sync::Arc::new(
+            Anybody(provider::default_provider()),
+        ))
+        .with_no_client_auth();
+    let name = rustls::pki_types::ServerName::try_from("localhost").unwrap();
+    let tls = rustls::ClientConnection::new(config.into(), name).unwrap();
+    let tls = rustls::StreamOwned::new(tls, connect(address));
+    let mut socket = WebSocket::over(tls, "").unwrap();
+    let features = socket.stream();
+    assert!(
+        features.contains("<mechanism>SCRAM-SHA-256-PLUS<"),
+        "{features}"
+    );
+    assert!(features.contains("type='tls-exporter'"), "{features}");
+
+    let gs2 = "p=tls-exporter,,";
+    let first = "n=alice,r=rOprNGfwEbeRWgbNEkqO";
+    socket.send(&format!(
+        "<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='SCRAM-SHA-256-PLUS'>{}</auth>",
+        B64.encode(format!("{gs2}{first}"))
+    ));
+    let challenge = socket.text();
+    let challenge = challenge.split(['>', '<']).nth(2).unwrap();
+    let challenge = String::from_utf8(B64.decode(challenge).unwrap()).unwrap();
+    let part = |name: &str| {
+        let found = challenge
+            .split(',')
+            .find_map(|part| part.strip_prefix(name));
+        found.unwrap_or_else(|| panic!("{challenge}")).to_owned()
+    };
+    let salt = B64.decode(part("s=")).unwrap();
+    let mut salted = [0; 32];
+    let rounds = part("i=").parse().unwrap();
+    pbkdf2::derive(
+        pbkdf2::PBKDF2_HMAC_SHA256,
+        rounds,
+        &salt,
+        client::PASSWORD.as_bytes(),
+        &mut salted,
+    );
+    let tag = |key: &[u8], text: &[u8]| hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, key), text);
+    let key = tag(&salted, b"Client Key");
+    let stored = digest::digest(&digest::SHA256, key.as_ref());
+    let mut channel = [0; 32];
+    socket
+        .socket
+        .conn
+        .export_keying_material(&mut channel, b"EXPORTER-Channel-Binding", Some(b""))
+        .unwrap();
+    bound(&mut channel);
+    let bound = B64.encode([gs2.as_bytes(), &channel].concat());
+    let last = format!("c={bound},r={}", part("r="));
+    let signed = tag(
+        stored.as_ref(),
+        format!("{first},{challenge},{last}").as_bytes(),
+    );
+    let proof = key.as_ref().iter().zip(signed.as_ref()).map(|(k, s)| k ^ s);
+    let proof = B64.encode(proof.collect::<Vec<u8>>());
+    socket.send(&format!(
+        "<response xmlns='urn:ietf:params:xml:ns:xmpp-sasl'>{}</response>",
+        B64.encode(format!("{last},p={proof}"))
+    ));
+    socket.text()
+}
+
+#[test]
+fn a_login_over_wss_is_bound_to_its_channel_and_to_no_other() {
+    let blade = client::blade(&[("limits.auth_failure_delay_ms", "10")]);
+    Client::register(&blade, "alice");
+    let outcome = scram_plus(blade.web_tls, |_| {});
+    assert!(outcome.starts_with("<success"), "{outcome}");
+    // somebody between the two has another channel to each
+    let outcome = scram_plus(blade.web_tls, |channel| channel[0] ^= 1);
+    assert!(outcome.starts_with("<failure"), "{outcome}");
+}
+
+#[test]
+fn a_body_that_trickles_is_cut() {
+    let blade = blade(&[
+        ("limits.http_seconds_max", "1"),
+        ("limits.http_bytes_per_second_min", "1000000"),
+    ]);
+    let mut socket = connect(blade.web);
+    let head = format!("POST /bosh HTTP/1.1\r\nHost: x\r\n{PROXIED}Content-Length: 10000\r\n\r\n");
+    socket.write_all(head.as_bytes()).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_millis(50)))
+        .unwrap();
+    let began = Instant::now();
+    loop {
+        assert!(began.elapsed() < WITHIN, "it goes on");
+        if socket.write_all(b"x").is_err() {
+            break;
+        }
+        match socket.read(&mut [0; 1024]) {
+            Ok(0) => break,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Ok(_) => panic!("an answer to half a body"),
+            Err(_) => break,
+        }
+    }
+    assert!(began.elapsed() >= Duration::from_secs(1));
 }
 
 #[test]

@@ -4,6 +4,7 @@
 //! answered as done is durable, and no server runs meanwhile: the data folder's lock is held.
 
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::lock::DataLock;
@@ -14,11 +15,15 @@ use super::{
 use crate::config::Config;
 use crate::store::record::{Record, UserRecord};
 use crate::store::sql::admin::{Op, Store};
+use crate::store::upload;
+use crate::xmpp::feature::upload::Key;
 
 /// The accounts, opened under the lock.
 pub struct Direct {
     store: Store,
     roster_items_max: usize,
+    /// The folder, and the secret of which owners' names are made, where there are uploads.
+    uploads: Option<(PathBuf, [u8; 32])>,
     /// After `store`: the file is closed before the folder is given free.
     _lock: DataLock,
 }
@@ -29,10 +34,28 @@ impl Direct {
     /// # Errors
     /// A sentence.
     pub fn open(config: &Config, lock: DataLock) -> Result<Direct, String> {
+        let secret = std::fs::read(config.data_dir.join("secret"));
+        let secret: Option<[u8; 32]> = secret.ok().and_then(|secret| secret.try_into().ok());
+        let dir = config.upload_dir();
+        let uploads = secret.filter(|_| dir.exists());
         Ok(Direct {
             store: crate::admin::open_store(config)?,
+            uploads: uploads.map(|secret| (dir, secret)),
             roster_items_max: config.limits.roster_items_max,
             _lock: lock,
+        })
+    }
+
+    /// The server removes them when it starts.
+    fn forget_uploads(&self, name: &str) -> Result<(), String> {
+        let Some((dir, secret)) = &self.uploads else {
+            return Ok(());
+        };
+        upload::mark_gone(dir, Key::new(secret).owner(name), now()).map_err(|error| {
+            format!(
+                "the account is removed, but not its files in {}: {error}",
+                dir.display()
+            )
         })
     }
 
@@ -55,7 +78,10 @@ impl Direct {
             UserDisable { name } => self.change(&name, |record| record.disabled = true)?,
             UserEnable { name } => self.change(&name, |record| record.disabled = false)?,
             UserRemove { name } => match self.store.remove(&name)? {
-                true => AdminReply::Done,
+                true => {
+                    self.forget_uploads(&name)?;
+                    AdminReply::Done
+                }
                 false => AdminReply::no_such_user(&name),
             },
             UserList {

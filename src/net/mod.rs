@@ -29,7 +29,7 @@ pub use client_certificate::{ClientAuthority, ClientNames};
 pub use listener::{Listener, REFUSED_NO_DESCRIPTOR, listen_shared, probe_port};
 pub use proxy::{PROXY_HEADER_MAX_BYTES, Proxied, ProxyError, parse_proxy_header};
 pub use socket::Socket;
-pub use tls::{ChannelBindings, TlsConfig, TlsVersion};
+pub use tls::{ChannelBindings, Exporter, TlsConfig, TlsVersion};
 pub use tls_client::{TlsClient, TlsClientConfig};
 pub use transport::{Read, Scratch, Transport};
 pub use websocket::WebSocketLimits;

@@ -12,17 +12,12 @@ use std::os::unix::net::UnixStream;
 pub struct Socket {
     fd: OwnedFd,
     peer: SocketAddr,
-    unix: bool,
 }
 
 impl Socket {
     /// `fd` is a connected, nonblocking stream socket.
     pub(super) fn new(fd: OwnedFd, peer: SocketAddr) -> Self {
-        Self {
-            fd,
-            peer,
-            unix: false,
-        }
+        Self { fd, peer }
     }
 
     /// Reads what is there, at most `buffer.len()` bytes. `Ok(0)`: the peer sends no more. `WouldBlock`: nothing yet.
@@ -31,15 +26,15 @@ impl Socket {
         Ok(taken)
     }
 
-    /// The same, but what was read stays there.
-    pub fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let (seen, _) = rustix::net::recv(&self.fd, buffer, RecvFlags::DONTWAIT | RecvFlags::PEEK)?;
-        Ok(seen)
-    }
-
     /// Hands bytes to the kernel; returns how many it took. `WouldBlock`: its buffer is full.
     pub fn send(&self, bytes: &[u8]) -> io::Result<usize> {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        Ok(rustix::net::send(&self.fd, bytes, flags)?)
+    }
+
+    /// The same, but the kernel may keep them until more bytes or the end of the stream go with them.
+    pub fn send_more(&self, bytes: &[u8]) -> io::Result<usize> {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL | SendFlags::MORE;
         Ok(rustix::net::send(&self.fd, bytes, flags)?)
     }
 
@@ -70,22 +65,6 @@ impl Socket {
         }
         Ok(usize::try_from(bytes).unwrap_or(0))
     }
-
-    /// Whether bytes may have been thrown away unread: a unix socket whose peer ended it frees what was still in its queue, and
-    /// then [`unsent`](Self::unsent) is zero although nobody has them. Asked after `unsent`. Never true of TCP.
-    pub fn may_have_lost(&self) -> bool {
-        if !self.unix {
-            return false;
-        }
-        let mut asked = libc::pollfd {
-            fd: self.fd.as_raw_fd(),
-            events: libc::POLLRDHUP,
-            revents: 0,
-        };
-        // SAFETY: one pollfd, and the call does not wait.
-        let found = unsafe { libc::poll(&raw mut asked, 1, 0) };
-        found != 0
-    }
 }
 
 impl AsFd for Socket {
@@ -109,9 +88,7 @@ impl TryFrom<UnixStream> for Socket {
 
     fn try_from(stream: UnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
-        let mut socket = Self::new(stream.into(), (Ipv4Addr::LOCALHOST, 0).into());
-        socket.unix = true;
-        Ok(socket)
+        Ok(Self::new(stream.into(), (Ipv4Addr::LOCALHOST, 0).into()))
     }
 }
 

@@ -195,6 +195,11 @@ fn both_versions_shake_hands_and_carry_data_both_ways() {
     }
 }
 
+fn exporter(server: &Transport) -> Option<[u8; 32]> {
+    let exporter = server.channel_bindings().exporter?;
+    Some(exporter.binding())
+}
+
 #[test]
 fn channel_bindings_are_those_of_the_client() {
     let files = Files::new();
@@ -211,11 +216,13 @@ fn channel_bindings_are_those_of_the_client() {
             .export_keying_material([0u8; 32], b"EXPORTER-Channel-Binding", Some(b""))
             .unwrap();
         let ours = server.channel_bindings();
-        assert_eq!(ours.exporter, suite.tls13().map(|_| theirs));
+        assert_eq!(exporter(&server), suite.tls13().map(|_| theirs));
         let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &files.leaf());
         assert_eq!(ours.end_point.as_deref(), Some(hash.as_ref()));
     }
-    assert_eq!(pair().0.channel_bindings(), ChannelBindings::default());
+    let unencrypted = pair().0;
+    assert_eq!(exporter(&unencrypted), None);
+    assert_eq!(unencrypted.channel_bindings().end_point, None);
 }
 
 #[test]
@@ -237,7 +244,7 @@ fn every_connection_has_its_own_exporter_also_when_handshakes_interleave() {
             .tls
             .export_keying_material([0u8; 32], b"EXPORTER-Channel-Binding", Some(b""))
             .unwrap();
-        assert_eq!(server.channel_bindings().exporter, Some(theirs));
+        assert_eq!(exporter(server), Some(theirs));
     }
 }
 
@@ -314,7 +321,8 @@ fn data_that_comes_with_the_end_of_the_handshake_is_not_lost() {
     client.tls.refresh_traffic_keys().unwrap();
     client.say(b"</stream>");
     assert_eq!(read_all(&mut server, &mut scratch), b"</stream>");
-    server.close_notify(&mut scratch).unwrap();
+    server.finish(&[], &mut scratch).unwrap();
+    server.socket().shutdown().unwrap();
     client.receive();
     assert!(client.closed);
 }
@@ -396,7 +404,7 @@ fn tickets_resume_and_keys_may_change() {
             .tls
             .export_keying_material([0u8; 32], b"EXPORTER-Channel-Binding", Some(b""))
             .unwrap();
-        assert_eq!(server.channel_bindings().exporter, Some(theirs));
+        assert_eq!(exporter(&server), Some(theirs));
         client.tls.refresh_traffic_keys().unwrap();
         client.say(b"new keys");
         assert_eq!(read_all(&mut server, &mut scratch), b"new keys");
@@ -422,9 +430,9 @@ fn the_end_is_told_both_ways_after_all_that_was_said() {
     );
     assert_eq!(server.read(&mut scratch).unwrap(), Read::Eof);
     assert_eq!(server.read(&mut scratch).unwrap(), Read::Eof);
-    server.write(b"bye", &mut scratch).unwrap();
-    server.close_notify(&mut scratch).unwrap();
+    server.finish(b"bye", &mut scratch).unwrap();
     assert!(server.write(b"too late", &mut scratch).is_err());
+    server.socket().shutdown().unwrap();
     client.receive();
     assert_eq!(client.got, b"bye");
     assert!(client.closed);
@@ -434,7 +442,7 @@ fn the_end_is_told_both_ways_after_all_that_was_said() {
     drop(client);
     assert_eq!(read_all(&mut server, &mut scratch), b"x");
     assert_eq!(server.read(&mut scratch).unwrap(), Read::Eof);
-    server.close_notify(&mut scratch).unwrap();
+    server.finish(&[], &mut scratch).unwrap();
     assert_eq!(
         server.write(b"x", &mut scratch).unwrap_err().kind(),
         ErrorKind::BrokenPipe
@@ -494,7 +502,7 @@ fn changed_bytes_anywhere_in_a_handshake_do_no_harm() {
         let late = early.and_then(|()| server.read(&mut scratch).map(drop));
         if late.is_err() {
             assert!(server.write(b"x", &mut scratch).is_err());
-            assert!(server.close_notify(&mut scratch).is_ok() || !server.handshaking());
+            assert!(server.finish(&[], &mut scratch).is_ok() || !server.handshaking());
         }
     }
 }

@@ -7,7 +7,7 @@ use super::certificate::fingerprint;
 use super::client_certificate::{ClientAuthority, ClientNames};
 use aws_lc_rs::digest::{self, digest};
 use aws_lc_rs::hkdf::{self, KeyType, Prk};
-use rustls::crypto::{CryptoProvider, aws_lc_rs as provider};
+use rustls::crypto::{CryptoProvider, GetRandomFailed, SecureRandom, aws_lc_rs as provider};
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
@@ -55,10 +55,10 @@ pub enum TlsVersion {
 }
 
 /// What SCRAM-PLUS may bind to, as bytes for the `cbind-data` field.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Default)]
 pub struct ChannelBindings {
     /// tls-exporter (RFC 9266); TLS 1.3 only.
-    pub exporter: Option<[u8; 32]>,
+    pub exporter: Option<Exporter>,
     /// tls-server-end-point (RFC 5929): the hash of the certificate; absent for signatures without a hash.
     pub end_point: Option<Vec<u8>>,
 }
@@ -151,7 +151,19 @@ pub(super) fn provider() -> CryptoProvider {
         let name = format!("{:?}", suite.suite());
         (!name.starts_with("TLS13_"), !name.contains("AES_128_GCM"))
     });
+    provider.secure_random = &Stock;
     provider
+}
+
+/// Hellos and tickets ask for few bytes each: see [`crate::random`].
+#[derive(Debug)]
+struct Stock;
+
+impl SecureRandom for Stock {
+    fn fill(&self, out: &mut [u8]) -> Result<(), GetRandomFailed> {
+        crate::random::random(out);
+        Ok(())
+    }
 }
 
 fn unreadable(what: &str, path: &Path, error: pem::Error) -> String {
@@ -177,7 +189,7 @@ pub(super) struct Tls {
     unfinished: Vec<u8>,
     /// `unfinished` was put there from outside and rustls has not seen it.
     unseen: bool,
-    exporter: Option<ExporterSecret>,
+    exporter: Option<Exporter>,
     /// Records that go to the peer before the next ones. Owns no memory when empty.
     held: Vec<u8>,
     closed_by_peer: bool,
@@ -257,7 +269,7 @@ impl Tls {
 
     pub(super) fn channel_bindings(&self) -> ChannelBindings {
         ChannelBindings {
-            exporter: self.exporter.as_ref().and_then(ExporterSecret::bind),
+            exporter: self.exporter.clone(),
             end_point: self.config.0.end_point.clone(),
         }
     }
@@ -501,33 +513,44 @@ fn append(
 
 /// The exporter secret of TLS 1.3, as long as the hash of the cipher suite.
 #[derive(Clone)]
-struct ExporterSecret {
-    bytes: [u8; 48],
-    length: u8,
+pub enum Exporter {
+    /// Of a cipher suite with SHA-256.
+    Sha256([u8; 32]),
+    /// Of a cipher suite with SHA-384.
+    Sha384([u8; 48]),
 }
 
-impl ExporterSecret {
-    /// tls-exporter: TLS-Exporter("EXPORTER-Channel-Binding", "", 32), RFC 9266 section 4 and RFC 8446 section 7.5.
-    fn bind(&self) -> Option<[u8; 32]> {
-        let (hash, hkdf) = match self.length {
-            32 => (&digest::SHA256, hkdf::HKDF_SHA256),
-            48 => (&digest::SHA384, hkdf::HKDF_SHA384),
-            _ => return None,
+impl Exporter {
+    /// `None`: no suite has a hash of this length.
+    fn new(secret: &[u8]) -> Option<Exporter> {
+        match secret.len() {
+            32 => secret.try_into().ok().map(Exporter::Sha256),
+            48 => secret.try_into().ok().map(Exporter::Sha384),
+            _ => None,
+        }
+    }
+
+    /// tls-exporter: TLS-Exporter("EXPORTER-Channel-Binding", "", 32), RFC 9266 section 4 and RFC 8446 section 7.5. Costs
+    /// about as much as encrypting two records.
+    pub fn binding(&self) -> [u8; 32] {
+        let (hash, hkdf, secret) = match self {
+            Exporter::Sha256(secret) => (&digest::SHA256, hkdf::HKDF_SHA256, &secret[..]),
+            Exporter::Sha384(secret) => (&digest::SHA384, hkdf::HKDF_SHA384, &secret[..]),
         };
         let empty = digest(hash, b"");
         let mut derived = [0u8; 48];
-        let derived = &mut derived[..usize::from(self.length)];
-        let secret = &self.bytes[..usize::from(self.length)];
+        let derived = &mut derived[..secret.len()];
+        let mut binding = [0u8; 32];
         expand_label(
             hkdf,
             secret,
             b"EXPORTER-Channel-Binding",
             empty.as_ref(),
             derived,
-        )?;
-        let mut binding = [0u8; 32];
-        expand_label(hkdf, derived, b"exporter", empty.as_ref(), &mut binding)?;
-        Some(binding)
+        )
+        .and_then(|()| expand_label(hkdf, derived, b"exporter", empty.as_ref(), &mut binding))
+        .expect("a hash can be expanded to its own length");
+        binding
     }
 }
 
@@ -563,7 +586,7 @@ fn expand_label(
 
 thread_local! {
     /// What [`CatchExporter`] caught during the call of [`Tls::open`] that is under way on this thread.
-    static CAUGHT: Cell<Option<ExporterSecret>> = const { Cell::new(None) };
+    static CAUGHT: Cell<Option<Exporter>> = const { Cell::new(None) };
 }
 
 /// The unbuffered connection exports no keying material, but it offers its secrets to a key log while it processes
@@ -573,13 +596,8 @@ struct CatchExporter;
 
 impl KeyLog for CatchExporter {
     fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
-        let mut bytes = [0u8; 48];
-        if self.will_log(label) && secret.len() <= bytes.len() {
-            bytes[..secret.len()].copy_from_slice(secret);
-            CAUGHT.set(Some(ExporterSecret {
-                bytes,
-                length: secret.len() as u8,
-            }));
+        if self.will_log(label) {
+            CAUGHT.set(Exporter::new(secret));
         }
     }
 

@@ -7,7 +7,10 @@ use super::client_certificate::ClientNames;
 use super::socket::Socket;
 use super::tls::{ChannelBindings, Opened, Tls, TlsConfig, TlsVersion};
 use super::websocket::{Decoded, WebSocket, WebSocketLimits};
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// Bytes taken from the kernel at once, and the unfinished TLS message (at most 64 KiB of handshake) before them.
 const INPUT_BYTES: usize = 96 * 1024;
@@ -73,11 +76,24 @@ pub enum Read<'s> {
     Eof,
 }
 
+/// The other end passes on what is written here, and says how much of it has arrived where it goes to.
+struct Relayed {
+    /// Bytes.
+    written: u64,
+    /// The first so many have arrived; set by the other end.
+    arrived: Arc<AtomicU64>,
+    /// How many bytes were written when so many messages (each behind those of the mark before) had been.
+    marks: VecDeque<(u64, usize)>,
+    /// Messages of all marks.
+    marked: usize,
+}
+
 /// A connection that belongs to one shard at a time; `Send`, to be handed over with all its state.
 pub struct Transport {
     socket: Socket,
     tls: Option<Box<Tls>>,
     web: Option<Box<WebSocket>>,
+    relayed: Option<Box<Relayed>>,
     /// Bytes as they go to the wire, from `sent` on. Owns no memory when all is sent.
     unsent: Vec<u8>,
     sent: usize,
@@ -90,9 +106,54 @@ impl Transport {
             socket,
             tls: None,
             web: None,
+            relayed: None,
             unsent: Vec::new(),
             sent: 0,
         }
+    }
+
+    /// Without TLS, to an end of this process that passes on what is written. `arrived`: set by that end, how many bytes of it
+    /// the client must have.
+    pub fn relayed(socket: Socket, arrived: Arc<AtomicU64>) -> Self {
+        Self {
+            relayed: Some(Box::new(Relayed {
+                written: 0,
+                arrived,
+                marks: VecDeque::new(),
+                marked: 0,
+            })),
+            ..Self::plain(socket)
+        }
+    }
+
+    pub fn is_relayed(&self) -> bool {
+        self.relayed.is_some()
+    }
+
+    /// `messages`: how many have been written and are not known to have arrived. For each write to a relayed one.
+    pub fn mark(&mut self, messages: usize) {
+        let Some(relayed) = &mut self.relayed else {
+            return;
+        };
+        if messages > relayed.marked {
+            let new = messages - relayed.marked;
+            relayed.marks.push_back((relayed.written, new));
+            relayed.marked = messages;
+        }
+    }
+
+    /// Of the [marked](Self::mark) messages, oldest first, so many are now known to have arrived.
+    pub fn take_arrived(&mut self) -> usize {
+        let Some(relayed) = &mut self.relayed else {
+            return 0;
+        };
+        let arrived = relayed.arrived.load(Ordering::Acquire);
+        let mut messages = 0;
+        while let Some((_, count)) = relayed.marks.pop_front_if(|(end, _)| *end <= arrived) {
+            messages += count;
+        }
+        relayed.marked -= messages;
+        messages
     }
 
     /// Begins a server handshake, for direct TLS or after `<proceed/>` (which must have been written before).
@@ -279,6 +340,9 @@ impl Transport {
     /// Errors: the connection is broken; a TLS handshake is under way.
     pub fn write(&mut self, bytes: &[u8], scratch: &mut Scratch) -> io::Result<()> {
         let Some(web) = &mut self.web else {
+            if let Some(relayed) = &mut self.relayed {
+                relayed.written += bytes.len() as u64;
+            }
             return self.send_all(bytes, &mut scratch.out);
         };
         let mut framed = std::mem::take(&mut scratch.framed);
@@ -310,7 +374,7 @@ impl Transport {
     /// Sends what waits; true when nothing waits any more. For every report that the socket is writable.
     pub fn flush(&mut self) -> io::Result<bool> {
         while self.pending() > 0 {
-            match send(&self.socket, &self.unsent[self.sent..])? {
+            match taken(self.socket.send(&self.unsent[self.sent..]))? {
                 0 => return Ok(false),
                 taken => self.sent += taken,
             }
@@ -325,21 +389,46 @@ impl Transport {
         self.unsent.len() - self.sent
     }
 
-    /// Tells the peer that nothing more will come: TLS's close_notify, if a session stands. Sent or pending like any
-    /// other bytes; shut the socket down when nothing is pending.
-    pub fn close_notify(&mut self, scratch: &mut Scratch) -> io::Result<()> {
-        if let Some(web) = &mut self.web {
-            let mut farewell = Vec::new();
-            web.farewell(&mut farewell);
-            self.send_all(&farewell, &mut scratch.out)?;
+    /// Says `last` and that nothing more will come: TLS's close_notify, if a session stands. What the kernel does not take is
+    /// pending like any other bytes. Shut the socket down when nothing is pending: all this and the end of the stream are one
+    /// packet then.
+    pub fn finish(&mut self, last: &[u8], scratch: &mut Scratch) -> io::Result<()> {
+        let mut framed = Vec::new();
+        let mut last = last;
+        if last.len() > CHUNK_BYTES {
+            self.write(last, scratch)?;
+            last = &[];
         }
-        let Some(tls) = self.tls.as_mut().filter(|tls| !tls.handshaking()) else {
+        if let Some(web) = &mut self.web {
+            // who may not be written to any more may still be told the end
+            if web.encode(last, &mut framed).is_err() {
+                framed.clear();
+            }
+            web.farewell(&mut framed);
+            last = &framed;
+        }
+        let out = &mut scratch.out;
+        out.clear();
+        match &mut self.tls {
+            None => out.extend_from_slice(last),
+            Some(tls) if tls.handshaking() => return Ok(()),
+            Some(tls) => {
+                tls.prepend_held(out);
+                if !last.is_empty() {
+                    tls.seal(last, out)?;
+                }
+                tls.seal_close(out)?;
+            }
+        }
+        if out.is_empty() {
             return Ok(());
+        }
+        let taken = match self.pending() {
+            0 => taken(self.socket.send_more(out))?,
+            _ => 0,
         };
-        scratch.out.clear();
-        tls.prepend_held(&mut scratch.out);
-        tls.seal_close(&mut scratch.out)?;
-        send_or_keep(&self.socket, &mut self.unsent, &mut self.sent, &scratch.out)
+        keep(&mut self.unsent, &mut self.sent, &out[taken..]);
+        Ok(())
     }
 
     /// Whether TLS was started and its handshake is not done.
@@ -388,8 +477,8 @@ fn receive(socket: &Socket, buffer: &mut [u8]) -> io::Result<Option<usize>> {
 }
 
 /// 0: the kernel takes nothing now.
-fn send(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
-    match socket.send(bytes) {
+fn taken(sent: io::Result<usize>) -> io::Result<usize> {
+    match sent {
         Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(0),
         sent => sent,
     }
@@ -403,13 +492,18 @@ fn send_or_keep(
     bytes: &[u8],
 ) -> io::Result<()> {
     let taken = match unsent.len() == *sent {
-        true => send(socket, bytes)?,
+        true => taken(socket.send(bytes))?,
         false => 0,
     };
-    if taken < bytes.len() {
+    keep(unsent, sent, &bytes[taken..]);
+    Ok(())
+}
+
+/// Keeps what the kernel has not taken.
+fn keep(unsent: &mut Vec<u8>, sent: &mut usize, rest: &[u8]) {
+    if !rest.is_empty() {
         unsent.drain(..*sent);
         *sent = 0;
-        unsent.extend_from_slice(&bytes[taken..]);
+        unsent.extend_from_slice(rest);
     }
-    Ok(())
 }

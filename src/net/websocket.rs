@@ -506,6 +506,8 @@ fn unmask(bytes: &mut [u8], key: &mut [u8; 4]) {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const LIMITS: WebSocketLimits = WebSocketLimits {
@@ -667,5 +669,93 @@ mod tests {
         let mut socket = WebSocket::new(LIMITS, Vec::new());
         socket.encode(header.as_bytes(), &mut out).unwrap();
         assert!(socket.encode(b"<message>", &mut out).is_err());
+    }
+
+    /// What a client may say: messages, each in fragments of these lengths, pings among them.
+    fn conversation() -> impl Strategy<Value = (Vec<u8>, String)> {
+        let message = prop_oneof![
+            Just("<presence/>".to_owned()),
+            Just("<o/>".to_owned()),
+            Just("<cl/>".to_owned()),
+            Just(OPEN.to_owned()),
+            "<message><body>[ -;=?-~\u{e9}\u{1F600}]{0,300}</body></message>",
+        ];
+        let fragments = prop::collection::vec(0..40_usize, 0..3);
+        let one = (message, fragments, any::<bool>());
+        prop::collection::vec(one, 1..8).prop_map(|messages| {
+            let (mut input, mut stream) = (Vec::new(), String::new());
+            for (message, fragments, ping) in messages {
+                let mut rest = message.as_bytes();
+                let mut opcode = TEXT;
+                for length in fragments {
+                    let (piece, behind) = rest.split_at(length.min(rest.len()));
+                    input.extend(masked(opcode, piece));
+                    if ping {
+                        input.extend(masked(0x80 | PING, b"?"));
+                    }
+                    (rest, opcode) = (behind, CONTINUATION);
+                }
+                input.extend(masked(0x80 | opcode, rest));
+                stream.push('\x1E');
+                stream.push_str(match message == OPEN {
+                    true => HEADER,
+                    false => &message,
+                });
+            }
+            (input, stream)
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn cuts_and_fragments_change_nothing(
+            (input, expected) in conversation(),
+            cuts in prop::collection::vec(any::<prop::sample::Index>(), 0..20),
+        ) {
+            let mut cuts: Vec<_> = cuts.iter().map(|cut| cut.index(input.len())).collect();
+            cuts.sort_unstable();
+            let mut socket = WebSocket::new(LIMITS, Vec::new());
+            let (mut stream, mut turned, mut replies) = (Vec::new(), Vec::new(), Vec::new());
+            for (from, to) in [0].iter().chain(&cuts).zip(cuts.iter().chain([&input.len()])) {
+                let mut bytes = input[*from..*to].to_vec();
+                match socket.decode(&mut bytes, &mut turned, &mut replies) {
+                    Decoded::InPlace(len) => stream.extend_from_slice(&bytes[..len]),
+                    Decoded::Turned => stream.extend_from_slice(&turned),
+                }
+            }
+            prop_assert_eq!(String::from_utf8(stream).unwrap(), expected);
+            prop_assert!(!socket.is_closed());
+        }
+
+        #[test]
+        fn bytes_of_any_kind_give_the_same_however_they_are_cut(
+            mut input in prop::collection::vec(any::<u8>(), 0..200),
+            begins in any::<bool>(),
+            piece in 1..50_usize,
+        ) {
+            if begins {
+                // else nearly all ends at the first byte
+                input.splice(0..0, masked(0x81, b"<presence/>"));
+                input.splice(0..0, masked(0x01, b"<mess"));
+                input.splice(11..11, masked(0x80, b"age/>"));
+            }
+            let bytes = |piece: usize| {
+                let mut socket = WebSocket::new(LIMITS, Vec::new());
+                let (mut stream, mut turned, mut replies) = (Vec::new(), Vec::new(), Vec::new());
+                for bytes in input.chunks(piece) {
+                    let mut bytes = bytes.to_vec();
+                    match socket.decode(&mut bytes, &mut turned, &mut replies) {
+                        Decoded::InPlace(len) => stream.extend_from_slice(&bytes[..len]),
+                        Decoded::Turned => stream.extend_from_slice(&turned),
+                    }
+                    if socket.is_closed() {
+                        break;
+                    }
+                }
+                let end = replies.iter().rposition(|byte| *byte == 0x88);
+                (stream, end.map(|at| replies[at..].to_vec()), socket.is_closed())
+            };
+            prop_assert_eq!(bytes(piece), bytes(usize::MAX));
+        }
     }
 }

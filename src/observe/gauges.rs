@@ -76,6 +76,9 @@ snapshot! {
     /// Refused by a limit of chat rooms (section `rooms` of the configuration). When it rises, somebody floods a room, or a limit
     /// is too low.
     counter room_refused = "nitro_room_refused";
+    /// The most sessions that waited at once to be told what a chat room says to many, of the last minute. When it stays near
+    /// the number of those who are in rooms, the shard does not keep up with its rooms: look at nitro_shard_cpu_seconds.
+    gauge room_waiting_max = "nitro_room_waiting_sessions_max";
     /// Mesh messages sent to other shards. When it is far above nitro_messages_in, fan-out of presence is the traffic.
     counter mesh_sent = "nitro_mesh_messages";
     /// Mesh messages that found their way full: reading from clients stops until they are gone. When it rises, a shard is too

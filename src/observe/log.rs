@@ -4,15 +4,23 @@
 //! written then; a login, a refused login and a disconnect are one line each with address, reason and bare JID, always; what
 //! a client has chosen stands in quotes, escaped, and behind the address, so that it can forge neither a line nor an
 //! address (config/fail2ban).
+//!
+//! A shard that logs in thousands a second does not make a system call for each line: lines below a warning are collected
+//! ([`Lines`]) and written by a thread of their own at most [`DELAY`] later, a warning or an error at once, behind all that came
+//! before it. What is collected is bounded by [`COLLECTED_BYTES_MAX`]; then who logs writes it himself. All is written when the
+//! server ends, or panics; only a process that is killed takes the lines of [`DELAY`] with it.
 
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, OnceLock};
+use std::io::{self, Write};
+use std::mem;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::callsite::Identifier;
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Metadata, Subscriber};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
 use tracing_subscriber::util::SubscriberInitExt as _;
 use tracing_subscriber::{EnvFilter, Registry, fmt as lines, reload};
@@ -24,6 +32,10 @@ use super::{Counter, Recorded, Stage};
 const REPEATS_MAX: u32 = 10;
 /// How long the same counts as a repeat.
 const SPAN: Duration = Duration::from_secs(10);
+/// How late a line may be written.
+const DELAY: Duration = Duration::from_millis(50);
+/// Of lines that wait to be written.
+const COLLECTED_BYTES_MAX: usize = 64 << 10;
 /// Of this module's own lines, which are never left out.
 const TARGET: &str = "nitro::log";
 
@@ -32,24 +44,49 @@ pub static LEFT_OUT: Counter = Counter::new();
 
 static REPEATS: OnceLock<Arc<Repeats>> = OnceLock::new();
 
+static LINES: OnceLock<Arc<Lines>> = OnceLock::new();
+
 static LEVEL: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 
 /// Starts the log of this process, from this level on ("info", ...), as text or as JSON. Only the first call counts.
 pub fn start_log(level: &str, json: bool) {
     let (filter, handle) = reload::Layer::new(filter(level));
     let repeats = REPEATS.get_or_init(Arc::default).clone();
-    let lines = lines::layer().with_writer(std::io::stderr).with_ansi(false);
+    let collected = Arc::new(Lines::new(Box::new(io::stderr())));
+    let lines = lines::layer()
+        .with_writer(Pen(collected.clone()))
+        .with_ansi(false);
     let lines = match json {
         false => lines.boxed(),
         true => lines.json().flatten_event(true).boxed(),
     };
     let _ = LEVEL.set(handle);
-    // an error: there is one already
-    let _ = tracing_subscriber::registry()
+    let started = tracing_subscriber::registry()
         .with(filter)
         .with(lines)
         .with(Limit(repeats))
         .try_init();
+    // an error: there is one already
+    if started.is_err() || LINES.set(collected.clone()).is_err() {
+        return;
+    }
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        flush_log();
+        before(panic);
+    }));
+    let writer = collected.clone();
+    let thread = std::thread::Builder::new().name("log".into());
+    if thread.spawn(move || writer.write_on()).is_err() {
+        collected.collect(false);
+    }
+}
+
+/// Writes what is collected: before the process ends.
+pub fn flush_log() {
+    if let Some(lines) = LINES.get() {
+        lines.flush();
+    }
 }
 
 /// Another level, from now on.
@@ -67,6 +104,134 @@ fn filter(level: &str) -> EnvFilter {
 /// Tells now and then how many lines were left out.
 pub fn repeats() -> Box<dyn Follow> {
     Box::new(Tell(REPEATS.get_or_init(Arc::default).clone()))
+}
+
+/// Lines on their way to where the log goes.
+struct Lines {
+    waiting: Mutex<Waiting>,
+    more: Condvar,
+    /// Locked from taking lines until they are written, so that they stay in order. Never waited for with `waiting` locked.
+    out: Mutex<Box<dyn Write + Send>>,
+}
+
+struct Waiting {
+    bytes: Vec<u8>,
+    /// An empty buffer with room.
+    spare: Vec<u8>,
+    /// The writing thread sleeps until there is more.
+    idle: bool,
+    /// Whether there is a writing thread.
+    collect: bool,
+}
+
+/// Held from `lock` on, whatever has happened to others who held it: a line is whole, or not there.
+fn lock<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Lines {
+    fn new(out: Box<dyn Write + Send>) -> Lines {
+        Lines {
+            waiting: Mutex::new(Waiting {
+                bytes: Vec::new(),
+                spare: Vec::new(),
+                idle: false,
+                collect: true,
+            }),
+            more: Condvar::new(),
+            out: Mutex::new(out),
+        }
+    }
+
+    fn collect(&self, collect: bool) {
+        lock(&self.waiting).collect = collect;
+        self.flush();
+    }
+
+    /// Takes a line; `urgent`: writes it before this returns.
+    fn take(&self, line: &[u8], urgent: bool) {
+        let mut waiting = lock(&self.waiting);
+        waiting.bytes.extend_from_slice(line);
+        let full = waiting.bytes.len() > COLLECTED_BYTES_MAX;
+        if urgent || full || !waiting.collect {
+            drop(waiting);
+            self.flush();
+        } else if mem::take(&mut waiting.idle) {
+            drop(waiting);
+            self.more.notify_one();
+        }
+    }
+
+    fn flush(&self) {
+        let mut out = lock(&self.out);
+        let mut bytes = {
+            let mut waiting = lock(&self.waiting);
+            let spare = mem::take(&mut waiting.spare);
+            mem::replace(&mut waiting.bytes, spare)
+        };
+        // an error: there is nobody to tell
+        let _ = out.write_all(&bytes);
+        let _ = out.flush();
+        bytes.clear();
+        if bytes.capacity() <= 2 * COLLECTED_BYTES_MAX {
+            lock(&self.waiting).spare = bytes;
+        }
+    }
+
+    /// The writing thread.
+    fn write_on(&self) {
+        loop {
+            let mut waiting = lock(&self.waiting);
+            while waiting.bytes.is_empty() {
+                waiting.idle = true;
+                waiting = self
+                    .more
+                    .wait(waiting)
+                    .unwrap_or_else(PoisonError::into_inner);
+            }
+            drop(waiting);
+            std::thread::sleep(DELAY);
+            self.flush();
+        }
+    }
+}
+
+/// Takes one event, which is written to it in one piece.
+struct Line<'a> {
+    lines: &'a Lines,
+    urgent: bool,
+}
+
+impl Write for Line<'_> {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        self.lines.take(line, self.urgent);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What writes lines.
+struct Pen(Arc<Lines>);
+
+impl<'a> MakeWriter<'a> for Pen {
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line {
+            lines: &self.0,
+            urgent: true,
+        }
+    }
+
+    fn make_writer_for(&'a self, of: &Metadata<'_>) -> Line<'a> {
+        Line {
+            lines: &self.0,
+            urgent: matches!(*of.level(), Level::WARN | Level::ERROR),
+        }
+    }
 }
 
 /// What was said how often, by the place in the program that says it: few, so their number needs no bound.
@@ -175,14 +340,12 @@ impl Follow for Tell {
 
 #[cfg(test)]
 mod tests {
-    use std::io;
-
     use super::*;
 
     #[derive(Clone, Default)]
     struct Written(Arc<Mutex<Vec<u8>>>);
 
-    impl io::Write for Written {
+    impl Write for Written {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
             self.0.lock().unwrap().extend_from_slice(bytes);
             Ok(bytes.len())
@@ -198,6 +361,57 @@ mod tests {
             let text = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
             text.lines().map(String::from).collect()
         }
+    }
+
+    #[test]
+    fn lines_wait_for_their_thread_but_warnings_do_not_and_all_stay_in_order() {
+        let written = Written::default();
+        let lines = Arc::new(Lines::new(Box::new(written.clone())));
+        let layer = lines::layer()
+            .with_writer(Pen(lines.clone()))
+            .with_ansi(false)
+            .without_time();
+        let log = tracing_subscriber::registry().with(layer);
+        tracing::subscriber::with_default(log, || {
+            tracing::info!("first");
+            tracing::info!("second");
+            assert_eq!(written.lines(), [""; 0], "there is no thread yet");
+            tracing::warn!("third");
+            let texts = ["first", "second", "third"];
+            let all = written.lines();
+            assert_eq!(all.len(), 3, "{all:?}");
+            assert!(all.iter().zip(texts).all(|(l, text)| l.ends_with(text)));
+            tracing::info!("fourth");
+            lines.flush();
+            assert!(written.lines()[3].ends_with("fourth"));
+            let writer = lines.clone();
+            std::thread::spawn(move || writer.write_on());
+            for n in 5..10 {
+                tracing::info!("line {n}");
+                let until = Instant::now() + Duration::from_secs(20);
+                while written.lines().len() < n && Instant::now() < until {
+                    std::thread::yield_now();
+                }
+                assert!(written.lines()[n - 1].ends_with(&format!("line {n}")));
+            }
+        });
+    }
+
+    #[test]
+    fn what_is_collected_is_bounded_and_not_collected_where_nobody_writes_it() {
+        let written = Written::default();
+        let lines = Lines::new(Box::new(written.clone()));
+        let line = [b'x'; 99];
+        for n in 1..=COLLECTED_BYTES_MAX / 99 {
+            lines.take(&line, false);
+            assert!(written.0.lock().unwrap().is_empty(), "{n}");
+        }
+        lines.take(&line, false);
+        let all = (COLLECTED_BYTES_MAX / 99 + 1) * 99;
+        assert_eq!(written.0.lock().unwrap().len(), all);
+        lines.collect(false);
+        lines.take(&line, false);
+        assert_eq!(written.0.lock().unwrap().len(), all + 99);
     }
 
     /// What is written while `log` runs.

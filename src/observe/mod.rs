@@ -34,7 +34,7 @@ pub use histogram::{
 };
 pub use interval_log::{IntervalLog, IntervalLogConfig};
 pub use lag::LoopLag;
-pub use log::{LEFT_OUT, repeats, set_log_level, start_log};
+pub use log::{LEFT_OUT, flush_log, repeats, set_log_level, start_log};
 pub use page::{BUCKETS_US, Format, render};
 pub use process::{PROCESS, Process};
 pub use stage::{Place, Stage};

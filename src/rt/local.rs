@@ -1,5 +1,6 @@
 //! Waiting inside one shard. In: events. Out: woken tasks of the same shard. Promise: no atomics, no locks.
 
+use smallvec::SmallVec;
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::rc::Rc;
@@ -12,7 +13,7 @@ pub struct Notify {
     rings: Cell<u64>,
     /// The ring up to which somebody has been told.
     heard: Cell<u64>,
-    waiting: RefCell<Vec<Waker>>,
+    waiting: RefCell<SmallVec<[Waker; 1]>>,
 }
 
 impl Notify {

@@ -25,8 +25,9 @@ use glommio::{
 use std::cell::Cell;
 use std::future::{Future, poll_fn};
 use std::pin::pin;
-use std::sync::mpsc;
-use std::task::Poll;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, mpsc};
+use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
@@ -185,16 +186,53 @@ pub fn thread_cpu_us() -> u64 {
 pub struct Elapsed;
 
 /// What `future` returns, or [`Elapsed`] after `duration`; the future is then dropped.
+///
+/// The timer is looked at when it has rung, not whenever `future` is polled: glommio's would take itself out of its table and put
+/// itself in again each time.
 pub async fn timeout<T>(duration: Duration, future: impl Future<Output = T>) -> Result<T, Elapsed> {
     let mut future = pin!(future);
     let mut alarm = pin!(sleep(duration));
+    let mut told: Option<(Arc<Alarm>, Waker)> = None;
     poll_fn(|cx| {
         if let Poll::Ready(value) = future.as_mut().poll(cx) {
             return Poll::Ready(Ok(value));
         }
-        alarm.as_mut().poll(cx).map(|()| Err(Elapsed))
+        let same = |(alarm, _): &&(Arc<Alarm>, Waker)| alarm.task.will_wake(cx.waker());
+        let waker = match told.as_ref().filter(same) {
+            Some((alarm, _)) if !alarm.rung.swap(false, Relaxed) => return Poll::Pending,
+            Some((_, waker)) => waker,
+            None => {
+                let alarm = Arc::new(Alarm {
+                    task: cx.waker().clone(),
+                    rung: AtomicBool::new(false),
+                });
+                let waker = Waker::from(alarm.clone());
+                &told.insert((alarm, waker)).1
+            }
+        };
+        alarm
+            .as_mut()
+            .poll(&mut Context::from_waker(waker))
+            .map(|()| Err(Elapsed))
     })
     .await
+}
+
+/// Wakes a task, and remembers that it was the timer.
+struct Alarm {
+    task: Waker,
+    rung: AtomicBool,
+}
+
+impl Wake for Alarm {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        self.rung.store(true, Relaxed);
+        self.task.wake_by_ref();
+    }
 }
 
 /// Lets the other runnable tasks of this queue, and the other queues, run once.

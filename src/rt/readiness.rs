@@ -50,6 +50,15 @@ impl Readiness {
         Ok(epoll::add(&self.epoll, fd, EventData::new_u64(token), all)?)
     }
 
+    /// Watches `fd`, which may be in the set already, under this token from now on. What is true now is reported.
+    pub fn rename(&self, fd: impl AsFd, token: u64) -> io::Result<()> {
+        let all = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
+        match epoll::modify(&self.epoll, &fd, EventData::new_u64(token), all) {
+            Err(rustix::io::Errno::NOENT) => self.add(fd, token),
+            changed => Ok(changed?),
+        }
+    }
+
     /// Takes `fd` out. Closing the last descriptor of a socket does the same; one that moves to another core is
     /// removed here first. An `fd` that is not in the set is ignored. Events already harvested for it stay harvested.
     pub fn remove(&self, fd: impl AsFd) {

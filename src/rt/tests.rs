@@ -137,6 +137,67 @@ fn the_set_wakes_a_sleeping_shard_and_says_what_happened() {
 }
 
 #[test]
+fn a_descriptor_gets_another_token_and_what_is_true_is_told_under_it() {
+    let set = Readiness::new().unwrap();
+    let (a, mut peer) = UnixStream::pair().unwrap();
+    let mut events = Vec::new();
+    let mut told = || {
+        events.clear();
+        set.harvest(&mut events).unwrap();
+        events
+            .iter()
+            .map(|e| (e.token, e.readable))
+            .collect::<Vec<_>>()
+    };
+    // one that is not watched yet is watched from now on
+    set.rename(&a, 7).unwrap();
+    assert_eq!(told(), [(7, false)]);
+    peer.write_all(b"x").unwrap();
+    assert_eq!(told(), [(7, true)]);
+    set.rename(&a, 8).unwrap();
+    assert_eq!(told(), [(8, true)]);
+    assert_eq!(told(), []);
+    // closed, it is gone
+    peer.write_all(b"y").unwrap();
+    drop(a);
+    assert_eq!(told(), []);
+}
+
+#[test]
+fn a_timeout_ends_however_often_and_by_whomever_its_task_was_woken_before() {
+    block_on(async {
+        let notify = Rc::new(Notify::new());
+        let ringing = notify.clone();
+        spawn(Queue::Login, async move {
+            for _ in 0..100 {
+                ringing.notify();
+                yield_now().await;
+            }
+        });
+        let heard = std::cell::Cell::new(0);
+        let waits = async {
+            loop {
+                notify.wait().await;
+                heard.set(heard.get() + 1);
+            }
+        };
+        let begun = Instant::now();
+        let mut limited = pin!(timeout(Duration::from_millis(30), waits));
+        // first by somebody whom nobody wakes
+        let first = limited
+            .as_mut()
+            .poll(&mut Context::from_waker(Waker::noop()));
+        assert!(first.is_pending());
+        let watched = timeout(PATIENCE, limited).await;
+        assert_eq!(watched, Ok(Err::<(), _>(Elapsed)));
+        assert!(begun.elapsed() >= Duration::from_millis(30));
+        assert!(heard.get() > 1, "{heard:?}");
+        let at_once = timeout(PATIENCE, async { 5 }).await;
+        assert_eq!(at_once, Ok(5));
+    });
+}
+
+#[test]
 fn a_wait_returns_for_every_event_of_many() {
     block_on(async {
         let set = Readiness::new().unwrap();

@@ -10,9 +10,12 @@
 //! task is wrapped and looks at the clock, and a bell rung at the end of a slice is heard through the latency ring,
 //! where it preempts like any other event of live traffic, and always with a task to wake.
 //!
+//! A bell costs six system calls, and it is only needed for what comes through the rings (timers, files): what wakes the
+//! live queue otherwise needs no more than that the turn is passed. So it is rung at most every [`LOOK`], and in between the
+//! end of a slice only passes the turn to the next queue.
+//!
 //! There are two bells, because one that was heard counts again only after its task has run and the executor has then
-//! looked at the rings. The second is rung only when the first is on its way back, so that one is always armed; until
-//! then the end of a slice only passes the turn to the next queue.
+//! looked at the rings. The second is rung only when the first is on its way back, so that one is always armed.
 //!
 //! The live loop sleeps in its readiness set (one system call, which also brings the events), not in glommio's ring (about
 //! twenty), as long as something comes every millisecond. It may do so only when no other task is runnable, which glommio
@@ -36,6 +39,8 @@ use std::time::{Duration, Instant};
 
 /// How long a queue may run before the others are looked at.
 const SLICE: Duration = Duration::from_micros(200);
+/// How often a busy shard looks at its rings, if nothing in them preempts: timers are late by as much.
+const LOOK: Duration = Duration::from_millis(1);
 /// A pause longer than this between two tasks means that the executor has looked at the kernel or slept.
 const PAUSE: Duration = Duration::from_micros(20);
 /// Nothing known waits for it: see [`heartbeat`].
@@ -49,6 +54,8 @@ struct Turn {
     next: Cell<usize>,
     /// Whether the other one is on its way back.
     other_returns: Cell<bool>,
+    /// When one was rung last.
+    rung: Cell<Option<Instant>>,
     /// Something more urgent came, and no other queue has given way to it yet.
     preempted: Cell<bool>,
 }
@@ -56,7 +63,8 @@ struct Turn {
 thread_local! {
     static TURN: Turn = const {
         Turn { began: Cell::new(None), ended: Cell::new(None), bells: RefCell::new(None),
-            next: Cell::new(0), other_returns: Cell::new(true), preempted: Cell::new(false) }
+            next: Cell::new(0), other_returns: Cell::new(true), rung: Cell::new(None),
+            preempted: Cell::new(false) }
     };
 }
 
@@ -71,6 +79,7 @@ pub(super) fn set_up() -> io::Result<[impl Future<Output = ()> + 'static; 2]> {
         turn.ended.set(None);
         turn.next.set(0);
         turn.other_returns.set(true);
+        turn.rung.set(None);
     });
     Ok(ears.map(hear))
 }
@@ -139,7 +148,10 @@ pub(super) async fn others_first() {
 /// Has the executor look at its rings (timers, files) before the calling task, which now yields, goes on. Passing the turn is
 /// not enough: as long as any queue has something to run, the executor looks at them only when the latency ring tells it to.
 pub(super) fn pass_rings() {
-    TURN.with(Turn::end);
+    TURN.with(|turn| {
+        turn.pass_on();
+        turn.ring(Instant::now());
+    });
 }
 
 /// This thread has slept in the kernel: what was, does not count for the slice.
@@ -240,7 +252,7 @@ fn leave() {
             }
         }
         if over && others_runnable() {
-            turn.end();
+            turn.end(now);
         } else if over {
             turn.began.set(Some(now));
         } else if executor().need_preempt() {
@@ -257,7 +269,7 @@ pub(super) fn need_preempt() -> bool {
 
 /// Ends the slice; the task that calls it then yields.
 pub(super) fn end_slice() {
-    TURN.with(Turn::end);
+    TURN.with(|turn| turn.end(Instant::now()));
 }
 
 impl Turn {
@@ -277,10 +289,24 @@ impl Turn {
         gives_way
     }
 
-    fn end(&self) {
+    /// The slice is over: others have their turn, and now and then the rings.
+    fn end(&self, now: Instant) {
+        self.pass_on();
+        let due = |rung: Instant| now.duration_since(rung) >= LOOK;
+        if self.rung.get().is_none_or(due) {
+            self.ring(now);
+        }
+    }
+
+    fn pass_on(&self) {
         self.began.set(None);
         self.preempted.set(true);
         self.pass();
+    }
+
+    /// Has the executor look at its rings.
+    fn ring(&self, now: Instant) {
+        self.rung.set(Some(now));
         if !executor().need_preempt()
             && let Some(bells) = &*self.bells.borrow()
             && self.other_returns.replace(false)

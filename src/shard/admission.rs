@@ -139,6 +139,11 @@ impl Login {
         self.cut.get()
     }
 
+    /// Its socket was reported, and it has not looked since.
+    pub fn has_news(&self) -> bool {
+        self.again.get() || self.closed.get()
+    }
+
     /// Tells its task that it is over.
     pub fn cut(&self) {
         self.cut.set(true);

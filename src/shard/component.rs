@@ -95,9 +95,7 @@ impl Shard {
                 };
                 let mut out = Vec::new();
                 Handshake::default().refuse(&error, &mut out);
-                let mut transport = Transport::plain(socket);
-                let _ = transport.write(&out, &mut self.scratch.borrow_mut());
-                return self.close_transport(transport);
+                return self.close_transport(Transport::plain(socket), &out);
             }
         };
         let mut links = self.links.borrow_mut();
@@ -386,12 +384,10 @@ impl Shard {
 
     /// Ends a connection with these last words.
     pub(super) fn component_close(&self, link: u64, bytes: &[u8]) {
-        let Some(Kind::Component(mut c)) = self.links.borrow_mut().remove(link) else {
-            return;
-        };
-        let _ = c.transport.write(bytes, &mut self.scratch.borrow_mut());
-        self.readiness.remove(c.transport.socket());
-        self.close_transport(c.transport);
+        let gone = self.links.borrow_mut().remove(link);
+        if let Some(Kind::Component(c)) = gone {
+            self.close_transport(c.transport, bytes);
+        }
     }
 
     /// Deadlines, white space, dead connections. A few times a second.

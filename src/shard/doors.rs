@@ -7,7 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use crate::config::Config;
@@ -16,7 +16,6 @@ use crate::config::Config;
 pub struct Doors {
     open: AtomicUsize,
     tables: Mutex<Tables>,
-    key: OnceLock<[u8; 32]>,
 }
 
 #[derive(Default)]
@@ -186,14 +185,22 @@ impl Doors {
         for key in by_address.as_deref().into_iter().chain(account) {
             worst = worst.max(tables.count_failure(key, limits.auth_failures_remembered_max));
         }
-        let doubled = limits
-            .auth_failure_delay_ms
-            .saturating_mul(1 << worst.saturating_sub(1).min(16));
-        Duration::from_millis(
-            doubled
-                .max(limits.auth_failure_delay_ms)
-                .min(limits.auth_failure_delay_ms_max),
-        )
+        delay(worst, limits)
+    }
+
+    /// Somebody has named what this server never gave out: how long his answer is held back. Counted apart from passwords, so that
+    /// nobody behind the same address logs in more slowly.
+    pub fn guessed(&self, address: IpAddr, config: &Config) -> Duration {
+        let limits = &config.limits;
+        let count = match config.is_exempt(address) {
+            true => 1,
+            false => {
+                let key = format!("guess {}", network(address));
+                let mut tables = self.tables();
+                tables.count_failure(&key, limits.auth_failures_remembered_max)
+            }
+        };
+        delay(count, limits)
     }
 
     /// The account's owner has proved himself.
@@ -202,15 +209,6 @@ impl Doors {
         if !tables.failures.is_empty() {
             tables.failures.remove(account);
         }
-    }
-
-    /// A secret of this process, the same on every shard.
-    pub fn key(&self) -> [u8; 32] {
-        *self.key.get_or_init(|| {
-            let mut key = [0; 32];
-            aws_lc_rs::rand::fill(&mut key).expect("the system gives random bytes");
-            key
-        })
     }
 
     /// Connections of the blade.
@@ -248,6 +246,22 @@ impl Tables {
 }
 
 impl Pass {
+    /// A connection that was used for something else logs in after all: it counts among those that have not yet. An error: as many
+    /// as may be are there; it stays what it was.
+    pub fn begins_login(&mut self, config: &Config) -> Result<(), Shut> {
+        let Some(address) = self.address.filter(|_| self.authenticated) else {
+            return Ok(());
+        };
+        let mut tables = self.doors.tables();
+        let count = tables.addresses.entry(address).or_default();
+        if count.unauthenticated >= config.limits.unauthenticated_per_address_max {
+            return Err(Shut::Unauthenticated);
+        }
+        count.unauthenticated += 1;
+        self.authenticated = false;
+        Ok(())
+    }
+
     /// The connection has logged in.
     pub fn authenticated(&mut self) {
         if let Some(address) = self.address
@@ -275,6 +289,18 @@ impl Drop for Pass {
             tables.addresses.remove(&address);
         }
     }
+}
+
+/// After so many failures.
+fn delay(failures: u32, limits: &crate::config::Limits) -> Duration {
+    let doubled = limits
+        .auth_failure_delay_ms
+        .saturating_mul(1 << failures.saturating_sub(1).min(16));
+    Duration::from_millis(
+        doubled
+            .max(limits.auth_failure_delay_ms)
+            .min(limits.auth_failure_delay_ms_max),
+    )
 }
 
 /// An IPv6 subscriber has a /64 to choose addresses from: it counts as one.
@@ -330,6 +356,16 @@ mod tests {
         let doors = Arc::new(Doors::default());
         let stranger = "192.0.2.1".parse().unwrap();
         let mut first = doors.enter(stranger, false, &config).unwrap();
+        assert_eq!(
+            doors.enter(stranger, false, &config).err(),
+            Some(Shut::Unauthenticated)
+        );
+        first.authenticated();
+        let second = doors.enter(stranger, false, &config).unwrap();
+        // what was a request for a page and becomes a login is one
+        assert_eq!(first.begins_login(&config), Err(Shut::Unauthenticated));
+        drop(second);
+        assert_eq!(first.begins_login(&config), Ok(()));
         assert_eq!(
             doors.enter(stranger, false, &config).err(),
             Some(Shut::Unauthenticated)

@@ -21,6 +21,8 @@ const NAP: Duration = Duration::from_millis(1);
 const CONGESTED_PAUSE: Duration = Duration::from_micros(100);
 /// Presences that go out in one turn for each login that may compute: each costs a fraction of a login's step.
 const PRESENCES_PER_PLACE: usize = 2;
+/// Sessions that get in each turn what rooms say to many, however short a turn should be.
+const FANNED_MIN: usize = 4;
 /// Reads of one connection in one turn.
 pub(super) const READS_MAX: usize = 4;
 /// How long a connection may take to hear its last words.
@@ -41,6 +43,7 @@ impl Shard {
                 || rt::others_runnable()
                 || self.admission.is_wanted()
                 || self.slice.borrow().pace.waiting() > 0
+                || !self.slice.borrow().fx.fanned.is_empty()
                 || !self.slice.borrow().regrouping.is_empty();
             let commit = self.journal.wait(&self.slice.borrow());
             let mut slept = None;
@@ -88,6 +91,7 @@ impl Shard {
                 self.slice.borrow_mut().regroup_some();
             }
             self.flush();
+            self.fan_out();
             self.admit();
             if self.stopping.get() && self.all_closed() && self.all_durable() {
                 return;
@@ -202,7 +206,9 @@ impl Shard {
     fn may_sleep(&self) -> bool {
         let slice = self.slice.borrow();
         let durable = slice.ledger.waiting() == 0 || slice.ledger.is_flying();
-        durable && self.redis.as_ref().is_none_or(|redis| !redis.is_restless())
+        durable
+            && slice.fx.fanned.is_empty()
+            && self.redis.as_ref().is_none_or(|redis| !redis.is_restless())
     }
 
     /// The shard stops: what it has decided is in its journal, marks too.
@@ -264,14 +270,18 @@ impl Shard {
                     self.component_ready(link, event);
                     false
                 }
-                Some(Kind::Closing { .. }) => {
+                Some(Kind::Closing { transport, .. }) => {
+                    // room to write is news only for who has something to write
+                    let news = event.readable || event.closed || transport.pending() > 0;
                     drop(links);
-                    self.go_on_closing(link);
+                    if news {
+                        self.go_on_closing(link);
+                    }
                     false
                 }
                 Some(Kind::Bosh) => {
                     drop(links);
-                    self.bosh_ready(link, event.closed);
+                    self.bosh_ready(link);
                     false
                 }
                 Some(Kind::Redis(instance)) => {
@@ -352,23 +362,19 @@ impl Shard {
         match end {
             End::Lost => {
                 let gone = links.remove(link);
-                if let Some(Kind::Live(live)) = gone {
-                    self.readiness.remove(live.transport.socket());
-                    if has_all(&live.transport) {
-                        slice.confirmed(sid);
-                    }
+                // a socket that is closed leaves the readiness set by itself
+                if let Some(Kind::Live(mut live)) = gone {
+                    confirm(&mut slice, &mut live.transport, sid);
                     slice.link_lost(sid);
                     drop((links, slice, scratch));
                     if live.transport.has_said_farewell() {
-                        self.close_transport(live.transport);
+                        self.close_transport(live.transport, &[]);
                     }
                 }
             }
             End::Stream(error) => {
-                if let Some(Kind::Live(live)) = links.get_mut(link)
-                    && has_all(&live.transport)
-                {
-                    slice.confirmed(sid);
+                if let Some(Kind::Live(live)) = links.get_mut(link) {
+                    confirm(&mut slice, &mut live.transport, sid);
                 }
                 slice.end(sid, error);
             }
@@ -401,9 +407,12 @@ impl Shard {
     }
 
     fn lost(&self, link: u64) {
-        if let Some(Kind::Live(live)) = self.links.borrow_mut().remove(link) {
-            self.readiness.remove(live.transport.socket());
-            self.slice.borrow_mut().link_lost(live.session);
+        if let Some(Kind::Live(mut live)) = self.links.borrow_mut().remove(link) {
+            let mut slice = self.slice.borrow_mut();
+            if live.transport.is_relayed() {
+                confirm(&mut slice, &mut live.transport, live.session);
+            }
+            slice.link_lost(live.session);
         }
     }
 
@@ -481,40 +490,15 @@ impl Shard {
         self.journal.hand_over(&mut slice);
         slice.cut_slow_readers();
         while let Some(sid) = slice.fx.dirty.pop() {
-            let Some((link, bytes)) = slice.take_out(sid) else {
-                continue;
-            };
-            let sent = {
-                let mut links = self.links.borrow_mut();
-                match links.get_mut(link) {
-                    Some(Kind::Live(live)) => live
-                        .transport
-                        .write(&bytes, &mut self.scratch.borrow_mut())
-                        .map(|()| live.transport.pending()),
-                    _ => Ok(0),
-                }
-            };
-            slice.reuse(bytes);
-            match sent {
-                Ok(0) => {}
-                Ok(unsent) => {
-                    if let Some(session) = slice.sessions.get_mut(sid) {
-                        session.unsent = unsent;
-                    }
-                }
-                Err(_) => {
-                    let gone = self.links.borrow_mut().remove(link);
-                    if let Some(Kind::Live(live)) = gone {
-                        self.readiness.remove(live.transport.socket());
-                        slice.link_lost(sid);
-                    }
-                }
-            }
+            self.write_out(&mut slice, sid);
+        }
+        if !slice.fx.fanned.is_empty() && self.admission.asleep.replace(false) {
+            self.nudge();
         }
         self.component_flush(&mut slice);
         let closing = std::mem::take(&mut slice.fx.closing);
         let ending = std::mem::take(&mut slice.components.ending);
-        if !slice.fx.slots.is_empty() {
+        if !slice.fx.slots.is_empty() || !slice.fx.uploads_gone.is_empty() {
             self.ask_for_slots(&mut slice);
         }
         for (ticket, job) in std::mem::take(&mut slice.fx.jobs) {
@@ -567,6 +551,75 @@ impl Shard {
         }
     }
 
+    /// Hands over what the session has to say; false: its connection broke.
+    fn write_out(&self, slice: &mut Slice, sid: SessionId) -> bool {
+        let Some((link, bytes)) = slice.take_out(sid) else {
+            return true;
+        };
+        let sent = {
+            let mut links = self.links.borrow_mut();
+            match links.get_mut(link) {
+                Some(Kind::Live(live)) => {
+                    let sent = live
+                        .transport
+                        .write(&bytes, &mut self.scratch.borrow_mut())
+                        .map(|()| live.transport.pending());
+                    if live.transport.is_relayed() {
+                        live.transport.mark(slice.unconfirmed(sid));
+                    }
+                    sent
+                }
+                _ => Ok(0),
+            }
+        };
+        slice.reuse(bytes);
+        match sent {
+            Ok(0) => true,
+            Ok(unsent) => {
+                if let Some(session) = slice.sessions.get_mut(sid) {
+                    session.unsent = unsent;
+                }
+                true
+            }
+            Err(_) => {
+                let gone = self.links.borrow_mut().remove(link);
+                if let Some(Kind::Live(mut live)) = gone {
+                    if live.transport.is_relayed() {
+                        confirm(slice, &mut live.transport, sid);
+                    }
+                    slice.link_lost(sid);
+                }
+                false
+            }
+        }
+    }
+
+    /// Behind all else that goes out: what rooms say to many, as long as half of the time that a turn should take. One system
+    /// call for each of hundreds takes milliseconds, and what comes meanwhile would wait for the last.
+    fn fan_out(&self) {
+        let mut slice = self.slice.borrow_mut();
+        if slice.fx.fanned.is_empty() {
+            return;
+        }
+        self.fanned_depth.saw(slice.fx.fanned.len() as u64);
+        let most = Duration::from_micros(self.config.borrow().storm.lag_us_target / 2);
+        let began = Instant::now();
+        let mut broken = false;
+        for written in 1.. {
+            let Some(sid) = slice.next_fanned() else {
+                break;
+            };
+            broken |= !self.write_out(&mut slice, sid);
+            if written >= FANNED_MIN && began.elapsed() >= most {
+                break;
+            }
+        }
+        drop(slice);
+        if broken {
+            self.flush();
+        }
+    }
+
     /// Sessions without stream management: what their peers have is delivered.
     pub(super) fn confirm_deliveries(&self) {
         let mut slice = self.slice.borrow_mut();
@@ -575,14 +628,14 @@ impl Shard {
             let Some(session) = slice.sessions.get(sid) else {
                 continue;
             };
-            let link = session.link.filter(|_| session.out.is_empty());
-            let confirmed = match link.and_then(|link| links.get_mut(link)) {
-                Some(Kind::Live(live)) => has_all(&live.transport),
-                _ => false,
-            };
-            match confirmed {
-                true => slice.confirmed(sid),
-                false => slice.fx.unconfirmed.push(sid),
+            let all_written = !session.dirty;
+            if let Some(Kind::Live(live)) = session.link.and_then(|link| links.get_mut(link))
+                && (all_written || live.transport.is_relayed())
+            {
+                confirm(&mut slice, &mut live.transport, sid);
+            }
+            if slice.unconfirmed(sid) > 0 {
+                slice.fx.unconfirmed.push(sid);
             }
         }
     }
@@ -590,19 +643,16 @@ impl Shard {
     // ---- farewells ---------------------------------------------------------------------------------------------
 
     fn begin_closing(&self, link: u64, bytes: &[u8]) {
-        let mut links = self.links.borrow_mut();
-        let Some(Kind::Live(mut live)) = links.remove(link) else {
-            return;
-        };
-        let _ = live.transport.write(bytes, &mut self.scratch.borrow_mut());
-        drop(links);
-        self.readiness.remove(live.transport.socket());
-        self.close_transport(live.transport);
+        let gone = self.links.borrow_mut().remove(link);
+        if let Some(Kind::Live(live)) = gone {
+            self.close_transport(live.transport, bytes);
+        }
     }
 
-    /// Lets a connection hear what was written last: a socket that is closed with unread input would take it back.
-    pub(super) fn close_transport(&self, mut transport: Transport) {
-        let _ = transport.close_notify(&mut self.scratch.borrow_mut());
+    /// Says `last`, and lets a connection hear it: a socket that is closed with unread input would take it back. Its link is
+    /// gone already.
+    pub(super) fn close_transport(&self, mut transport: Transport, last: &[u8]) {
+        let _ = transport.finish(last, &mut self.scratch.borrow_mut());
         let until_ms = self.slice.borrow().now.ms + FAREWELL_MS;
         let mut links = self.links.borrow_mut();
         let link = links.insert(Kind::Closing {
@@ -614,7 +664,7 @@ impl Shard {
         let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else {
             return;
         };
-        if self.readiness.add(transport.socket(), link).is_err() {
+        if self.readiness.rename(transport.socket(), link).is_err() {
             links.remove(link);
             return;
         }
@@ -643,15 +693,15 @@ impl Shard {
                 Ok(false) => break false,
                 Err(_) => break true,
             }
-            match transport.socket().recv(&mut [0; 16 << 10]) {
+            match transport.socket().recv(&mut [0; 4 << 10]) {
                 Ok(0) => break true,
                 Ok(more) if *read + more > FAREWELL_BYTES_MAX => break true,
                 Ok(more) => *read += more,
                 Err(error) => break error.kind() != std::io::ErrorKind::WouldBlock,
             }
         };
-        if over && let Some(Kind::Closing { transport, .. }) = links.remove(link) {
-            self.readiness.remove(transport.socket());
+        if over {
+            links.remove(link);
         }
     }
 
@@ -664,9 +714,7 @@ impl Shard {
             .map(|(slot, _)| slot)
             .collect();
         for slot in late {
-            if let Kind::Closing { transport, .. } = links.slab.remove(slot).kind {
-                self.readiness.remove(transport.socket());
-            }
+            links.slab.remove(slot);
         }
     }
 
@@ -682,13 +730,26 @@ impl Shard {
     }
 }
 
-/// Has the peer's kernel all that was sent?
-fn has_all(transport: &Transport) -> bool {
-    let socket = transport.socket();
-    // in this order: an end between the two must be seen
-    transport.pending() == 0
-        && socket.unsent().is_ok_and(|unsent| unsent == 0)
-        && !socket.may_have_lost()
+/// Has the session output for its client alone that was not handed to its connection yet? What it is told with many others may wait.
+fn is_dirty(slice: &Slice, sid: SessionId) -> bool {
+    let session = slice.sessions.get(sid);
+    session.is_some_and(|session| session.dirty)
+}
+
+/// What a session without stream management was sent is delivered when its peer's kernel has all of it; over BOSH when requests
+/// have said that its client has it.
+fn confirm(slice: &mut Slice, transport: &mut Transport, sid: SessionId) {
+    if transport.is_relayed() {
+        match transport.take_arrived() {
+            0 => {}
+            messages => slice.confirmed_first(sid, messages),
+        }
+    } else if !is_dirty(slice, sid)
+        && transport.pending() == 0
+        && transport.socket().unsent().is_ok_and(|bytes| bytes == 0)
+    {
+        slice.confirmed(sid);
+    }
 }
 
 /// Why reading ends.

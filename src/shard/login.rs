@@ -22,7 +22,9 @@ use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::fast;
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
-use crate::xmpp::sasl::{ChannelBindings, Credentials, Failure, Mechanism, ScramKeysRef, external};
+use crate::xmpp::sasl::{
+    ChannelBindings, Credentials, Exporter, Failure, Mechanism, ScramKeysRef, external,
+};
 use crate::xmpp::session::{Session, SessionId};
 use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
@@ -86,12 +88,14 @@ enum Outcome {
     Move(usize, Wish),
     /// A stream error is owed.
     Refuse(StreamError),
-    /// Whatever had to be said was said.
-    Close,
+    /// Nothing more is to be said than this.
+    Close(Vec<u8>),
     /// The connection broke.
     Gone,
 }
 
+/// The longest that a login usually has to say at once: so that it is written without moving.
+const OUT_BYTES_USUAL: usize = 1536;
 /// How often a user is loaded for one binding, when others push him out of the cache in between.
 const LOADS_MAX: u32 = 3;
 
@@ -304,7 +308,9 @@ async fn begin(shard: Rc<Shard>, knock: Knock, guest: Guest, refusal: Option<Str
             arrived_us,
             ..
         } = knock;
-        return http::serve_client(shard, socket, peer, pass, tls, arrived_us, guest).await;
+        // in a box: a task has room for the longest way through it, and most do not go this one
+        let serving = http::serve_client(shard, socket, peer, pass, tls, arrived_us, guest);
+        return Box::pin(serving).await;
     }
     let config = shard.config.borrow().clone();
     let mut transport = Transport::plain(knock.socket);
@@ -412,7 +418,9 @@ pub(super) async fn begin_stream(shard: Rc<Shard>, stream: WebStream) {
 
 fn bindings(bound: crate::net::ChannelBindings) -> ChannelBindings {
     ChannelBindings {
-        exporter: bound.exporter,
+        exporter: bound
+            .exporter
+            .map(|exporter| Exporter::new(move || exporter.binding())),
         server_end_point: bound.end_point.map(Into::into),
     }
 }
@@ -460,7 +468,7 @@ pub fn arrived(shard: Rc<Shard>, moved: Moved) {
 }
 
 /// Says why a connection is not let in: in words where it expects plain text, else by a TLS alert.
-fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &StreamError) {
+fn turn_away(shard: &Shard, transport: Transport, door: Door, error: &StreamError) {
     shard.gauges.turned_away.one();
     let mut out = Vec::new();
     if door.begins_with_tls() {
@@ -481,8 +489,7 @@ fn turn_away(shard: &Shard, mut transport: Transport, door: Door, error: &Stream
         };
         Negotiation::new(&config.domain, policy).refuse(error, &mut out);
     }
-    let _ = transport.write(&out, &mut shard.scratch.borrow_mut());
-    shard.close_transport(transport);
+    shard.close_transport(transport, &out);
 }
 
 async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, guest: Guest) {
@@ -502,10 +509,13 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
             transport,
             framer,
             rest,
+            drained,
             pass,
             negotiation,
             ..
         } = c;
+        // what came behind the binding, and edges that nobody saw meanwhile
+        let more = !rest.is_empty() || !drained || guest.login.has_news();
         drop(negotiation);
         let Some(sid) = shard.take_bound(link) else {
             return;
@@ -530,8 +540,9 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
             }));
         }
         shard.admission.bound();
-        // what came behind the binding, and edges that nobody saw meanwhile
-        shard.read(link, true);
+        if more {
+            shard.read(link, true);
+        }
         shard.flush();
         if !shard.unread.borrow().is_empty() {
             shard.nudge();
@@ -539,9 +550,9 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
         return;
     }
     shard.links.borrow_mut().remove(link);
-    shard.readiness.remove(c.transport.socket());
     match outcome {
         Outcome::Move(owner, wish) => {
+            shard.readiness.remove(c.transport.socket());
             shard.ways.borrow_mut().send(
                 owner,
                 Parcel::Moved(Box::new(Moved {
@@ -554,13 +565,12 @@ async fn negotiate(shard: Rc<Shard>, mut c: Connecting, wish: Option<Wish>, gues
         Outcome::Refuse(error) => {
             let mut out = Vec::new();
             c.negotiation.refuse(&error, &mut out);
-            if !c.transport.handshaking() {
-                let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-            }
-            shard.close_transport(c.transport);
+            shard.close_transport(c.transport, &out);
         }
-        Outcome::Close => shard.close_transport(c.transport),
-        Outcome::Gone if c.transport.has_said_farewell() => shard.close_transport(c.transport),
+        Outcome::Close(last) => shard.close_transport(c.transport, &last),
+        Outcome::Gone if c.transport.has_said_farewell() => {
+            shard.close_transport(c.transport, &[]);
+        }
         Outcome::Gone | Outcome::Bound => {}
     }
 }
@@ -599,7 +609,7 @@ async fn run(
     guest: &Guest,
     link: u64,
 ) -> Outcome {
-    let mut out = Vec::new();
+    let mut out = Vec::with_capacity(OUT_BYTES_USUAL);
     let mut next = wish.map(|wish| match wish {
         Wish::Login(name) => Step::Login { name },
         Wish::Register(name, password) => Step::Register { name, password },
@@ -717,8 +727,7 @@ async fn run(
                 // what was reported meanwhile is not reported again
                 c.drained = false;
                 if close {
-                    let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-                    return Outcome::Close;
+                    return Outcome::Close(out);
                 }
             }
             Step::Register { name, password } => {
@@ -791,10 +800,7 @@ async fn run(
                 }
                 Err(error) => return Outcome::Refuse(error),
             },
-            Step::End => {
-                let _ = c.transport.write(&out, &mut shard.scratch.borrow_mut());
-                return Outcome::Close;
-            }
+            Step::End => return Outcome::Close(out),
         }
         if next.is_none() && !out.is_empty() {
             if c.transport

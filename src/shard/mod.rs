@@ -214,6 +214,8 @@ pub struct Shard {
     inbox_depth: HighWater,
     /// The most connections that waited to be read on.
     unread_depth: HighWater,
+    /// The most sessions that waited to be told what many are told.
+    fanned_depth: HighWater,
     pages: figures::Pages,
     /// HTTP requests that wait for their page.
     pages_waiting: RefCell<FnvHashMap<u64, SlotSetter<String>>>,
@@ -395,6 +397,7 @@ impl Shard {
             lag: RefCell::new(LoopLag::new(parts.started.elapsed().as_micros() as u64)),
             inbox_depth: HighWater::default(),
             unread_depth: HighWater::default(),
+            fanned_depth: HighWater::default(),
             pages: parts.pages,
             pages_waiting: RefCell::default(),
             files,
@@ -450,6 +453,7 @@ impl Shard {
             room_messages: c.room_messages,
             room_deliveries: c.room_deliveries,
             room_refused: c.room_refused,
+            room_waiting_max: self.fanned_depth.get(slice.now.ms),
             mesh_sent: ways.sent,
             mesh_full: ways.full,
             mesh_refused: c.mesh_refused,

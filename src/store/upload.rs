@@ -10,6 +10,10 @@
 //!
 //! Promises: a file is there whole or not at all: it is written under `FOLDER/new`, synced, and only then gets its name, which no
 //! other file ever had; what a stop leaves in `new` is removed at the next start. It is durable when it is answered.
+//!
+//! When an account is removed, `FOLDER/gone` gets an empty file whose name says whose files up to when are gone ([`mark_gone`]). From then on
+//! nobody gets them; they are removed piece by piece, after a restart too. The mark stays for a day, for slots and bodies
+//! that were on their way; an account of the same name that is made later has its own.
 
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -168,12 +172,19 @@ pub enum Refused {
 pub enum NotTaken {
     /// There is, or comes, such a file already.
     Replayed,
+    /// The account whose slot it was is no more.
+    Gone,
     Refused(Refused),
 }
 
 const DAY: u64 = 86_400;
 /// Users whose files are remembered.
 const USERS_MAX: usize = 10_000;
+
+/// Files of removed accounts that are removed in one go.
+const CLEARED_AT_ONCE: usize = 100;
+/// How long it is remembered that an account was removed: longer than a body is on its way.
+const GONE_SECONDS: u64 = DAY;
 
 #[derive(Default)]
 struct Usage {
@@ -194,6 +205,8 @@ pub struct Folder {
     root: PathBuf,
     bounds: Mutex<Bounds>,
     quotas: Mutex<Quotas>,
+    /// Removed accounts: until when what they put is gone, and whether all of it has been removed.
+    gone: Mutex<HashMap<Owner, (u64, bool)>>,
     /// Of all files, those that were counted at the last sweep and those that have come since.
     bytes: AtomicU64,
 }
@@ -225,10 +238,16 @@ impl Folder {
             fs::remove_dir_all(&new)?;
         }
         make_dir(&new)?;
+        let mut gone = HashMap::new();
+        for (owner, at) in marks(root)? {
+            let (until, _) = gone.entry(owner).or_insert((at, false));
+            *until = at.max(*until);
+        }
         Ok(Folder {
             root: root.to_owned(),
             bounds: Mutex::new(bounds),
             quotas: Mutex::default(),
+            gone: Mutex::new(gone),
             bytes: AtomicU64::new(0),
         })
     }
@@ -245,6 +264,10 @@ impl Folder {
     /// Is there room for one more? Then it is kept until the slot expires.
     pub fn reserve(&self, owner: Owner, entry: &Entry, now: u64) -> Result<(), Refused> {
         let bounds = *lock(&self.bounds);
+        if let Some(until) = self.gone_until(owner).filter(|until| entry.at <= *until) {
+            // an account of that name was made within this second
+            return Err(Refused::Quota(Some(until + 1)));
+        }
         let mut quotas = lock(&self.quotas);
         let usage = self.usage(&mut quotas, owner)?;
         usage.slots.retain(|(until, ..)| *until > now);
@@ -272,7 +295,11 @@ impl Folder {
                 quotas.users.retain(|_, usage| !usage.slots.is_empty());
             }
             let files = entries(&self.dir(owner)).map_err(|error| broken("read", &error))?;
-            let files = files.iter().map(|entry| (entry.at, entry.bytes)).collect();
+            let gone = self.gone_until(owner);
+            let files = files
+                .iter()
+                .filter(|entry| gone.is_none_or(|until| entry.at > until));
+            let files = files.map(|entry| (entry.at, entry.bytes)).collect();
             let usage = Usage {
                 files,
                 slots: Vec::new(),
@@ -284,6 +311,9 @@ impl Folder {
 
     /// A body begins. Its slot was checked; after a restart nobody remembers it, so there must be room once more.
     pub fn begin(&self, owner: Owner, entry: Entry, now: u64) -> Result<Writing, NotTaken> {
+        if self.is_gone(owner, &entry) {
+            return Err(NotTaken::Gone);
+        }
         if self.path(owner, &entry).exists() {
             return Err(NotTaken::Replayed);
         }
@@ -318,6 +348,14 @@ impl Folder {
         let dir = self.dir(writing.owner);
         let path = self.path(writing.owner, &writing.entry);
         make_dir(&dir)?;
+        // held until it has its name: who removes the account's files finds it, or it gets none
+        let gone = lock(&self.gone);
+        if gone
+            .get(&writing.owner)
+            .is_some_and(|(until, _)| writing.entry.at <= *until)
+        {
+            return Err(io::ErrorKind::NotFound.into());
+        }
         // fails if there is such a file, so that nothing is ever replaced
         match fs::hard_link(&writing.path, &path) {
             // a sweep has just removed the empty folder
@@ -327,6 +365,7 @@ impl Folder {
             }
             other => other?,
         }
+        drop(gone);
         File::open(&dir)?.sync_all()?;
         writing.done = true;
         let _ = fs::remove_file(&writing.path);
@@ -344,7 +383,7 @@ impl Folder {
     /// A file, to be read; `None`: there is none.
     pub fn read(&self, owner: Owner, entry: &Entry, now: u64) -> io::Result<Option<File>> {
         let keep = lock(&self.bounds).keep_seconds;
-        if keep > 0 && entry.at.saturating_add(keep) <= now {
+        if keep > 0 && entry.at.saturating_add(keep) <= now || self.is_gone(owner, entry) {
             return Ok(None);
         }
         match File::open(self.path(owner, entry)) {
@@ -381,6 +420,73 @@ impl Folder {
         // what has come meanwhile was perhaps counted, too: rather too much than too little, until the next sweep
         let come = lock(&self.quotas).come;
         self.bytes.store(total + come, Relaxed);
+        Ok(removed)
+    }
+
+    /// An account was removed: what it put up to then is gone. Durable when this returns.
+    pub fn forget(&self, owner: Owner, at: u64) -> io::Result<()> {
+        {
+            let mut gone = lock(&self.gone);
+            if gone.get(&owner).is_some_and(|(until, _)| at <= *until) {
+                // written down before the last stop
+                return Ok(());
+            }
+            gone.insert(owner, (at, false));
+        }
+        lock(&self.quotas).users.remove(&owner);
+        mark_gone(&self.root, owner, at)
+    }
+
+    fn gone_until(&self, owner: Owner) -> Option<u64> {
+        lock(&self.gone).get(&owner).map(|(until, _)| *until)
+    }
+
+    fn is_gone(&self, owner: Owner, entry: &Entry) -> bool {
+        self.gone_until(owner)
+            .is_some_and(|until| entry.at <= until)
+    }
+
+    /// Removes some of the files of removed accounts, and marks that nobody needs any more; how many files, 0: there are no more.
+    pub fn clear(&self, now: u64) -> io::Result<usize> {
+        let gone: Vec<_> = lock(&self.gone)
+            .iter()
+            .map(|(owner, (until, cleared))| (*owner, *until, *cleared))
+            .collect();
+        let mut removed = 0;
+        for (owner, until, cleared) in gone {
+            if !cleared {
+                let dir = self.dir(owner);
+                for entry in entries(&dir)? {
+                    if entry.at > until {
+                        continue;
+                    }
+                    if removed == CLEARED_AT_ONCE {
+                        return Ok(removed);
+                    }
+                    match fs::remove_file(dir.join(entry.name())) {
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                        _ => removed += 1,
+                    }
+                    let less = |bytes: u64| Some(bytes.saturating_sub(entry.bytes));
+                    let _ = self.bytes.fetch_update(Relaxed, Relaxed, less);
+                }
+                // not if a later account of that name has something
+                let _ = fs::remove_dir(&dir);
+            }
+            let mut table = lock(&self.gone);
+            let Some(mark) = table.get_mut(&owner).filter(|mark| mark.0 == until) else {
+                continue;
+            };
+            mark.1 = true;
+            if until.saturating_add(GONE_SECONDS) < now {
+                table.remove(&owner);
+                for (marked, at) in marks(&self.root)? {
+                    if marked == owner {
+                        fs::remove_file(self.root.join(GONE).join(mark_name(owner, at)))?;
+                    }
+                }
+            }
+        }
         Ok(removed)
     }
 
@@ -457,6 +563,127 @@ pub fn piece(file: &File, at: u64, bytes: usize) -> io::Result<Vec<u8>> {
     Ok(piece)
 }
 
+/// Where marks of removed accounts are.
+const GONE: &str = "gone";
+
+fn mark_name(owner: Owner, at: u64) -> String {
+    format!("{}-{at:x}", owner.name())
+}
+
+/// Writes down that what an owner put up to `at` (unix seconds) is gone; for who removes an account while no server runs. Durable
+/// when this returns.
+pub fn mark_gone(root: &Path, owner: Owner, at: u64) -> io::Result<()> {
+    let dir = root.join(GONE);
+    make_dir(&dir)?;
+    OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(dir.join(mark_name(owner, at)))?
+        .sync_all()?;
+    File::open(&dir)?.sync_all()
+}
+
+/// The marks in the folder.
+fn marks(root: &Path) -> io::Result<Vec<(Owner, u64)>> {
+    let list = match fs::read_dir(root.join(GONE)) {
+        Ok(list) => list,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let parse = |name: &str| {
+        let (owner, at) = name.split_once('-')?;
+        Some((Owner::parse(owner)?, u64::from_str_radix(at, 16).ok()?))
+    };
+    let mut found = Vec::new();
+    for file in list {
+        found.extend(file?.file_name().to_str().and_then(parse));
+    }
+    Ok(found)
+}
+
+/// Files of a folder of uploads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Counted {
+    pub files: u64,
+    pub bytes: u64,
+}
+
+/// Copies all files and marks of one folder into another: by a second name for the same file (a hard link) where both are on one file
+/// system, which costs no room. Nothing is ever written into a file that has its name, so the copy stays what it is. What is there
+/// already stays, what goes meanwhile is left out. Durable when this returns.
+pub fn copy_all(from: &Path, to: &Path, told: &mut dyn FnMut(Counted)) -> io::Result<Counted> {
+    let mut counted = Counted::default();
+    make_dir(to)?;
+    for (owner, at) in marks(from)? {
+        mark_gone(to, owner, at)?;
+    }
+    for fan in subfolders(from)? {
+        for owner in subfolders(&fan)? {
+            let below = owner.strip_prefix(from).map_err(io::Error::other)?;
+            let target = to.join(below);
+            let entries = entries(&owner)?;
+            if entries.is_empty() {
+                continue;
+            }
+            make_dir(&target)?;
+            for entry in entries {
+                let name = entry.name();
+                if link_or_copy(&owner.join(&name), &target.join(&name))? {
+                    counted.files += 1;
+                    counted.bytes += entry.bytes;
+                }
+            }
+            File::open(&target)?.sync_all()?;
+            told(counted);
+        }
+    }
+    Ok(counted)
+}
+
+/// `false`: there is no such file any more.
+fn link_or_copy(from: &Path, to: &Path) -> io::Result<bool> {
+    let gone = |error: &io::Error| error.kind() == io::ErrorKind::NotFound;
+    match fs::hard_link(from, to) {
+        Ok(()) => return Ok(true),
+        Err(error) if gone(&error) => return Ok(false),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            match fs::metadata(to)?.len() == fs::metadata(from)?.len() {
+                true => return Ok(true),
+                // an interrupted copy
+                false => fs::remove_file(to)?,
+            }
+        }
+        // another file system, or one without links
+        Err(_) => {}
+    }
+    match fs::copy(from, to) {
+        Ok(_) => File::open(to)?.sync_all().map(|()| true),
+        Err(error) if gone(&error) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Counts the files of a folder; an error: one has another length than its name says.
+pub fn count(root: &Path) -> io::Result<Counted> {
+    let mut counted = Counted::default();
+    for fan in subfolders(root)? {
+        for owner in subfolders(&fan)? {
+            for entry in entries(&owner)? {
+                let path = owner.join(entry.name());
+                if fs::metadata(&path)?.len() != entry.bytes {
+                    let why = format!("{}: it has not its length", path.display());
+                    return Err(io::Error::new(io::ErrorKind::InvalidData, why));
+                }
+                counted.files += 1;
+                counted.bytes += entry.bytes;
+            }
+        }
+    }
+    Ok(counted)
+}
+
 fn broken(what: &str, error: &io::Error) -> Refused {
     tracing::error!(%error, "the folder of uploads (upload.dir) cannot be {what}");
     Refused::Broken
@@ -482,10 +709,15 @@ fn entries(dir: &Path) -> io::Result<Vec<Entry>> {
     Ok(found)
 }
 
-/// Those that are numbers: the fan-out, and owners in it.
+/// Those that are numbers: the fan-out, and owners in it; none where there is no folder.
 fn subfolders(dir: &Path) -> io::Result<Vec<PathBuf>> {
+    let list = match fs::read_dir(dir) {
+        Ok(list) => list,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
     let mut found = Vec::new();
-    for file in fs::read_dir(dir)? {
+    for file in list {
         let file = file?;
         let name = file.file_name();
         let number = |name: &str| name.bytes().all(|b| b.is_ascii_hexdigit());
@@ -702,6 +934,98 @@ mod tests {
         folder.reserve(ALICE, &entry(7, 100, NOW), NOW).unwrap();
         let refused = folder.reserve(ALICE, &sixth, NOW);
         assert_eq!(refused, Err(Refused::Quota(None)));
+    }
+
+    #[test]
+    fn what_a_removed_account_put_is_gone_at_once_and_removed_piece_by_piece_after_a_restart_too() {
+        let (dir, folder) = folder();
+        folder.configure(Bounds {
+            user_files_max: 1000,
+            ..bounds()
+        });
+        for n in 0..150 {
+            put(&folder, entry(n, 1, NOW), NOW).unwrap();
+        }
+        let other = Owner([1; 16]);
+        let kept = entry(1, 10, NOW);
+        let mut writing = folder.begin(other, kept, NOW).unwrap();
+        writing.write(&[7; 10]).unwrap();
+        folder.finish(writing).unwrap();
+        // one more is on its way
+        let mut coming = folder.begin(ALICE, entry(200, 1, NOW), NOW).unwrap();
+        coming.write(b"x").unwrap();
+        folder.forget(ALICE, NOW + 5).unwrap();
+        assert!(folder.finish(coming).is_err());
+        assert!(
+            folder
+                .read(ALICE, &entry(1, 1, NOW), NOW + 6)
+                .unwrap()
+                .is_none()
+        );
+        assert!(matches!(
+            folder.begin(ALICE, entry(201, 1, NOW), NOW + 6),
+            Err(NotTaken::Gone)
+        ));
+        let retry = Err(Refused::Quota(Some(NOW + 6)));
+        assert_eq!(
+            folder.reserve(ALICE, &entry(202, 1, NOW + 5), NOW + 5),
+            retry
+        );
+        // an account of that name begins anew
+        let new = entry(203, 1000, NOW + 6);
+        put(&folder, new, NOW + 6).unwrap();
+        assert_eq!(folder.clear(NOW + 6).unwrap(), CLEARED_AT_ONCE);
+        drop(folder);
+        let folder = Folder::open(dir.path(), bounds()).unwrap();
+        assert!(
+            folder
+                .read(ALICE, &entry(149, 1, NOW), NOW + 6)
+                .unwrap()
+                .is_none()
+        );
+        assert_eq!(folder.clear(NOW + 6).unwrap(), 50);
+        assert_eq!(folder.clear(NOW + 6).unwrap(), 0);
+        assert!(folder.read(ALICE, &new, NOW + 6).unwrap().is_some());
+        assert!(folder.read(other, &kept, NOW + 6).unwrap().is_some());
+        // two files and the mark, that goes when nothing of before can come any more
+        assert_eq!(files(dir.path()), 3);
+        assert_eq!(folder.clear(NOW + 7 + GONE_SECONDS).unwrap(), 0);
+        assert_eq!(files(dir.path()), 2);
+    }
+
+    #[test]
+    fn a_copy_has_all_files_and_marks_and_is_whole_when_it_is_made_again() {
+        let (dir, folder) = folder();
+        put(&folder, entry(1, 10, NOW), NOW).unwrap();
+        put(&folder, entry(2, 20, NOW), NOW).unwrap();
+        folder.forget(Owner([1; 16]), NOW).unwrap();
+        let to = tempfile::tempdir().unwrap();
+        let root = to.path().join("uploads");
+        let all = Counted {
+            files: 2,
+            bytes: 30,
+        };
+        assert_eq!(copy_all(dir.path(), &root, &mut |_| {}).unwrap(), all);
+        assert_eq!((count(&root).unwrap(), files(&root)), (all, 3));
+        let half = root
+            .join("ab")
+            .join("ab".repeat(16))
+            .join(entry(1, 10, NOW).name());
+        fs::remove_file(&half).unwrap();
+        fs::write(&half, b"01234").unwrap();
+        assert!(count(&root).is_err());
+        assert_eq!(copy_all(dir.path(), &root, &mut |_| {}).unwrap(), all);
+        assert_eq!(count(&root).unwrap(), all);
+        let folder = Folder::open(&root, bounds()).unwrap();
+        assert!(
+            folder
+                .read(ALICE, &entry(2, 20, NOW), NOW)
+                .unwrap()
+                .is_some()
+        );
+        // what the original loses stays here
+        fs::remove_dir_all(dir.path()).unwrap();
+        assert_eq!(count(&root).unwrap(), all);
     }
 
     #[test]

@@ -130,6 +130,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
         settling: false,
         unconfirmed: None,
         dirty: false,
+        fanned: false,
         interested: false,
         carbons: false,
         blocklist: false,

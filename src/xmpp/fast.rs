@@ -26,6 +26,7 @@ use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 
 use super::feature::time::stamp;
+use super::push;
 use super::sasl::token::{Attempt, Ht};
 use super::sasl::{ChannelBindings, Failure};
 use crate::store::record::{ArchivedScramKeys, ArchivedUserRecord, Token, UserRecord};
@@ -83,10 +84,10 @@ impl Wishes {
 
 /// The feature inside `<inline/>`. `unbound`: with the mechanism that binds to no channel.
 pub fn write_feature(bindings: &ChannelBindings, unbound: bool, out: &mut String) {
-    out.push_str(&format!("<fast xmlns='{NS}'>"));
+    push(out, &["<fast xmlns='", NS, "'>"]);
     for ht in Ht::ALL {
-        if ht.binding(bindings).is_some() && (unbound || ht != Ht::None) {
-            out.push_str(&format!("<mechanism>{}</mechanism>", ht.name()));
+        if ht.can_bind(bindings) && (unbound || ht != Ht::None) {
+            push(out, &["<mechanism>", ht.name(), "</mechanism>"]);
         }
     }
     out.push_str("</fast>");

@@ -38,11 +38,24 @@ pub mod warmth;
 pub const NS_CLIENT: &str = "jabber:client";
 pub const NS_STREAM: &str = "http://etherx.jabber.org/streams";
 
+use crate::random::random;
+
+/// Appends all parts.
+fn push(out: &mut String, parts: &[&str]) {
+    parts.iter().for_each(|part| out.push_str(part));
+}
+
 /// 128 random bits in hexadecimal: resources, stream ids, resumption ids, ids of the server's own requests.
 pub fn random_id() -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut bytes = [0; 16];
-    aws_lc_rs::rand::fill(&mut bytes).expect("the system gives random bytes");
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
+    random(&mut bytes);
+    let mut id = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
+        id.push(DIGITS[usize::from(byte >> 4)].into());
+        id.push(DIGITS[usize::from(byte & 15)].into());
+    }
+    id
 }
 
 /// The tree of a stanza that stands in a client's stream (default namespace `jabber:client`) and was within the limits when

@@ -17,7 +17,8 @@ use super::sasl::{
     self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck,
 };
 use super::slice::Env;
-use super::{NS_CLIENT, NS_STREAM, fast, random_id, sasl2};
+use super::{NS_CLIENT, NS_STREAM, fast, push, random_id, sasl2};
+use crate::random::random;
 use crate::store::record::ArchivedUserRecord;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
@@ -26,6 +27,9 @@ use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs, escape_attr};
 pub const NS_TLS: &str = "urn:ietf:params:xml:ns:xmpp-tls";
 pub const NS_SASL: &str = "urn:ietf:params:xml:ns:xmpp-sasl";
 pub const NS_BIND: &str = "urn:ietf:params:xml:ns:xmpp-bind";
+/// Of the features, so that they are written without moving.
+const FEATURES_BYTES_USUAL: usize = 2048;
+
 pub const NS_REGISTER: &str = "jabber:iq:register";
 
 /// What this connection may do, as the configuration and its address say.
@@ -216,20 +220,23 @@ impl Negotiation {
     }
 
     fn write_header(&self, out: &mut Vec<u8>) {
-        out.extend_from_slice(
-            format!(
-                "<?xml version='1.0'?><stream:stream xmlns='{NS_CLIENT}' xmlns:stream='{NS_STREAM}' id='{}' from='{}'",
-                random_id(),
-                self.domain
-            )
-            .as_bytes(),
-        );
-        if let Some(from) = &self.from {
-            out.extend_from_slice(b" to='");
-            escape_attr(from, out);
-            out.push(b'\'');
+        for part in [
+            "<?xml version='1.0'?><stream:stream xmlns='",
+            NS_CLIENT,
+            "' xmlns:stream='",
+            NS_STREAM,
+            "' id='",
+            &random_id(),
+            "' from='",
+            &self.domain,
+        ] {
+            out.extend_from_slice(part.as_bytes());
         }
-        out.extend_from_slice(b" version='1.0' xml:lang='en'>");
+        if let Some(from) = &self.from {
+            out.extend_from_slice(b"' to='");
+            escape_attr(from, out);
+        }
+        out.extend_from_slice(b"' version='1.0' xml:lang='en'>");
     }
 
     fn header(&mut self, frame: &[u8], env: &Env, out: &mut Vec<u8>) -> Result<Step, StreamError> {
@@ -277,9 +284,10 @@ impl Negotiation {
     }
 
     fn features(&mut self, env: &Env, out: &mut Vec<u8>) {
-        let mut text = String::from("<stream:features>");
+        let mut text = String::with_capacity(FEATURES_BYTES_USUAL);
+        text.push_str("<stream:features>");
         if self.user.is_some() {
-            text.push_str(&format!("<bind xmlns='{NS_BIND}'/>"));
+            push(&mut text, &["<bind xmlns='", NS_BIND, "'/>"]);
             text.push_str(env.stream_features());
         } else {
             if self.policy.tls_offered && !self.encrypted {
@@ -288,7 +296,10 @@ impl Negotiation {
                 } else {
                     ""
                 };
-                text.push_str(&format!("<starttls xmlns='{NS_TLS}'>{required}</starttls>"));
+                push(
+                    &mut text,
+                    &["<starttls xmlns='", NS_TLS, "'>", required, "</starttls>"],
+                );
             }
             self.offered.clear();
             if self.encrypted || !self.policy.tls_required {
@@ -299,9 +310,12 @@ impl Negotiation {
                         m if m.is_plus() => !self.bindings.is_empty(),
                         _ => true,
                     }));
-                text.push_str(&format!("<mechanisms xmlns='{NS_SASL}'>"));
+                push(&mut text, &["<mechanisms xmlns='", NS_SASL, "'>"]);
                 for mechanism in &self.offered {
-                    text.push_str(&format!("<mechanism>{}</mechanism>", mechanism.name()));
+                    push(
+                        &mut text,
+                        &["<mechanism>", mechanism.name(), "</mechanism>"],
+                    );
                 }
                 text.push_str("</mechanisms>");
                 // XEP-0388: only after TLS, and never without a mechanism
@@ -557,7 +571,7 @@ impl Negotiation {
             return Step::Continue;
         };
         let mut nonce = [0; 18];
-        aws_lc_rs::rand::fill(&mut nonce).expect("the system gives random bytes");
+        random(&mut nonce);
         let step = exchange.credentials(credentials, decoy, &nonce);
         self.sasl_step(step, out)
     }
@@ -889,7 +903,9 @@ fn decode(view: &View<'_>) -> Result<Option<Vec<u8>>, Failure> {
 
 fn sasl_element(name: &str, ns: &str, data: &[u8], out: &mut Vec<u8>) {
     let data = BASE64_STANDARD.encode(data);
-    out.extend_from_slice(format!("<{name} xmlns='{ns}'>{data}</{name}>").as_bytes());
+    for part in ["<", name, " xmlns='", ns, "'>", &data, "</", name, ">"] {
+        out.extend_from_slice(part.as_bytes());
+    }
 }
 
 /// The features of a stream that has a session already; `managed`: with stream management.

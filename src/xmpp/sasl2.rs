@@ -19,6 +19,7 @@ use super::bind::Extras;
 use super::fast;
 use super::feature::{carbons, csi, sm};
 use super::jid;
+use super::push;
 use super::sasl::{ChannelBindings, Failure, Mechanism};
 use crate::xml::dom::Element;
 use crate::xml::escape_text;
@@ -134,18 +135,24 @@ impl Bind {
 
 /// The stream feature; what it names can all be had. `tokens`: with XEP-0484, on this channel.
 pub fn write_feature(mechanisms: &[Mechanism], tokens: Option<&ChannelBindings>, out: &mut String) {
-    out.push_str(&format!("<authentication xmlns='{NS}'>"));
+    push(out, &["<authentication xmlns='", NS, "'>"]);
     for mechanism in mechanisms {
-        out.push_str(&format!("<mechanism>{}</mechanism>", mechanism.name()));
+        push(out, &["<mechanism>", mechanism.name(), "</mechanism>"]);
     }
-    out.push_str(&format!(
-        "<inline><sm xmlns='{}'/><bind xmlns='{NS_BIND}'><inline><feature var='{}'/><feature var='{}'/><feature var='{}'/>\
-         </inline></bind>",
-        sm::NS,
-        carbons::NS,
-        csi::NS,
-        sm::NS,
-    ));
+    push(
+        out,
+        &[
+            "<inline><sm xmlns='",
+            sm::NS,
+            "'/><bind xmlns='",
+            NS_BIND,
+            "'><inline>",
+        ],
+    );
+    for feature in [carbons::NS, csi::NS, sm::NS] {
+        push(out, &["<feature var='", feature, "'/>"]);
+    }
+    out.push_str("</inline></bind>");
     if let Some(bindings) = tokens {
         let unbound = mechanisms.iter().any(|m| !m.is_bound());
         fast::write_feature(bindings, unbound, out);

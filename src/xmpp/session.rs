@@ -62,6 +62,8 @@ pub struct Session {
     pub link: Option<u64>,
     /// Waits in [`super::slice::Effects::dirty`].
     pub dirty: bool,
+    /// Stands in [`super::slice::Effects::fanned`].
+    pub fanned: bool,
     /// Asked for the roster: gets roster pushes (RFC 6121 2.1.6).
     pub interested: bool,
     /// XEP-0280 enabled.

@@ -260,6 +260,8 @@ type Written = Rc<RefCell<Vec<(usize, bool, bool)>>>;
 
 struct Simulation {
     random: Random,
+    /// How much time turns have for those who are told what all are told.
+    leisure: Random,
     trace: Rc<RefCell<Vec<String>>>,
     seen: BTreeMap<&'static str, u64>,
     disk: SimDisk,
@@ -339,6 +341,7 @@ impl Simulation {
             now: 0,
             last: false,
             random,
+            leisure: Random(!seed),
         };
         let mut room = testing::Stored::default();
         room.room = Some(the_room(&simulation.limits));
@@ -724,8 +727,12 @@ impl Simulation {
         };
         slice.cut_slow_readers();
         slice.fx.loaded.clear();
-        let mut moved = false;
-        for sid in std::mem::take(&mut slice.fx.dirty) {
+        let mut dirty = std::mem::take(&mut slice.fx.dirty);
+        // a turn has time for some of those who are told what all are told
+        let some = self.leisure.below(4);
+        dirty.extend((0..some).map_while(|_| slice.next_fanned()));
+        let mut moved = !slice.fx.fanned.is_empty();
+        for sid in dirty {
             if let Some((link, bytes)) = slice.take_out(sid) {
                 moved = true;
                 if let Some(peer) = self.peers.iter_mut().find(|p| p.link == Some(link)) {
@@ -757,7 +764,7 @@ impl Simulation {
             let Some(session) = slice.sessions.get(sid) else {
                 continue;
             };
-            let link = session.link.filter(|_| session.out.is_empty());
+            let link = session.link.filter(|_| !session.dirty);
             let has_all = |p: &Peer| p.link.is_some() && p.link == link && p.inbox.is_empty();
             match self.peers.iter().any(has_all) {
                 true => {

@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 use std::cell::OnceCell;
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -299,7 +299,11 @@ pub struct Closing {
 /// What the shard has to carry out.
 #[derive(Default)]
 pub struct Effects {
+    /// Sessions whose output goes to their clients in this turn.
     pub dirty: Vec<SessionId>,
+    /// Sessions that only have to be told what many are told: their output goes when the turn has time for it
+    /// ([`Slice::next_fanned`]), behind that of [`Effects::dirty`].
+    pub fanned: VecDeque<SessionId>,
     pub closing: Vec<Closing>,
     pub requests: Vec<Request>,
     /// The same, of users of whom the Redis ring does not know enough.
@@ -312,6 +316,8 @@ pub struct Effects {
     pub jobs: Vec<(Ticket, Job)>,
     /// For those who keep the folder of uploads; answered by [`Slice::slot_reserved`].
     pub slots: Vec<feature::upload::Ask>,
+    /// Accounts that were removed, and when (unix seconds); for the same.
+    pub uploads_gone: Vec<(crate::store::upload::Owner, u64)>,
     /// Users whose loading has ended: logins may wait for them.
     pub loaded: Vec<Rc<str>>,
     /// Sessions without stream management that were given messages: [`Slice::confirmed`] when their peer has all.
@@ -556,6 +562,8 @@ const RELOAD_MS: u64 = 1000;
 const AGAIN_MAX: u8 = 3;
 const BUFFERS_MAX: usize = 64;
 const BUFFER_BYTES_MAX: usize = 64 * 1024;
+/// Output of one session that waits behind that of others; what has more is written in its turn.
+const FANNED_BYTES_MAX: usize = 64 * 1024;
 
 /// Bytes that a cached user costs beside its record and offline messages.
 const USER_BYTES: usize = 256;
@@ -886,6 +894,7 @@ impl Slice {
         feature::push::tick(self);
         self.component_recovered();
         room::directory::tick(self);
+        room::tick(self);
     }
 
     /// Every client gets `error`; parked sessions end.
@@ -1086,8 +1095,21 @@ impl Slice {
         self.give(sid, parts, meta, id);
     }
 
+    /// [`Slice::send`] of what many are told at once. It may wait for a later turn: it reaches each of them behind all that was
+    /// sent to him before it and ahead of all that is sent to him behind it, but not ahead of what goes to others.
+    pub fn send_fanned(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta) {
+        if self.sessions.get(sid).is_some_and(|s| s.paced.is_some()) {
+            self.release_sender(sid, parts, meta);
+        }
+        self.push(sid, parts, meta, 0, Haste::Fanned);
+    }
+
     /// [`Slice::hand`], whatever waits.
     pub(super) fn give(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta, id: u64) {
+        self.push(sid, parts, meta, id, Haste::Now);
+    }
+
+    fn push(&mut self, sid: SessionId, parts: &[&[u8]], meta: Meta, id: u64, haste: Haste) {
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
@@ -1111,7 +1133,7 @@ impl Slice {
             self.fx.unconfirmed.push(sid);
         }
         session.push(parts, meta, id);
-        self.touched(sid);
+        self.touched_for(sid, haste);
     }
 
     pub fn send_element(&mut self, sid: SessionId, element: &Element, meta: Meta) {
@@ -1135,10 +1157,15 @@ impl Slice {
 
     /// The session has new output: written at the end of the turn, unless its client reads too slowly.
     pub(super) fn touched(&mut self, sid: SessionId) {
+        self.touched_for(sid, Haste::Now);
+    }
+
+    fn touched_for(&mut self, sid: SessionId, haste: Haste) {
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
         if !session.dirty
+            && !session.fanned
             && session.unsent == 0
             && session.sm.as_ref().is_none_or(|sm| sm.waiting() <= 1)
         {
@@ -1147,10 +1174,32 @@ impl Slice {
         if overflow(session, &self.env.limits).is_some() {
             self.fx.overflown.push(sid);
         }
-        if !session.dirty && session.link.is_some() {
-            session.dirty = true;
-            self.fx.dirty.push(sid);
+        if session.dirty || session.link.is_none() {
+            return;
         }
+        if haste == Haste::Fanned && session.out.len() <= FANNED_BYTES_MAX {
+            if !std::mem::replace(&mut session.fanned, true) {
+                self.fx.fanned.push_back(sid);
+            }
+            return;
+        }
+        session.dirty = true;
+        self.fx.dirty.push(sid);
+    }
+
+    /// The next session of [`Effects::fanned`] that still has something to say; it is [`Slice::take_out`]'s.
+    pub fn next_fanned(&mut self) -> Option<SessionId> {
+        while let Some(sid) = self.fx.fanned.pop_front() {
+            let Some(session) = self.sessions.get_mut(sid) else {
+                continue;
+            };
+            session.fanned = false;
+            // it may have gone out already, with something that was more urgent
+            if session.link.is_some() && !session.out.is_empty() {
+                return Some(sid);
+            }
+        }
+        None
     }
 
     /// The server itself sent so much (bytes, stanzas) at once.
@@ -1961,6 +2010,30 @@ impl Slice {
         }
     }
 
+    /// Messages that the peer of a session without stream management may not have.
+    pub fn unconfirmed(&self, sid: SessionId) -> usize {
+        let session = self.sessions.get(sid);
+        session
+            .and_then(|session| session.unconfirmed.as_ref())
+            .map_or(0, |kept| kept.len())
+    }
+
+    /// The peer of a session without stream management has so many of the messages that it was sent, oldest first, and perhaps more.
+    pub fn confirmed_first(&mut self, sid: SessionId, messages: usize) {
+        let Some(session) = self.sessions.get_mut(sid) else {
+            return;
+        };
+        let Some(mut kept) = session.unconfirmed.take() else {
+            return;
+        };
+        let ids: Vec<u64> = (0..messages).map_while(|_| kept.pop()).collect();
+        session.unconfirmed = Some(kept).filter(|kept| !kept.is_empty());
+        let name = session.user.clone();
+        for id in ids {
+            self.taken(&name, id);
+        }
+    }
+
     /// RFC 6121 8.5.1: the user does not exist.
     pub(super) fn refuse_missing(&mut self, to: &Jid<'_>, from: &str, stanza: &[u8], meta: Meta) {
         if meta.kind.is_message() || meta.kind.is_iq() {
@@ -2596,6 +2669,15 @@ enum Overflow {
     Unsent,
 }
 
+/// When output goes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Haste {
+    /// At the end of this turn.
+    Now,
+    /// When a turn has time.
+    Fanned,
+}
+
 /// What is not known to have arrived, against what a client with stream management may leave unacknowledged.
 const UNCONFIRMED_TIMES: usize = 8;
 
@@ -2608,7 +2690,7 @@ fn overflow(session: &Session, limits: &Limits) -> Option<Overflow> {
         )
     });
     // who gives no acknowledgements is asked for them by his kernel, a few times a second and for all at once: more is between
-    // two such moments of a client that keeps up. Over BOSH a client that only listens may never come to one.
+    // two such moments of a client that keeps up. Over BOSH each request says what has arrived.
     let unconfirmed = session.unconfirmed.as_ref().is_some_and(|kept| {
         kept.over(
             UNCONFIRMED_TIMES * limits.unacked_bytes_max + bytes,

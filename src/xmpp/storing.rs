@@ -1,8 +1,19 @@
-//! What is stored of a message: the one place that decides it.
+//! What is stored of a message between two: the one place that decides it.
 //!
 //! In: the facts of a message ([`Meta`], found where it entered), whose side of it is meant, and what that user wants
-//! (XEP-0441). Out: the bits with which his owner journals it, and whether it is journalled at all. Nothing else in the server
-//! decides on storing, so whoever must be able to prove what was said overrules it here.
+//! (XEP-0441). Out: the bits with which his owner journals it, and whether it is journalled at all.
+//!
+//! Whoever must be able to prove what was said (a legal hold) overrules the server in these places, and nowhere else:
+//!
+//! | place | decides |
+//! |---|---|
+//! | [`what`] | what is stored of a message between two, and in whose archive |
+//! | [`kept`](super::room::message::kept) | the same of a message to a room |
+//! | `may_purge` of [`store::sql::purge`](crate::store::sql::purge) | what goes by age: `archive.keep_days`, and `rooms.keep_days` for the rooms' domain |
+//! | [`Op::RemoveUser`](super::slice::Op::RemoveUser) | an account goes with its archive |
+//! | [`room::owner::end`](super::room::owner::end) | a room that is destroyed, or temporary, goes with its archive |
+//!
+//! Retraction and moderation ([`retract`](super::feature::retract)) take nothing away: they hide it from clients.
 
 use super::jid::Jid;
 use super::meta::{Kind, Meta};

@@ -129,6 +129,7 @@ pub fn limits() -> Limits {
             file_bytes_max: 100_000,
             slot_seconds: 300,
             waiting_max: 100,
+            user_waiting_max: 8,
         },
     }
 }
@@ -147,8 +148,12 @@ pub struct World {
     pub now: Now,
     /// Presences that may go out in a turn of a slice.
     pub room: usize,
+    /// For so many sessions, in all, turns have time to tell them what many are told.
+    pub fanned: usize,
     /// What those say who keep the folder of uploads.
     pub slots: Result<(), Refused>,
+    /// They say nothing.
+    pub slots_held: bool,
     /// Peers without stream management have at once what they are sent.
     pub confirms: bool,
     clients: Vec<Connection>,
@@ -263,8 +268,10 @@ impl World {
             flying: Vec::new(),
             owners: (0, Id(0)),
             now,
+            fanned: usize::MAX,
             room: usize::MAX,
             slots: Ok(()),
+            slots_held: false,
             confirms: true,
             clients: Vec::new(),
             components: Vec::new(),
@@ -633,7 +640,11 @@ impl World {
                     moved = true;
                     slice.computed(ticket, job.run());
                 }
-                for ask in std::mem::take(&mut slice.fx.slots) {
+                let asked = match self.slots_held {
+                    true => Vec::new(),
+                    false => std::mem::take(&mut slice.fx.slots),
+                };
+                for ask in asked {
                     moved = true;
                     slice.slot_reserved(ask.ticket, Some(self.slots));
                 }
@@ -660,7 +671,14 @@ impl World {
                     slice.confirmed(sid);
                 }
                 slice.cut_slow_readers();
-                for sid in std::mem::take(&mut slice.fx.dirty) {
+                let mut dirty = std::mem::take(&mut slice.fx.dirty);
+                while self.fanned > 0
+                    && let Some(sid) = slice.next_fanned()
+                {
+                    self.fanned -= 1;
+                    dirty.push(sid);
+                }
+                for sid in dirty {
                     moved = true;
                     if let Some((link, bytes)) = slice.take_out(sid) {
                         self.clients[link as usize].out.extend_from_slice(&bytes);

@@ -35,12 +35,16 @@ def main():
     parser.add_argument("--nitro", default="target/debug/nitro", help="the program (default: %(default)s)")
     parser.add_argument("--tokio-client", help="the program of tests/bots/tokio-client; without it its scenarios are left out")
     parser.add_argument("--web-client", help="tests/bots/web/client.mjs beside its node_modules; without it its scenarios are left out")
+    parser.add_argument("--loadtest", help="the load generator; without it its scenarios are left out")
     parser.add_argument("parts", nargs="*", help="only scenarios whose name contains one of these")
     arguments = parser.parse_args()
     # The libraries log what they think of our cut connections; what fails is told by the scenarios.
     logging.disable(logging.CRITICAL)
     scenarios.TOKIO_CLIENT = arguments.tokio_client and os.path.abspath(arguments.tokio_client)
     scenarios.WEB_CLIENT = arguments.web_client and os.path.abspath(arguments.web_client)
+    scenarios.LOADTEST = arguments.loadtest and os.path.abspath(arguments.loadtest)
+    if not scenarios.NGINX:
+        print("nginx is missing (Debian: nginx-light): config/nginx.conf is not tried", flush=True)
     server = running_server() or Blade(os.path.abspath(arguments.nitro))
     passed = failed = 0
     try:

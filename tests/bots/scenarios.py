@@ -5,11 +5,16 @@ import base64
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 import pathlib
 import re
+import shutil
+import socket
 import ssl
+import subprocess
 import tempfile
+import time
 import typing
 
 from aio import AioBot
@@ -21,7 +26,10 @@ from slix import SlixBot
 
 LIBRARIES = [SlixBot, AioBot]
 TOKIO_CLIENT = None  # the program of tests/bots/tokio-client
-WEB_CLIENT = None  # tests/bots/web/client.mjs, with its libraries installed
+WEB_CLIENT = None  # tests/bots/web/client.mjs, with its libraries installed and login.mjs beside it
+LOADTEST = None  # the load generator
+NGINX = shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin")
+NGINX_CONF = pathlib.Path(__file__).parents[2] / "config" / "nginx.conf"
 SCENARIOS = []
 PASSWORD = "correct horse"
 
@@ -33,6 +41,8 @@ class Scenario:
     needs_own_server: bool = False
     needs_tokio_client: bool = False
     needs_web_client: bool = False
+    needs_loadtest: bool = False
+    needs_nginx: bool = False
 
 
 class Stage:
@@ -62,11 +72,12 @@ class Stage:
                 pass
 
 
-def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False):
+def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False, loadtest=False, nginx=False):
     """One play, or one for each library, or for each pair of them.
 
     `own`: only on a server that we started; `tokio`: only if there is the program of tests/bots/tokio-client; `web`: only if there
-    is tests/bots/web with its libraries.
+    is tests/bots/web with its libraries; `loadtest`: only if there is the load generator; `nginx`: only if there
+    is nginx.
     """
 
     def declare(function):
@@ -79,7 +90,7 @@ def scenario(*, each=False, pairs=False, own=False, tokio=False, web=False):
                 title = f"{name} [{one.library} to {other.library}]"
                 SCENARIOS.append(Scenario(title, bound(function, one, other), own))
         else:
-            SCENARIOS.append(Scenario(name, function, own, tokio, web))
+            SCENARIOS.append(Scenario(name, function, own, tokio, web, loadtest, nginx))
         return function
 
     return declare
@@ -93,7 +104,8 @@ def all_of_them(server):
     return [
         one for one in SCENARIOS
         if (server.own or not one.needs_own_server) and (TOKIO_CLIENT or not one.needs_tokio_client)
-        and (WEB_CLIENT or not one.needs_web_client)
+        and (WEB_CLIENT or not one.needs_web_client) and (LOADTEST or not one.needs_loadtest)
+        and (NGINX or not one.needs_nginx)
     ]
 
 
@@ -857,6 +869,103 @@ async def groups_are_in_every_members_roster(stage):
             await asyncio.to_thread(blade.stop)
 
 
+async def page_chats(blade, library, url, page, desk):
+    """A page's client signs in twice, and is answered by `desk` each time."""
+    process = await asyncio.create_subprocess_exec(
+        "node", WEB_CLIENT, library, url, f"{page.jid}/page", PASSWORD, desk.full,
+        env={**os.environ, "NODE_EXTRA_CA_CERTS": str(blade.certificate)},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )
+    try:
+        for text in ("first", "again"):
+            heard = await desk.wait(Message, carbon="")
+            assert heard.body == text, (library, url, heard)
+            # with XEP-0386 the server makes the resource
+            desk.chat(heard.sender, f"answer to {text}")
+        output, _ = await asyncio.wait_for(process.communicate(), 30)
+    except AssertionError as error:
+        if process.returncode is None:
+            process.kill()
+        output, _ = await process.communicate()
+        raise AssertionError(f"{library} at {url}: {error}; it says: {output.decode()}") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, (library, url, output.decode())
+
+
+def nginx_in_front(blade, folder, port, plain):
+    """nginx with config/nginx.conf, but for its port, names and files."""
+    text = NGINX_CONF.read_text()
+    for example, here in (
+        ("server 127.0.0.1:5281;", f"server 127.0.0.1:{plain};"),
+        ("listen 443 ssl;", f"listen 127.0.0.1:{port} ssl;"),
+        ("listen [::]:443 ssl;", ""),
+        ("server_name chat.example.com;", "server_name localhost;"),
+        ("/etc/ssl/chat.example.com.pem", str(blade.certificate)),
+        ("/etc/ssl/private/chat.example.com.key", str(blade.certificate.with_name("key.pem"))),
+    ):
+        assert text.count(example) == 1, example
+        text = text.replace(example, here)
+    # what a distribution's nginx.conf has around it
+    temporary = "".join(f"{name}_temp_path {folder}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    user = "user root;\n" if os.getuid() == 0 else ""
+    conf = pathlib.Path(folder) / "nginx.conf"
+    conf.write_text(
+        f"{user}daemon off;\nworker_processes 1;\npid {folder}/pid;\nerror_log stderr;\nevents {{}}\n"
+        f"http {{\naccess_log off;\n{temporary}{text}}}\n")
+    return subprocess.Popen([NGINX, "-p", folder, "-c", str(conf), "-e", "stderr"], stderr=subprocess.PIPE, text=True)
+
+
+def listens(process, port):
+    """Until somebody can connect."""
+    deadline = time.monotonic() + 20
+    while True:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)  # the poll's interval; the bound is the deadline
+
+
+@scenario(own=True, web=True, nginx=True)
+async def all_of_the_web_comes_through_nginx(stage):
+    """config/nginx.conf in front: WebSocket, BOSH, host-meta and an upload, all with TLS at nginx alone."""
+    plain, port = free_ports(2)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, web__listen=f'["127.0.0.1:{plain}"]', web__proxies='["127.0.0.1/32"]',
+        web__websocket_url=f'"wss://localhost:{port}/ws"', upload__url=f'"https://localhost:{port}"')
+    with tempfile.TemporaryDirectory(prefix="nitro-nginx-") as folder:
+        nginx = nginx_in_front(blade, folder, port, plain)
+        users = Stage(blade, stage.tag)
+        try:
+            desk = await users.online(SlixBot, "desk")
+            page = await users.online(SlixBot, "page")
+            picture = os.urandom(1_000_000)
+            await asyncio.to_thread(listens, nginx, port)
+            url = await desk.upload("a.png", picture, "image/png")
+            assert url.startswith(f"https://localhost:{port}/upload/"), url
+            status, _, got = await page.download(url)
+            assert (status, got == picture) == (200, True), status
+            status, _, got = await page.download(f"https://localhost:{port}/.well-known/host-meta.json")
+            assert (status, b"wss://localhost" in got) == (200, True), (status, got)
+            # only what is for clients goes on
+            assert (await page.download(f"https://localhost:{port}/metrics"))[0] == 404
+            await page.log_out()
+            for library, url in (
+                ("xmpp.js", f"wss://localhost:{port}/ws"),
+                ("strophe", f"wss://localhost:{port}/ws"),
+                ("strophe", f"https://localhost:{port}/bosh"),
+            ):
+                await page_chats(blade, library, url, page, desk)
+        finally:
+            await users.leave()
+            nginx.terminate()
+            nginx.communicate(timeout=20)
+            await asyncio.to_thread(blade.stop)
+
+
 @scenario(own=True, web=True)
 async def web_clients_chat_over_every_transport_and_come_back(stage):
     """@xmpp/client and strophe.js, each signing in twice: the first one resumes its session after a cut."""
@@ -876,23 +985,96 @@ async def web_clients_chat_over_every_transport_and_come_back(stage):
             ("strophe", f"ws://127.0.0.1:{plain}/ws"),
             ("strophe", f"http://127.0.0.1:{plain}/bosh"),
         ):
-            process = await asyncio.create_subprocess_exec(
-                "node", WEB_CLIENT, library, url, f"{page.jid}/page", PASSWORD, desk.full,
-                env={**os.environ, "NODE_EXTRA_CA_CERTS": str(blade.certificate)},
-                stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-            )
-            try:
-                for text in ("first", "again"):
-                    heard = await desk.wait(Message, carbon="")
-                    assert heard.body == text, (library, url, heard)
-                    # with XEP-0386 the server makes the resource
-                    desk.chat(heard.sender, f"answer to {text}")
-                output, _ = await asyncio.wait_for(process.communicate(), 30)
-            finally:
-                if process.returncode is None:
-                    process.kill()
-            assert process.returncode == 0, (library, url, output.decode())
+            await page_chats(blade, library, url, page, desk)
         await stage.leave()
         stage.bots.clear()
+    finally:
+        await asyncio.to_thread(blade.stop)
+
+
+async def program(blade, *command, within_s=60):
+    """Runs a foreign client that trusts the blade's certificate, to its end; what it printed."""
+    process = await asyncio.create_subprocess_exec(
+        *command, env={**os.environ, "NODE_EXTRA_CA_CERTS": str(blade.certificate)},
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    try:
+        output, _ = await asyncio.wait_for(process.communicate(), within_s)
+    finally:
+        if process.returncode is None:
+            process.kill()
+    assert process.returncode == 0, (command, process.returncode, output.decode())
+    return output.decode()
+
+
+@scenario(own=True, web=True)
+async def a_client_logs_in_by_token_in_one_round_trip(stage):
+    """@xmpp/client's own SASL2, Bind 2 and FAST, over STARTTLS and over WebSocket: with the password, then with the token."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{port}"]')
+    try:
+        for name, url in (("tcp", f"xmpp://localhost:{blade.port}"), ("page", f"wss://localhost:{port}/ws")):
+            blade.command("user", "add", name, "--password-stdin", text=PASSWORD + "\n")
+            login = pathlib.Path(WEB_CLIENT).with_name("login.mjs")
+            said = await program(blade, "node", str(login), url, name, PASSWORD)
+            assert said.startswith(f"ok: {name}@localhost/"), said
+    finally:
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario(own=True, loadtest=True)
+async def the_load_generator_comes_by_websocket_within_tls(stage):
+    """As pages come: accounts are made, people chat, log in by token, are cut and come back; nothing is lost."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(
+        Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{port}"]', sasl__iterations="4096")
+    by = ["--port", str(port), "--tls", "direct", "--websocket=/ws", "--json", "-", "-n", "8", "--parallel", "4"]
+    try:
+        await program(blade, LOADTEST, "register", *by)
+        chat = ["--rate", "100", "--duration", "1", "--warmup", "0", "--drain", "2"]
+        told = json.loads(await program(blade, LOADTEST, "chat", *by, *chat))
+        assert told["sent"] > 50 and told["lost"] == 0, told
+        for login in ("old", "sasl2", "fast"):
+            told = json.loads(await program(blade, LOADTEST, "storm", *by, "--rounds", "2", "--login", login))
+            assert told["failed"] == 0, (login, told)
+        told = json.loads(await program(blade, LOADTEST, "reconnect", *by, "--online", "0", "--gap", "0.1"))
+        assert told["resumed"] == 8, told
+    finally:
+        await asyncio.to_thread(blade.stop)
+
+
+@scenario()
+async def nobody_is_woken_by_presence_while_he_is_inactive(stage):
+    """XEP-0352 with slixmpp: of what contacts did meanwhile only the last comes, before the message that wakes him."""
+    alice, bob = await stage.online(SlixBot, "alice"), await stage.online(SlixBot, "bob")
+    await befriend(alice, bob)
+    alice.client["xep_0352"].send_inactive()
+    alice.chat(bob.jid, "I sleep")
+    await bob.wait(Message, body="I sleep")
+    alice.inbox.clear()
+    for show in ("away", "xa", "dnd"):
+        bob.set_presence(show)
+    bob.chat(alice.full, "wake up")
+    await alice.wait(Message, body="wake up")
+    assert [event.show for event in alice.inbox if isinstance(event, Presence)] == ["dnd"], alice.inbox
+    alice.client["xep_0352"].send_active()
+    alice.chat(bob.jid, "I am here")
+    await bob.wait(Message, body="I am here")
+    alice.inbox.clear()
+    for show in ("away", "xa"):
+        bob.set_presence(show)
+    await alice.wait(Presence, sender=bob.full, show="away")
+    await alice.wait(Presence, sender=bob.full, show="xa")
+
+
+@scenario(own=True, web=True)
+async def a_page_finds_its_doors(stage):
+    """@xmpp/resolve reads host-meta (XEP-0156), and @xmpp/client comes in by what it says."""
+    [port] = free_ports(1)
+    blade = await asyncio.to_thread(Blade, stage.server.program, web__listen_tls=f'["127.0.0.1:{port}"]')
+    try:
+        blade.command("user", "add", "page", "--password-stdin", text=PASSWORD + "\n")
+        find = pathlib.Path(WEB_CLIENT).with_name("find.mjs")
+        said = await program(blade, "node", str(find), f"localhost:{port}", "localhost", "page", PASSWORD)
+        assert said.split() == [f"wss://localhost:{port}/ws", f"https://localhost:{port}/bosh"], said
     finally:
         await asyncio.to_thread(blade.stop)

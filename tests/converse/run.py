@@ -10,40 +10,31 @@ Converse logs in as alice, finds bob's messages of before in a room, says someth
 fetches. What bob hears is checked here, and that the page shows history and picture; the pictures are told at the end.
 """
 
-import argparse
 import asyncio
 import base64
 import contextlib
 import functools
 import http.server
 import json
-import os
 import pathlib
-import shutil
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import urllib.request
 
 import aiohttp
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent / "bots"))
-sys.path.insert(0, str(HERE.parent / "gajim"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bots"))
 
+import desk  # noqa: E402
 from bot import Message, Presence  # noqa: E402
-from run import accounts, picture  # noqa: E402
-from server import Blade, free_ports  # noqa: E402
+from desk import PASSWORD, ROOM, ROOT, WITHIN_S, ok  # noqa: E402
+from server import free_ports  # noqa: E402
 from slix import SlixBot  # noqa: E402
 
 VERSION = "14.0.0"
-PASSWORD = "a long password"
-ROOM = "desk@rooms.localhost"
 NEEDS = {"chromium": "chromium", "npm": "npm"}
-WITHIN_S = 60
 
 PAGE = """<!DOCTYPE html><html lang=en><meta charset=utf-8><title>Desk</title>
 <link rel=stylesheet href=/dist/converse.min.css><body class=converse-fullscreen><script type=module src=/dist/converse.min.js></script>
@@ -103,7 +94,7 @@ class Browser:
         self.process = subprocess.Popen(
             ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--ignore-certificate-errors",
              "--remote-debugging-port=0", f"--user-data-dir={folder}", "--window-size=1280,800", "about:blank"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=open(folder / "log", "wb"))
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=open(folder / "chromium.log", "wb"))
         self.folder, self.next, self.said = folder, 0, []
 
     async def __aenter__(self):
@@ -152,7 +143,7 @@ class Browser:
         except TimeoutError:
             print("\n".join(self.said[-20:]))
             raise AssertionError(f"never: {what}") from None
-        print(f"ok: {what}", flush=True)
+        ok(what)
 
     async def type(self, text):
         await self.value("document.querySelector('.chat-textarea').focus()")
@@ -170,18 +161,14 @@ class Browser:
         print(f"picture: {path}", flush=True)
 
 
-async def play(blade, transport, options, pictures):
+async def play(transport, options, blade, folder, pictures):
     bob = SlixBot(blade, "bob", PASSWORD)
     await bob.log_in()
     await bob.come_online()
-    await bob.enter(ROOM, "bob")
-    await bob.persist(ROOM)
     before = f"Good morning, desk: {transport}"
-    bob.say(ROOM, before)
-    await bob.wait(Message, body=before)
-    image = picture((30, 90, 200), 240)
-    with tempfile.TemporaryDirectory(prefix="converse-") as folder, site(options) as address:
-        folder = pathlib.Path(folder)
+    await desk.open_room(bob, before)
+    image = desk.picture((30, 90, 200), 240)
+    with site(dict(options)) as address:
         chart = folder / "chart.png"
         chart.write_bytes(image)
         async with Browser(folder) as browser:
@@ -192,7 +179,7 @@ async def play(blade, transport, options, pictures):
                 await browser.until("the room's history is there", f"document.body.innerText.includes({json.dumps(before)})")
                 await browser.type(f"At 2.51 over {transport}")
                 await bob.wait(Message, body=f"At 2.51 over {transport}")
-                print("ok: bob hears alice", flush=True)
+                ok("bob hears alice")
                 bob.say(ROOM, "Done")
                 await browser.until("alice hears bob", "document.body.innerText.includes('Done')")
                 await browser.until("it finds the service for uploads", "document.querySelector('input.fileupload') !== null")
@@ -202,7 +189,7 @@ async def play(blade, transport, options, pictures):
                         pass
                 with urllib.request.urlopen(body, context=ssl.create_default_context(cafile=blade.certificate)) as answer:
                     assert answer.read() == image and answer.headers["Content-Type"] == "image/png"
-                print("ok: bob has the picture that alice has uploaded", flush=True)
+                ok("bob has the picture that alice has uploaded")
                 await browser.until("the page shows it", f"[...document.images].some(i => i.src == {json.dumps(body)} && i.naturalWidth == 240)")
                 await browser.take(pictures / f"{transport}.png")
             except BaseException:
@@ -213,30 +200,14 @@ async def play(blade, transport, options, pictures):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nitro", default=str(ROOT / "target/debug/nitro"), help="the program (default: %(default)s)")
-    parser.add_argument("--pictures", help="where the pictures go (default: a new folder)")
-    arguments = parser.parse_args()
-    missing = [package for program, package in NEEDS.items() if not shutil.which(program)]
-    if missing:
-        sys.exit(f"apt-get install {' '.join(missing)}")
-    library()
-    pictures = pathlib.Path(arguments.pictures or tempfile.mkdtemp(prefix="nitro-converse-"))
-    pictures.mkdir(parents=True, exist_ok=True)
     web, page = free_ports(2)
-    blade = Blade(os.path.abspath(arguments.nitro), web__listen_tls=f'["127.0.0.1:{web}"]',
-                  web__origins=f'["http://localhost:{page}"]')
-    try:
-        accounts(blade)
+    plays = [
+        functools.partial(play, transport, options | {"port": page})
         for transport, options in [("websocket", {"websocket_url": f"wss://localhost:{web}/ws"}),
-                                   ("bosh", {"bosh_service_url": f"https://localhost:{web}/bosh"})]:
-            try:
-                asyncio.run(play(blade, transport, options | {"port": page}, pictures))
-            except BaseException:
-                print(f"the blade's log ends with:\n{blade.log()[-3000:]}")
-                raise
-    finally:
-        blade.stop()
+                                   ("bosh", {"bosh_service_url": f"https://localhost:{web}/bosh"})]
+    ]
+    desk.run(__doc__, "converse", NEEDS, plays,
+             web__listen_tls=f'["127.0.0.1:{web}"]', web__origins=f'["http://localhost:{page}"]')
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ const NS_SM: &str = "urn:xmpp:sm:3";
 const NS_MAM: &str = "urn:xmpp:mam:2";
 const NS_CARBONS: &str = "urn:xmpp:carbons:2";
 const NS_SID: &str = "urn:xmpp:sid:0";
+const NS_RETRACT: &str = "urn:xmpp:message-retract:1";
 /// How long a living server may take for an answer.
 pub const ANSWER_WITHIN: Duration = Duration::from_secs(20);
 /// `<failed h/>` leaves out stanzas that were covered, but no message that is kept: a client that goes by the highest count
@@ -65,6 +66,8 @@ pub struct Sent {
     pub to_bot: Option<usize>,
     /// XEP-0334 no-store.
     pub fleeting: bool,
+    /// XEP-0424: takes back this one of the same client.
+    pub retracts: Option<usize>,
     pub state: State,
     pub round: u32,
     pub session: u32,
@@ -98,11 +101,20 @@ pub struct Receipt {
 }
 
 /// One entry of an archive.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Entry {
     pub id: Box<str>,
     /// Sending client and number; nothing for what is none of our messages.
     pub message: Option<(usize, usize)>,
+    /// A tombstone (XEP-0424): what it says that has retracted it.
+    pub retracted_by: Option<(usize, usize)>,
+}
+
+/// The same place in an archive: a message stays there when it is retracted.
+impl PartialEq for Entry {
+    fn eq(&self, other: &Entry) -> bool {
+        (&self.id, self.message) == (&other.id, other.message)
+    }
 }
 
 /// A synchronisation of the own archive from its begin, continued whenever there is time.
@@ -462,7 +474,7 @@ impl Bot {
     pub fn cut(&mut self, round: &Round) {
         if let Some(wire) = self.wire.take() {
             // what had come and was not looked at is lost with it: it is neither received nor covered
-            let _ = rustix::net::sockopt::set_socket_linger(&wire.socket, Some(Duration::ZERO));
+            let _ = rustix::net::sockopt::set_socket_linger(wire.socket(), Some(Duration::ZERO));
             self.note(round, "cut".to_owned());
         }
         self.asked = false;
@@ -505,6 +517,23 @@ impl Bot {
         to_bot: Option<usize>,
         fleeting: bool,
     ) {
+        self.send_message(round, to_user, to_bot, fleeting, None);
+    }
+
+    /// Takes back the message with this number, which was accepted.
+    pub fn retract(&mut self, round: &Round, number: usize) {
+        let to_user = self.sent[number].to_user;
+        self.send_message(round, to_user, None, false, Some(number));
+    }
+
+    fn send_message(
+        &mut self,
+        round: &Round,
+        to_user: usize,
+        to_bot: Option<usize>,
+        fleeting: bool,
+        retracts: Option<usize>,
+    ) {
         let number = self.sent.len();
         let to = match to_bot {
             Some(bot) => round.jids[bot].clone(),
@@ -515,8 +544,14 @@ impl Bot {
             false => "",
         };
         let me = self.profile.number;
+        let retract = retracts.map_or(String::new(), |target| {
+            format!(
+                "<retract xmlns='{NS_RETRACT}' id='{}'/><fallback xmlns='urn:xmpp:fallback:0' for='{NS_RETRACT}'/>",
+                message_id(me, target)
+            )
+        });
         let xml = format!(
-            "<message type='chat' to='{to}' id='{}'><body>{}</body>{hint}</message>",
+            "<message type='chat' to='{to}' id='{}'>{retract}<body>{}</body>{hint}</message>",
             message_id(me, number),
             body(me, number)
         );
@@ -524,12 +559,14 @@ impl Bot {
             to_user,
             to_bot,
             fleeting,
+            retracts,
             state: State::Open,
             round: round.number,
             session: self.session,
             counted_as: self.stream.sent.wrapping_add(1),
         });
-        self.note(round, format!("sent m{number} to {to}"));
+        let taken_back = retracts.map_or(String::new(), |target| format!(", retracts m{target}"));
+        self.note(round, format!("sent m{number} to {to}{taken_back}"));
         self.say(round, xml, What::Message(number));
     }
 
@@ -822,8 +859,15 @@ impl Bot {
         };
         let error =
             forwarded(result).is_some_and(|message| message.attribute("type") == Some("error"));
+        let tombstone = forwarded(result)
+            .and_then(|message| message.child("retracted"))
+            .filter(|child| child.namespace == NS_RETRACT);
+        let retracted_by = tombstone.and_then(|child| child.attribute("id").and_then(parse_id));
         let message = forwarded(result).and_then(|message| {
             let (from, number) = message.attribute("id").and_then(parse_id)?;
+            if retracted_by.is_some() && message.child("body").is_none() {
+                return Some((from, number));
+            }
             let text = message.child("body").map(|body| body.text.clone())?;
             (text == body(from, number)).then_some((from, number))
         });
@@ -834,6 +878,7 @@ impl Bot {
         self.syncs[place].page.push(Entry {
             id: id.into(),
             message,
+            retracted_by,
         });
     }
 
@@ -1067,7 +1112,7 @@ fn forwarded(wrapper: &Element) -> Option<&Element> {
 
 fn connect(round: &Round) -> Result<Connection, Trouble> {
     let mut wire = Connection::connect(round.address).map_err(|why| trouble(round, why))?;
-    let _ = wire.socket.set_write_timeout(Some(ANSWER_WITHIN));
+    let _ = wire.socket().set_write_timeout(Some(ANSWER_WITHIN));
     wire.open(DOMAIN).map_err(|why| trouble(round, why))?;
     Ok(wire)
 }

@@ -92,6 +92,9 @@ pub fn check(world: &mut World, round: &Round, users: &[usize], scope: Scope) {
             Ok(())
         });
         world.judge_archives(users, scope.last);
+        if scope.last {
+            world.judge_retractions(users);
+        }
     }
     judge_accounts(world, round, users);
     each(world, round, users, |bot| {
@@ -257,6 +260,14 @@ fn read_account(bot: &mut Bot, round: &Round) -> Result<Account, Trouble> {
             };
             let text = item.children.first().map(|payload| payload.text.clone());
             found.insert(key, text.unwrap_or_default());
+        }
+    }
+    if round.archive {
+        let answer = bot.ask(round, &get("<prefs xmlns='urn:xmpp:mam:2'/>"))?;
+        let never = answer.child("prefs").and_then(|prefs| prefs.child("never"));
+        for jid in never.into_iter().flat_map(|never| &never.children) {
+            let (value, _) = jid.text.split_once('@').unwrap_or((&jid.text, ""));
+            found.insert("prefs".to_owned(), value.to_owned());
         }
     }
     let answer = bot.ask(round, &get("<blocklist xmlns='urn:xmpp:blocking'/>"))?;

@@ -17,12 +17,13 @@
 //! | `archive_reordered`, `archive_order_not_as_seen` | positions are not in the order of sending; a client saw another order |
 //! | `archive_changes_behind_its_reader` | something appeared or vanished before a position that was read already |
 //! | `archive_id_is_not_stable_id`, `archive_refused` | XEP-0313: ids differ; a page is refused or wrongly told |
+//! | `retraction_lost`, `retracted_by_nobody` | XEP-0424: an accepted retraction left no tombstone in an archive; a tombstone that nobody asked for |
 //! | `stored_against_its_hint` | XEP-0334 no-store, but in an archive |
 //! | `count_beyond_sent`, `count_goes_back`, `bad_count` | XEP-0198: `h` of `<a/>`, `<resumed/>` or `<failed/>` is wrong |
 //! | `failed_without_h`, `failed_h_too_low` | after a restart `<failed/>` does not cover a message that was covered |
 //! | `failed_h_forgets_what_is_not_kept` | it covers all messages, but not presence or IQs behind the last one |
 //! | `bad_failed` | `<failed/>` without item-not-found |
-//! | `changes_lost`, `changes_refused` | roster, private data, vCard, nodes, block list are not as answered; a change is an error |
+//! | `changes_lost`, `changes_refused` | roster, private data, vCard, nodes, block list, archive preferences are not as answered; a change is an error |
 //! | `subscriptions_lost` | a covered request or approval is not in the rosters of both, or was not told |
 //! | `refused`, `disconnects`, `stream_errors`, `garbage` | a living server does not serve: no log-in, no answer, no stream |
 //! | `died_by_itself`, `no_archive`, `too_little_for_a_proof` | the run itself |
@@ -47,6 +48,9 @@ pub struct Totals {
     /// Came back as errors: not accepted.
     pub refused_messages: u64,
     pub archive_entries: u64,
+    /// Retractions that were accepted, and tombstones in the archives as they were read at the end.
+    pub retractions: u64,
+    pub tombstones: u64,
     /// Pages that had to be asked for again.
     pub archive_waits: u64,
     pub accounts_made: u64,
@@ -403,6 +407,43 @@ impl World {
                     self.wrong_message("archive_order_not_as_seen", from, number, &text);
                 }
                 self.books[me].last_place = (session, place);
+            }
+        }
+    }
+
+    /// All archives have been read from the begin: what was retracted is a tombstone in those of both, and nothing else is.
+    pub fn judge_retractions(&mut self, users: &[usize]) {
+        // by sender and message: whether somebody was promised that it is gone
+        let mut asked: HashMap<(usize, usize), bool> = HashMap::new();
+        for (from, bot) in self.bots.iter().enumerate() {
+            for sent in &bot.sent {
+                let Some(target) = sent.retracts else {
+                    continue;
+                };
+                let promised = matches!(sent.state, State::Accepted | State::Lost);
+                *asked.entry((from, target)).or_default() |= promised;
+                self.totals.retractions += u64::from(promised);
+            }
+        }
+        for &user in users {
+            let speaker = self.speaker(user);
+            for place in 0..self.bots[speaker].syncs[2].entries.len() {
+                let entry = &self.bots[speaker].syncs[2].entries[place];
+                let (Some((from, number)), by) = (entry.message, entry.retracted_by) else {
+                    continue;
+                };
+                let promised = asked.get(&(from, number)).copied();
+                let right = by.is_some_and(|(bot, by)| {
+                    let sent = self.bots.get(bot).and_then(|bot| bot.sent.get(by));
+                    bot == from && sent.is_some_and(|sent| sent.retracts == Some(number))
+                });
+                self.totals.tombstones += u64::from(right);
+                let text = format!("in the archive of {}, by {by:?}", self.users[user].0);
+                if by.is_some() && !right {
+                    self.wrong_message("retracted_by_nobody", from, number, &text);
+                } else if by.is_none() && promised == Some(true) {
+                    self.wrong_message("retraction_lost", from, number, &text);
+                }
             }
         }
     }

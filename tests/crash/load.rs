@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use fastrand::Rng;
 
-use crate::bot::{Bot, Trouble};
+use crate::bot::{Bot, State, Trouble};
 use crate::round::Round;
 
 /// How a client spends a round.
@@ -172,6 +172,9 @@ fn something_else(bot: &mut Bot, round: &Round, rng: &mut Rng) {
     if rng.u8(..10) < 2 {
         bot.acknowledge(round);
     }
+    if round.archive && rng.u8(..10) == 0 {
+        retract(bot, round, rng);
+    }
     if !bot.profile.speaker {
         return;
     }
@@ -186,6 +189,23 @@ fn something_else(bot: &mut Bot, round: &Round, rng: &mut Rng) {
     }
     if rng.u8(..100) < 20 {
         change(bot, round, rng);
+    }
+}
+
+/// Takes back one of the last messages that the server has accepted.
+fn retract(bot: &mut Bot, round: &Round, rng: &mut Rng) {
+    /// How far back.
+    const LAST: usize = 40;
+    let first = bot.sent.len().saturating_sub(LAST);
+    let may = |number: &usize| {
+        let sent = &bot.sent[*number];
+        // newcomers of earlier rounds do not come any more
+        let comes = sent.to_user < round.lasting || sent.round == round.number;
+        comes && sent.state == State::Accepted && !sent.fleeting && sent.retracts.is_none()
+    };
+    let candidates: Vec<usize> = (first..bot.sent.len()).filter(may).collect();
+    if let Some(number) = rng.choice(candidates) {
+        bot.retract(round, number);
     }
 }
 
@@ -262,6 +282,13 @@ fn change(bot: &mut Bot, round: &Round, rng: &mut Rng) {
                  <nick xmlns='http://jabber.org/protocol/nick'>{value}</nick></item></publish></pubsub>"
             );
             bot.change(round, "nick", Some(value), &iq);
+        }
+        93..96 if round.archive => {
+            // somebody who does not exist: what is archived stays the same
+            let iq = format!(
+                "<prefs xmlns='urn:xmpp:mam:2' default='always'><never><jid>{value}@example.org</jid></never></prefs>"
+            );
+            bot.change(round, "prefs", Some(value), &iq);
         }
         _ if bot.profile.alone => {
             let name = &bot.profile.name;

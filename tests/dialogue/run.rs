@@ -2,21 +2,50 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
+use std::sync::Arc;
 
+use aws_lc_rs::hmac;
 use base64::prelude::{BASE64_STANDARD, Engine};
 
+use super::bosh::Bosh;
 use super::connection::Connection;
 use super::pattern::{self, Own, Variables};
 use super::script::{Action, Client, Script, Step};
+use super::websocket::WebSocket;
 use super::xml::{self, Element, Item};
 
+const SASL2: &str = "urn:xmpp:sasl:2";
 const SM: &str = "urn:xmpp:sm:3";
 /// Every account of every script has it.
 const PASSWORD: &str = "dialogue";
 
+/// What a proxy that has taken TLS off says (the server must believe it).
+const PROXIED: [(&str, &str); 2] = [
+    ("x-forwarded-for", "192.0.2.7"),
+    ("x-forwarded-proto", "https"),
+];
+
 pub struct Server {
+    /// By TCP: accounts are made and befriended there.
     pub address: SocketAddr,
     pub domain: String,
+    pub over: Over,
+}
+
+/// How the clients of a script come.
+#[allow(dead_code)] // not every test that plays dialogues plays them over all
+pub enum Over {
+    Tcp,
+    /// Direct TLS.
+    Tls(SocketAddr, Arc<rustls::ClientConfig>),
+    WebSocket {
+        address: SocketAddr,
+        proxied: bool,
+    },
+    Bosh {
+        address: SocketAddr,
+        proxied: bool,
+    },
 }
 
 /// Plays the script; `tag` makes its account names unique. The error names the line.
@@ -86,20 +115,41 @@ impl Stage<'_> {
                 .insert(format!("{name}.resource"), client.resource.clone());
         }
         for account in &self.script.accounts {
-            let mut connection = self.open()?;
+            let mut connection = self.open_tcp()?;
             connection.register(&self.node(account), PASSWORD)?;
         }
         Ok(())
     }
 
+    fn connect(&self) -> Result<Connection, String> {
+        let fields = |proxied| if proxied { &PROXIED[..] } else { &[] };
+        match &self.server.over {
+            Over::Tcp => Connection::connect(self.server.address),
+            Over::Tls(address, config) => {
+                Connection::connect_tls(*address, config.clone(), &self.server.domain)
+            }
+            Over::WebSocket { address, proxied } => WebSocket::connect(*address, fields(*proxied)),
+            Over::Bosh { address, proxied } => Ok(Bosh::connect(*address, fields(*proxied))),
+        }
+    }
+
     fn open(&self) -> Result<Connection, String> {
+        let mut connection = self.connect()?;
+        connection.open(&self.server.domain)?;
+        Ok(connection)
+    }
+
+    fn open_tcp(&self) -> Result<Connection, String> {
         let mut connection = Connection::connect(self.server.address)?;
         connection.open(&self.server.domain)?;
         Ok(connection)
     }
 
-    fn authenticate(&self, account: &str) -> Result<Connection, String> {
-        let mut connection = self.open()?;
+    fn authenticate(
+        &self,
+        mut connection: Connection,
+        account: &str,
+    ) -> Result<Connection, String> {
         let outcome = connection.authenticate(&self.node(account), PASSWORD)?;
         if outcome.name != "success" {
             return Err(format!("could not authenticate:\n{outcome}"));
@@ -108,8 +158,13 @@ impl Stage<'_> {
         Ok(connection)
     }
 
-    fn log_in(&self, account: &str, resource: &str) -> Result<(Connection, String), String> {
-        let mut connection = self.authenticate(account)?;
+    fn log_in(
+        &self,
+        connection: Connection,
+        account: &str,
+        resource: &str,
+    ) -> Result<(Connection, String), String> {
+        let mut connection = self.authenticate(connection, account)?;
         let full = connection.bind(resource)?;
         Ok((connection, full))
     }
@@ -119,7 +174,7 @@ impl Stage<'_> {
         let who = step.who.as_str();
         match &step.action {
             Action::Connects => {
-                let connection = Connection::connect(self.server.address)?;
+                let connection = self.connect()?;
                 self.enter(who, connection, None);
             }
             Action::Opens => {
@@ -127,7 +182,7 @@ impl Stage<'_> {
                 self.enter(who, connection, None);
             }
             Action::Authenticates { password: None } => {
-                let connection = self.authenticate(&client.account)?;
+                let connection = self.authenticate(self.open()?, &client.account)?;
                 self.enter(who, connection, None);
             }
             Action::Authenticates {
@@ -142,6 +197,20 @@ impl Stage<'_> {
                 let connection = &mut self.live.get_mut(who).unwrap().connection;
                 let outcome = connection.authenticate(&node, &password)?;
                 connection.put_back(Item::Element(outcome));
+            }
+            Action::AuthenticatesWith(block) => {
+                let node = self.node(&client.account);
+                let inline = self.fill(block)?;
+                if !self.live.contains_key(who) {
+                    let connection = self.open()?;
+                    self.enter(who, connection, None);
+                }
+                let live = self.live.get_mut(who).unwrap();
+                live.counts |= counts(&inline);
+                let outcome = live
+                    .connection
+                    .authenticate_with(&node, PASSWORD, &inline)?;
+                live.connection.put_back(Item::Element(outcome));
             }
             Action::LogsIn => self.enter_bound(who, client)?,
             Action::ComesOnline => {
@@ -164,9 +233,7 @@ impl Stage<'_> {
             }
             Action::Sends(block) => {
                 let text = self.fill(block)?;
-                if text.contains(SM) && (text.contains("<enable") || text.contains("<resume")) {
-                    self.live(who)?.counts = true;
-                }
+                self.live(who)?.counts |= counts(&text);
                 self.connection(who)?.send(text.as_bytes())?;
             }
             Action::SendsRaw(block) => {
@@ -228,13 +295,13 @@ impl Stage<'_> {
             }
             Action::Closes => {
                 let mut live = self.live.remove(who).ok_or("is not connected")?;
-                live.connection.send(b"</stream:stream>")?;
+                live.connection.close()?;
                 let mut ended = false;
                 while let Some(item) = live.connection.next()? {
                     ended |= matches!(item, Item::End);
                 }
                 if !ended {
-                    return Err("was not answered with </stream:stream>".to_owned());
+                    return Err("was not answered with the end of the stream".to_owned());
                 }
             }
             Action::IsCut => {
@@ -272,7 +339,7 @@ impl Stage<'_> {
     }
 
     fn enter_bound(&mut self, who: &str, client: &Client) -> Result<(), String> {
-        let (connection, full) = self.log_in(&client.account, &client.resource)?;
+        let (connection, full) = self.log_in(self.open()?, &client.account, &client.resource)?;
         if full != self.full(client) {
             return Err(format!(
                 "asked for resource '{}', got {full}",
@@ -287,6 +354,27 @@ impl Stage<'_> {
         self.live
             .get_mut(who)
             .ok_or_else(|| "is not connected".to_owned())
+    }
+
+    /// The address of a client that is connected.
+    fn address(&self, who: &str, client: &Client) -> String {
+        let live = self.live.get(who).filter(|live| live.bound);
+        live.map_or_else(|| self.full(client), |live| live.full.clone())
+    }
+
+    /// A client that has bound in the same round trip as it has authenticated (XEP-0386) learns its address from the outcome.
+    fn note(&mut self, who: &str, element: &Element) -> Result<(), String> {
+        let full = element.child("authorization-identifier").map(|id| &id.text);
+        if element.namespace == SASL2
+            && let Some(full) = full.filter(|full| full.contains('/'))
+        {
+            let full = full.clone();
+            self.variables.insert(format!("{who}.full"), full.clone());
+            let live = self.live(who)?;
+            live.bound = true;
+            live.full = full;
+        }
+        Ok(())
     }
 
     fn connection(&mut self, who: &str) -> Result<&mut Connection, String> {
@@ -304,7 +392,7 @@ impl Stage<'_> {
         if left.is_empty() {
             return Err("receives: needs at least one element".to_owned());
         }
-        let (full, bare) = (self.full(client), self.bare(&client.account));
+        let (full, bare) = (self.address(who, client), self.bare(&client.account));
         let own = Own {
             full: &full,
             bare: &bare,
@@ -327,6 +415,7 @@ impl Stage<'_> {
             match attempts.iter().position(Result::is_ok) {
                 Some(place) => {
                     left.remove(place);
+                    self.note(who, &actual)?;
                     self.variables
                         .extend(attempts.into_iter().nth(place).unwrap()?);
                     // A value captured here may be used further down in the same block.
@@ -355,7 +444,7 @@ impl Stage<'_> {
         block: &str,
     ) -> Result<(), String> {
         let mut left = xml::parse_block(&self.fill(block)?)?;
-        let (full, bare) = (self.full(client), self.bare(&client.account));
+        let (full, bare) = (self.address(who, client), self.bare(&client.account));
         let own = Own {
             full: &full,
             bare: &bare,
@@ -486,7 +575,8 @@ impl Stage<'_> {
     /// Subscribes both to each other, over connections of their own.
     fn befriend(&self, one: &str, other: &str) -> Result<(), String> {
         let jids = [self.bare(one), self.bare(other)];
-        let mut connections = [self.log_in(one, "setup")?.0, self.log_in(other, "setup")?.0];
+        let log_in = |account| self.log_in(self.open_tcp()?, account, "setup");
+        let mut connections = [log_in(one)?.0, log_in(other)?.0];
         for (connection, jid) in connections.iter_mut().zip(&jids) {
             connection
                 .request("<iq type='get' id='{id}'><query xmlns='jabber:iq:roster'/></iq>")?;
@@ -512,14 +602,14 @@ impl Stage<'_> {
                     "<iq type='get' id='{{id}}' to='{jid}/nobody-here'><ping xmlns='urn:xmpp:ping'/></iq>"
                 ))?;
             }
-            connection.send(b"</stream:stream>")?;
+            connection.close()?;
             while connection.next()?.is_some() {}
         }
         Ok(())
     }
 
-    /// Fills in `{name}`, `{error TYPE CONDITION}`, `{base64:text}` `{repeat:count:text}` and
-    /// `{attributes:count}`; leaves wildcards alone.
+    /// Fills in `{name}`, `{error TYPE CONDITION}`, `{base64:text}`, `{ht:node:token}`, `{ht-answer:token}`,
+    /// `{repeat:count:text}` and `{attributes:count}`; leaves wildcards alone.
     fn fill(&self, text: &str) -> Result<String, String> {
         let mut text = fill_variables(text, &self.variables);
         while let Some(start) = text.find("{error ") {
@@ -536,6 +626,25 @@ impl Stage<'_> {
             let length = text[start..].find('}').ok_or("no end of {base64:")?;
             let plain = unescape(&text[start + "{base64:".len()..start + length])?;
             text.replace_range(start..=start + length, &BASE64_STANDARD.encode(plain));
+        }
+        // XEP-0484 and its mechanism: a proof of the token on either side, bound to no channel
+        let proof = |token: &str, side: &str| {
+            let key = hmac::Key::new(hmac::HMAC_SHA256, token.as_bytes());
+            hmac::sign(&key, side.as_bytes()).as_ref().to_vec()
+        };
+        while let Some(start) = text.find("{ht:") {
+            let length = text[start..].find('}').ok_or("no end of {ht:")?;
+            let (node, token) = text[start + "{ht:".len()..start + length]
+                .split_once(':')
+                .ok_or("{ht:NODE:TOKEN}")?;
+            let message = [node.as_bytes(), b"\0", &proof(token, "Initiator")].concat();
+            text.replace_range(start..=start + length, &BASE64_STANDARD.encode(message));
+        }
+        while let Some(start) = text.find("{ht-answer:") {
+            let length = text[start..].find('}').ok_or("no end of {ht-answer:")?;
+            let token = &text[start + "{ht-answer:".len()..start + length];
+            let message = BASE64_STANDARD.encode(proof(token, "Responder"));
+            text.replace_range(start..=start + length, &message);
         }
         while let Some(start) = text.find("{repeat:") {
             let length = text[start..].find('}').ok_or("no end of {repeat:")?;
@@ -600,6 +709,11 @@ fn unescape(text: &str) -> Result<Vec<u8>, String> {
         }
     }
     Ok(out)
+}
+
+/// Does the client count stanzas from then on?
+fn counts(sent: &str) -> bool {
+    sent.contains(SM) && (sent.contains("<enable") || sent.contains("<resume"))
 }
 
 fn is_presence(element: &Element, from: &str, kind: Option<&str>) -> bool {

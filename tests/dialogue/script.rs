@@ -12,7 +12,32 @@ pub struct Script {
     pub nobodies: Vec<String>,
     /// Servers known to answer otherwise, and why.
     pub differs: BTreeMap<String, String>,
+    /// The streams are encrypted.
+    pub tls: bool,
+    /// Where it can be played alone; empty: everywhere.
+    only: Vec<Transport>,
     pub steps: Vec<Step>,
+}
+
+/// What carries the streams of a script's clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Tcp,
+    WebSocket,
+    Bosh,
+}
+
+impl Transport {
+    #[allow(dead_code)] // not every test that plays dialogues plays them over all
+    pub const ALL: [Transport; 3] = [Transport::Tcp, Transport::WebSocket, Transport::Bosh];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Transport::Tcp => "tcp",
+            Transport::WebSocket => "websocket",
+            Transport::Bosh => "bosh",
+        }
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -39,6 +64,9 @@ pub enum Action {
     Authenticates {
         password: Option<String>,
     },
+    /// By the extensible profile (XEP-0388), with these elements beside the proof, up to its outcome, which is left to the
+    /// next step.
+    AuthenticatesWith(String),
     /// Up to the bound resource.
     LogsIn,
     /// Logs in if need be, and sends presence.
@@ -111,6 +139,20 @@ pub fn parse(text: &str) -> Result<Script, String> {
 }
 
 impl Script {
+    /// What it says of bytes and headers is said of TCP, if nothing else is named.
+    pub fn plays_over(&self, transport: Transport) -> bool {
+        let is_raw = |step: &Step| {
+            matches!(
+                step.action,
+                Action::Connects | Action::SendsRaw(_) | Action::ReceivesHeader(_)
+            )
+        };
+        match &self.only[..] {
+            [] => transport == Transport::Tcp || !self.steps.iter().any(is_raw),
+            only => only.contains(&transport),
+        }
+    }
+
     fn add(&mut self, line: usize, text: &str, block: String) -> Result<(), String> {
         let (first, rest) = text
             .split_once(' ')
@@ -128,6 +170,19 @@ impl Script {
             "differs" => {
                 let (server, why) = rest.split_once(": ").ok_or("differs SERVER: REASON")?;
                 self.differs.insert(server.to_owned(), why.to_owned());
+                Ok(())
+            }
+            "over" if rest == "tls" => {
+                self.tls = true;
+                Ok(())
+            }
+            "only" => {
+                let (names, _why) = rest.split_once(": ").unwrap_or((rest, ""));
+                for name in names.split(", ") {
+                    let known = Transport::ALL.into_iter().find(|one| one.name() == name);
+                    self.only
+                        .push(known.ok_or_else(|| format!("no transport '{name}'"))?);
+                }
                 Ok(())
             }
             who if self.clients.contains_key(who) => {
@@ -170,6 +225,7 @@ fn action(text: &str, block: String) -> Result<Action, String> {
         "connects" => Action::Connects,
         "opens" => Action::Opens,
         "authenticates" => Action::Authenticates { password: None },
+        "authenticates with:" => Action::AuthenticatesWith(block),
         "logs in" => Action::LogsIn,
         "comes online" => Action::ComesOnline,
         "gets roster" => Action::GetsRoster,

@@ -112,6 +112,30 @@ pub fn parse_block(text: &str) -> Result<Vec<Element>, String> {
     Ok(parse(&format!("{OPEN}{text}</stream:stream>"))?.children)
 }
 
+/// The elements of `text`, each so that it can stand alone, outside of a client's stream. What is no XML stays as it is.
+#[allow(dead_code)] // only dialogues do
+pub fn standalone(text: &str) -> Vec<String> {
+    const OPEN: &str =
+        "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'>";
+    let whole = format!("{OPEN}{text}</stream:stream>");
+    let Ok(document) = roxmltree::Document::parse(&whole) else {
+        return vec![text.trim().to_owned()];
+    };
+    let elements = document.root_element().children();
+    let elements = elements.filter(roxmltree::Node::is_element);
+    elements
+        .map(|element| {
+            let own = &whole[element.range()];
+            let tag = &own[..own.find('>').unwrap_or(own.len())];
+            let name = tag.find([' ', '\n', '/']).unwrap_or(tag.len());
+            match tag.contains("xmlns=") || tag[..name].contains(':') {
+                true => own.to_owned(),
+                false => format!("{} xmlns='jabber:client'{}", &own[..name], &own[name..]),
+            }
+        })
+        .collect()
+}
+
 pub fn parse(text: &str) -> Result<Element, String> {
     let document =
         roxmltree::Document::parse(text).map_err(|why| format!("not well-formed XML: {why}"))?;

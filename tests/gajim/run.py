@@ -11,7 +11,6 @@ her bookmarks, and fetches bob's avatar. What bob and the room hear of it, and t
 looks like is for people: the pictures are told at the end.
 """
 
-import argparse
 import asyncio
 import hashlib
 import json
@@ -19,52 +18,23 @@ import os
 import pathlib
 import shutil
 import sqlite3
-import struct
 import subprocess
 import sys
-import tempfile
-import zlib
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
-sys.path.insert(0, str(HERE.parent / "bots"))
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "bots"))
 
+import desk  # noqa: E402
 from bot import Message, Presence  # noqa: E402
-from server import Blade  # noqa: E402
+from desk import PASSWORD, ROOM, WITHIN_S, ok, until  # noqa: E402
 from slix import ET, SlixBot  # noqa: E402
 
-PASSWORD = "a long password"
-ROOM = "desk@rooms.localhost"
 NEEDS = {"gajim": "gajim", "Xvfb": "xvfb", "openbox": "openbox", "xdotool": "xdotool", "import": "imagemagick",
          "dbus-run-session": "dbus"}
 SIZE = "1280x800"
-WITHIN_S = 60
 
 
 class Eventing(SlixBot):
     eventing = True
-
-
-def picture(colour, size=96):
-    """A PNG of one colour with a white bar."""
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    rows = b"".join(
-        b"\0" + b"".join(bytes((255, 255, 255) if size // 3 < y < 2 * size // 3 else colour) for _ in range(size))
-        for y in range(size)
-    )
-    head = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-def accounts(blade):
-    """alice with bob and carol in her roster, with names and groups."""
-    folder = pathlib.Path(blade.folder.name)
-    people, rosters = folder / "accounts.csv", folder / "rosters.csv"
-    people.write_text("username,password\n" + "".join(f"{name},{PASSWORD}\n" for name in ("alice", "bob", "carol")))
-    rosters.write_text("username,contact,name,groups\nalice,bob,Bob Builder,Rates Desk\nalice,carol,Carol Chart,Equities EU\n")
-    command = [blade.program, "user", "import", str(people), "--rosters", str(rosters), *blade.options()]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def profile(folder, blade):
@@ -147,26 +117,16 @@ class Screen:
                 process.wait()
 
 
-async def until(what, holds):
-    async with asyncio.timeout(WITHIN_S):
-        while not holds():
-            await asyncio.sleep(0.2)
-    print(f"ok: {what}", flush=True)
-
-
 async def play(blade, folder, pictures):
-    accounts(blade)
     bob, carol = Eventing(blade, "bob", PASSWORD), Eventing(blade, "carol", PASSWORD)
     before = Eventing(blade, "alice", PASSWORD, "before")
-    image = picture((30, 90, 200))
+    image = desk.picture((30, 90, 200))
     for bot in (bob, carol, before):
         await bot.log_in()
         await bot.come_online()
     await bob.publish_avatar(image)
-    await carol.publish_avatar(picture((200, 60, 30)))
-    await bob.enter(ROOM, "bob")
-    await bob.persist(ROOM)
-    bob.say(ROOM, "Good morning, desk")
+    await carol.publish_avatar(desk.picture((200, 60, 30)))
+    await desk.open_room(bob, "Good morning, desk")
     conference = ET.fromstring("<conference xmlns='urn:xmpp:bookmarks:1' name='The Desk' autojoin='true'><nick>alice</nick></conference>")
     await before.ask(before.client.plugin["xep_0060"].publish(
         None, "urn:xmpp:bookmarks:1", id=ROOM, payload=conference, options=before.private_options()))
@@ -176,9 +136,9 @@ async def play(blade, folder, pictures):
     try:
         main = await screen.window("Gajim")
         await bob.wait(Presence, sender="alice@localhost/gajim", kind="available")
-        print("ok: logged in, and on line to her contacts", flush=True)
+        ok("logged in, and on line to her contacts")
         await bob.wait(Presence, sender=f"{ROOM}/alice", kind="available")
-        print("ok: in the room of her bookmarks", flush=True)
+        ok("in the room of her bookmarks")
         bob.chat("alice@localhost", "Where is the ten year?")
         wanted = hashlib.sha1(image).hexdigest()
         await until("bob's avatar was fetched", lambda: any((folder / "gajim").glob(f"avatars/{wanted}*")))
@@ -214,29 +174,5 @@ async def play(blade, folder, pictures):
             await bot.log_out()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nitro", default=str(ROOT / "target/debug/nitro"), help="the program (default: %(default)s)")
-    parser.add_argument("--pictures", help="where the pictures go (default: a new folder)")
-    arguments = parser.parse_args()
-    missing = [package for program, package in NEEDS.items() if not shutil.which(program)]
-    if missing:
-        sys.exit(f"apt-get install {' '.join(missing)}")
-    pictures = pathlib.Path(arguments.pictures or tempfile.mkdtemp(prefix="nitro-gajim-"))
-    pictures.mkdir(parents=True, exist_ok=True)
-    blade = Blade(os.path.abspath(arguments.nitro))
-    try:
-        with tempfile.TemporaryDirectory(prefix="gajim-") as folder:
-            try:
-                asyncio.run(play(blade, pathlib.Path(folder), pictures))
-            except BaseException:
-                for log in pathlib.Path(folder).glob("*.log"):
-                    print(f"{log.name} ends with:\n{log.read_text(errors='replace')[-3000:]}")
-                print(f"the blade's log ends with:\n{blade.log()[-3000:]}")
-                raise
-    finally:
-        blade.stop()
-
-
 if __name__ == "__main__":
-    main()
+    desk.run(__doc__, "gajim", NEEDS, [play])

@@ -1,7 +1,10 @@
 //! One connection that speaks HTTP, and one request of it with its answer. In: readiness, bytes. Out: bodies piece by piece, both
 //! ways. Promise: nothing is read that nobody wants yet, a body is never held as a whole unless its handler says how much that
-//! may be, and who is slow (head, body or taking the answer) has a deadline.
+//! may be, and who is slow (head, body or taking the answer) has a deadline. The last answer of a connection is heard: it is closed
+//! when the client has taken all of it, and a body that was refused is read away within bounds, because closing before resets
+//! the connection and takes the answer back (RFC 9112 section 9.6).
 
+use std::io;
 use std::net::SocketAddr;
 use std::rc::Rc;
 use std::time::{Duration, SystemTime};
@@ -20,6 +23,9 @@ use crate::shard::{Kind, Shard, Waits};
 const UNSENT_BYTES_MAX: usize = 128 << 10;
 /// Bytes of a body that nobody wanted which are read away to keep the connection.
 const UNWANTED_BYTES_MAX: u64 = 64 << 10;
+
+/// A client that was told the end and goes on sending may pause so long; as nginx's lingering_timeout.
+const LINGER_PAUSE_MS: u64 = 5000;
 
 /// The connection is of no use any more: broken, or too slow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,9 +122,9 @@ impl Conn {
 
     /// Lets the client hear what was said last, then closes.
     pub fn close(self, shard: &Shard) {
-        self.leave(shard);
+        shard.links.borrow_mut().remove(self.link);
         if !self.transport.handshaking() {
-            shard.close_transport(self.transport);
+            shard.close_transport(self.transport, &[]);
         }
     }
 
@@ -199,6 +205,39 @@ impl Conn {
         }
     }
 
+    /// Ends the sending direction, and reads away what the client goes on sending until it has heard the end.
+    async fn linger(&mut self, shard: &Shard) {
+        let limits = shard.config.borrow().limits.clone();
+        let _ = self.transport.finish(&[], &mut shard.scratch.borrow_mut());
+        let until_ms = shard.now_ms() + limits.http_linger_seconds_max * 1000;
+        let mut left = limits.http_linger_bytes_max;
+        let mut shut = false;
+        loop {
+            rt::yield_if_needed().await;
+            if !shut && self.transport.pending() == 0 {
+                let _ = self.transport.socket().shutdown();
+                shut = true;
+            }
+            let read = read_away(self.transport.socket());
+            match read {
+                Ok(0) => return,
+                Ok(taken) if taken > left => break,
+                Ok(taken) => left -= taken,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let pause_ms = shard.now_ms() + LINGER_PAUSE_MS;
+                    if self.ready(shard, until_ms.min(pause_ms)).await.is_err() {
+                        return;
+                    }
+                }
+                Err(_) => return,
+            }
+            if shard.now_ms() >= until_ms {
+                break;
+            }
+        }
+        shard.gauges.http_refused.one();
+    }
+
     /// Answers what is no request; the connection ends then.
     pub async fn refuse(&mut self, shard: &Rc<Shard>, refusal: Refusal) {
         shard.gauges.http_refused.one();
@@ -209,7 +248,14 @@ impl Conn {
         let _ = self
             .transport
             .write(&bytes, &mut shard.scratch.borrow_mut());
+        // a body may be coming, of whatever length
+        self.linger(shard).await;
     }
+}
+
+/// Takes what is there, and throws it away.
+fn read_away(socket: &crate::net::Socket) -> io::Result<usize> {
+    socket.recv(&mut [0; 16 << 10])
 }
 
 /// One request, from its head to the end of its answer.
@@ -401,7 +447,11 @@ impl<'c> Exchange<'c> {
 
     /// Whether another request may follow: the answer is complete, and what is left of the request was read away.
     pub async fn end(mut self) -> bool {
-        if !self.answered || self.answer_left > 0 || !self.head.keep_alive {
+        if !self.answered || self.answer_left > 0 {
+            return false;
+        }
+        if !self.head.keep_alive {
+            self.last_words().await;
             return false;
         }
         let mut unwanted = Vec::new();
@@ -412,6 +462,21 @@ impl<'c> Exchange<'c> {
                 Ok(false) => return true,
                 Err(Gone) => return false,
             }
+        }
+    }
+}
+
+impl Exchange<'_> {
+    /// Waits until the client has taken the answer as fast as it must, and has heard it.
+    async fn last_words(&mut self) {
+        let deadline_ms = self.deadline_ms(self.answer_sent);
+        while self.conn.transport.pending() > 0 {
+            if self.conn.ready(self.shard, deadline_ms).await.is_err() {
+                return;
+            }
+        }
+        if self.body_left > 0 {
+            self.conn.linger(self.shard).await;
         }
     }
 }

@@ -197,6 +197,8 @@ fn split_target(target: &str) -> Result<(&str, &str), Refusal> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const LIMITS: Limits = Limits {
@@ -290,5 +292,48 @@ mod tests {
                 == "/y"
         );
         assert_eq!(&*head("OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n").path, "*");
+    }
+
+    /// Heads, good and bad, and what stands behind them.
+    fn bytes() -> impl Strategy<Value = String> {
+        let line = prop_oneof![
+            Just("Host: x".to_owned()),
+            Just("Content-Length: 3".to_owned()),
+            Just("Transfer-Encoding: chunked".to_owned()),
+            Just("Connection: close".to_owned()),
+            Just(" folded".to_owned()),
+            Just("GET / HTTP/1.1".to_owned()),
+            Just("POST /bosh?a=b HTTP/1.1".to_owned()),
+            Just(String::new()),
+            "[ -~\u{e9}\\x00\t]{0,30}",
+        ];
+        let end =
+            prop_oneof![8 => Just("\r\n"), 1 => Just("\n"), 1 => Just("\r"), 1 => Just("\r\r\n")];
+        let lines = prop::collection::vec((line, end), 0..8);
+        (any::<bool>(), lines).prop_map(|(begins, lines)| {
+            let lines: String = lines.into_iter().map(|(line, end)| line + end).collect();
+            match begins {
+                true => format!("GET /x HTTP/1.1\r\nHost: x\r\n{lines}\r\n"),
+                false => lines,
+            }
+        })
+    }
+
+    proptest! {
+        /// So it does not matter in which pieces a head comes.
+        #[test]
+        fn what_is_said_of_the_beginning_of_a_head_is_said_of_the_whole(
+            bytes in bytes(),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let bytes = bytes.as_bytes();
+            let limits = Limits { head_bytes_max: 100, headers_max: 4 };
+            let whole = Head::parse(bytes, &limits);
+            match Head::parse(&bytes[..cut.index(bytes.len() + 1)], &limits) {
+                Ok(None) => {}
+                Ok(some) => prop_assert_eq!(Ok(some), whole),
+                Err(_) => prop_assert!(whole.is_err()),
+            }
+        }
     }
 }

@@ -4,24 +4,27 @@
 //! ([`crate::store::upload`]) runs on threads of the whole blade ([`Files`]), so a slow disk holds up files and nothing else; a shard gives
 //! them one piece of a body at a time and reads or sends the next one when that is done. So a transfer has one piece in memory, whatever
 //! the file's size, and a client that is too fast for the disk is not read.
+//!
+//! Slots have a queue and a thread of their own: who asks for many holds up no transfer. A transfer whose piece finds the queue
+//! full waits for room.
 
 mod answer;
 mod serve;
 
 use std::any::Any;
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::mpsc::{self, SyncSender};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError};
+use std::sync::{Arc, Weak};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use fnv::FnvHashMap;
 
 use crate::config::Config;
 use crate::observe::Gauges;
 use crate::rt::{self, InboxSender, slot};
-use crate::store::upload::{Bounds, Folder, Refused, Writing};
+use crate::store::upload::{Bounds, Folder, Owner, Refused, Writing};
 use crate::xmpp::feature::upload::{Ask, Limits};
 use crate::xmpp::slice::Slice;
 
@@ -34,11 +37,18 @@ pub(super) use serve::serve;
 pub const PIECE_BYTES: usize = 128 << 10;
 /// Answers that a shard does not take in time are forgotten: it stops.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// Between two pieces of what is removed.
+const CLEAR_PAUSE: Duration = Duration::from_millis(20);
+/// How often, and in which distance, a piece looks for room in the queue: ten seconds.
+const ROOM_TRIES: u32 = 500;
+const ROOM_PAUSE: Duration = Duration::from_millis(20);
 /// How often files that are too old are removed.
 const SWEEP: Duration = Duration::from_secs(3600);
 
 type Outcome = Box<dyn Any + Send>;
 type Work = Box<dyn FnOnce(&Folder) -> Done + Send>;
+/// Work, and who is told of its outcome.
+type Waiting = (InboxSender<Inbound>, Work);
 
 /// What a thread has done for a shard.
 pub enum Done {
@@ -52,7 +62,12 @@ pub enum Done {
 /// The threads, and what waits for them.
 #[derive(Clone)]
 pub struct Files {
-    queue: SyncSender<(InboxSender<Inbound>, Work)>,
+    /// Pieces of transfers.
+    queue: SyncSender<Waiting>,
+    /// Slots, and whatever else the slice asks for.
+    slots: SyncSender<Waiting>,
+    /// Wakes who removes what removed accounts have left.
+    gone: SyncSender<()>,
     folder: Arc<Folder>,
     transfers: Arc<Transfers>,
 }
@@ -69,38 +84,23 @@ impl Files {
         })?;
         let folder = Arc::new(folder);
         let waiting_max = config.upload.waiting_max;
-        let (queue, work) = mpsc::sync_channel::<(InboxSender<Inbound>, Work)>(waiting_max);
-        let work = Arc::new(Mutex::new(work));
+        let (queue, pieces) = mpsc::sync_channel(waiting_max);
+        let pieces = Arc::new(Mutex::new(pieces));
         for n in 0..config.upload.threads {
-            let (work, folder) = (work.clone(), folder.clone());
-            let run = move || {
-                rt::step_back(NICE);
-                loop {
-                    let next = work.lock().unwrap_or_else(PoisonError::into_inner).recv();
-                    let Ok((inbox, work)) = next else { return };
-                    let done = work(&folder);
-                    let _ = inbox.send(Inbound::Uploaded(done), PATIENCE);
-                }
-            };
-            spawn(&format!("files-{n}"), run)?;
+            work(&format!("files-{n}"), pieces.clone(), folder.clone())?;
         }
+        let (slots, asked) = mpsc::sync_channel(waiting_max);
+        work("files-slots", Arc::new(Mutex::new(asked)), folder.clone())?;
         let sweeping = Arc::downgrade(&folder);
+        let (gone, told) = mpsc::sync_channel(1);
         spawn("files-sweep", move || {
             rt::step_back(NICE);
-            while let Some(folder) = sweeping.upgrade() {
-                match folder.sweep(unix()) {
-                    Ok(0) => {}
-                    Ok(removed) => tracing::info!(removed, "old uploads were removed"),
-                    Err(error) => {
-                        tracing::error!(%error, "upload.dir: old files cannot be removed")
-                    }
-                }
-                drop(folder);
-                std::thread::sleep(SWEEP);
-            }
+            sweep_forever(&sweeping, &told);
         })?;
         Ok(Files {
             queue,
+            slots,
+            gone,
             folder,
             transfers: Arc::default(),
         })
@@ -118,9 +118,80 @@ impl Files {
             .store(self.transfers.count.load(Relaxed), Relaxed);
     }
 
-    fn submit(&self, inbox: InboxSender<Inbound>, work: Work) -> bool {
-        self.queue.try_send((inbox, work)).is_ok()
+    /// Work for a transfer; given back when too much waits.
+    fn submit(&self, inbox: InboxSender<Inbound>, work: Work) -> Result<(), Work> {
+        match self.queue.try_send((inbox, work)) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full((_, work)) | TrySendError::Disconnected((_, work))) => Err(work),
+        }
     }
+
+    /// Work that a slice has asked for; `false`: too much waits.
+    fn ask(&self, inbox: InboxSender<Inbound>, work: Work) -> bool {
+        self.slots.try_send((inbox, work)).is_ok()
+    }
+}
+
+/// Removes what is old now and then, and what removed accounts have left as soon as that is told.
+fn sweep_forever(sweeping: &Weak<Folder>, told: &Receiver<()>) {
+    while let Some(folder) = sweeping.upgrade() {
+        clear(&folder);
+        match folder.sweep(unix()) {
+            Ok(0) => {}
+            Ok(removed) => tracing::info!(removed, "old uploads were removed"),
+            Err(error) => tracing::error!(%error, "upload.dir: old files cannot be removed"),
+        }
+        drop(folder);
+        let next = Instant::now() + SWEEP;
+        loop {
+            match told.recv_timeout(next.saturating_duration_since(Instant::now())) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Timeout) => break,
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            let Some(folder) = sweeping.upgrade() else {
+                return;
+            };
+            clear(&folder);
+        }
+    }
+}
+
+/// Piece by piece, so that transfers have the disk in between.
+fn clear(folder: &Folder) {
+    let mut all = 0;
+    loop {
+        match folder.clear(unix()) {
+            Ok(0) => break,
+            Ok(removed) => all += removed,
+            Err(error) => {
+                tracing::error!(%error, "upload.dir: files of removed accounts cannot be removed");
+                break;
+            }
+        }
+        std::thread::sleep(CLEAR_PAUSE);
+    }
+    if all > 0 {
+        tracing::info!(removed = all, "uploads of removed accounts were removed");
+    }
+}
+
+/// A thread that does one thing after the other until all senders have gone.
+fn work(
+    name: &str,
+    queue: Arc<Mutex<Receiver<Waiting>>>,
+    folder: Arc<Folder>,
+) -> Result<(), String> {
+    let run = move || {
+        rt::step_back(NICE);
+        loop {
+            let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok((inbox, work)) = next else { return };
+            let done = work(&folder);
+            let _ = inbox.send(Inbound::Uploaded(done), PATIENCE);
+        }
+    };
+    spawn(name, run)
 }
 
 /// Behind live traffic.
@@ -154,6 +225,7 @@ pub fn limits(config: &Config) -> Limits {
         file_bytes_max: u.file_bytes_max,
         slot_seconds: u.slot_seconds,
         waiting_max: u.waiting_max,
+        user_waiting_max: u.user_waiting_max,
     }
 }
 
@@ -227,9 +299,38 @@ impl Files {
     }
 }
 
+impl Files {
+    /// An account was removed.
+    fn forgets(&self, owner: Owner, at: u64) -> Work {
+        let gone = self.gone.clone();
+        Box::new(move |folder| {
+            if let Err(error) = folder.forget(owner, at) {
+                tracing::error!(%error, "upload.dir: it cannot be written down that an account was removed");
+            }
+            // full: told already
+            let _ = gone.try_send(());
+            Done::Discarded
+        })
+    }
+
+    /// The same, at once: at the start, of what the journals tell.
+    pub fn forget(&self, owner: Owner, at: u64) {
+        self.forgets(owner, at)(&self.folder);
+    }
+}
+
 impl Shard {
     /// What the slice has asked of the folder.
     pub(super) fn ask_for_slots(&self, slice: &mut Slice) {
+        if let Some(files) = &self.files {
+            while let Some((owner, at)) = slice.fx.uploads_gone.pop() {
+                if !files.ask(self.own_inbox.clone(), files.forgets(owner, at)) {
+                    // with the next turn's
+                    slice.fx.uploads_gone.push((owner, at));
+                    break;
+                }
+            }
+        }
         for ask in std::mem::take(&mut slice.fx.slots) {
             let Ask {
                 ticket,
@@ -240,7 +341,7 @@ impl Shard {
             let work: Work =
                 Box::new(move |folder| Done::Slot(ticket, folder.reserve(owner, &entry, now)));
             let files = self.files.as_ref();
-            let asked = files.is_some_and(|files| files.submit(self.own_inbox.clone(), work));
+            let asked = files.is_some_and(|files| files.ask(self.own_inbox.clone(), work));
             if !asked {
                 slice.slot_reserved(ticket, None);
             }
@@ -262,7 +363,7 @@ impl Shard {
         }
     }
 
-    /// Does something with the folder elsewhere, and waits for it; `None`: too much waits already.
+    /// Does something with the folder elsewhere, and waits for it; `None`: too much waits, and there was no room for a while.
     async fn with_folder<T: Send + 'static>(
         &self,
         work: impl FnOnce(&Folder) -> T + Send + 'static,
@@ -271,9 +372,15 @@ impl Shard {
         let number = self.upload_number.get();
         self.upload_number.set(number + 1);
         let (setter, outcome) = slot::<Outcome>();
-        let work: Work = Box::new(move |folder| Done::Piece(number, Box::new(work(folder))));
-        if !files.submit(self.own_inbox.clone(), work) {
-            return None;
+        let mut work: Work = Box::new(move |folder| Done::Piece(number, Box::new(work(folder))));
+        let mut tries = 0;
+        while let Err(back) = files.submit(self.own_inbox.clone(), work) {
+            if tries == ROOM_TRIES {
+                return None;
+            }
+            tries += 1;
+            work = back;
+            rt::sleep(ROOM_PAUSE).await;
         }
         self.upload_waits.borrow_mut().insert(number, setter);
         let _forgotten = Forgotten {
@@ -298,5 +405,50 @@ struct Forgotten<'a> {
 impl Drop for Forgotten<'_> {
     fn drop(&mut self) {
         self.shard.upload_waits.borrow_mut().remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::store::upload::Entry;
+
+    #[test]
+    fn slots_are_answered_while_the_disk_holds_up_all_transfers() {
+        let dir = tempfile::tempdir().unwrap();
+        let sets = [
+            format!("data_dir='{}'", dir.path().display()),
+            "upload.waiting_max=16".to_owned(),
+            "upload.threads=1".to_owned(),
+        ];
+        let files = Files::start(&Config::load(None, &sets).unwrap()).unwrap();
+        let (sender, inbox) = rt::inbox::<Inbound>(64).unwrap();
+        let nothing = || -> Work { Box::new(|_| Done::Discarded) };
+        let (_go, wait) = mpsc::channel::<()>();
+        let slow: Work = Box::new(move |_| {
+            let _ = wait.recv();
+            Done::Discarded
+        });
+        assert!(files.submit(sender.clone(), slow).is_ok());
+        while files.submit(sender.clone(), nothing()).is_ok() {}
+        let entry = Entry {
+            at: unix(),
+            bytes: 10,
+            id: [1; 16],
+            ending: "png",
+        };
+        let ask: Work =
+            Box::new(move |folder| Done::Slot(7, folder.reserve(Owner([1; 16]), &entry, unix())));
+        assert!(files.ask(sender, ask));
+        let deadline = Instant::now() + PATIENCE;
+        let mut got = Vec::new();
+        while !got
+            .iter()
+            .any(|one| matches!(one, Inbound::Uploaded(Done::Slot(7, Ok(())))))
+        {
+            assert!(Instant::now() < deadline, "no answer");
+            inbox.drain(&mut got);
+            std::thread::yield_now();
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::xmpp::feature::upload::parse_path;
 const NOTHING: Refusal = (404, "there is no such file");
 const BUSY: Refusal = (503, "too many files come and go at once");
 const FULL: Refusal = (507, "there is no room for the file");
+const EXPIRED: Refusal = (410, "the slot has expired");
 const BROKEN: Refusal = (500, "the file cannot be written or read");
 
 /// Anything behind [`crate::xmpp::feature::upload::PATH`].
@@ -89,6 +90,7 @@ async fn put(
             shard.gauges.upload_refused.one();
             return Ok(Err(match refused {
                 Some(Err(NotTaken::Replayed)) => (409, "the slot was used"),
+                Some(Err(NotTaken::Gone)) => EXPIRED,
                 Some(Err(NotTaken::Refused(Refused::Broken))) => BROKEN,
                 Some(Err(NotTaken::Refused(_))) => FULL,
                 _ => BUSY,
@@ -137,6 +139,8 @@ async fn put(
     };
     match shard.with_folder(move |folder| folder.finish(file)).await {
         Some(Ok(())) => {}
+        // the account was removed meanwhile
+        Some(Err(error)) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(EXPIRED)),
         Some(Err(error)) => {
             tracing::error!(%error, "upload.dir: a file cannot be kept");
             return Ok(Err(BROKEN));

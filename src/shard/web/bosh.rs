@@ -7,19 +7,26 @@
 //! the other end.
 //!
 //! Promise: stanzas of requests arrive once and in the order of their ids; an answer is kept until the client must have it and is
-//! sent again when it asks again; what no answer that the client must have has carried counts as not delivered (one byte of it stays
-//! unread in the pair, so that the owner sees it). That is known for all at once or not at all: of a client without stream management
-//! that only listens, and hears something in each answer, nothing is known to have arrived until a moment of silence. It gets
-//! that again when it has gone, and is ended when it is too much (`slice::overflow`). Not offered: several streams in one session (XEP-0124 section 16: no client asks), keys
-//! (section 15: what TLS does better), answers by script (section 18).
+//! sent again when it asks again; what an answer has carried counts as delivered when a later request says that it has arrived
+//! (section 9), and not before. A client that acknowledges (`ack`) says it with the next request. Of the others that with the id n says it of
+//! all answers up to the id n less those that may be open; so a request that waits behind an unconfirmed answer is answered
+//! sooner ([`CONFIRM_MS`]), to hear the next one. The owner learns how many bytes of its stream have arrived by a number that both
+//! ends of the pair share. What is not confirmed when the session ends is delivered elsewhere or kept: nothing is lost, and a client
+//! without `ack` that dies within [`CONFIRM_MS`] of its last message gets that again.
+//!
+//! Not offered: several streams in one session (XEP-0124 section 16: no client asks), keys (section 15: what TLS does better),
+//! answers by script (section 18).
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use aws_lc_rs::hmac;
+use aws_lc_rs::{constant_time, hmac};
 use base64::Engine;
 use base64::prelude::BASE64_URL_SAFE_NO_PAD;
 
@@ -40,10 +47,15 @@ const NS_XBOSH: &str = "urn:xmpp:xbosh";
 const VERSION: &str = "1.11";
 /// Random bytes of a session's id.
 const ID_BYTES: usize = 18;
+/// Bytes behind them: the keeper, hidden, and the proof that this server made the id.
+const KEEPER_BYTES: usize = 2;
+const PROOF_BYTES: usize = 8;
 /// Highest request id (section 7.1).
 const RID_MAX: u64 = (1 << 53) - 1;
 /// Requests that the server holds open: one is enough to push (section 11).
 const HOLD_MAX: usize = 1;
+/// How long a request waits at most while it is not known whether the answers before it have arrived.
+const CONFIRM_MS: u64 = 5000;
 /// Bytes taken from the pair at once.
 const PIECE_BYTES: usize = 64 << 10;
 const OWN: Limits = Limits {
@@ -78,13 +90,17 @@ struct Session {
     held: VecDeque<(u64, SlotSetter<Reply>)>,
     /// Came before their turn.
     early: BTreeMap<u64, (Request, SlotSetter<Reply>)>,
-    /// The newest answers.
-    kept: VecDeque<(u64, Reply)>,
+    /// The newest answers, each with the end in the owner's stream of what it has carried.
+    kept: VecDeque<(u64, Reply, u64)>,
+    /// Bytes of the owner's stream that answers have carried.
+    carried: u64,
+    /// Of them, those that have arrived for certain; the owner looks at it.
+    arrived: Arc<AtomicU64>,
+    /// The client acknowledges answers (section 9.2).
+    acks: bool,
     framer: Framer,
     /// The unfinished element from the pair.
     unfinished: Vec<u8>,
-    /// The newest byte that was taken is still in the pair.
-    tail: bool,
     /// Since when no request is held, and for how long that may be.
     silent_since_ms: u64,
     silent_ms_max: u64,
@@ -93,8 +109,6 @@ struct Session {
     had_nothing: bool,
     /// The attributes of the answer that begins the session, until it is sent.
     greeting: Option<String>,
-    /// The owner has closed its end; what is in the pair may still be read.
-    closed: bool,
     /// No more will come from the pair; the condition that the client hears.
     over: Option<&'static str>,
     /// The client was told so.
@@ -109,6 +123,8 @@ struct Request {
     restart: Option<String>,
     terminate: bool,
     pause_ms: Option<u64>,
+    /// The highest id of which all answers up to it have arrived; in the first request 1: there will be such.
+    ack: Option<u64>,
 }
 
 /// A `<body/>`, its attributes and payload apart.
@@ -160,6 +176,7 @@ fn read_body(bytes: &[u8], limits: &Limits) -> Option<Body> {
             restart: restart.then(|| text("to").unwrap_or_default()),
             terminate: view.attr("type").as_deref() == Some("terminate"),
             pause_ms: number("pause").map(|seconds| seconds.saturating_mul(1000)),
+            ack: number("ack"),
         },
     })
 }
@@ -201,7 +218,13 @@ pub async fn handle(exchange: &mut Exchange<'_>, bytes: Vec<u8>) -> Result<After
     let Some(sid) = body.sid.clone() else {
         return create(exchange, body, rid).await;
     };
-    let keeper = keeper(&shard, &sid);
+    let keeper = keeper(&sid_key(&shard), &sid);
+    let shards = shard.slice.borrow().env.ring.members();
+    // an id of before a restart, with more cores
+    let keeper = keeper.map(|keeper| match keeper < shards {
+        true => keeper,
+        false => shard.number,
+    });
     if let Some(other) = keeper.filter(|keeper| *keeper != shard.number) {
         return Ok(After::Move {
             shard: other,
@@ -210,11 +233,13 @@ pub async fn handle(exchange: &mut Exchange<'_>, bytes: Vec<u8>) -> Result<After
     }
     let session = shard.bosh.borrow().by_id.get(&*sid).cloned();
     let Some(session) = session.filter(|_| keeper.is_some()) else {
-        // who guesses waits, longer each time
-        shard.gauges.bosh_unknown.one();
-        let (client, _) = exchange.client();
-        let pause = shard.doors.failed(client.ip(), None, &exchange.config);
-        rt::sleep(pause).await;
+        // who guesses waits, longer each time; who had a session that is no more does not
+        if keeper.is_none() {
+            shard.gauges.bosh_unknown.one();
+            let (client, _) = exchange.client();
+            let pause = shard.doors.guessed(client.ip(), &exchange.config);
+            rt::sleep(pause).await;
+        }
         return exchange
             .answer(answer_xml(&terminate("item-not-found")))
             .await;
@@ -235,7 +260,7 @@ async fn respond(
     let reply = match reply {
         Ok(reply) => Some(reply),
         Err(slot) => {
-            let wait = Duration::from_millis(session.borrow().wait_ms);
+            let wait = Duration::from_millis(session.borrow().waits_ms());
             match rt::timeout(wait, slot.take()).await {
                 Ok(reply) => reply,
                 Err(_) => session.borrow_mut().expire(rid, shard.now_ms()),
@@ -272,7 +297,7 @@ async fn create(exchange: &mut Exchange<'_>, body: Body, rid: u64) -> Result<Aft
         let answer = Answer::text(503, "no descriptors left").with("Retry-After", "10");
         return exchange.answer(answer).await;
     };
-    let sid = new_sid(&shard);
+    let sid = new_sid(&sid_key(&shard), shard.number);
     let wait = body.wait.unwrap_or(0).min(config.web.bosh_wait_seconds_max);
     let hold = body.hold.unwrap_or(1).min(HOLD_MAX as u64) as usize;
     let hold = if wait == 0 { 0 } else { hold };
@@ -289,6 +314,7 @@ async fn create(exchange: &mut Exchange<'_>, body: Body, rid: u64) -> Result<Aft
          polling='{}' maxpause='{}' from='{}' ack='{rid}' xmpp:version='1.0' xmpp:restartlogic='true' xmlns:xmpp='{NS_XBOSH}'",
         config.web.bosh_polling_seconds_min, config.web.bosh_pause_seconds_max, config.domain,
     );
+    let arrived = Arc::new(AtomicU64::new(0));
     let session = Rc::new(RefCell::new(Session {
         end: Transport::plain(near),
         link,
@@ -299,15 +325,16 @@ async fn create(exchange: &mut Exchange<'_>, body: Body, rid: u64) -> Result<Aft
         held: VecDeque::new(),
         early: BTreeMap::new(),
         kept: VecDeque::new(),
+        carried: 0,
+        arrived: arrived.clone(),
+        acks: body.request.ack == Some(1),
         framer: Framer::new(),
         unfinished: Vec::new(),
-        tail: false,
         silent_since_ms: now_ms,
         silent_ms_max: inactivity * 1000,
         polled_ms: 0,
         had_nothing: false,
         greeting: Some(greeting),
-        closed: false,
         over: None,
         said: false,
     }));
@@ -318,7 +345,7 @@ async fn create(exchange: &mut Exchange<'_>, body: Body, rid: u64) -> Result<Aft
     }
     shard.gauges.bosh_sessions.one();
     let stream = WebStream {
-        transport: Transport::plain(far),
+        transport: Transport::relayed(far, arrived),
         client,
         proxied,
         // channel bindings belong to a connection, and this is none
@@ -368,7 +395,7 @@ fn take(
     let (setter, slot) = slot();
     if rid <= session.rid {
         // section 14.3: asked again
-        if let Some((_, reply)) = session.kept.iter().find(|(kept, _)| *kept == rid) {
+        if let Some((_, reply, _)) = session.kept.iter().find(|(kept, ..)| *kept == rid) {
             return Ok(reply.clone());
         }
         if let Some(held) = session.held.iter_mut().find(|(held, _)| *held == rid) {
@@ -406,12 +433,12 @@ impl Session {
         setter: SlotSetter<Reply>,
     ) -> Option<&'static str> {
         let now_ms = shard.now_ms();
-        // the client has all but the answers that may be open
+        self.confirm(rid, &request);
         let open = self.hold as u64 + 1;
         while self
             .kept
             .front()
-            .is_some_and(|(kept, _)| kept + open <= rid)
+            .is_some_and(|(kept, ..)| kept + open <= rid)
         {
             self.kept.pop_front();
         }
@@ -438,14 +465,11 @@ impl Session {
         }
         if self.over.is_none() && !bytes.is_empty() {
             // slow: the owner reads no faster than it handles, so what waits here is bounded too
-            if self.end.pending() + bytes.len() > config.limits.send_queue_bytes_max
-                || self
-                    .end
-                    .write(&bytes, &mut shard.scratch.borrow_mut())
-                    .is_err()
-            {
+            if self.end.pending() + bytes.len() > config.limits.send_queue_bytes_max {
                 return Some("policy-violation");
             }
+            // an owner that takes no more has said why, and that is still to be read
+            let _ = self.end.write(&bytes, &mut shard.scratch.borrow_mut());
         }
         self.silent_ms_max = config.web.bosh_inactivity_seconds_max * 1000;
         if let Some(pause_ms) = pause_ms {
@@ -456,6 +480,34 @@ impl Session {
             }
         }
         None
+    }
+
+    /// Which answers have arrived, as the request with this id says (section 9).
+    fn confirm(&mut self, rid: u64, request: &Request) {
+        if self.acks && request.ack.is_none() && !self.held.is_empty() {
+            // it claims to have the answer to a request that has none: it only said that it would acknowledge
+            self.acks = false;
+        }
+        let open = self.hold as u64 + 1;
+        // one that pauses may be one more than may be open (section 12)
+        let unsure = open + u64::from(request.pause_ms.is_some());
+        let through = match request.ack {
+            Some(ack) if self.acks => ack.min(rid - 1),
+            None if self.acks => rid - 1,
+            _ => rid.saturating_sub(unsure),
+        };
+        let arrived = self.kept.iter().filter(|(kept, ..)| *kept <= through);
+        if let Some(end) = arrived.map(|(.., end)| *end).max() {
+            self.arrived.fetch_max(end, Ordering::Release);
+        }
+    }
+
+    /// How long the newest request waits for something to say, ms.
+    fn waits_ms(&self) -> u64 {
+        match self.greeting.is_none() && self.carried > self.arrived.load(Ordering::Relaxed) {
+            true => self.wait_ms.min(CONFIRM_MS),
+            false => self.wait_ms,
+        }
     }
 
     /// Answers what can be answered.
@@ -478,39 +530,20 @@ impl Session {
         while self.held.len() > self.hold && self.greeting.is_none() {
             self.answer(&[], now_ms);
         }
-        if self.kept.iter().all(|(_, reply)| is_empty(reply))
-            && self.unfinished.is_empty()
-            && self.tail
-        {
-            // the client must have everything
-            let _ = self.end.socket().recv(&mut [0; 1]);
-            self.tail = false;
-        }
     }
 
     /// Takes whole elements out of the pair.
     fn read(&mut self, payload: &mut Vec<u8>) {
         let mut piece = vec![0; PIECE_BYTES];
         loop {
-            let seen = match self.end.socket().peek(&mut piece) {
-                Ok(0) => {
+            match self.end.socket().recv(&mut piece) {
+                Ok(taken @ 1..) => self.unfinished.extend_from_slice(&piece[..taken]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+                Ok(0) | Err(_) => {
                     self.over.get_or_insert("");
                     break;
                 }
-                Ok(seen) => seen,
-                Err(_) => break,
-            };
-            let known = usize::from(self.tail);
-            if seen <= known {
-                if self.closed {
-                    self.over.get_or_insert("");
-                }
-                break;
             }
-            self.unfinished.extend_from_slice(&piece[known..seen]);
-            // all but the last byte: the owner sees that not all has arrived
-            let _ = self.end.socket().recv(&mut piece[..seen - 1]);
-            self.tail = true;
         }
         let mut at = 0;
         loop {
@@ -556,6 +589,7 @@ impl Session {
             }
             at += frame.len;
         }
+        self.carried += at as u64;
         self.unfinished.drain(..at);
         if self.unfinished.is_empty() {
             self.unfinished = Vec::new();
@@ -585,7 +619,7 @@ impl Session {
             }
         }
         let reply: Reply = reply.into();
-        self.kept.push_back((rid, reply.clone()));
+        self.kept.push_back((rid, reply.clone(), self.carried));
         setter.set(reply);
         if self.held.is_empty() {
             self.silent_since_ms = now_ms;
@@ -597,8 +631,8 @@ impl Session {
         while self.held.iter().any(|(held, _)| *held <= rid) {
             self.answer(&[], now_ms);
         }
-        let kept = self.kept.iter().find(|(kept, _)| *kept == rid);
-        kept.map(|(_, reply)| reply.clone())
+        let kept = self.kept.iter().find(|(kept, ..)| *kept == rid);
+        kept.map(|(_, reply, _)| reply.clone())
     }
 
     /// Tells the end, with what was still to be said.
@@ -613,7 +647,7 @@ impl Session {
         reply.extend_from_slice(b"</body>");
         let reply: Reply = reply.into();
         while let Some((rid, setter)) = self.held.pop_front() {
-            self.kept.push_back((rid, reply.clone()));
+            self.kept.push_back((rid, reply.clone(), self.carried));
             setter.set(reply.clone());
             self.said = true;
         }
@@ -630,22 +664,15 @@ impl Session {
     }
 }
 
-fn is_empty(reply: &[u8]) -> bool {
-    reply.ends_with(b"/>")
-        && !reply.starts_with(b"<body xmlns='http://jabber.org/protocol/httpbind' type=")
-}
-
 impl Shard {
     /// The owner has written something for a session that is kept here, or has closed it.
-    pub(in crate::shard) fn bosh_ready(&self, link: u64, closed: bool) {
+    pub(in crate::shard) fn bosh_ready(&self, link: u64) {
         let sid = self.bosh.borrow().by_link.get(&link).cloned();
         let Some(sid) = sid else { return };
         let session = self.bosh.borrow().by_id.get(&sid).cloned();
         let Some(session) = session else { return };
-        if session.borrow_mut().end.flush().is_err() {
-            session.borrow_mut().over.get_or_insert("");
-        }
-        session.borrow_mut().closed |= closed;
+        // an owner that takes no more has said why, and that is still to be read
+        let _ = session.borrow_mut().end.flush();
         session.borrow_mut().pump(self);
         self.bosh_reap(&session, &sid);
     }
@@ -686,33 +713,65 @@ impl Shard {
     }
 }
 
-/// The id of a session: random bytes, and the keeper's number hidden behind them.
-fn new_sid(shard: &Shard) -> String {
-    let mut id = [0; ID_BYTES + 2];
-    aws_lc_rs::rand::fill(&mut id[..ID_BYTES]).expect("the system gives random bytes");
-    let hidden = (shard.number as u16) ^ veil(&shard.doors.key(), &id[..ID_BYTES]);
-    id[ID_BYTES..].copy_from_slice(&hidden.to_be_bytes());
+/// What ids of sessions are made with; the same after a restart.
+fn sid_key(shard: &Shard) -> hmac::Key {
+    let master = hmac::Key::new(hmac::HMAC_SHA256, &shard.slice.borrow().env.login_key);
+    let key = hmac::sign(&master, b"nitro bosh sid");
+    hmac::Key::new(hmac::HMAC_SHA256, key.as_ref())
+}
+
+/// The id of a session: random bytes, the keeper's number hidden behind them, and the proof that they were made here.
+fn new_sid(key: &hmac::Key, keeper: usize) -> String {
+    let mut id = [0; ID_BYTES + KEEPER_BYTES + PROOF_BYTES];
+    let (random, rest) = id.split_at_mut(ID_BYTES);
+    aws_lc_rs::rand::fill(random).expect("the system gives random bytes");
+    let (veil, proof) = veil(key, random);
+    let (hidden, proven) = rest.split_at_mut(KEEPER_BYTES);
+    hidden.copy_from_slice(&(keeper as u16 ^ veil).to_be_bytes());
+    proven.copy_from_slice(&proof);
     BASE64_URL_SAFE_NO_PAD.encode(id)
 }
 
-/// The shard that keeps the session; `None`: there is no such shard, so no such session.
-fn keeper(shard: &Shard, sid: &str) -> Option<usize> {
+/// The shard that keeps the session, or kept it; `None`: this server never gave such an id.
+fn keeper(key: &hmac::Key, sid: &str) -> Option<usize> {
     let id = BASE64_URL_SAFE_NO_PAD.decode(sid).ok()?;
-    let (random, hidden) = id.split_at_checked(ID_BYTES)?;
+    let (random, rest) = id.split_at_checked(ID_BYTES)?;
+    let (hidden, proven) = rest.split_at_checked(KEEPER_BYTES)?;
+    let (veil, proof) = veil(key, random);
+    constant_time::verify_slices_are_equal(proven, &proof).ok()?;
     let hidden = u16::from_be_bytes(hidden.try_into().ok()?);
-    let keeper = usize::from(hidden ^ veil(&shard.doors.key(), random));
-    (keeper < shard.slice.borrow().env.ring.members()).then_some(keeper)
+    Some(usize::from(hidden ^ veil))
 }
 
-fn veil(key: &[u8; 32], random: &[u8]) -> u16 {
-    let key = hmac::Key::new(hmac::HMAC_SHA256, key);
-    let tag = hmac::sign(&key, random);
-    u16::from_be_bytes([tag.as_ref()[0], tag.as_ref()[1]])
+fn veil(key: &hmac::Key, random: &[u8]) -> (u16, [u8; PROOF_BYTES]) {
+    let tag = hmac::sign(key, random);
+    let tag = tag.as_ref();
+    let mut proof = [0; PROOF_BYTES];
+    proof.copy_from_slice(&tag[KEEPER_BYTES..KEEPER_BYTES + PROOF_BYTES]);
+    (u16::from_be_bytes([tag[0], tag[1]]), proof)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_id_names_its_keeper_to_this_server_alone_and_none_can_be_made_up() {
+        let key = |n| hmac::Key::new(hmac::HMAC_SHA256, &[n; 32]);
+        let sid = new_sid(&key(1), 3);
+        assert_eq!(keeper(&key(1), &sid), Some(3));
+        assert_ne!(sid, new_sid(&key(1), 3));
+        assert_eq!(keeper(&key(2), &sid), None);
+        for wrong in [
+            "",
+            "A",
+            &"A".repeat(sid.len()),
+            &sid[1..],
+            &format!("{sid}AAAA"),
+        ] {
+            assert_eq!(keeper(&key(1), wrong), None, "{wrong}");
+        }
+    }
 
     #[test]
     fn a_body_is_read_as_in_the_example_of_xep_0124() {

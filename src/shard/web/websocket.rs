@@ -47,18 +47,22 @@ pub async fn open(exchange: &mut Exchange<'_>) -> Result<After, Gone> {
     let shard = exchange.shard;
     // even if it does not name its client: that one is not on this machine
     let proxied = exchange.config.is_web_proxy(exchange.conn.peer.ip());
-    let pass = match exchange.conn.pass.take() {
-        Some(pass) => Ok(pass),
-        None => shard.doors.enter(client.ip(), true, &exchange.config),
+    let config = exchange.config.clone();
+    let full = shard.has_too_many_logins() || shard.stopping.get();
+    let entered = match &mut exchange.conn.pass {
+        _ if full => false,
+        // ordinary requests may have come before on this connection
+        Some(pass) => pass.begins_login(&config).is_ok(),
+        none => match shard.doors.enter(client.ip(), true, &config) {
+            Ok(pass) => none.replace(pass).is_none(),
+            Err(_) => false,
+        },
     };
-    let pass = match pass {
-        Ok(pass) if !shard.has_too_many_logins() && !shard.stopping.get() => pass,
-        _ => {
-            shard.gauges.turned_away.one();
-            let answer = Answer::text(503, "too many connections").with("Retry-After", "10");
-            return exchange.answer(answer).await;
-        }
-    };
+    if !entered {
+        shard.gauges.turned_away.one();
+        let answer = Answer::text(503, "too many connections").with("Retry-After", "10");
+        return exchange.answer(answer).await;
+    }
     let answer = format!(
         "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\
          Sec-WebSocket-Accept: {accept}\r\nSec-WebSocket-Protocol: xmpp\r\n\r\n"
@@ -72,7 +76,6 @@ pub async fn open(exchange: &mut Exchange<'_>) -> Result<After, Gone> {
     let conn = &mut *exchange.conn;
     let early = std::mem::take(&mut conn.unread);
     conn.transport.start_websocket(limits, early);
-    conn.pass = Some(pass);
     shard.gauges.websockets.one();
     Ok(After::Stream {
         client,

@@ -30,6 +30,7 @@ pub trait Disk: Send + Sync {
     /// Ends the process, because nothing that this disk says can be believed any more: after a failed `fdatasync` the
     /// next one may succeed although the bytes are lost.
     fn die(&self, why: &str) -> ! {
+        crate::observe::flush_log();
         eprintln!("{why}");
         std::process::abort()
     }

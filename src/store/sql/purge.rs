@@ -3,7 +3,7 @@
 //! In: a [`Purge`], which says how old and whose. Out: rows deleted, step by step ([`Sql::purge_step`]), so that whoever calls can
 //! let others go first between two steps. Promises: what waits for its recipient stays, and what was retracted is never
 //! shown again: a retraction goes only when nothing older is left that it could be about. [`may_purge`] is the one place that
-//! says what must stay; who has to prove what was said adds to it.
+//! says what must stay; who has to prove what was said adds to it (all places of that kind: [`crate::xmpp::storing`]).
 
 use super::connection::{Dialect, SqlError, Value};
 use super::statements;

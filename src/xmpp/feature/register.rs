@@ -228,6 +228,7 @@ fn removed(slice: &mut Slice, name: &str) {
             )),
         );
     }
+    super::upload::account_removed(slice, name);
     slice.set_user(name, None);
 }
 

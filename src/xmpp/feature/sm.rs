@@ -189,8 +189,16 @@ impl Kept {
         all
     }
 
-    /// The id of what is taken out.
-    fn pop(&mut self) -> Option<u64> {
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Takes out the oldest one; its id.
+    pub fn pop(&mut self) -> Option<u64> {
         let (len, _, id) = self.entries.pop_front()?;
         self.head += len as usize;
         if self.entries.is_empty() {

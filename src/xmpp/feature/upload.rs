@@ -43,6 +43,8 @@ pub struct Limits {
     pub slot_seconds: u64,
     /// Requests that wait for an answer.
     pub waiting_max: usize,
+    /// The same of one user.
+    pub user_waiting_max: usize,
 }
 
 /// What the MACs of slots and the names of owners are made with.
@@ -60,6 +62,8 @@ pub struct Ask {
 #[derive(Default)]
 pub struct Uploads {
     waiting: FnvHashMap<u64, Waiting>,
+    /// How many of them are whose.
+    by_owner: FnvHashMap<Owner, usize>,
     last: u64,
     pub counters: Counters,
 }
@@ -267,6 +271,14 @@ fn request(slice: &mut Slice, iq: Iq) {
         return slice.iq_error(&iq, &StanzaError::SERVICE_UNAVAILABLE);
     };
     let owner = key.owner(iq.from.local().unwrap_or_default());
+    let own = slice.uploads.by_owner.entry(owner).or_default();
+    if *own >= limits.user_waiting_max {
+        slice.uploads.counters.refused += 1;
+        let error =
+            StanzaError::RESOURCE_CONSTRAINT.text("wait for the slots that you have asked for");
+        return slice.iq_error(&iq, &error);
+    }
+    *own += 1;
     slice.uploads.last += 1;
     let ticket = slice.uploads.last;
     let waiting = Waiting {
@@ -283,12 +295,26 @@ fn request(slice: &mut Slice, iq: Iq) {
     });
 }
 
+/// What the account has put goes with it.
+pub fn account_removed(slice: &mut Slice, name: &str) {
+    if let Some(key) = &slice.env.upload_key {
+        let owner = key.owner(name);
+        slice.fx.uploads_gone.push((owner, slice.now.unix));
+    }
+}
+
 impl Slice {
     /// Is there room for what was asked? `None`: nobody can say now.
     pub fn slot_reserved(&mut self, ticket: u64, answer: Option<Result<(), Refused>>) {
         let Some(waiting) = self.uploads.waiting.remove(&ticket) else {
             return;
         };
+        if let Some(own) = self.uploads.by_owner.get_mut(&waiting.owner) {
+            *own -= 1;
+            if *own == 0 {
+                self.uploads.by_owner.remove(&waiting.owner);
+            }
+        }
         let iq = &waiting.iq;
         let error = match answer {
             Some(Ok(())) => return self.give_slot(waiting),
@@ -508,6 +534,33 @@ mod tests {
             assert!(got.contains(detail), "{got}");
         }
         assert_eq!(w.slices[0].uploads.counters.refused, 4);
+    }
+
+    #[test]
+    fn the_requests_of_one_user_that_wait_are_bounded_and_others_have_their_own() {
+        let (mut w, romeo) = world();
+        w.add("juliet");
+        let juliet = w.login("juliet", "balcony");
+        w.slots_held = true;
+        let refused = |got: &[String]| got.concat().contains("<resource-constraint");
+        // of World's limits
+        for _ in 0..8 {
+            w.send(romeo, &request("filename='a.png' size='10'"));
+            assert!(w.take(romeo).is_empty());
+        }
+        w.send(romeo, &request("filename='a.png' size='10'"));
+        assert!(refused(&w.take(romeo)));
+        w.send(juliet, &request("filename='a.png' size='10'"));
+        assert!(w.take(juliet).is_empty());
+        w.slots_held = false;
+        w.send(
+            romeo,
+            "<iq type='get' id='p' to='localhost'><ping xmlns='urn:xmpp:ping'/></iq>",
+        );
+        assert_eq!(w.take(romeo).concat().matches("<slot ").count(), 8);
+        assert!(w.take(juliet).concat().contains("<slot "));
+        w.send(romeo, &request("filename='a.png' size='10'"));
+        assert!(w.take(romeo).concat().contains("<slot "));
     }
 
     #[test]

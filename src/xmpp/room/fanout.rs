@@ -1,6 +1,7 @@
 //! One stanza for many occupants: a mesh item for each shard with the bytes and the list of recipients; at the recipients' shard
 //! only `to` is written for each. Promise: nobody who has blocked the room gets it, and it does not overtake what waits there for
-//! the journal.
+//! the journal. What goes to many is decided for all of them at once, so they get everything in one order, but handed to their
+//! connections as turns have time ([`Slice::send_fanned`]), so that no message between two people waits for hundreds of others.
 
 use smallvec::SmallVec;
 
@@ -16,6 +17,10 @@ use crate::xmpp::slice::{Env, Slice};
 /// Full JIDs, by the shard that owns them; those of components stand under [`FOREIGN`].
 #[derive(Clone, Debug, Default)]
 pub struct Audience(SmallVec<[(u16, Vec<u8>); 4]>);
+
+/// So many sessions of a shard are told at once like one; what goes to more waits for turns with time. Few in tests, whose worlds
+/// are small.
+const FEW: usize = if cfg!(test) { 2 } else { 16 };
 
 /// No shard: addresses of components, whose connections may be anywhere.
 pub(super) const FOREIGN: u16 = u16::MAX;
@@ -117,8 +122,9 @@ fn send_abroad(slice: &mut Slice, to: &str, stanza: &[u8], meta: Meta) {
 pub fn deliver(slice: &mut Slice, to: &str, stanza: &[u8], meta: Meta) {
     let mut shared = None;
     let mut from = None;
+    let many = to.lines().nth(FEW).is_some();
     for jid in to.lines() {
-        deliver_one(slice, jid, stanza, meta, &mut shared, &mut from);
+        deliver_one(slice, jid, stanza, meta, many, &mut shared, &mut from);
     }
 }
 
@@ -127,6 +133,7 @@ fn deliver_one(
     jid: &str,
     stanza: &[u8],
     meta: Meta,
+    many: bool,
     shared: &mut Option<Shared>,
     from: &mut Option<Jid<'static>>,
 ) {
@@ -191,7 +198,10 @@ fn deliver_one(
     }
     let mut attr: SmallVec<[u8; 128]> = SmallVec::new();
     let (head, rest) = spliced(jid, stanza, meta.kind, &mut attr);
-    slice.send(sid, &[head, &attr, rest], meta);
+    match many {
+        true => slice.send_fanned(sid, &[head, &attr, rest], meta),
+        false => slice.send(sid, &[head, &attr, rest], meta),
+    }
 }
 
 /// A message for the recipient waits for the journal: this goes behind it.

@@ -25,6 +25,8 @@ pub const NOT_IN: StanzaError =
 
 /// Presence for a room.
 pub fn inbound(slice: &mut Slice, room: &mut Room, to: &Jid<'_>, from: &Jid<'_>, stanza: &Waiting) {
+    // whoever speaks is not lost
+    room.unreached.remove(from.as_str());
     match stanza.meta.kind {
         Kind::Available => match crate::xmpp::parse_stanza(&stanza.stanza) {
             Some(element) => available(slice, room, to, from, &element, stanza),
@@ -50,6 +52,7 @@ fn available(
     };
     let joins = presence.find("x", NS).is_some();
     // as it is shown, so that spaces are no other nickname
+    let asked = nick;
     let shown = super::nick::enforced(nick);
     let nick = shown.as_deref().unwrap_or(nick);
     let result = match room.occupants.find(from.as_str()) {
@@ -66,7 +69,7 @@ fn available(
                 slice.counters.room_refused += 1;
                 Err(StanzaError::RESOURCE_CONSTRAINT.text("too much presence at once"))
             } else if !same {
-                rename(slice, room, place, nick, from, presence)
+                rename(slice, room, place, (nick, nick != asked), from, presence)
             } else {
                 update(slice, room, place, from, presence, joins)
             }
@@ -281,12 +284,12 @@ fn welcome(
     Ok(())
 }
 
-/// Section 7.6.
+/// Section 7.6. `nick`: the new one, and whether the room has made it of another one that was asked for.
 fn rename(
     slice: &mut Slice,
     room: &mut Room,
     place: Place,
-    nick: &str,
+    (nick, modified): (&str, bool),
     from: &Jid<'_>,
     presence: &Element,
 ) -> Result<(), StanzaError> {
@@ -307,6 +310,9 @@ fn rename(
     if let Some(occupant) = room.occupants.get(place) {
         let mut show = Show::here(occupant);
         show.id = presence.get("id");
+        if modified {
+            show.own_statuses = &[210];
+        }
         room.tell(slice, place, &show);
     }
     Ok(())
@@ -357,10 +363,72 @@ pub fn drop_session(slice: &mut Slice, room: &mut Room, jid: &str) {
     {
         return drop_domain(slice, room, of.domain());
     }
-    if let Some(place) = room.occupants.find(jid) {
-        room.occupants.set_presence(place, jid, b"");
-        gone(slice, room, place, jid, &[307, 333]);
+    let Some(place) = room.occupants.find(jid) else {
+        return;
+    };
+    if Jid::parse(jid).is_ok_and(|of| !slice.env.is_local(&of)) {
+        // a component that does not keep up refuses what goes to each of its people: they are dealt with together
+        if room.unreached.is_empty() {
+            slice.rooms.unreached.push(room.name.clone());
+        }
+        room.unreached.insert(jid.into());
+        return;
     }
+    room.occupants.set_presence(place, jid, b"");
+    gone(slice, room, place, jid, &[307, 333]);
+}
+
+/// Those whom a component did not reach go first, then those who stay learn it: nobody is told of others who have gone, too, so
+/// hundreds of them cost what those who stay have to hear.
+pub fn drop_unreached(slice: &mut Slice, room: &mut Room) {
+    const STATUSES: &[u16] = &[307, 333];
+    if room.ending {
+        return;
+    }
+    if room.flow.changes > 0 {
+        // what is told of a change comes first
+        return slice.rooms.unreached.push(room.name.clone());
+    }
+    let (mut gone, mut partly) = (Vec::new(), Vec::new());
+    for jid in std::mem::take(&mut room.unreached) {
+        let Some(place) = room.occupants.find(&jid) else {
+            continue;
+        };
+        let Some(occupant) = room.occupants.get(place) else {
+            continue;
+        };
+        // perhaps he hears it all the same
+        let show = Show {
+            statuses: STATUSES,
+            ..Show::gone(occupant)
+        };
+        let last = occupant.sessions.len() == 1;
+        room.tell_session(slice, place, &jid, &show);
+        if last {
+            gone.extend(room.occupants.remove(place));
+        } else {
+            room.occupants.remove_session(place, &jid);
+            partly.push(place);
+        }
+    }
+    if gone.is_empty() && partly.is_empty() {
+        return;
+    }
+    let audiences = room.audiences(&slice.env, None);
+    for occupant in &gone {
+        let show = Show {
+            statuses: STATUSES,
+            ..Show::gone(occupant)
+        };
+        room.tell_those(slice, occupant, &show, &audiences);
+    }
+    for place in partly {
+        if let Some(occupant) = room.occupants.get(place) {
+            let here = Show::here(occupant);
+            room.tell(slice, place, &here);
+        }
+    }
+    left(slice, room);
 }
 
 fn gone(slice: &mut Slice, room: &mut Room, place: Place, jid: &str, statuses: &[u16]) {

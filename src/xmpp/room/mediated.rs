@@ -6,6 +6,7 @@ use super::{NS_USER, Room, admin, info};
 use crate::store::room::{Affiliate, Affiliation};
 use crate::xml::Element;
 use crate::xmpp::batch::Receipt;
+use crate::xmpp::component::Host;
 use crate::xmpp::error::StanzaError;
 use crate::xmpp::form::{self, Field, Form, Values};
 use crate::xmpp::jid::Jid;
@@ -85,8 +86,19 @@ fn invite(
     for one in invites {
         let to = one.get("to").ok_or(StanzaError::BAD_REQUEST)?;
         let to = Jid::parse(to).map_err(|_| StanzaError::JID_MALFORMED)?;
-        if !slice.env.is_local(&to) || to.local().is_none() {
-            return Err(StanzaError::ITEM_NOT_FOUND.text("only people of this server are invited"));
+        match slice.host(to.domain()) {
+            Host::Own if to.local().is_some() => {}
+            Host::Component if slice.components.is_served(to.domain()) => {}
+            Host::Component => {
+                let error = StanzaError::REMOTE_SERVER_TIMEOUT;
+                return Err(error.text("the component that serves this address is not connected"));
+            }
+            _ => {
+                let error = StanzaError::ITEM_NOT_FOUND;
+                return Err(
+                    error.text("only people of this server and of its components are invited")
+                );
+            }
         }
         if room.state.affiliation(to.bare()) == Affiliation::Outcast {
             return Err(StanzaError::FORBIDDEN.text("he is banned"));

@@ -25,7 +25,7 @@ use crate::xmpp::slice::{Fate, Slice, Waiting};
 use crate::xmpp::{ENTERED, NS_CLIENT, parse_stanza};
 
 /// Does the room keep it, if it has an archive?
-fn kept(meta: Meta) -> bool {
+pub fn kept(meta: Meta) -> bool {
     meta.kind == Kind::GroupChat
         && (meta.has(Meta::BODY) || meta.has(Meta::STORE) || meta.has(Meta::RETRACT))
         && !meta.has(Meta::NO_STORE)

@@ -48,7 +48,7 @@ pub mod settings;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
 use smallvec::SmallVec;
@@ -137,6 +137,8 @@ pub struct Rooms {
     depth: u32,
     /// Domains that a room wanted to reach and nobody serves, by the room's bare JID.
     deserted: Vec<(Box<str>, Box<str>)>,
+    /// Store's names of rooms with people whom a component does not reach.
+    unreached: Vec<Rc<str>>,
     pub directory: directory::Directory,
 }
 
@@ -171,6 +173,8 @@ pub struct Room {
     pub ending: bool,
     gone: bool,
     pub occupants: Occupants,
+    /// Full JIDs of sessions that a component serves and what was sent to them came back: out at the next tick, all at once.
+    unreached: HashSet<Box<str>>,
     pub history: History,
     /// Everybody who is in, as of the last message.
     audience: Option<fanout::Audience>,
@@ -219,6 +223,7 @@ impl Room {
             ending: false,
             gone: false,
             occupants: Occupants::default(),
+            unreached: HashSet::new(),
             history: History::default(),
             audience: None,
             maker: "".into(),
@@ -494,6 +499,13 @@ pub fn at_work<R>(
     }
     slice.rooms.depth -= 1;
     Some(result)
+}
+
+/// A few times a second: who was found to be unreachable behind a component that goes on is out.
+pub fn tick(slice: &mut Slice) {
+    for name in std::mem::take(&mut slice.rooms.unreached) {
+        at_work(slice, &name, join::drop_unreached);
+    }
 }
 
 /// Is who sends it out of the room then?

@@ -1904,3 +1904,269 @@ fn a_room_that_waits_for_its_people_for_ever_does_not_end() {
     join(&mut w, b, &room, "Bob");
     has(&mut w, b, &["<body>hello"]);
 }
+
+/// A room with so many in it, user n on shard n modulo `shards`; nothing is left to take.
+fn crowd(shards: usize, count: usize) -> (World, Vec<Client>, String) {
+    let mut w = World::new(shards);
+    let room = room_on(&w, 0);
+    let mut clients = Vec::new();
+    for n in 0..count {
+        let name = w.on(n % shards, &format!("user{n}-"));
+        w.add(&name);
+        let client = w.online(&name, "r");
+        join(&mut w, client, &room, &format!("User{n}"));
+        if n == 0 {
+            accept(&mut w, client, &room);
+        }
+        clients.push(client);
+    }
+    for client in &clients {
+        w.take(*client);
+    }
+    (w, clients, room)
+}
+
+fn bodies(all: &[String]) -> Vec<String> {
+    let body = |element: &String| {
+        let (_, rest) = element.split_once("<body>")?;
+        Some(rest.split_once("</body>")?.0.to_owned())
+    };
+    all.iter().filter_map(body).collect()
+}
+
+#[test]
+fn a_message_between_two_does_not_wait_for_what_a_room_says_to_many() {
+    for shards in [1, 2] {
+        let (mut w, clients, room) = crowd(shards, 60);
+        w.fanned = 10;
+        say(&mut w, clients[0], &room, "to-all");
+        let told = |w: &World| {
+            let told = |client: &&Client| bodies(&w.peek(**client)) == ["to-all"];
+            clients.iter().filter(told).count()
+        };
+        assert_eq!(told(&w), 10, "the turns had time for so many");
+        let late = |w: &World| {
+            let waits = |c: &&Client| !w.session(**c).out.is_empty();
+            *clients.iter().rev().find(waits).unwrap()
+        };
+        // of two who wait for it: one gets a message, the other the count of what he has sent
+        let to = late(&w);
+        let jid = w.session(to).jid.to_string();
+        w.send(
+            clients[0],
+            &format!("<message type='chat' to='{jid}'><body>to-one</body></message>"),
+        );
+        assert_eq!(bodies(&w.take(to)), ["to-all", "to-one"]);
+        let counted = late(&w);
+        w.send(counted, "<enable xmlns='urn:xmpp:sm:3'/>");
+        let got = w.take(counted);
+        assert!(
+            got.len() == 2 && got[0].contains("to-all") && got[1].starts_with("<enabled"),
+            "{got:?}"
+        );
+        // one who ends his stream hears all of it before the end; that he goes is told later
+        w.room = 0;
+        w.run();
+        let gone = late(&w);
+        w.logout(gone);
+        assert_eq!(bodies(&w.take(gone)), ["to-all"]);
+        assert_eq!(told(&w), 10, "nobody else was told meanwhile");
+        (w.fanned, w.room) = (usize::MAX, usize::MAX);
+        w.run();
+        for (n, client) in clients.iter().enumerate() {
+            if ![to, counted, gone].contains(client) {
+                assert_eq!(bodies(&w.peek(*client)), ["to-all"], "client {n}");
+            }
+        }
+    }
+}
+
+#[test]
+fn however_little_time_turns_have_all_get_all_of_a_room_once_in_one_order() {
+    for seed in 0..20 {
+        let mut random = fastrand::Rng::with_seed(seed);
+        let (mut w, clients, room) = crowd(2, 40);
+        let mut said = Vec::new();
+        let mut got = vec![Vec::new(); clients.len()];
+        let mut sent_to = vec![0; clients.len()];
+        let mut ahead = 0;
+        for step in 0..60 {
+            w.fanned = random.usize(0..30);
+            let from = clients[random.usize(..clients.len())];
+            if random.bool() {
+                let text = format!("room-{step}");
+                say(&mut w, from, &room, &text);
+                said.push(text);
+            } else {
+                let to = random.usize(..clients.len());
+                let jid = w.session(clients[to]).jid.to_string();
+                let number = sent_to[to];
+                sent_to[to] += 1;
+                w.send(
+                    from,
+                    &format!("<message type='chat' to='{jid}'><body>own-{number}</body></message>"),
+                );
+                let new = bodies(&w.take(clients[to]));
+                assert_eq!(new.last(), Some(&format!("own-{number}")), "at once");
+                got[to].extend(new);
+                let waits =
+                    |n: &usize| bodies(&w.peek(clients[*n])).len() + got[*n].len() < said.len();
+                ahead += usize::from((0..clients.len()).any(|n| waits(&n)));
+            }
+        }
+        w.fanned = usize::MAX;
+        w.run();
+        assert!(ahead > 3, "too few went ahead of a room: {ahead}");
+        for (n, client) in clients.iter().enumerate() {
+            got[n].extend(bodies(&w.take(*client)));
+            let of = |prefix: &str| {
+                let own = got[n].iter().filter(|body| body.starts_with(prefix));
+                own.cloned().collect::<Vec<_>>()
+            };
+            assert_eq!(of("room-"), said, "client {n}, seed {seed}");
+            let own: Vec<_> = (0..sent_to[n]).map(|n| format!("own-{n}")).collect();
+            assert_eq!(of("own-"), own, "client {n}, seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn a_client_is_not_kept_waiting_for_more_than_a_bounded_backlog() {
+    let (mut w, clients, room) = crowd(1, 20);
+    w.fanned = 0;
+    let text = "x".repeat(2000);
+    for _ in 0..8 {
+        say(&mut w, clients[0], &room, &text);
+        w.advance(1000);
+    }
+    assert_eq!(bodies(&w.peek(clients[9])).len(), 0);
+    for _ in 0..16 {
+        say(&mut w, clients[0], &room, &text);
+        w.advance(1000);
+    }
+    assert!(bodies(&w.peek(clients[9])).len() > 12);
+}
+
+#[test]
+fn who_takes_another_nickname_than_he_has_said_is_told_so() {
+    let (mut w, a, b, room) = two(1);
+    let take = |w: &mut World, nick: &str| {
+        w.send(b, &format!("<presence to='{room}/{nick}'/>"));
+        w.take(b).concat()
+    };
+    let got = take(&mut w, "Robert  the  Bruce");
+    assert!(
+        got.contains("code='303'") && got.contains(&format!("from='{room}/Robert the Bruce'")),
+        "{got}"
+    );
+    assert_eq!(got.matches("code='210'").count(), 1, "{got}");
+    let told = w.take(a).concat();
+    assert!(
+        told.contains("code='303'") && !told.contains("code='210'"),
+        "{told}"
+    );
+    let got = take(&mut w, "Rob");
+    assert!(
+        got.contains("code='303'") && !got.contains("code='210'"),
+        "{got}"
+    );
+}
+
+#[test]
+fn people_of_a_component_are_invited_and_become_members_and_strangers_are_not() {
+    use crate::config::ComponentPolicy;
+    const HOST: &str = "irc.localhost";
+    for shards in [1, 2] {
+        let (mut w, a, _, room) = two(shards);
+        configure(&mut w, a, &room, &[("muc#roomconfig_membersonly", "1")]);
+        w.serve(&[(HOST, ComponentPolicy::Refuse)], Default::default());
+        let invite = |w: &mut World, to: &str| {
+            w.take(a);
+            w.send(
+                a,
+                &format!(
+                    "<message to='{room}'><x xmlns='{ITEM}'><invite to='{to}'/></x></message>"
+                ),
+            );
+            w.take(a).concat()
+        };
+        let got = invite(&mut w, &format!("carol@{HOST}"));
+        assert!(got.contains("<remote-server-timeout"), "{got}");
+        let gateway = w.component(shards - 1, HOST);
+        w.component_takes(gateway);
+        let got = invite(&mut w, &format!("carol@{HOST}"));
+        assert!(!got.contains("type='error'"), "{got}");
+        let told = w.component_takes(gateway).concat();
+        assert!(
+            told.contains(&format!("to='carol@{HOST}'")) && told.contains("<invite "),
+            "{told}"
+        );
+        w.component_sends(
+            gateway,
+            &format!("<presence from='carol@{HOST}/x' to='{room}/Carol'><x xmlns='http://jabber.org/protocol/muc'/></presence>"),
+        );
+        let told = w.component_takes(gateway).concat();
+        assert!(
+            told.contains("code='110'") && told.contains("affiliation='member'"),
+            "{told}"
+        );
+        for nobody in ["dave@elsewhere.example", "localhost"] {
+            let got = invite(&mut w, nobody);
+            assert!(got.contains("<item-not-found"), "{nobody}: {got}");
+        }
+    }
+}
+
+#[test]
+fn those_whom_a_slow_gateway_refuses_are_out_at_once_and_only_those_who_stay_are_told() {
+    use crate::config::ComponentPolicy;
+    use crate::xmpp::component::Settings;
+    const HOST: &str = "irc.localhost";
+    const PUPPETS: usize = 300;
+    for shards in [1, 2] {
+        let (mut w, a, b, room) = two(shards);
+        let settings = Settings {
+            queue_bytes_max: 2000,
+            ..Settings::default()
+        };
+        w.serve(&[(HOST, ComponentPolicy::Refuse)], settings);
+        let gateway = w.component(shards - 1, HOST);
+        for n in 0..PUPPETS {
+            w.component_sends(
+                gateway,
+                &format!("<presence from='p{n}@{HOST}/x' to='{room}/P{n}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"),
+            );
+            w.component_takes(gateway);
+        }
+        assert_eq!(room_of(&w, &room).occupants.len(), PUPPETS + 2);
+        w.component_room(gateway, 0);
+        let deliveries = |w: &World| -> usize {
+            let all = w.slices.iter().map(|s| s.counters.room_deliveries as usize);
+            all.sum()
+        };
+        w.take(a);
+        w.take(b);
+        let before = deliveries(&w);
+        say(&mut w, b, &room, "first");
+        say(&mut w, b, &room, "second");
+        // one who speaks is not lost
+        w.component_sends(
+            gateway,
+            &format!("<presence from='p7@{HOST}/x' to='{room}/P7'><show>away</show></presence>"),
+        );
+        w.advance(300);
+        let stay = room_of(&w, &room).occupants.len();
+        assert!((3..40).contains(&stay), "{stay}");
+        let gone = PUPPETS + 2 - stay;
+        for client in [a, b] {
+            let got = has(&mut w, client, &["first", "second", "code='333'"]);
+            assert_eq!(got.matches("type='unavailable'").count(), gone);
+            assert!(!got.contains(&format!("type='unavailable' from='{room}/P7'")));
+        }
+        // two messages and a presence for all, and for each who has gone a word to him and one to each who stays
+        let most = 3 * (PUPPETS + 2) + 2 + gone * (stay + 1);
+        let told = deliveries(&w) - before;
+        assert!(told <= most, "{told} instead of {most}");
+        assert!(w.slices.iter().all(|s| s.rooms.unreached.is_empty()));
+    }
+}

@@ -22,7 +22,7 @@ pub mod token;
 use std::fmt;
 
 use crate::xmpp::jid::{self, Jid};
-pub use binding::ChannelBindings;
+pub use binding::{ChannelBindings, Exporter};
 pub use decoy::Decoy;
 pub use plain::PasswordCheck;
 pub use scram::{Credentials, Hash, SaslError, ScramKeys, ScramKeysRef, derive};

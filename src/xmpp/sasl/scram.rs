@@ -625,7 +625,7 @@ mod tests {
     #[test]
     fn the_offers_hash_is_that_of_the_specification() {
         let bindings = ChannelBindings {
-            exporter: Some([0; 32]),
+            exporter: Some(crate::xmpp::sasl::Exporter::new(|| [0; 32])),
             server_end_point: Some([0].into()),
         };
         let mechanisms = [Mechanism::ScramSha1Plus, Mechanism::ScramSha1];
@@ -660,7 +660,7 @@ mod tests {
             sha256: None,
         };
         let bindings = ChannelBindings {
-            exporter: Some([0; 32]),
+            exporter: Some(crate::xmpp::sasl::Exporter::new(|| [0; 32])),
             server_end_point: Some([0].into()),
         };
         let offer = Offer {

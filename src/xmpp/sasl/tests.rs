@@ -24,7 +24,7 @@ static KEYS: LazyLock<(ScramKeys, ScramKeys)> = LazyLock::new(|| {
 });
 
 static BINDINGS: LazyLock<ChannelBindings> = LazyLock::new(|| ChannelBindings {
-    exporter: Some([7; 32]),
+    exporter: Some(Exporter::new(|| [7; 32])),
     server_end_point: Some([9; 48].into()),
 });
 
@@ -353,7 +353,7 @@ fn the_gs2_flag_has_to_fit_mechanism_and_offer() {
     // TLS 1.2: only the certificate's hash is there.
     let bindings = ChannelBindings {
         exporter: None,
-        ..BINDINGS.clone()
+        server_end_point: BINDINGS.server_end_point.clone(),
     };
     let offer = Offer {
         bindings: &bindings,

@@ -39,8 +39,17 @@ impl Ht {
         Ht::ALL.into_iter().find(|ht| ht.name() == name)
     }
 
+    /// Whether there is on this stream what it binds to.
+    pub fn can_bind(self, bindings: &ChannelBindings) -> bool {
+        match self {
+            Ht::Exporter => bindings.has(TLS_EXPORTER),
+            Ht::EndPoint => bindings.has(TLS_SERVER_END_POINT),
+            Ht::None => true,
+        }
+    }
+
     /// What it binds to on this stream; `None`: it cannot be used here.
-    pub fn binding(self, bindings: &ChannelBindings) -> Option<&[u8]> {
+    fn binding(self, bindings: &ChannelBindings) -> Option<&[u8]> {
         match self {
             Ht::Exporter => bindings.get(TLS_EXPORTER),
             Ht::EndPoint => bindings.get(TLS_SERVER_END_POINT),
@@ -113,7 +122,7 @@ mod tests {
 
     fn bindings() -> ChannelBindings {
         ChannelBindings {
-            exporter: Some([7; 32]),
+            exporter: Some(crate::xmpp::sasl::Exporter::new(|| [7; 32])),
             server_end_point: Some([9; 48].into()),
         }
     }

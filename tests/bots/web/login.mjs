@@ -1,13 +1,15 @@
 // Login in one round trip with @xmpp/client (SASL2, Bind 2, stream management, FAST): once with the password, which brings a
-// token, then with that token and a password that is wrong. Usage, after `npm install` here and with an account alice:
-//     NODE_TLS_REJECT_UNAUTHORIZED=0 node login.mjs xmpp://127.0.0.1:5222 alice secret
-// (the variable is for a server with its self-made certificate). Ends with status 1 and a word if something is not as it should.
+// token, then with that token and a password that is wrong. Usage, beside client.mjs and its libraries, with an account alice:
+//     NODE_EXTRA_CA_CERTS=data/certificate.pem node login.mjs xmpp://localhost:5222|wss://localhost:5443/ws alice secret
+// Ends with status 1 and a word if something is not as it should.
 
 import assert from "node:assert/strict";
 import { client, xml } from "@xmpp/client";
+import WebSocket from "ws";
 
 const [service, username, right] = process.argv.slice(2);
-const WITHIN_MS = 10_000;
+globalThis.WebSocket = WebSocket;
+const WITHIN_MS = 25_000;
 let token = null;
 
 async function login(password, mechanism) {
