@@ -631,9 +631,11 @@ fn binding_tells_what_the_archive_has_where_that_is_known() {
     let mut client = Client::connect(blade.c2s_tls);
     client.authenticate("alice", &bind(""));
     client.send(
-        "<message to='alice@localhost' type='chat'><body>to myself</body></message>\
-         <iq type='get' id='m'><metadata xmlns='urn:xmpp:mam:2'/></iq>",
+        "<presence/><message to='alice@localhost' type='chat'><body>to myself</body></message>",
     );
+    // what was delivered is archived
+    client.until("</message>");
+    client.send("<iq type='get' id='m'><metadata xmlns='urn:xmpp:mam:2'/></iq>");
     let told = client.until("</metadata>");
     let (_, ends) = told.split_once("<start").unwrap();
     let mut client = Client::connect(blade.c2s_tls);

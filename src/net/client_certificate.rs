@@ -218,8 +218,9 @@ impl ClientCertVerifier for Asking {
 #[cfg(test)]
 mod tests {
     use rcgen::{
-        BasicConstraints, CertificateParams, CustomExtension, IsCa, Issuer, KeyPair,
-        OtherNameValue, SanType,
+        BasicConstraints, CertificateParams, CertificateRevocationListParams, CustomExtension,
+        DnType, IsCa, Issuer, KeyIdMethod, KeyPair, OtherNameValue, SanType, SerialNumber,
+        date_time_ymd,
     };
 
     use super::*;
@@ -292,7 +293,7 @@ mod tests {
     }
 
     /// An authority in a file, and a certificate of it.
-    fn authority(folder: &Path) -> (PathBuf, CertificateDer<'static>) {
+    fn authority(folder: &Path) -> (PathBuf, CertificateDer<'static>, Issuer<'static, KeyPair>) {
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let key = KeyPair::generate().unwrap();
@@ -303,13 +304,13 @@ mod tests {
         let leaf = with_names(vec![xmpp("a@b")])
             .signed_by(&key, &issuer)
             .unwrap();
-        (path, leaf.der().clone())
+        (path, leaf.der().clone(), issuer)
     }
 
     #[test]
     fn the_handshake_takes_any_chain_up_to_its_bound_and_names_are_given_of_those_that_hold() {
         let folder = tempfile::tempdir().unwrap();
-        let (path, leaf) = authority(folder.path());
+        let (path, leaf, _) = authority(folder.path());
         let clients = ClientAuthority::load(&path, &[]).unwrap();
         let asking = clients.asking();
         let stranger = CertificateDer::from(der(&with_names(vec![xmpp("a@b")])));
@@ -328,9 +329,42 @@ mod tests {
     }
 
     #[test]
+    fn with_lists_there_must_be_a_current_one_of_the_authority() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, leaf, issuer) = authority(folder.path());
+        let holds = |until: i32, issuer: &Issuer<'_, KeyPair>, as_pem: bool| {
+            let list = CertificateRevocationListParams {
+                this_update: date_time_ymd(2020, 1, 1),
+                next_update: date_time_ymd(until, 1, 1),
+                crl_number: SerialNumber::from(1),
+                issuing_distribution_point: None,
+                revoked_certs: vec![],
+                key_identifier_method: KeyIdMethod::Sha256,
+            };
+            let list = list.signed_by(issuer).unwrap();
+            let file = folder.path().join("list");
+            match as_pem {
+                true => std::fs::write(&file, list.pem().unwrap()).unwrap(),
+                false => std::fs::write(&file, list.der()).unwrap(),
+            }
+            let clients = ClientAuthority::load(&path, &[file]).unwrap();
+            clients.names(std::slice::from_ref(&leaf)).is_ok()
+        };
+        assert!(holds(4000, &issuer, true) && holds(4000, &issuer, false));
+        assert!(!holds(2021, &issuer, true));
+        let mut params = CertificateParams::default();
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "another");
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let other = Issuer::new(params, KeyPair::generate().unwrap());
+        assert!(!holds(4000, &other, true));
+    }
+
+    #[test]
     fn files_that_are_not_what_they_should_be_are_named_with_their_key() {
         let folder = tempfile::tempdir().unwrap();
-        let (path, _) = authority(folder.path());
+        let (path, ..) = authority(folder.path());
         let file = |name: &str, content: &[u8]| {
             let path = folder.path().join(name);
             std::fs::write(&path, content).unwrap();
