@@ -19,7 +19,7 @@ use nitro::store::record::{ArchivedScramKeys, Record, RosterItem, Subscription, 
 use nitro::store::ring::Ring;
 use nitro::store::tier::{Answer, Loaded};
 use nitro::xml::{Framer, StreamNs};
-use nitro::xmpp::bind::{Arrival, bind, enable};
+use nitro::xmpp::bind::{Answers, Arrival, bind, enable};
 use nitro::xmpp::fast::{self, Wishes};
 use nitro::xmpp::negotiation::{Negotiation, Policy, Step};
 use nitro::xmpp::sasl::decoy::Shape;
@@ -278,7 +278,7 @@ impl House {
             };
             let new = this.arrive(name, resource.as_deref());
             let jid = &*this.slice.sessions.get(new).expect("it is new").jid;
-            negotiation.bound(Ok((jid, "")), &this.slice.env, &mut out);
+            negotiation.bound(Ok((jid, &Answers::default())), &this.slice.env, &mut out);
             session = Some(new);
         });
         self.settle_in(session.expect("it was bound"), &mut framer);

@@ -19,7 +19,7 @@ use crate::admin::server::AdminServer;
 use crate::admin::{AdminReply, AdminRequest, JournalLine, Outcome, UserLine};
 use crate::config::{Config, LogFormat, reloadable_diff};
 use crate::groups_file;
-use crate::net::{self, TlsConfig};
+use crate::net::{self, ClientAuthority, TlsConfig};
 use crate::observe::{self, Gauges, IntervalLog, IntervalLogConfig, Observer, Recorder};
 use crate::rt::{self, InboxSender};
 use crate::shard::admin::Call;
@@ -362,10 +362,18 @@ fn load_tls(config: &Config) -> Result<(TlsConfig, String), String> {
     if own && !certificate.exists() && !key.exists() {
         net::generate_certificate(&config.domain, &certificate, &key)?;
     }
+    let clients = match config.tls.client_ca.as_os_str().is_empty() {
+        true => None,
+        false => Some(ClientAuthority::load(
+            &config.tls.client_ca,
+            &config.tls.client_crl,
+        )?),
+    };
     let tls = TlsConfig::load(
         &certificate,
         &key,
         config.tls.version_min == crate::config::TlsVersion::V1_3,
+        clients,
     )?;
     let fingerprint = tls.fingerprint().to_owned();
     Ok((tls, fingerprint))

@@ -211,6 +211,14 @@ keys! {
         live key: PathBuf = PathBuf::new();
         /// The oldest TLS version that is accepted: "1.2" or "1.3".
         live version_min: TlsVersion = TlsVersion::V1_2;
+        /// Whoever has a certificate that these authorities have signed logs in with it (SASL EXTERNAL, XEP-0178): PEM, with
+        /// all authorities in one file. Empty: clients are asked for no certificate. SIGHUP reads the file again.
+        live client_ca: PathBuf = PathBuf::new();
+        /// Files with the lists of certificates that these authorities have revoked, PEM or DER. With any, there must be a list that
+        /// is not out of date of each authority in a client's chain. SIGHUP reads the files again.
+        live client_crl: Vec<PathBuf> = Vec::new();
+        /// Whether a certificate without an XMPP address stands for the account that is called like its e-mail address.
+        live client_email: bool = false;
     }
 
     /// Authentication.
@@ -220,7 +228,8 @@ keys! {
         /// Milliseconds that the answer to a client's first message takes at least, so that its time does not tell whether
         /// the account exists or is cached: a little more than a query of the database takes.
         live answer_ms_min: u64 = 3 => 0..=1000;
-        /// The mechanisms that are offered. Those with channel binding (-PLUS) and PLAIN need TLS anyway.
+        /// The mechanisms that are offered. Those with channel binding (-PLUS) and PLAIN need TLS anyway, EXTERNAL a client's
+        /// certificate (tls.client_ca).
         live mechanisms: Vec<String> = MECHANISMS.iter().map(|m| m.to_string()).collect();
         /// Whether authentication, binding and resumption in one step (XEP-0388, XEP-0386) are offered over TLS, beside the older
         /// way.
@@ -625,6 +634,7 @@ keys! {
 
 /// The SASL mechanisms that nitro has, strongest first (the default of `sasl.mechanisms`).
 pub const MECHANISMS: &[&str] = &[
+    "EXTERNAL",
     "SCRAM-SHA-256-PLUS",
     "SCRAM-SHA-1-PLUS",
     "SCRAM-SHA-256",
@@ -1297,6 +1307,17 @@ impl Item for String {
     }
 }
 
+impl Item for PathBuf {
+    const KIND: &'static str = "a path";
+    const EXAMPLE: &'static str = r#"["/etc/nitro/clients.crl"]"#;
+    fn parse(text: &str) -> Option<Self> {
+        (!text.is_empty()).then(|| text.into())
+    }
+    fn text(&self) -> String {
+        self.to_string_lossy().into_owned()
+    }
+}
+
 impl<T: Item> Value for Vec<T> {
     fn read(value: &DeValue) -> Result<Self, String> {
         const ITEMS_MAX: usize = 1000;
@@ -1546,6 +1567,27 @@ impl Loading {
             return wrong(
                 set,
                 format!("it stands without {missing}; set both or none"),
+            );
+        }
+        if empty(&c.tls.client_ca) {
+            for (key, set) in [
+                ("tls.client_crl", !c.tls.client_crl.is_empty()),
+                ("tls.client_email", c.tls.client_email),
+            ] {
+                if set {
+                    return wrong(key, "it stands without tls.client_ca; set that, too".into());
+                }
+            }
+            if c.sasl.mechanisms.iter().all(|m| m == "EXTERNAL") {
+                return wrong(
+                    "sasl.mechanisms",
+                    "nobody could log in: EXTERNAL needs tls.client_ca; set that, too".into(),
+                );
+            }
+        } else if !c.sasl.mechanisms.iter().any(|m| m == "EXTERNAL") {
+            return wrong(
+                "tls.client_ca",
+                "no certificate lets in without EXTERNAL; add it to sasl.mechanisms".into(),
             );
         }
         if c.rooms_host().as_deref() == Some(&*c.domain) {
@@ -1963,6 +2005,22 @@ mod tests {
             (
                 "database = 'postgres://x'",
                 r#"nitro.toml:1: database: this is no database; write "sqlite:PATH" or "mysql://USER:PASSWORD@HOST/NAME""#,
+            ),
+            (
+                "tls.client_crl = ['c.crl']",
+                "nitro.toml:1: tls.client_crl: it stands without tls.client_ca; set that, too",
+            ),
+            (
+                "tls.client_email = true",
+                "nitro.toml:1: tls.client_email: it stands without tls.client_ca; set that, too",
+            ),
+            (
+                "sasl.mechanisms = ['PLAIN']\ntls.client_ca = 'ca.pem'",
+                "nitro.toml:2: tls.client_ca: no certificate lets in without EXTERNAL; add it to sasl.mechanisms",
+            ),
+            (
+                "sasl.mechanisms = ['EXTERNAL']",
+                "nitro.toml:1: sasl.mechanisms: nobody could log in: EXTERNAL needs tls.client_ca; set that, too",
             ),
             (
                 "\ntls.key = 'k'",

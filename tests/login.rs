@@ -3,6 +3,8 @@
 
 #[path = "blade/mod.rs"]
 mod blade;
+#[path = "login/external.rs"]
+mod external;
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -13,12 +15,16 @@ use std::time::{Duration, Instant};
 use aws_lc_rs::{digest, hmac, pbkdf2};
 use base64::prelude::{BASE64_STANDARD, Engine};
 use blade::{Blade, DOMAIN};
+use rustls::client::WantsClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{
     CryptoProvider, aws_lc_rs as provider, verify_tls12_signature, verify_tls13_signature,
 };
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
-use rustls::{ClientConfig, ClientConnection, DigitallySignedStruct, SignatureScheme, StreamOwned};
+use rustls::{
+    ClientConfig, ClientConnection, ConfigBuilder, DigitallySignedStruct, SignatureScheme,
+    StreamOwned, SupportedProtocolVersion,
+};
 
 const PASSWORD: &str = "secret";
 const AGENT: &str =
@@ -82,16 +88,31 @@ struct Client {
     features: String,
 }
 
+/// All but the client's certificate.
+fn configuration(
+    versions: &[&'static SupportedProtocolVersion],
+) -> ConfigBuilder<ClientConfig, WantsClientCert> {
+    ClientConfig::builder_with_provider(Arc::new(provider::default_provider()))
+        .with_protocol_versions(versions)
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Anybody(provider::default_provider())))
+}
+
 impl Client {
     fn connect(address: SocketAddr) -> Client {
-        let config = ClientConfig::builder_with_provider(Arc::new(provider::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(Anybody(provider::default_provider())))
-            .with_no_client_auth();
+        Client::saying(address, "")
+    }
+
+    /// With more attributes in the header of the stream.
+    fn saying(address: SocketAddr, header: &str) -> Client {
+        let config = configuration(rustls::DEFAULT_VERSIONS).with_no_client_auth();
+        Client::with(address, Arc::new(config), header)
+    }
+
+    fn with(address: SocketAddr, config: Arc<ClientConfig>, header: &str) -> Client {
         let name = ServerName::try_from(DOMAIN).unwrap();
-        let tls = ClientConnection::new(Arc::new(config), name).unwrap();
+        let tls = ClientConnection::new(config, name).unwrap();
         let socket = TcpStream::connect(address).unwrap();
         socket.set_nodelay(true).unwrap();
         socket.set_read_timeout(Some(ANSWER_WITHIN)).unwrap();
@@ -100,12 +121,19 @@ impl Client {
             text: String::new(),
             features: String::new(),
         };
-        client.send(&format!(
-            "<?xml version='1.0'?><stream:stream to='{DOMAIN}' version='1.0' xmlns='jabber:client' \
-             xmlns:stream='http://etherx.jabber.org/streams'>"
-        ));
-        client.features = client.until("</stream:features>");
+        client.open(header);
         client
+    }
+
+    /// Begins a stream, with more attributes in its header; the server's header.
+    fn open(&mut self, header: &str) -> String {
+        self.send(&format!(
+            "<?xml version='1.0'?><stream:stream to='{DOMAIN}' version='1.0' xmlns='jabber:client' \
+             xmlns:stream='http://etherx.jabber.org/streams'{header}>"
+        ));
+        let answer = self.until("<stream:features");
+        self.features = self.until("</stream:features>");
+        answer
     }
 
     fn send(&mut self, xml: &str) {
@@ -128,6 +156,15 @@ impl Client {
                 end_of_stream => panic!("{end_of_stream:?} instead of {end}: {}", self.text),
             }
         }
+    }
+
+    /// PLAIN in SASL2.
+    fn authenticate_plain(&mut self, name: &str) -> String {
+        self.send(&format!(
+            "<authenticate xmlns='urn:xmpp:sasl:2' mechanism='PLAIN'><initial-response>{}</initial-response></authenticate>",
+            BASE64_STANDARD.encode(format!("\0{name}\0{PASSWORD}"))
+        ));
+        self.outcome()
     }
 
     fn register(address: SocketAddr, name: &str) {
@@ -183,7 +220,11 @@ impl Client {
     }
 
     fn outcome(&mut self) -> String {
-        let kind = self.until("'urn:xmpp:sasl:2'>");
+        self.outcome_in("urn:xmpp:sasl:2")
+    }
+
+    fn outcome_in(&mut self, ns: &str) -> String {
+        let kind = self.until(&format!("'{ns}'>"));
         match kind.contains("<success") {
             true => kind + &self.until("</success>"),
             false => kind + &self.until("</failure>"),
@@ -518,6 +559,88 @@ fn who_was_disabled_or_lost_his_password_while_he_logged_in_gets_no_session() {
     blade.nitro(&["user", "enable", &jid], "");
     let refused = binds(&[("passwd", &["--password-stdin"])]);
     assert!(refused.contains("<not-authorized"), "{refused}");
+}
+
+#[test]
+fn who_lost_his_password_while_he_logged_in_gets_no_old_session_either() {
+    let blade = Blade::start(&SETTINGS);
+    Client::register(blade.c2s_tls, "alice");
+    let mut first = Client::connect(blade.c2s_tls);
+    let success = first.authenticate("alice", &bind(MANAGED));
+    let previd = attribute(&success, "<enabled", "id");
+    first.until("</stream:features>");
+    let mut second = Client::connect(blade.c2s_tls);
+    assert!(second.authenticate("alice", AGENT).contains("<success"));
+    second.until("</stream:features>");
+    let arguments = ["user", "passwd", "alice@localhost", "--password-stdin"];
+    let output = blade.nitro(&arguments, "changed\n");
+    assert!(output.status.success(), "{output:?}");
+    second.send(&format!(
+        "<resume xmlns='urn:xmpp:sm:3' previd='{previd}' h='0'/>"
+    ));
+    let refused = second.until("</failed>");
+    assert!(refused.contains("<not-authorized"), "{refused}");
+    // and nobody has lost his connection by that
+    first.send("<iq type='get' id='p'><ping xmlns='urn:xmpp:ping'/></iq>");
+    assert!(first.until("/>").contains("id='p'"));
+}
+
+#[test]
+fn who_names_an_address_in_the_stream_header_is_let_in_as_that_one_only() {
+    let blade = Blade::start(&SETTINGS);
+    Client::register(blade.c2s_tls, "alice");
+    let mut client = Client::saying(blade.c2s_tls, " from='bob@localhost'");
+    let failure = client.authenticate_plain("alice");
+    assert!(failure.contains("<invalid-authzid"), "{failure}");
+    // as himself he does; the answer goes to him
+    let mut client = Client::saying(blade.c2s_tls, "");
+    assert!(client.authenticate_plain("alice").contains("<success"));
+    let mut client = Client::saying(blade.c2s_tls, " from='Alice@LOCALHOST/desk'");
+    assert!(client.authenticate("alice", "").contains("<success"));
+    // what is no account's address says nothing
+    let mut client = Client::saying(blade.c2s_tls, " from='localhost'");
+    assert!(client.authenticate("alice", "").contains("<success"));
+
+    // the older way: the stream behind the authentication has another header
+    for (from, to) in [
+        ("alice@localhost", Some("to='alice@localhost'")),
+        ("bob@localhost", None),
+    ] {
+        let mut client = Client::connect(blade.c2s_tls);
+        client.send(&format!(
+            "<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='PLAIN'>{}</auth>",
+            BASE64_STANDARD.encode(format!("\0alice\0{PASSWORD}"))
+        ));
+        let outcome = client.outcome_in("urn:ietf:params:xml:ns:xmpp-sasl");
+        assert!(outcome.contains("<success"), "{outcome}");
+        client.send(&format!(
+            "<stream:stream to='{DOMAIN}' from='{from}' version='1.0' xmlns='jabber:client' \
+             xmlns:stream='http://etherx.jabber.org/streams'>"
+        ));
+        match to {
+            Some(to) => assert!(client.until("</stream:features>").contains(to)),
+            None => assert!(client.until("</stream:stream>").contains("<invalid-from")),
+        }
+    }
+}
+
+#[test]
+fn binding_tells_what_the_archive_has_where_that_is_known() {
+    let blade = Blade::start(&SETTINGS);
+    Client::register(blade.c2s_tls, "alice");
+    let mut client = Client::connect(blade.c2s_tls);
+    client.authenticate("alice", &bind(""));
+    client.send(
+        "<message to='alice@localhost' type='chat'><body>to myself</body></message>\
+         <iq type='get' id='m'><metadata xmlns='urn:xmpp:mam:2'/></iq>",
+    );
+    let told = client.until("</metadata>");
+    let (_, ends) = told.split_once("<start").unwrap();
+    let mut client = Client::connect(blade.c2s_tls);
+    let success = client.authenticate("alice", &bind(MANAGED));
+    let (_, bound) = success.split_once("<bound").unwrap();
+    let expected = format!("<metadata xmlns='urn:xmpp:mam:2'><start{ends}<enabled");
+    assert!(bound.contains(&expected), "{success} and not {expected}");
 }
 
 #[test]

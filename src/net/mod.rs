@@ -10,10 +10,12 @@
 //! | `websocket` | frames of WebSocket, elements of XMPP in them |
 //! | `tls` | rustls: configuration, records in and out, channel bindings |
 //! | `tls_client` | the other side of TLS, towards Redis |
+//! | `client_certificate` | certificates of clients: whom they are trusted for, their names |
 //! | `certificate` | the self-signed certificate of a first start, fingerprints |
 //! | `proxy` | PROXY protocol v2 |
 
 mod certificate;
+mod client_certificate;
 mod listener;
 mod proxy;
 mod socket;
@@ -23,6 +25,7 @@ mod transport;
 mod websocket;
 
 pub use certificate::{fingerprint, generate_certificate};
+pub use client_certificate::{ClientAuthority, ClientNames};
 pub use listener::{Listener, REFUSED_NO_DESCRIPTOR, listen_shared, probe_port};
 pub use proxy::{PROXY_HEADER_MAX_BYTES, Proxied, ProxyError, parse_proxy_header};
 pub use socket::Socket;

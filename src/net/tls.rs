@@ -4,6 +4,7 @@
 //! rustls's buffered connection would cost 4 KiB more for each idle client; this one writes into the shard's buffers.
 
 use super::certificate::fingerprint;
+use super::client_certificate::{ClientAuthority, ClientNames};
 use aws_lc_rs::digest::{self, digest};
 use aws_lc_rs::hkdf::{self, KeyType, Prk};
 use rustls::crypto::{CryptoProvider, GetRandomFailed, SecureRandom, aws_lc_rs as provider};
@@ -11,7 +12,7 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
-use rustls::{KeyLog, ProtocolVersion, ServerConfig};
+use rustls::{HandshakeKind, KeyLog, ProtocolVersion, ServerConfig};
 use std::cell::Cell;
 use std::io;
 use std::path::Path;
@@ -37,6 +38,8 @@ pub struct TlsConfig(Arc<Shared>);
 struct Shared {
     server: Arc<ServerConfig>,
     https: Arc<ServerConfig>,
+    /// Who vouches for clients at the ports for XMPP; `None`: clients are asked for no certificate.
+    clients: Option<ClientAuthority>,
     /// tls-server-end-point (RFC 5929, 4.1).
     end_point: Option<Vec<u8>>,
     fingerprint: String,
@@ -62,7 +65,13 @@ pub struct ChannelBindings {
 
 impl TlsConfig {
     /// Reads a PEM certificate chain (leaf first) and its key; TLS 1.2 is spoken unless `only_tls13`. The error is a sentence that names the file.
-    pub fn load(certificate: &Path, key: &Path, only_tls13: bool) -> Result<Self, String> {
+    /// With `clients`, those who come for XMPP are asked for a certificate.
+    pub fn load(
+        certificate: &Path,
+        key: &Path,
+        only_tls13: bool,
+        clients: Option<ClientAuthority>,
+    ) -> Result<Self, String> {
         let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_file_iter(certificate)
             .and_then(Iterator::collect)
             .map_err(|e| unreadable("certificate", certificate, e))?;
@@ -73,7 +82,7 @@ impl TlsConfig {
             ));
         }
         let private = PrivateKeyDer::from_pem_file(key).map_err(|e| unreadable("key", key, e))?;
-        Self::new(chain, private, only_tls13).map_err(|e| {
+        Self::new(chain, private, only_tls13, clients).map_err(|e| {
             format!(
                 "the certificate {} and the key {} cannot be used together: {e}",
                 certificate.display(),
@@ -86,6 +95,7 @@ impl TlsConfig {
         chain: Vec<CertificateDer<'static>>,
         key: PrivateKeyDer<'static>,
         only_tls13: bool,
+        clients: Option<ClientAuthority>,
     ) -> Result<Self, rustls::Error> {
         let versions: &[&rustls::SupportedProtocolVersion] = match only_tls13 {
             true => &[&rustls::version::TLS13],
@@ -93,20 +103,32 @@ impl TlsConfig {
         };
         let end_point = end_point(&chain[0]);
         let fingerprint = fingerprint(&chain[0]);
-        let mut server = ServerConfig::builder_with_provider(Arc::new(provider()))
-            .with_protocol_versions(versions)?
+        let builder = ServerConfig::builder_with_provider(Arc::new(provider()))
+            .with_protocol_versions(versions)?;
+        let mut https = builder
+            .clone()
             .with_no_client_auth()
             .with_single_cert(chain, key)?;
-        server.ignore_client_order = true;
-        // Tickets carry their state with them: no table of sessions that cores would share.
-        server.session_storage = Arc::new(NoServerSessionStorage {});
-        server.ticketer = provider::Ticketer::new()?;
-        server.send_tls13_tickets = 1;
+        // a browser would ask its user which certificate to show
+        let mut server = match &clients {
+            None => https.clone(),
+            Some(clients) => builder
+                .with_client_cert_verifier(clients.asking())
+                .with_cert_resolver(https.cert_resolver.clone()),
+        };
+        let ticketer = provider::Ticketer::new()?;
+        for config in [&mut server, &mut https] {
+            config.ignore_client_order = true;
+            // Tickets carry their state with them: no table of sessions that cores would share.
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.ticketer = ticketer.clone();
+            config.send_tls13_tickets = 1;
+            config.key_log = Arc::new(CatchExporter);
+        }
         server.alpn_protocols = vec![ALPN_XMPP_CLIENT.to_vec()];
-        server.key_log = Arc::new(CatchExporter);
-        let mut https = server.clone();
         https.alpn_protocols = vec![ALPN_HTTP.to_vec()];
         Ok(Self(Arc::new(Shared {
+            clients,
             https: Arc::new(https),
             server: Arc::new(server),
             end_point,
@@ -231,6 +253,18 @@ impl Tls {
             ProtocolVersion::TLSv1_2 => Some(TlsVersion::V1_2),
             _ => None,
         }
+    }
+
+    /// Whether the handshake resumed an earlier session.
+    pub(super) fn resumed(&self) -> bool {
+        self.connection.handshake_kind() == Some(HandshakeKind::Resumed)
+    }
+
+    /// The names in the certificate that the client has shown; `Err`: why it does not hold now. `None`: it was asked for none, or has
+    /// none. Costs the verification of the chain's signatures.
+    pub(super) fn client_names(&self) -> Option<Result<ClientNames, rustls::Error>> {
+        let clients = self.config.0.clients.as_ref()?;
+        Some(clients.names(self.connection.peer_certificates()?))
     }
 
     pub(super) fn channel_bindings(&self) -> ChannelBindings {

@@ -244,7 +244,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name);
         authority(folder.path(), "cache.example", "CA");
-        let server = TlsConfig::load(&path("certificate.pem"), &path("key.pem"), false).unwrap();
+        let server =
+            TlsConfig::load(&path("certificate.pem"), &path("key.pem"), false, None).unwrap();
         let config = TlsClientConfig::load(&path("ca.pem"), none(), none()).unwrap();
         let long = vec![b'x'; 100_000];
         for cut in [1, 7, 1000, usize::MAX] {
@@ -278,7 +279,8 @@ mod tests {
         authority(other.path(), "cache.example", "another CA");
         authority(namesake.path(), "cache.example", "CA");
         let path = |name: &str| one.path().join(name);
-        let server = TlsConfig::load(&path("certificate.pem"), &path("key.pem"), false).unwrap();
+        let server =
+            TlsConfig::load(&path("certificate.pem"), &path("key.pem"), false, None).unwrap();
         for (ca, host, says) in [
             (other.path(), "cache.example", "vouches for"),
             (namesake.path(), "cache.example", "vouches for"),

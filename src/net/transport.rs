@@ -3,6 +3,7 @@
 //! one `send` in the usual case; what the kernel did not take is kept and sent in order
 //! (who writes bounds it: look at [`Transport::pending`]).
 
+use super::client_certificate::ClientNames;
 use super::socket::Socket;
 use super::tls::{ChannelBindings, Opened, Tls, TlsConfig, TlsVersion};
 use super::websocket::{Decoded, WebSocket, WebSocketLimits};
@@ -446,6 +447,18 @@ impl Transport {
             .as_ref()
             .map(|tls| tls.channel_bindings())
             .unwrap_or_default()
+    }
+
+    /// The names in the certificate that the client has shown in its handshake; `Err`: why it does not hold now. `None`: it has
+    /// shown none.
+    pub fn client_names(&self) -> Option<Result<ClientNames, String>> {
+        let names = self.tls.as_ref()?.client_names()?;
+        Some(names.map_err(|error| error.to_string()))
+    }
+
+    /// Whether its handshake resumed an earlier TLS session.
+    pub fn tls_resumed(&self) -> bool {
+        self.tls.as_ref().is_some_and(|tls| tls.resumed())
     }
 
     /// The version agreed on; `None` without TLS and early in its handshake.

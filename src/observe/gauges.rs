@@ -283,6 +283,10 @@ pub struct Gauges {
     pub token_logins: Counter,
     pub tokens_given: Counter,
     pub tokens_evicted: Counter,
+    /// XEP-0178.
+    pub certificate_logins: Counter,
+    pub client_certificates_refused: Counter,
+    pub tls_resumed: Counter,
 }
 
 /// Of the blade.
@@ -342,6 +346,16 @@ pub static GAUGES: &[Row<Gauges>] = rows! { Gauges, &[];
     /// Tokens that went because their account has too many (limits.tokens_per_user_max). When it rises, users have more clients than
     /// that, or a client makes up a new installation each time.
     counter "nitro_tokens_evicted" => |g| g.tokens_evicted.get();
+    /// Attempts to log in with a client's certificate (XEP-0178), of accounts that there are. When it rises with nitro_auth_failures,
+    /// certificates name accounts that are disabled: have them revoked.
+    counter "nitro_certificate_logins" => |g| g.certificate_logins.get();
+    /// Certificates of clients that did not hold: expired, revoked, or of an authority that is not in tls.client_ca. Their clients may
+    /// log in otherwise. When it rises at once, a list in tls.client_crl is out of date; the log has the reason of each.
+    counter "nitro_client_certificates_refused" => |g| g.client_certificates_refused.get();
+    /// TLS handshakes for XMPP that resumed an earlier session of TLS, without keys and certificates; all of them are
+    /// nitro_tls_handshake_seconds. When few are in a storm of clients that come back, their libraries keep no tickets, or the
+    /// server was started or reloaded meanwhile: that ends all tickets.
+    counter "nitro_tls_resumptions" => |g| g.tls_resumed.get();
     /// Warnings and errors that were left out of the log because the same was said too often. When it rises, look what is said.
     counter "nitro_log_lines_left_out" => |_| LEFT_OUT.get();
 };
@@ -371,6 +385,9 @@ impl Gauges {
             token_logins: Counter::new(),
             tokens_given: Counter::new(),
             tokens_evicted: Counter::new(),
+            certificate_logins: Counter::new(),
+            client_certificates_refused: Counter::new(),
+            tls_resumed: Counter::new(),
         }
     }
 

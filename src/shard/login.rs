@@ -17,12 +17,14 @@ use crate::observe::{Stage, record};
 use crate::rt::{self, Notify, Queue, slot};
 use crate::store::record::{ArchivedScramKeys, Record, UserRecord};
 use crate::xml::{Framer, StreamNs};
-use crate::xmpp::bind::{self, Arrival, Extras};
+use crate::xmpp::bind::{self, Answers, Arrival, Extras};
 use crate::xmpp::error::{StanzaError, StreamError};
 use crate::xmpp::fast;
 use crate::xmpp::feature::sm;
 use crate::xmpp::negotiation::{Negotiation, Policy, Step};
-use crate::xmpp::sasl::{ChannelBindings, Credentials, Exporter, Failure, Mechanism, ScramKeysRef};
+use crate::xmpp::sasl::{
+    ChannelBindings, Credentials, Exporter, Failure, Mechanism, ScramKeysRef, external,
+};
 use crate::xmpp::session::{Session, SessionId};
 use crate::xmpp::slice::{Computed, Job, Op, Slot, WriteError};
 
@@ -99,6 +101,8 @@ const LOADS_MAX: u32 = 3;
 
 enum Resumed {
     Yes,
+    /// The account is not what was authenticated against any more.
+    Refused(Failure),
     /// There is no such session; so many of its stanzas were durable, if that is known.
     No {
         count: Option<u32>,
@@ -758,7 +762,7 @@ async fn run(
                 let outcome = shard.bind(c, resource.as_deref(), &extras, link).await;
                 let bound = outcome.is_ok();
                 let told = match &outcome {
-                    Ok((jid, answers)) => Ok((&**jid, &**answers)),
+                    Ok((jid, answers)) => Ok((&**jid, answers)),
                     Err(error) => Err(error.clone()),
                 };
                 c.negotiation
@@ -780,6 +784,12 @@ async fn run(
                 Ok(Resumed::Yes) => {
                     record(Stage::Resume, shard.now_us() - c.times.accepted_us);
                     return Outcome::Bound;
+                }
+                Ok(Resumed::Refused(failure)) => {
+                    next = match c.negotiation.refused_resumption(failure, &mut out) {
+                        Step::Continue => None,
+                        step => Some(step),
+                    };
                 }
                 Ok(Resumed::No { count }) => {
                     let env = &shard.slice.borrow().env;
@@ -839,8 +849,12 @@ async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()
         let handshake_done = handshaking && !c.transport.handshaking();
         if handshake_done {
             record(Stage::TlsHandshake, shard.now_us() - c.times.tls_us);
+            if c.transport.tls_resumed() {
+                shard.gauges.tls_resumed.one();
+            }
             let bound = c.transport.channel_bindings();
             c.negotiation.encrypted(bindings(bound));
+            c.negotiation.certified(certified(shard, c));
         }
         if read || (handshake_done && c.refusal.is_some()) {
             return Ok(());
@@ -849,6 +863,23 @@ async fn fill(shard: &Shard, c: &mut Connecting, guest: &Guest) -> Result<(), ()
             continue;
         }
         c.drained = true;
+    }
+}
+
+/// The accounts that the client's certificate stands for (XEP-0178).
+fn certified(shard: &Shard, c: &Connecting) -> Vec<Box<str>> {
+    let config = shard.config.borrow();
+    match c.transport.client_names() {
+        None => Vec::new(),
+        Some(Ok(names)) => {
+            let email = config.tls.client_email.then_some(&*names.email);
+            external::accounts(&names.xmpp, email, &config.domain)
+        }
+        Some(Err(reason)) => {
+            shard.gauges.client_certificates_refused.one();
+            tracing::info!(address = %c.peer.ip(), reason, "a client's certificate does not hold");
+            Vec::new()
+        }
     }
 }
 
@@ -1035,6 +1066,9 @@ impl Shard {
                     sha1: record.sha1.as_ref().map(borrow_keys),
                     sha256: record.sha256.as_ref().map(borrow_keys),
                 };
+                if c.negotiation.shows_certificate() {
+                    self.gauges.certificate_logins.one();
+                }
                 c.negotiation.account = Some(fast::account(record));
                 c.negotiation
                     .credentials(Some(keys), record.disabled, &decoy, out)
@@ -1136,13 +1170,8 @@ impl Shard {
         let slice = self.slice.borrow();
         let user = negotiation.user().and_then(|name| slice.user(name));
         let record = user.ok_or(Failure::TEMPORARY_AUTH_FAILURE)?.record.get();
-        if record.disabled {
-            return Err(Failure::ACCOUNT_DISABLED);
-        }
         // he may have been held back: what his proof held for may be past
-        if negotiation.account != Some(fast::account(record)) {
-            return Err(Failure::NOT_AUTHORIZED);
-        }
+        bind::check_account(record, negotiation.account)?;
         let request = negotiation.request();
         let plan = request
             .zip(request.and_then(|request| request.agent.as_deref()))
@@ -1200,7 +1229,7 @@ impl Shard {
         resource: Option<&str>,
         extras: &Extras,
         link: u64,
-    ) -> Result<(String, String), StanzaError> {
+    ) -> Result<(String, Answers), StanzaError> {
         let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
         for _ in 0..LOADS_MAX {
             self.load(&name).await;
@@ -1260,6 +1289,10 @@ impl Shard {
         let name: Box<str> = c.negotiation.user().unwrap_or_default().into();
         let sid = sm::find(&self.slice.borrow(), &name, previd);
         if let Some(sid) = sid {
+            // nobody else's connection is closed
+            if let Err(failure) = self.check_account(&c.negotiation) {
+                return Ok(Resumed::Refused(failure));
+            }
             sm::detach(&mut self.slice.borrow_mut(), sid);
         }
         while self.is_settling(sid, previd) {
@@ -1271,6 +1304,9 @@ impl Shard {
                 .push(setter);
             self.flush();
             guest.away(settled.take()).await;
+        }
+        if let Err(failure) = self.check_account(&c.negotiation) {
+            return Ok(Resumed::Refused(failure));
         }
         let mut slice = self.slice.borrow_mut();
         let Some(sid) = sm::find(&slice, &name, previd) else {
@@ -1297,6 +1333,15 @@ impl Shard {
         }
         self.bound.borrow_mut().push((link, sid));
         Ok(Resumed::Yes)
+    }
+
+    /// Whoever has a session is loaded; of others there is nothing to resume.
+    fn check_account(&self, negotiation: &Negotiation) -> Result<(), Failure> {
+        let slice = self.slice.borrow();
+        match negotiation.user().and_then(|name| slice.user(name)) {
+            Some(user) => bind::check_account(user.record.get(), negotiation.account),
+            None => Ok(()),
+        }
     }
 
     /// Is something that was read from the session, or from one that has ended, not decided yet?

@@ -95,20 +95,24 @@ impl Recent {
     }
 
     /// Ids of the first and the last entry of an archive, if both are known here; the inner `None`: it is empty.
-    pub fn ends(&mut self, name: &str) -> Option<Option<(u64, u64)>> {
-        let ends = self.archives.get_mut(name).and_then(|archive| {
-            let whole = |tail: &&Tail| tail.with.is_none();
-            let tail = archive.tails.iter().find(whole)?;
-            let first = match tail.is_whole() {
-                true => tail.entries.front().map(|entry| entry.id),
-                false => Some(archive.first?),
-            };
-            match (first, tail.entries.back()) {
-                (Some(first), Some(last)) => Some(Some((first, last.id))),
-                (None, None) => Some(None),
-                _ => None,
-            }
-        });
+    pub fn ends(&self, name: &str) -> Option<Option<(u64, u64)>> {
+        let archive = self.archives.get(name)?;
+        let whole = |tail: &&Tail| tail.with.is_none();
+        let tail = archive.tails.iter().find(whole)?;
+        let first = match tail.is_whole() {
+            true => tail.entries.front().map(|entry| entry.id),
+            false => Some(archive.first?),
+        };
+        match (first, tail.entries.back()) {
+            (Some(first), Some(last)) => Some(Some((first, last.id))),
+            (None, None) => Some(None),
+            _ => None,
+        }
+    }
+
+    /// The same for a client that has asked for it, which is counted.
+    pub fn asked_ends(&mut self, name: &str) -> Option<Option<(u64, u64)>> {
+        let ends = self.ends(name);
         match ends {
             Some(_) => self.hits += 1,
             None => self.misses += 1,

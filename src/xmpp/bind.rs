@@ -4,11 +4,13 @@ use std::rc::Rc;
 
 use super::error::{StanzaError, StreamError};
 use super::fast;
-use super::feature::sm;
+use super::feature::{archive, sm};
 use super::random_id;
+use super::sasl::Failure;
 use super::session::{Session, SessionId};
 use super::slice::Slice;
 use crate::observe::Stamp;
+use crate::store::record::ArchivedUserRecord;
 use crate::xml::StreamNs;
 
 /// What a connection brings into its session.
@@ -35,17 +37,49 @@ pub struct Extras {
     pub carbons: bool,
     /// XEP-0352: it begins inactive.
     pub inactive: bool,
+    /// It is told which messages its archive has, where that is known without reading (XEP-0386, XEP-0313).
+    pub archive: bool,
+}
+
+/// What a client is told of its new session.
+#[derive(Debug, Default)]
+pub struct Answers {
+    /// `<enabled/>` or `<failed/>` of stream management, if that was asked for.
+    pub enabled: String,
+    /// `<metadata/>` of the archive, if that is known.
+    pub archive: String,
 }
 
 /// Enables what was asked for in a session that has just begun; the answers.
-pub fn enable(slice: &mut Slice, sid: SessionId, extras: &Extras) -> String {
+pub fn enable(slice: &mut Slice, sid: SessionId, extras: &Extras) -> Answers {
     if let Some(session) = slice.sessions.get_mut(sid) {
         session.carbons = extras.carbons;
         session.csi.inactive = extras.inactive;
     }
-    match &extras.sm {
+    let name = slice.sessions.get(sid).map(|session| session.user.clone());
+    let archive = match name {
+        Some(name) if extras.archive => archive::known_ends(slice, &name).unwrap_or_default(),
+        _ => String::new(),
+    };
+    let enabled = match &extras.sm {
         Some(wish) => sm::begin(slice, sid, wish).unwrap_or_default(),
         None => String::new(),
+    };
+    Answers { enabled, archive }
+}
+
+/// Is the account still what the client has authenticated against? Since then it may have been disabled, made anew, or given another
+/// password.
+pub fn check_account(
+    record: &ArchivedUserRecord,
+    account: Option<fast::Account>,
+) -> Result<(), Failure> {
+    if record.disabled {
+        Err(Failure::ACCOUNT_DISABLED)
+    } else if account != Some(fast::account(record)) {
+        Err(Failure::NOT_AUTHORIZED)
+    } else {
+        Ok(())
     }
 }
 
@@ -62,9 +96,7 @@ pub fn bind(slice: &mut Slice, arrival: Arrival<'_>) -> Result<SessionId, Stanza
     let Some(user) = slice.user(arrival.user) else {
         return Err(StanzaError::NOT_AUTHORIZED);
     };
-    // since he authenticated the account may have been disabled, made anew, or given another password
-    let record = user.record.get();
-    if record.disabled || arrival.account != Some(fast::account(record)) {
+    if check_account(user.record.get(), arrival.account).is_err() {
         return Err(StanzaError::NOT_AUTHORIZED);
     }
     if let Some(old) = slice.find_session(arrival.user, resource) {

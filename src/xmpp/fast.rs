@@ -8,7 +8,7 @@
 //! data folder. Who has stolen the database, a journal or what Redis holds has no token; who has stolen the whole data folder
 //! (or a backup of it, which holds the secret) has, until the password or the secret is changed. Because the password's keys
 //! go in, every change of the password ends all tokens, whichever way it came; because the account's creation does, none
-//! outlives its account. A log-in that was under way meanwhile gets none: its proof held for what the account was before
+//! outlives its account. Who logs in by certificate gets none, because it would outlive that ([`super::sasl::external`]). A log-in that was under way meanwhile gets none: its proof held for what the account was before
 //! ([`account`]).
 //!
 //! **How seldom something is written.** A token is written once, journalled before `<success/>` gives it away; logging in with

@@ -8,10 +8,10 @@
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
 
-use super::bind::Extras;
+use super::bind::{Answers, Extras};
 use super::error::{StanzaError, StreamError};
 use super::feature::sm;
-use super::jid;
+use super::jid::{self, Jid};
 use super::sasl::token::{Attempt, Ht};
 use super::sasl::{
     self, ChannelBindings, Credentials, Decoy, Exchange, Failure, Mechanism, PasswordCheck,
@@ -22,7 +22,7 @@ use crate::random::random;
 use crate::store::record::ArchivedUserRecord;
 use crate::xml::dom::Element;
 use crate::xml::view::View;
-use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs};
+use crate::xml::{FrameKind, Limits, StreamHeader, StreamNs, escape_attr};
 
 pub const NS_TLS: &str = "urn:ietf:params:xml:ns:xmpp-tls";
 pub const NS_SASL: &str = "urn:ietf:params:xml:ns:xmpp-sasl";
@@ -103,9 +103,13 @@ pub struct Negotiation {
     stage: Stage,
     pub encrypted: bool,
     bindings: ChannelBindings,
+    /// The accounts that the client's certificate stands for, as localparts.
+    certified: Vec<Box<str>>,
     offered: Vec<Mechanism>,
     ns: StreamNs,
     pub lang: Option<Box<str>>,
+    /// The bare address that the client says to have, in the header of this stream (RFC 6120, 4.7.1).
+    from: Option<Box<str>>,
     /// Authenticated local part.
     user: Option<Box<str>>,
     /// The exchange at work, or the last one, speaks XEP-0388.
@@ -131,9 +135,11 @@ impl Negotiation {
             stage: Stage::Header,
             encrypted: false,
             bindings: ChannelBindings::default(),
+            certified: Vec::new(),
             offered: Vec::new(),
             ns: StreamNs::client(),
             lang: None,
+            from: None,
             user: None,
             sasl2: false,
             request: None,
@@ -152,6 +158,11 @@ impl Negotiation {
         self.encrypted = true;
         self.bindings = bindings;
         self.stage = Stage::Header;
+    }
+
+    /// The client has shown a certificate that holds and stands for these accounts (XEP-0178), localparts.
+    pub fn certified(&mut self, accounts: Vec<Box<str>>) {
+        self.certified = accounts;
     }
 
     /// The authenticated user's local part.
@@ -218,13 +229,18 @@ impl Negotiation {
             &random_id(),
             "' from='",
             &self.domain,
-            "' version='1.0' xml:lang='en'>",
         ] {
             out.extend_from_slice(part.as_bytes());
         }
+        if let Some(from) = &self.from {
+            out.extend_from_slice(b"' to='");
+            escape_attr(from, out);
+        }
+        out.extend_from_slice(b"' version='1.0' xml:lang='en'>");
     }
 
     fn header(&mut self, frame: &[u8], env: &Env, out: &mut Vec<u8>) -> Result<Step, StreamError> {
+        self.from = None;
         let header = StreamHeader::parse(frame).map_err(|e| StreamError::new(e.condition()))?;
         if &*header.ns.default != NS_CLIENT {
             return Err(StreamError::new("invalid-namespace"));
@@ -243,6 +259,20 @@ impl Negotiation {
         }
         self.lang = header.lang.map(Into::into);
         self.ns = header.ns;
+        // who does not know it yet names none
+        let from = header
+            .from
+            .as_deref()
+            .and_then(|from| Jid::parse(from).ok());
+        self.from = from
+            .filter(|from| from.local().is_some())
+            .map(|from| from.bare().into());
+        if let (Some(from), Some(user)) = (&self.from, &self.user)
+            && !self.is_address(from, user)
+        {
+            // RFC 6120, 4.9.3.9
+            return Err(StreamError::new("invalid-from"));
+        }
         self.write_header(out);
         self.features(env, out);
         self.stage = if self.user.is_some() {
@@ -276,6 +306,7 @@ impl Negotiation {
                 self.offered
                     .extend(self.policy.mechanisms.iter().copied().filter(|m| match m {
                         Mechanism::Plain => self.encrypted,
+                        Mechanism::External => !self.certified.is_empty(),
                         m if m.is_plus() => !self.bindings.is_empty(),
                         _ => true,
                     }));
@@ -400,6 +431,10 @@ impl Negotiation {
         Ok(match begun {
             Ok((mechanism, (initial, mut request))) => {
                 request.tokens.request = request.tokens.request.filter(|ht| self.takes(*ht));
+                if mechanism == Mechanism::External {
+                    // it would let in when the certificate does not any more
+                    request.tokens.request = None;
+                }
                 self.request = Some(Box::new(request));
                 self.start(mechanism, initial.as_deref(), out)
             }
@@ -407,9 +442,23 @@ impl Negotiation {
         })
     }
 
+    /// Is it who the header of the stream says? Whoever names an address there authenticates as that one (XEP-0388, "Initiation").
+    fn check_from(&self, name: &str) -> Result<(), Failure> {
+        match &self.from {
+            Some(from) if !self.is_address(from, name) => Err(Failure::INVALID_AUTHZID
+                .with_text("The stream's from is the address of another account")),
+            _ => Ok(()),
+        }
+    }
+
+    /// Is it the bare address of this account?
+    fn is_address(&self, bare: &str, name: &str) -> bool {
+        bare.split_once('@') == Some((name, &*self.domain))
+    }
+
     /// Where every mechanism that is offered binds to the channel, tokens do as well.
     fn takes(&self, ht: Ht) -> bool {
-        ht != Ht::None || self.offered.iter().any(|m| !m.is_plus())
+        ht != Ht::None || self.offered.iter().any(|m| !m.is_bound())
     }
 
     /// XEP-0484: the user whose token it is said to be.
@@ -422,6 +471,7 @@ impl Negotiation {
         )?;
         let attempt = Attempt::start(ht, &message, &self.bindings)?;
         let name: Box<str> = attempt.username.as_str().into();
+        self.check_from(&name)?;
         self.candidate = Some(name.clone());
         self.request = Some(Box::new(request));
         self.stage = Stage::Token(Box::new(attempt));
@@ -431,6 +481,11 @@ impl Negotiation {
     /// Was a token shown? Then [`Negotiation::token`] goes on instead of [`Negotiation::credentials`].
     pub fn shows_token(&self) -> bool {
         matches!(self.stage, Stage::Token(_))
+    }
+
+    /// Does the client authenticate by the certificate that it has shown?
+    pub fn shows_certificate(&self) -> bool {
+        matches!(&self.stage, Stage::Exchange(exchange) if exchange.is_external())
     }
 
     /// The owner has loaded the user; `None`: there is none. `unix`: now, in seconds.
@@ -462,8 +517,15 @@ impl Negotiation {
             bindings: &self.bindings,
             encrypted: self.encrypted,
             domain: &self.domain,
+            certified: &self.certified,
         };
-        match Exchange::start(mechanism, initial, &offer) {
+        let started = Exchange::start(mechanism, initial, &offer).and_then(|started| {
+            if let sasl::Start::User(exchange) = &started {
+                self.check_from(exchange.username())?;
+            }
+            Ok(started)
+        });
+        match started {
             Ok(sasl::Start::NeedInitial) => {
                 sasl_element("challenge", self.sasl_ns(), b"", out);
                 self.stage = Stage::Initial(mechanism);
@@ -680,15 +742,17 @@ impl Negotiation {
     /// The session has begun, with this full JID and these answers to what was to be enabled with it, or cannot.
     pub fn bound(
         &mut self,
-        outcome: Result<(&str, &str), StanzaError>,
+        outcome: Result<(&str, &Answers), StanzaError>,
         env: &Env,
         out: &mut Vec<u8>,
     ) {
         if let Some(mut request) = self.request.take() {
-            let managed = matches!(outcome, Ok((_, answers)) if !answers.is_empty());
+            let managed = matches!(outcome, Ok((_, answers)) if !answers.enabled.is_empty());
             let jid = match outcome {
                 Ok((jid, answers)) => {
-                    let bound = format!("<bound xmlns='{}'>{answers}</bound>", sasl2::NS_BIND);
+                    let Answers { enabled, archive } = answers;
+                    let ns = sasl2::NS_BIND;
+                    let bound = format!("<bound xmlns='{ns}'>{archive}{enabled}</bound>");
                     request.answers.extend_from_slice(bound.as_bytes());
                     jid.to_owned()
                 }
@@ -713,6 +777,17 @@ impl Negotiation {
             }
             Err(error) => self.iq_error(&error, out),
         }
+    }
+
+    /// The session cannot be given to this client, because its account is not what it has authenticated against any more.
+    pub fn refused_resumption(&mut self, failure: Failure, out: &mut Vec<u8>) -> Step {
+        if self.request.is_some() {
+            self.candidate = self.user.take();
+            return self.failed(failure, out);
+        }
+        // it will be refused a new one, too
+        out.extend_from_slice(&sm::failed("not-authorized", None));
+        Step::Continue
     }
 
     /// There is no such session any more; `count` of its stanzas were durable, if that is known (XEP-0198 section 5).

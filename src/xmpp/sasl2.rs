@@ -8,8 +8,8 @@
 //!
 //! Two places where XEP-0386 leaves room: messages that wait for the user are not thrown away when he binds but delivered as
 //! ever, with the stable ids by which the client knows them from its archive, because a message that was accepted is given up
-//! only to a client that has acknowledged it; and the archive's `<metadata/>` is not in `<bound/>`: it would cost each login a
-//! query of the database, and a client that wants it asks for it.
+//! only to a client that has acknowledged it; and the archive's `<metadata/>` is in `<bound/>` only where it is in memory: else
+//! it would cost the login a query of the database, and a client that wants it asks for it.
 
 use aws_lc_rs::hmac;
 use base64::Engine;
@@ -102,6 +102,7 @@ impl Bind {
                     .map(|enable| sm::Wish::new(enable.get("resume"), enable.get("max"))),
                 carbons: bind.find("enable", carbons::NS).is_some(),
                 inactive: bind.find("inactive", csi::NS).is_some(),
+                archive: true,
             },
         }
     }
@@ -153,7 +154,7 @@ pub fn write_feature(mechanisms: &[Mechanism], tokens: Option<&ChannelBindings>,
     }
     out.push_str("</inline></bind>");
     if let Some(bindings) = tokens {
-        let unbound = mechanisms.iter().any(|m| !m.is_plus());
+        let unbound = mechanisms.iter().any(|m| !m.is_bound());
         fast::write_feature(bindings, unbound, out);
     }
     out.push_str("</inline></authentication>");

@@ -2522,10 +2522,14 @@ impl Slice {
         self.fx.requests.push(Request::Read { ticket, query });
     }
 
-    /// Ids of the first and the last entry of an archive, if they are in memory; the inner `None`: it is empty.
-    pub fn archive_ends(&mut self, name: &str) -> Option<Option<(u64, u64)>> {
+    /// Ids of the first and the last entry of an archive, if they are in memory; the inner `None`: it is empty. `asked`: a client waits
+    /// for it, so whether they are is counted.
+    pub fn archive_ends(&mut self, name: &str, asked: bool) -> Option<Option<(u64, u64)>> {
         self.expire_archive(name);
-        self.recent.ends(name)
+        match asked {
+            true => self.recent.asked_ends(name),
+            false => self.recent.ends(name),
+        }
     }
 
     /// What may be purged of an archive any time is not given any more.

@@ -61,6 +61,7 @@ class Bot:
         self.jid = f"{name}@localhost"
         self.resource = resource or self.library
         self.full = f"{self.jid}/{self.resource}"
+        self.identity = None  # paths of a certificate and its key (slixmpp only)
         self.inbox = []
         self.news = asyncio.Event()
 

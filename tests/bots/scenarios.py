@@ -19,6 +19,7 @@ import typing
 
 from aio import AioBot
 from bot import Event, Message, Presence, Push, Refused, StreamEnd
+from certificates import Authority
 from components import AppServer, Echo
 from server import Blade, free_ports
 from slix import SlixBot
@@ -528,6 +529,34 @@ async def expect_refusal(bot):
     except Refused:
         return
     raise AssertionError(f"{bot.full} logged in")
+
+
+@scenario(own=True)
+async def a_certificate_logs_in_without_password(stage):
+    """SASL EXTERNAL (XEP-0178) by STARTTLS and direct TLS."""
+    with tempfile.TemporaryDirectory(prefix="nitro-bots-") as folder:
+        authority = Authority(folder)
+        blade = stage.server = Blade(stage.server.program, tls__client_ca=f'"{authority.path}"')
+        try:
+            for name in ("alice", "bob"):
+                await stage.bot(SlixBot, name).log_in(register=True)
+            for direct_tls in (False, True):
+                alice = stage.bot(SlixBot, "alice", resource=f"by-certificate-{direct_tls}", password="wrong")
+                alice.identity = authority.issue(alice.jid)
+                await alice.log_in(direct_tls=direct_tls)
+                await alice.come_online()
+            # the certificate says who it is, not how the client is set up (slixmpp names no authorization identity)
+            bob = stage.bot(SlixBot, "bob", password="wrong")
+            bob.identity = authority.issue(alice.jid)
+            await bob.log_in()
+            assert bob.client.boundjid.bare == alice.jid, bob.client.boundjid
+            # who has a certificate that says nothing logs in as ever
+            bob = stage.bot(SlixBot, "bob", resource="by-password")
+            bob.identity = authority.issue("bob@example.com")
+            await bob.log_in()
+        finally:
+            await stage.leave()
+            await asyncio.to_thread(blade.stop)
 
 
 @scenario(each=True, own=True)

@@ -34,6 +34,8 @@ class SlixBot(Bot):
         self.client = client = slixmpp.ClientXMPP(self.full, self.password)
         client.enable_direct_tls, client.enable_starttls, client.enable_plaintext = direct_tls, not direct_tls, False
         client.ca_certs = self.server.certificate
+        if self.identity:
+            client.certfile, client.keyfile = map(str, self.identity)
         client.roster.auto_authorize, client.roster.auto_subscribe = None, False
         for plugin in PLUGINS + (EVENTING if self.eventing else []):
             client.register_plugin(plugin)

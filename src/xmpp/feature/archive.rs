@@ -491,9 +491,17 @@ fn cut(page: &mut Page, backwards: bool, overhead: usize) {
     }
 }
 
+/// The same as text, for who binds (XEP-0386), where it is in memory: a log-in waits for no database.
+pub fn known_ends(slice: &mut Slice, account: &str) -> Option<String> {
+    let known = slice.archive_ends(account, false)?;
+    let mut text = Vec::new();
+    ends(&slice.env, known).write(&mut text, crate::xmpp::sasl2::NS_BIND);
+    String::from_utf8(text).ok()
+}
+
 /// Section 5: the first and the last entry.
 fn tell_ends(slice: &mut Slice, sid: SessionId, iq: Iq) {
-    if let Some(known) = slice.archive_ends(iq.account()) {
+    if let Some(known) = slice.archive_ends(iq.account(), true) {
         let metadata = ends(&slice.env, known);
         slice.iq_result(&iq, Some(metadata));
         return next(slice, sid);

@@ -36,6 +36,12 @@ const CORE: &[(&str, &str, &str, &str)] = &[
         "src/xmpp/fast.rs",
     ),
     (
+        "Logins by certificate (SASL EXTERNAL)",
+        "XEP-0178",
+        "1.2",
+        "src/xmpp/sasl/external.rs",
+    ),
+    (
         "Channel-binding types",
         "XEP-0440",
         "1.0.0",

@@ -1,4 +1,4 @@
-//! SASL, the server's side (RFC 6120, 6; RFC 5802; RFC 7677; RFC 4616). In: the client's messages, decoded from base64, and
+//! SASL, the server's side (RFC 6120, 6; RFC 5802; RFC 7677; RFC 4616; RFC 4422, appendix A). In: the client's messages, decoded from base64, and
 //! the keys of the account that they name. Out: [`Step`]s, whose data the caller encodes and sends.
 //!
 //! ```text
@@ -6,6 +6,7 @@
 //!                     credentials  -> Step::Challenge, or Step::CheckPassword (PLAIN)
 //! <response>  ->      respond      -> Step::Success or Step::Failure
 //! (PLAIN)     ->      verified     -> Step::Success or Step::Failure
+//! (EXTERNAL)  ->  credentials      -> Step::Success or Step::Failure
 //! ```
 //!
 //! The promise: an unknown user, an account without keys and a wrong password go through the same messages and the same
@@ -13,6 +14,7 @@
 
 pub mod binding;
 pub mod decoy;
+pub mod external;
 mod plain;
 pub mod scram;
 pub mod token;
@@ -34,6 +36,8 @@ pub const PASSWORD_BYTES_MAX: usize = 1024;
 /// A mechanism that this server knows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Mechanism {
+    /// RFC 4422, appendix A, XEP-0178: the certificate that the client has shown in the TLS handshake.
+    External,
     /// RFC 7677, bound to the TLS channel.
     ScramSha256Plus,
     /// RFC 5802, bound to the TLS channel.
@@ -48,7 +52,8 @@ pub enum Mechanism {
 
 impl Mechanism {
     /// All of them, the strongest first: the order to advertise.
-    pub const ALL: [Mechanism; 5] = [
+    pub const ALL: [Mechanism; 6] = [
+        Mechanism::External,
         Mechanism::ScramSha256Plus,
         Mechanism::ScramSha1Plus,
         Mechanism::ScramSha256,
@@ -56,21 +61,22 @@ impl Mechanism {
         Mechanism::Plain,
     ];
 
-    /// What to advertise: the PLUS mechanisms where the stream has a channel binding, PLAIN where the stream is encrypted (and
-    /// the operator wants it).
+    /// What to advertise to a client without certificate: the PLUS mechanisms where the stream has a channel binding, PLAIN where
+    /// the stream is encrypted (and the operator wants it).
     pub fn offered(has_binding: bool, plain: bool) -> &'static [Mechanism] {
         const ALL: &[Mechanism] = &Mechanism::ALL;
         match (has_binding, plain) {
-            (true, true) => ALL,
-            (true, false) => &ALL[..4],
-            (false, true) => &ALL[2..],
-            (false, false) => &ALL[2..4],
+            (true, true) => &ALL[1..],
+            (true, false) => &ALL[1..5],
+            (false, true) => &ALL[3..],
+            (false, false) => &ALL[3..5],
         }
     }
 
     /// The registered name.
     pub fn name(self) -> &'static str {
         match self {
+            Mechanism::External => "EXTERNAL",
             Mechanism::ScramSha256Plus => "SCRAM-SHA-256-PLUS",
             Mechanism::ScramSha1Plus => "SCRAM-SHA-1-PLUS",
             Mechanism::ScramSha256 => "SCRAM-SHA-256",
@@ -89,12 +95,17 @@ impl Mechanism {
         matches!(self, Mechanism::ScramSha256Plus | Mechanism::ScramSha1Plus)
     }
 
+    /// Whether what it proves can be used in no other channel: TLS itself has authenticated the client, or it binds to the channel.
+    pub fn is_bound(self) -> bool {
+        self.is_plus() || self == Mechanism::External
+    }
+
     /// The hash of a SCRAM mechanism.
     pub fn hash(self) -> Option<Hash> {
         match self {
             Mechanism::ScramSha256Plus | Mechanism::ScramSha256 => Some(Hash::Sha256),
             Mechanism::ScramSha1Plus | Mechanism::ScramSha1 => Some(Hash::Sha1),
-            Mechanism::Plain => None,
+            Mechanism::Plain | Mechanism::External => None,
         }
     }
 }
@@ -111,6 +122,8 @@ pub struct Offer<'a> {
     pub encrypted: bool,
     /// The domain that the stream is for, normalised: a user's authorisation identity is `localpart@domain`.
     pub domain: &'a str,
+    /// The accounts that the client's certificate stands for, as localparts ([`external::accounts`]).
+    pub certified: &'a [Box<str>],
 }
 
 /// What the first message led to.
@@ -224,6 +237,8 @@ enum State {
     Password(Box<str>),
     /// PLAIN; the verdict is to come.
     Checking,
+    /// EXTERNAL; whether there is such an account is to come.
+    Certified,
     /// Succeeded or failed.
     Over,
 }
@@ -252,6 +267,9 @@ impl Exchange {
                     scram::Server::start(hash, mechanism.is_plus(), message, offer)?;
                 (username, State::Named(Box::new(server)))
             }
+            None if mechanism == Mechanism::External => {
+                (external::parse(message, offer)?, State::Certified)
+            }
             None => {
                 let (username, password) = plain::parse(message, offer.domain)?;
                 (username, State::Password(password.into()))
@@ -263,6 +281,11 @@ impl Exchange {
     /// The localpart of the user, normalised.
     pub fn username(&self) -> &str {
         &self.username
+    }
+
+    /// Is it EXTERNAL, with the credentials to come?
+    pub fn is_external(&self) -> bool {
+        matches!(self.state, State::Certified)
     }
 
     /// Takes the account's keys. Without an account, or without fitting keys, the exchange goes on with a decoy's and fails at
@@ -284,6 +307,12 @@ impl Exchange {
                 let keys = decoy.plain_keys(&self.username, account);
                 Step::CheckPassword(PasswordCheck::new(password, keys))
             }
+            State::Certified => match account {
+                Some(_) => Step::Success {
+                    additional: Vec::new(),
+                },
+                None => Step::Failure(Failure::NOT_AUTHORIZED),
+            },
             _ => Step::Failure(Failure::MALFORMED_REQUEST),
         }
     }
@@ -320,7 +349,7 @@ impl fmt::Debug for Exchange {
     }
 }
 
-/// Both mechanisms speak UTF-8 without NUL, but for PLAIN's separators.
+/// All mechanisms speak UTF-8 without NUL, but for PLAIN's separators.
 fn text(message: &[u8]) -> Result<&str, Failure> {
     if message.len() > MESSAGE_BYTES_MAX {
         return Err(Failure::MALFORMED_REQUEST.with_text("The message is too long"));

@@ -668,6 +668,7 @@ mod tests {
             bindings: &bindings,
             encrypted: true,
             domain: "example.com",
+            certified: &[],
         };
         let (name, mut server) =
             Server::start(Hash::Sha1, false, "n,,n=user,r=abc", &offer).unwrap();

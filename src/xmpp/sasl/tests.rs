@@ -50,6 +50,7 @@ fn offer() -> Offer<'static> {
         bindings: &BINDINGS,
         encrypted: true,
         domain: "example.com",
+        certified: &[],
     }
 }
 
@@ -395,7 +396,94 @@ fn only_what_was_offered_can_be_used_and_plain_only_over_tls() {
         ));
     }
     assert_eq!(Mechanism::from_name("scram-sha-1"), None);
-    assert_eq!(Mechanism::from_name("EXTERNAL"), None);
+    assert_eq!(Mechanism::from_name("ANONYMOUS"), None);
+}
+
+fn certified<'o>(accounts: &'o [Box<str>]) -> Offer<'o> {
+    Offer {
+        certified: accounts,
+        ..offer()
+    }
+}
+
+#[test]
+fn a_certificate_lets_in_whom_it_names_if_there_is_such_an_account() {
+    let (one, two) = (["user".into()], ["user".into(), "other".into()]);
+    for (accounts, message, user) in [
+        (&one[..], "", Ok("user")),
+        (&one, "user@example.com", Ok("user")),
+        (&one, "USER@Example.com.", Ok("user")),
+        (&one, "other@example.com", Err("invalid-authzid")),
+        (&one, "user@example.org", Err("invalid-authzid")),
+        (&one, "user@example.com/desk", Err("invalid-authzid")),
+        (&one, "user", Err("invalid-authzid")),
+        (&one, "user@example.com\0", Err("invalid-authzid")),
+        (&two, "", Err("invalid-authzid")),
+        (&two, "other@example.com", Ok("other")),
+        // never offered then
+        (&[], "", Err("invalid-authzid")),
+        (&[], "user@example.com", Err("invalid-authzid")),
+    ] {
+        let begun = begin(Mechanism::External, message, &certified(accounts));
+        let begun = begun.as_ref().map(Exchange::username);
+        assert_eq!(
+            begun.map_err(|failure| failure.condition),
+            user,
+            "{message}"
+        );
+    }
+    let outcome = |account: Option<Credentials<'_>>| {
+        let mut exchange = begin(Mechanism::External, "", &certified(&one)).unwrap();
+        exchange.credentials(account, &decoy(), NONCE)
+    };
+    assert!(matches!(outcome(account()), Step::Success { .. }));
+    // an account without password
+    let none = Credentials {
+        sha1: None,
+        sha256: None,
+    };
+    assert!(matches!(outcome(Some(none)), Step::Success { .. }));
+    let Step::Failure(failure) = outcome(None) else {
+        panic!("it passed");
+    };
+    assert_eq!(failure, Failure::NOT_AUTHORIZED);
+    // and it is over
+    let mut exchange = begin(Mechanism::External, "", &certified(&one)).unwrap();
+    exchange.credentials(None, &decoy(), NONCE);
+    let step = exchange.credentials(account(), &decoy(), NONCE);
+    assert!(matches!(step, Step::Failure(_)));
+}
+
+#[test]
+fn the_accounts_of_a_certificate_are_the_addresses_of_our_domain() {
+    let texts = |names: &[&str]| names.iter().map(|n| n.to_string()).collect::<Vec<_>>();
+    let accounts = |xmpp: &[&str], email: Option<&[&str]>| {
+        let email = email.map(texts);
+        let accounts = external::accounts(&texts(xmpp), email.as_deref(), "example.com");
+        accounts.iter().map(|a| a.to_string()).collect::<Vec<_>>()
+    };
+    let none: [&str; 0] = [];
+    assert_eq!(
+        accounts(
+            &["Alice@example.com", "alice@EXAMPLE.com", "bob@example.com"],
+            None
+        ),
+        ["alice", "bob"]
+    );
+    let others = [
+        "alice@example.org",
+        "example.com",
+        "alice@example.com/desk",
+        "",
+        "a b@example.com",
+        "@example.com",
+    ];
+    assert_eq!(accounts(&others, None), none);
+    let email = &["alice@example.com", "alice@example.org"][..];
+    assert_eq!(accounts(&[], Some(email)), ["alice"]);
+    assert_eq!(accounts(&[], None), none);
+    // whoever has an XMPP address is called by that
+    assert_eq!(accounts(&["alice@example.org"], Some(email)), none);
 }
 
 #[test]
