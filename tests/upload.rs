@@ -476,12 +476,12 @@ fn a_slow_link_gets_the_end_of_a_file_although_the_connection_closes_behind_it()
     drop(large);
     wait_until("it was given up", WITHIN, || transfers(&blade) == 0);
     // of this some waits too, and it is all
-    let (one, body) = file(given - (128 << 10));
+    let (one, body) = file(given - (16 << 10));
     let mut stream = get_unread(&one);
     let mut got = vec![0; 1];
     stream.read_exact(&mut got).unwrap();
     while !soon(|| transfers(&blade) == 0) {
-        let mut piece = vec![0; 32 << 10];
+        let mut piece = vec![0; 16 << 10];
         let n = stream.read(&mut piece).unwrap();
         got.extend_from_slice(&piece[..n]);
     }
