@@ -2,7 +2,7 @@
 //! chain that a client has shown in its handshake. Out: the names in it, or why it does not hold. Promise: names are given only
 //! while the chain holds, whatever the handshake was.
 //!
-//! **The handshake takes every chain** whose key the client has. Refused there, a client with a certificate of some other
+//! **The handshake takes every chain** of up to 16 KiB whose key the client has and TLS can verify (RSA from 2048 bits on). Refused there, a client with a certificate of some other
 //! authority could not come in at all, because TLS has no second try; this way it logs in with its password, and XEP-0178
 //! asks no more than that EXTERNAL is not offered.
 //!
@@ -27,6 +27,9 @@ const XMPP_ADDR: Oid<'static> = oid!(1.3.6.1.5.5.7.8.5);
 /// A connection keeps the chain as long as it lives, and so does its client's ticket. Three certificates with keys of RSA have a third
 /// of it.
 const CHAIN_BYTES_MAX: usize = 16 * 1024;
+/// Certificates between a client's and its authority's. Which one signed which is found by trying: a chain of a hundred that all
+/// claim the same name, of nobody's making, would keep a core for a second.
+const INTERMEDIATES_MAX: usize = 4;
 
 /// Who vouches for clients. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -92,6 +95,10 @@ impl ClientAuthority {
     /// The names in a chain (leaf first) whose key the client has shown to have, if it holds at this moment.
     pub(super) fn names(&self, chain: &[CertificateDer<'_>]) -> Result<ClientNames, Error> {
         let (leaf, intermediates) = chain.split_first().ok_or(Error::NoCertificatesPresented)?;
+        // here, not in the handshake: such a client may still have a password
+        if intermediates.len() > INTERMEDIATES_MAX {
+            return Err(Error::General("its chain is too long".into()));
+        }
         self.0
             .verify_client_cert(leaf, intermediates, UnixTime::now())?;
         names(leaf).ok_or_else(|| Error::General("its names cannot be read".into()))
@@ -326,6 +333,35 @@ mod tests {
         for chain in [&[stranger][..], &[rubbish], &[]] {
             assert!(clients.names(chain).is_err());
         }
+    }
+
+    #[test]
+    fn a_chain_of_many_that_could_have_signed_each_other_is_not_searched() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, leaf, _) = authority(folder.path());
+        let clients = ClientAuthority::load(&path, &[]).unwrap();
+        let mut params = with_names(vec![]);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params
+            .distinguished_name
+            .push(DnType::CommonName, "everyone");
+        let issuer = Issuer::new(params.clone(), KeyPair::generate().unwrap());
+        let key = KeyPair::generate().unwrap();
+        let signed = with_names(vec![xmpp("a@b")])
+            .signed_by(&key, &issuer)
+            .unwrap();
+        let mut chain = vec![signed.der().clone()];
+        chain.extend((0..INTERMEDIATES_MAX).map(|_| der(&params).into()));
+        let began = std::time::Instant::now();
+        assert!(clients.names(&chain).is_err());
+        assert!(began.elapsed() < std::time::Duration::from_secs(1));
+        let many = |leaf: &CertificateDer<'static>, most: usize| {
+            let others = (0..most).map(|_| CertificateDer::from(der(&params)));
+            [leaf.clone()].into_iter().chain(others).collect::<Vec<_>>()
+        };
+        // what is too much beside one that holds is not looked at, what is not does no harm
+        assert!(clients.names(&many(&leaf, INTERMEDIATES_MAX)).is_ok());
+        assert!(clients.names(&many(&leaf, INTERMEDIATES_MAX + 1)).is_err());
     }
 
     #[test]

@@ -12,7 +12,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, ErrorKind, Write};
 use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -36,6 +36,8 @@ const SPAN: Duration = Duration::from_secs(10);
 const DELAY: Duration = Duration::from_millis(50);
 /// Of lines that wait to be written.
 const COLLECTED_BYTES_MAX: usize = 64 << 10;
+/// How long lines are tried while what takes them takes nothing.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// Of this module's own lines, which are never left out.
 const TARGET: &str = "nitro::log";
 
@@ -170,7 +172,7 @@ impl Lines {
             mem::replace(&mut waiting.bytes, spare)
         };
         // an error: there is nobody to tell
-        let _ = out.write_all(&bytes);
+        let _ = write_patiently(&mut **out, &bytes);
         let _ = out.flush();
         bytes.clear();
         if bytes.capacity() <= 2 * COLLECTED_BYTES_MAX {
@@ -194,6 +196,26 @@ impl Lines {
             self.flush();
         }
     }
+}
+
+/// Writes all, also to a pipe or terminal that somebody has made non-blocking, if it takes some within [`PATIENCE`].
+fn write_patiently(out: &mut dyn Write, mut bytes: &[u8]) -> io::Result<()> {
+    let mut blocked: Option<Instant> = None;
+    while !bytes.is_empty() {
+        match out.write(bytes) {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Ok(written) => (bytes, blocked) = (&bytes[written..], None),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                if blocked.get_or_insert_with(Instant::now).elapsed() >= PATIENCE {
+                    return Err(error);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Takes one event, which is written to it in one piece.
@@ -395,6 +417,39 @@ mod tests {
                 assert!(written.lines()[n - 1].ends_with(&format!("line {n}")));
             }
         });
+    }
+
+    #[test]
+    fn what_would_block_for_a_moment_loses_no_line() {
+        struct Slow(Written, u32);
+        impl Write for Slow {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.1 += 1;
+                match self.1 % 3 {
+                    0 => self.0.write(&bytes[..bytes.len().min(7)]),
+                    1 => Err(ErrorKind::WouldBlock.into()),
+                    _ => Err(ErrorKind::Interrupted.into()),
+                }
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let written = Written::default();
+        write_patiently(&mut Slow(written.clone(), 0), b"one line\nand another\n").unwrap();
+        assert_eq!(written.lines(), ["one line", "and another"]);
+        struct Never;
+        impl Write for Never {
+            fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+                Err(ErrorKind::WouldBlock.into())
+            }
+
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        assert!(write_patiently(&mut Never, b"a line").is_err());
     }
 
     #[test]

@@ -383,7 +383,8 @@ pub fn drop_session(slice: &mut Slice, room: &mut Room, jid: &str) {
 pub fn drop_unreached(slice: &mut Slice, room: &mut Room) {
     const STATUSES: &[u16] = &[307, 333];
     if room.ending {
-        return;
+        // all leave
+        return room.unreached.clear();
     }
     if room.flow.changes > 0 {
         // what is told of a change comes first
