@@ -19,9 +19,10 @@
 //! [`Copy`] in one consistent view.
 //!
 //! Uploaded files never change, so they are in the backup by a second name of the same file (a hard link) where both folders are on one
-//! file system, and copied elsewhere. They come after the positions were asked for: whatever an acknowledged message names is there.
+//! file system, and copied elsewhere. They come after the positions were asked for: whatever an acknowledged message names is there. Marks of
+//! removed accounts are those of before: an account that was removed since is in the backup with its files, or is not.
 //!
-//! A restore checks everything before it writes anything, wants an empty data folder, and begins journals anew: they get
+//! A restore checks everything before it writes anything, wants an empty data folder and no uploads where it puts some, and begins journals anew: they get
 //! new identities, so no position in the restored database is taken for theirs. Redis instances begin anew as well, for
 //! their generations are in the data folder. A restore that was interrupted leaves its mark (`restoring` in the data
 //! folder, `copying` in a MySQL database), with which no server starts, and is repeated.
@@ -44,7 +45,7 @@ use crate::config::Config;
 use crate::migrate::{bar, show, table};
 use crate::store::sql::Database;
 use crate::store::sql::copy::{self, Copy, Sum};
-use crate::store::upload::{self, Counted};
+use crate::store::upload::{self, Counted, Owner};
 
 /// The format of the folder.
 const FORMAT: u32 = 1;
@@ -116,6 +117,10 @@ pub fn backup(config: &Config, to: &Path, wait: Duration, uploads: bool) -> Resu
     // While no server runs, this holds the lock and carries the journals over.
     let mut accounts = Accounts::open(config)?;
     let bar = bar();
+    // before the positions: what these accounts have lost is in the database, so their marks delete nothing that it still names
+    let own = config.upload_dir();
+    let gone = uploads.then(|| upload::marks(&own)).transpose();
+    let gone = gone.map_err(|e| format!("{}: cannot be read ({e})", own.display()))?;
     let wanted = wait_for_database(&mut accounts, wait, &bar)?;
     DirBuilder::new()
         .recursive(true)
@@ -127,7 +132,7 @@ pub fn backup(config: &Config, to: &Path, wait: Duration, uploads: bool) -> Resu
                 to.display()
             )
         })?;
-    let filled = fill(config, &database, to, &wanted, uploads, &bar);
+    let filled = fill(config, &database, to, &wanted, gone.as_deref(), &bar);
     bar.finish_and_clear();
     let manifest = match filled {
         Ok(manifest) => manifest,
@@ -154,13 +159,13 @@ pub fn backup(config: &Config, to: &Path, wait: Duration, uploads: bool) -> Resu
     Ok(())
 }
 
-/// Makes the files of a backup in the empty folder `to`, the manifest last.
+/// Makes the files of a backup in the empty folder `to`, the manifest last; `uploads`: with these marks of removed accounts.
 fn fill(
     config: &Config,
     database: &Database,
     to: &Path,
     wanted: &[JournalLine],
-    with_uploads: bool,
+    uploads: Option<&[(Owner, u64)]>,
     bar: &ProgressBar,
 ) -> Result<Manifest, String> {
     let began_at = unix_seconds();
@@ -203,10 +208,10 @@ fn fill(
     files.insert(DATABASE.to_owned(), sum_of(&copied)?);
     sync(&copied)?;
     let own = config.upload_dir();
-    let uploads = match with_uploads && own.exists() {
-        true => Some(copy_uploads(&own, &to.join(UPLOADS), bar)?),
-        false => None,
-    };
+    let uploads = uploads
+        .filter(|_| own.exists())
+        .map(|gone| copy_uploads(&own, &to.join(UPLOADS), gone, bar))
+        .transpose()?;
     let positions = described.positions.iter().map(|at| JournalPosition {
         identity: at.identity,
         journal: at.journal,
@@ -247,7 +252,7 @@ pub fn restore(config: &Config, from: &Path) -> Result<(), String> {
     let database = admin::database(config)?;
     let _lock = DataLock::acquire_to_restore(&config.data_dir)?;
     let staging = config.data_dir.join(RESTORING);
-    check_empty(config, &database, &staging)?;
+    check_empty(config, &database, &staging, manifest.uploads.is_some())?;
     let cannot = |e: io::Error| format!("{}: cannot be made ({e})", staging.display());
     match fs::remove_dir_all(&staging) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(cannot(e)),
@@ -279,7 +284,10 @@ pub fn restore(config: &Config, from: &Path) -> Result<(), String> {
         ));
     }
     if manifest.uploads.is_some() {
-        copy_uploads(&from.join(UPLOADS), &config.upload_dir(), &bar)?;
+        let from = from.join(UPLOADS);
+        let gone = upload::marks(&from)
+            .map_err(|e| format!("{}: cannot be read ({e})", from.display()))?;
+        copy_uploads(&from, &config.upload_dir(), &gone, &bar)?;
     }
     let (certificate, key, own) = config.certificate_paths();
     let mut places = vec![(SECRET, config.data_dir.join(SECRET))];
@@ -452,16 +460,34 @@ fn check_files(from: &Path, manifest: &Manifest) -> Result<(), String> {
     Ok(())
 }
 
-fn copy_uploads(from: &Path, to: &Path, bar: &ProgressBar) -> Result<Counted, String> {
+fn copy_uploads(
+    from: &Path,
+    to: &Path,
+    gone: &[(Owner, u64)],
+    bar: &ProgressBar,
+) -> Result<Counted, String> {
     let mut tell = |so_far: Counted| bar.set_message(format!("uploads: {}", so_far.files));
-    upload::copy_all(from, to, &mut tell)
+    upload::copy_all(from, to, gone, &mut tell)
         .map_err(|e| format!("{}: uploads cannot be copied to it ({e})", to.display()))
 }
 
-/// Nothing but the lock, and what an interrupted restore left.
-fn check_empty(config: &Config, database: &Database, staging: &Path) -> Result<(), String> {
+/// Nothing but the lock, and what an interrupted restore left. `uploads`: they are restored, too, so there is nothing of others and no
+/// mark that would delete them.
+fn check_empty(
+    config: &Config,
+    database: &Database,
+    staging: &Path,
+    uploads: bool,
+) -> Result<(), String> {
     let again = staging.exists();
-    let fills = |name: &str| again && [DATABASE, SECRET, CERTIFICATE, KEY, UPLOADS].contains(&name);
+    let upload_dir = config.upload_dir();
+    let below = below(&config.data_dir, &upload_dir);
+    let own = |name: &str| {
+        let mut below = below.iter().flat_map(|below| below.iter());
+        // it may have others beside it where it lies deeper
+        below.next() == Some(name.as_ref()) && (again || below.next().is_none())
+    };
+    let fills = |name: &str| again && [DATABASE, SECRET, CERTIFICATE, KEY].contains(&name);
     let occupied = |folder: &Path, ignored: &dyn Fn(&str) -> bool| -> Result<(), String> {
         let listed = match fs::read_dir(folder) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -474,8 +500,8 @@ fn check_empty(config: &Config, database: &Database, staging: &Path) -> Result<(
             let name = name.to_string_lossy();
             if !ignored(&name) {
                 return Err(format!(
-                    "{}: is not empty (there is {name}); a restore wants an empty data_dir and no journals: name other \
-                     ones, or move away what is there",
+                    "{}: is not empty (there is {name}); a restore wants an empty data_dir, no journals and no \
+                     uploads: name other ones, or move away what is there",
                     folder.display()
                 ));
             }
@@ -483,8 +509,11 @@ fn check_empty(config: &Config, database: &Database, staging: &Path) -> Result<(
         Ok(())
     };
     occupied(&config.data_dir, &|name| {
-        name == "nitro.lock" || name == RESTORING || fills(name)
+        name == "nitro.lock" || name == RESTORING || fills(name) || uploads && own(name)
     })?;
+    if uploads && below.as_deref() != Some(Path::new("")) {
+        occupied(&upload_dir, &|_| again)?;
+    }
     occupied(&config.journal_dir(), &|_| false)?;
     match database {
         Database::Sqlite(path) if path.exists() && !again => Err(format!(
@@ -493,6 +522,13 @@ fn check_empty(config: &Config, database: &Database, staging: &Path) -> Result<(
         )),
         _ => Ok(()),
     }
+}
+
+/// The path of a folder in another one, if it is there.
+fn below(folder: &Path, path: &Path) -> Option<PathBuf> {
+    let whole = |path: &Path| fs::canonicalize(path).or_else(|_| std::path::absolute(path));
+    let (folder, path) = (whole(folder).ok()?, whole(path).ok()?);
+    path.strip_prefix(folder).ok().map(Path::to_owned)
 }
 
 fn check_new(to: &Path) -> Result<(), String> {
@@ -636,4 +672,44 @@ fn sync(path: &Path) -> Result<(), String> {
 fn unix_seconds() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uploads_are_restored_only_where_there_are_none_and_again_after_an_interruption() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let staging = data.join(RESTORING);
+        let database = Database::Sqlite(data.join(DATABASE));
+        let check = |uploads: &Path, restored: bool| {
+            let sets = [
+                format!("data_dir='{}'", data.display()),
+                format!("upload.dir='{}'", uploads.display()),
+            ];
+            let config = Config::load(None, &sets).unwrap();
+            check_empty(&config, &database, &staging, restored)
+        };
+        let outside = dir.path().join("uploads");
+        let inside = data.join("other");
+        fs::create_dir_all(&inside).unwrap();
+        // empty
+        check(&inside, true).unwrap();
+        check(&outside, true).unwrap_err();
+        fs::remove_dir(&inside).unwrap();
+        check(&outside, true).unwrap();
+        for uploads in [&outside, &inside] {
+            upload::mark_gone(uploads, Owner([1; 16]), 1_790_000_000).unwrap();
+            let why = check(uploads, true).unwrap_err();
+            assert!(why.contains("(there is gone)"), "{why}");
+            fs::create_dir(&staging).unwrap();
+            check(uploads, true).unwrap();
+            fs::remove_dir(&staging).unwrap();
+            fs::remove_dir_all(&inside).ok();
+        }
+        // left out, they stay as they are
+        check(&outside, false).unwrap();
+    }
 }

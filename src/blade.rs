@@ -170,10 +170,14 @@ fn run(config: Config, load: impl Fn() -> Result<Config, String>) -> Result<(), 
     let (observer, observing) = start_observer(&config, &senders, lane.counters())?;
     let pages = Pages { sources, observer };
     let helpers = Helpers::start(config.limits.password_checks_waiting_max);
-    let files_of_users = config
-        .upload_host()
-        .map(|_| Files::start(&config))
-        .transpose()?;
+    let files_of_users = match config.upload_host() {
+        Some(_) => Some(Files::start(&config)?),
+        // switched off: what removed accounts have left still goes
+        None if config.upload_dir().exists() => Files::start(&config)
+            .inspect_err(|error| tracing::error!("{error}"))
+            .ok(),
+        None => None,
+    };
     if let Some(files) = &files_of_users {
         // a stop may have come between the end of an account and that of its files
         let key = crate::xmpp::feature::upload::Key::new(&secret);

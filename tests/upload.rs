@@ -600,18 +600,34 @@ fn a_removed_accounts_files_go_with_it_and_a_backup_has_all_files() {
     assert_eq!(get(at, &romeo, "").status, 404);
     wait_until("it is removed again", WITHIN, || !of_romeo.exists());
     assert_eq!(get(at, &juliet, "").status, 200);
+    // while uploads are off
+    let nurse = {
+        let mut client = user(&blade, "nurse");
+        let one = slot(&mut client, "a.png", 5, "image/png");
+        assert_eq!(put(at, &one, "image/png", b"01234"), 201);
+        one
+    };
+    let of_nurse = path(&nurse);
+    blade.terminate();
+    blade.set("upload.enabled", "false");
+    blade.restart();
+    assert_eq!(get(web(&blade, 3), &nurse, "").status, 404);
+    assert!(of_nurse.exists());
+    command(&blade, &["user", "remove", "nurse@localhost"]);
+    wait_until("the nurse's is removed", WITHIN, || !of_nurse.exists());
     // while no server runs
     blade.terminate();
+    blade.set("upload.enabled", "true");
     command(&blade, &["user", "remove", "juliet@localhost"]);
     blade.restart();
-    assert_eq!(get(web(&blade, 3), &juliet, "").status, 404);
+    assert_eq!(get(web(&blade, 4), &juliet, "").status, 404);
     wait_until("hers is removed", WITHIN, || !of_juliet.exists());
 
     blade.terminate();
     fs::rename(blade.data_dir(), blade.folder().join("old")).unwrap();
     command(&blade, &["restore", to]);
     blade.restart();
-    let at = web(&blade, 4);
+    let at = web(&blade, 5);
     for one in [&romeo, &juliet] {
         assert_eq!(get(at, one, "").body, b"01234");
     }

@@ -53,7 +53,7 @@ impl Direct {
         };
         upload::mark_gone(dir, Key::new(secret).owner(name), now()).map_err(|error| {
             format!(
-                "the account is removed, but not its files in {}: {error}",
+                "the account stays, for its files in {} cannot be removed: {error}",
                 dir.display()
             )
         })
@@ -77,13 +77,17 @@ impl Direct {
             UserPasswd { name, keys } => self.change(&name, |record| keys.put_into(record))?,
             UserDisable { name } => self.change(&name, |record| record.disabled = true)?,
             UserEnable { name } => self.change(&name, |record| record.disabled = false)?,
-            UserRemove { name } => match self.store.remove(&name)? {
-                true => {
-                    self.forget_uploads(&name)?;
-                    AdminReply::Done
+            UserRemove { name } => {
+                if self.store.show(&name)?.is_none() {
+                    return Ok(AdminReply::no_such_user(&name));
                 }
-                false => AdminReply::no_such_user(&name),
-            },
+                // first, so that no stop leaves files of an account that is no more
+                self.forget_uploads(&name)?;
+                match self.store.remove(&name)? {
+                    true => AdminReply::Done,
+                    false => AdminReply::no_such_user(&name),
+                }
+            }
             UserList {
                 prefix,
                 after,
@@ -386,5 +390,30 @@ mod tests {
                 known: vec![true, false, true]
             }
         );
+    }
+
+    #[test]
+    fn an_account_stays_until_it_is_written_down_that_its_files_are_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let data = dir.path().join("data");
+        let gone = data.join("uploads").join("gone");
+        std::fs::create_dir_all(data.join("uploads")).unwrap();
+        std::fs::write(data.join("secret"), [1; 32]).unwrap();
+        std::fs::write(&gone, "no folder").unwrap();
+        let mut direct = open(&dir);
+        let add = AdminRequest::UserAdd {
+            name: "alice".into(),
+            keys: keys(1),
+        };
+        assert!(matches!(direct.answer(add), AdminReply::Done));
+        let mut remove = |name: &str| direct.answer(AdminRequest::UserRemove { name: name.into() });
+        let why = refused(remove("alice"));
+        assert!(why.contains("the account stays"), "{why}");
+        std::fs::remove_file(&gone).unwrap();
+        refused(remove("bob"));
+        assert!(!gone.exists());
+        assert!(matches!(remove("alice"), AdminReply::Done));
+        assert_eq!(upload::marks(gone.parent().unwrap()).unwrap().len(), 1);
+        refused(remove("alice"));
     }
 }

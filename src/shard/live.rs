@@ -211,12 +211,15 @@ impl Shard {
             && self.redis.as_ref().is_none_or(|redis| !redis.is_restless())
     }
 
-    /// The shard stops: what it has decided is in its journal, marks too.
+    /// The shard stops: what it has decided is in its journal, marks too, and those of accounts that have left uploads.
     fn all_durable(&self) -> bool {
         let mut slice = self.slice.borrow_mut();
         slice.ledger.hurry();
         let ms = slice.now.ms;
-        slice.ledger.due_ms(ms).is_none() && !slice.ledger.is_flying()
+        slice.ledger.due_ms(ms).is_none()
+            && !slice.ledger.is_flying()
+            && slice.fx.uploads_gone.is_empty()
+            && !self.upload_forgets.get()
     }
 
     /// Lets others run if this turn has become long; what was decided so far goes out before.

@@ -138,7 +138,8 @@ pub struct Parts {
     pub ring: Arc<Ring>,
     pub decoy: Arc<Decoy>,
     pub id_key: [u64; 2],
-    /// Of the slots for uploads, and the threads that keep the files; none: there are no uploads.
+    /// Of the slots for uploads, and the threads that keep the files; none: there are no uploads. Where they are switched off it is
+    /// for what removed accounts have left.
     pub upload: Option<([u8; 32], upload::Files)>,
     pub login_key: [u8; 32],
     pub listen: Vec<(SocketAddr, Door)>,
@@ -224,6 +225,8 @@ pub struct Shard {
     /// Who waits for what is done with it, by number.
     upload_waits: RefCell<FnvHashMap<u64, SlotSetter<Box<dyn Any + Send>>>>,
     upload_number: Cell<u64>,
+    /// A removal of an account is being written down there.
+    upload_forgets: Cell<bool>,
     page_tickets: Cell<u64>,
 }
 
@@ -403,6 +406,7 @@ impl Shard {
             files,
             upload_waits: RefCell::default(),
             upload_number: Cell::new(0),
+            upload_forgets: Cell::new(false),
             page_tickets: Cell::new(0),
         });
         begin_recording();

@@ -446,48 +446,83 @@ impl Folder {
             .is_some_and(|until| entry.at <= until)
     }
 
-    /// Removes some of the files of removed accounts, and marks that nobody needs any more; how many files, 0: there are no more.
+    /// Removes some of the files of removed accounts, and marks that nobody needs any more; how many files, 0: there are no more that can
+    /// be removed. Transfers wait for no listing and no removal.
     pub fn clear(&self, now: u64) -> io::Result<usize> {
         let gone: Vec<_> = lock(&self.gone)
             .iter()
             .map(|(owner, (until, cleared))| (*owner, *until, *cleared))
             .collect();
+        let expired = |until: u64| until.saturating_add(GONE_SECONDS) < now;
+        let mut written: HashMap<Owner, Vec<u64>> = HashMap::new();
+        if gone.iter().any(|(_, until, _)| expired(*until)) {
+            for (owner, at) in marks(&self.root)? {
+                written.entry(owner).or_default().push(at);
+            }
+        }
         let mut removed = 0;
+        let mut failed = Vec::new();
         for (owner, until, cleared) in gone {
             if !cleared {
-                let dir = self.dir(owner);
-                for entry in entries(&dir)? {
-                    if entry.at > until {
+                match self.clear_owner(owner, until, &mut removed) {
+                    Ok(true) => {}
+                    Ok(false) => return Ok(removed),
+                    Err(error) => {
+                        failed.push((owner, error));
                         continue;
                     }
-                    if removed == CLEARED_AT_ONCE {
-                        return Ok(removed);
-                    }
-                    match fs::remove_file(dir.join(entry.name())) {
-                        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-                        _ => removed += 1,
-                    }
-                    let less = |bytes: u64| Some(bytes.saturating_sub(entry.bytes));
-                    let _ = self.bytes.fetch_update(Relaxed, Relaxed, less);
                 }
-                // not if a later account of that name has something
-                let _ = fs::remove_dir(&dir);
             }
-            let mut table = lock(&self.gone);
-            let Some(mark) = table.get_mut(&owner).filter(|mark| mark.0 == until) else {
-                continue;
+            let no_more = {
+                let mut table = lock(&self.gone);
+                let Some(mark) = table.get_mut(&owner).filter(|mark| mark.0 == until) else {
+                    continue;
+                };
+                mark.1 = true;
+                expired(until) && table.remove(&owner).is_some()
             };
-            mark.1 = true;
-            if until.saturating_add(GONE_SECONDS) < now {
-                table.remove(&owner);
-                for (marked, at) in marks(&self.root)? {
-                    if marked == owner {
-                        fs::remove_file(self.root.join(GONE).join(mark_name(owner, at)))?;
+            if no_more {
+                let all = written.remove(&owner).unwrap_or_default();
+                // one that is made meanwhile is newer
+                for at in all.into_iter().filter(|at| *at <= until) {
+                    let mark = self.root.join(GONE).join(mark_name(owner, at));
+                    if let Err(error) = fs::remove_file(mark) {
+                        failed.push((owner, error));
                     }
                 }
             }
         }
+        // once for all the pieces: this is the last one
+        if removed == 0 {
+            for (owner, error) in failed {
+                let dir = self.dir(owner);
+                tracing::error!(%error, dir = %dir.display(), "upload.dir: files of a removed account cannot be removed");
+            }
+        }
         Ok(removed)
+    }
+
+    /// `false`: there are more than may be removed in one go.
+    fn clear_owner(&self, owner: Owner, until: u64, removed: &mut usize) -> io::Result<bool> {
+        let dir = self.dir(owner);
+        for entry in entries(&dir)? {
+            if entry.at > until {
+                continue;
+            }
+            if *removed == CLEARED_AT_ONCE {
+                return Ok(false);
+            }
+            match fs::remove_file(dir.join(entry.name())) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                other => other?,
+            }
+            *removed += 1;
+            let less = |bytes: u64| Some(bytes.saturating_sub(entry.bytes));
+            let _ = self.bytes.fetch_update(Relaxed, Relaxed, less);
+        }
+        // not if a later account of that name has something
+        let _ = fs::remove_dir(&dir);
+        Ok(true)
     }
 
     fn dir(&self, owner: Owner) -> PathBuf {
@@ -585,8 +620,8 @@ pub fn mark_gone(root: &Path, owner: Owner, at: u64) -> io::Result<()> {
     File::open(&dir)?.sync_all()
 }
 
-/// The marks in the folder.
-fn marks(root: &Path) -> io::Result<Vec<(Owner, u64)>> {
+/// The marks in the folder: whose files up to when are gone.
+pub fn marks(root: &Path) -> io::Result<Vec<(Owner, u64)>> {
     let list = match fs::read_dir(root.join(GONE)) {
         Ok(list) => list,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -610,14 +645,19 @@ pub struct Counted {
     pub bytes: u64,
 }
 
-/// Copies all files and marks of one folder into another: by a second name for the same file (a hard link) where both are on one file
-/// system, which costs no room. Nothing is ever written into a file that has its name, so the copy stays what it is. What is there
+/// Copies all files of one folder into another, and these marks of its: by a second name for the same file (a hard link) where both
+/// are on one file system, which costs no room. Nothing is ever written into a file that has its name, so the copy stays what it is. What is there
 /// already stays, what goes meanwhile is left out. Durable when this returns.
-pub fn copy_all(from: &Path, to: &Path, told: &mut dyn FnMut(Counted)) -> io::Result<Counted> {
+pub fn copy_all(
+    from: &Path,
+    to: &Path,
+    marks: &[(Owner, u64)],
+    told: &mut dyn FnMut(Counted),
+) -> io::Result<Counted> {
     let mut counted = Counted::default();
     make_dir(to)?;
-    for (owner, at) in marks(from)? {
-        mark_gone(to, owner, at)?;
+    for (owner, at) in marks {
+        mark_gone(to, *owner, *at)?;
     }
     for fan in subfolders(from)? {
         for owner in subfolders(&fan)? {
@@ -648,22 +688,36 @@ fn link_or_copy(from: &Path, to: &Path) -> io::Result<bool> {
     match fs::hard_link(from, to) {
         Ok(()) => return Ok(true),
         Err(error) if gone(&error) => return Ok(false),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            match fs::metadata(to)?.len() == fs::metadata(from)?.len() {
-                true => return Ok(true),
-                // an interrupted copy
-                false => fs::remove_file(to)?,
-            }
+        Err(error)
+            if error.kind() == io::ErrorKind::AlreadyExists
+                && fs::metadata(to)?.len() == fs::metadata(from)?.len() =>
+        {
+            return Ok(true);
         }
-        // another file system, or one without links
+        // another file system, one without links, or half a file
         Err(_) => {}
     }
-    match fs::copy(from, to) {
-        Ok(_) => File::open(to)?.sync_all().map(|()| true),
-        Err(error) if gone(&error) => Ok(false),
-        Err(error) => Err(error),
+    // it has its name when it is whole and durable
+    let beside = to.with_extension(COPYING);
+    let copy = || {
+        fs::copy(from, &beside)?;
+        File::open(&beside)?.sync_all()?;
+        fs::rename(&beside, to)
+    };
+    match copy() {
+        Ok(()) => Ok(true),
+        Err(error) => {
+            let _ = fs::remove_file(&beside);
+            match gone(&error) && !from.exists() {
+                true => Ok(false),
+                false => Err(error),
+            }
+        }
     }
 }
+
+/// The ending of a file that is being copied: none that [`Entry::parse`] knows.
+const COPYING: &str = "copying";
 
 /// Counts the files of a folder; an error: one has another length than its name says.
 pub fn count(root: &Path) -> io::Result<Counted> {
@@ -689,8 +743,25 @@ fn broken(what: &str, error: &io::Error) -> Refused {
     Refused::Broken
 }
 
+/// With those above it; what was made is durable when this returns.
 fn make_dir(dir: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir)
+    if dir.is_dir() {
+        return Ok(());
+    }
+    let above = dir.parent().filter(|above| !above.as_os_str().is_empty());
+    let above = above.unwrap_or(Path::new("."));
+    make_dir(above)?;
+    match DirBuilder::new().mode(0o700).create(dir) {
+        // somebody else was faster
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => {}
+        other => other?,
+    }
+    match File::open(above) {
+        Ok(above) => above.sync_all(),
+        // not ours, and only there to be gone through
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// The files in a folder that this release has written; none where there is no folder.
@@ -994,6 +1065,40 @@ mod tests {
     }
 
     #[test]
+    fn a_folder_that_cannot_be_read_keeps_no_others_and_old_marks_go() {
+        let (dir, folder) = folder();
+        put(&folder, entry(1, 10, NOW), NOW).unwrap();
+        folder.forget(ALICE, NOW).unwrap();
+        for n in 0..20 {
+            folder.forget(Owner([n; 16]), NOW).unwrap();
+        }
+        let broken = Owner([0xcd; 16]);
+        fs::create_dir(dir.path().join("cd")).unwrap();
+        fs::write(folder.dir(broken), "no folder").unwrap();
+        folder.forget(broken, NOW).unwrap();
+        assert_eq!(folder.clear(NOW).unwrap(), 1);
+        assert_eq!(folder.clear(NOW).unwrap(), 0);
+        let later = NOW + GONE_SECONDS + 1;
+        // removed once more meanwhile
+        folder.forget(Owner([7; 16]), later).unwrap();
+        assert_eq!(folder.clear(later).unwrap(), 0);
+        let mut left = marks(dir.path()).unwrap();
+        left.sort_by_key(|(owner, at)| (owner.0, *at));
+        let again = Owner([7; 16]);
+        assert_eq!(left, [(again, NOW), (again, later), (broken, NOW)]);
+        fs::remove_file(folder.dir(broken)).unwrap();
+        assert_eq!(folder.clear(later).unwrap(), 0);
+        assert!(
+            marks(dir.path())
+                .unwrap()
+                .iter()
+                .all(|(owner, _)| *owner == again)
+        );
+        assert_eq!(folder.clear(later + GONE_SECONDS + 1).unwrap(), 0);
+        assert!(marks(dir.path()).unwrap().is_empty());
+    }
+
+    #[test]
     fn a_copy_has_all_files_and_marks_and_is_whole_when_it_is_made_again() {
         let (dir, folder) = folder();
         put(&folder, entry(1, 10, NOW), NOW).unwrap();
@@ -1005,7 +1110,11 @@ mod tests {
             files: 2,
             bytes: 30,
         };
-        assert_eq!(copy_all(dir.path(), &root, &mut |_| {}).unwrap(), all);
+        let known = marks(dir.path()).unwrap();
+        // an account that the database of the copy still has
+        folder.forget(ALICE, NOW).unwrap();
+        let copy = || copy_all(dir.path(), &root, &known, &mut |_| {}).unwrap();
+        assert_eq!(copy(), all);
         assert_eq!((count(&root).unwrap(), files(&root)), (all, 3));
         let half = root
             .join("ab")
@@ -1014,8 +1123,8 @@ mod tests {
         fs::remove_file(&half).unwrap();
         fs::write(&half, b"01234").unwrap();
         assert!(count(&root).is_err());
-        assert_eq!(copy_all(dir.path(), &root, &mut |_| {}).unwrap(), all);
-        assert_eq!(count(&root).unwrap(), all);
+        assert_eq!(copy(), all);
+        assert_eq!((count(&root).unwrap(), files(&root)), (all, 3));
         let folder = Folder::open(&root, bounds()).unwrap();
         assert!(
             folder

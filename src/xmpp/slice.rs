@@ -2423,7 +2423,7 @@ impl Slice {
 
     /// Changes something of a user; `then` runs when it is durable, or at once if it is not made. The user stays in the
     /// cache until then.
-    pub fn write(&mut self, name: &str, op: Op, then: Then) {
+    pub fn write(&mut self, name: &str, op: Op, mut then: Then) {
         if self.ledger.full {
             self.counters.journal_refused += 1;
             return then(self, Err(WriteError::Full));
@@ -2474,7 +2474,16 @@ impl Slice {
                     record: record.bytes(),
                 }
             }
-            Op::RemoveUser => Change::RemoveUser { name, revision },
+            Op::RemoveUser => {
+                let who = who.clone();
+                then = Box::new(move |slice, result| {
+                    if result.is_ok() {
+                        feature::upload::account_removed(slice, &who, Id(revision));
+                    }
+                    then(slice, result);
+                });
+                Change::RemoveUser { name, revision }
+            }
             Op::PutDocument { key, value } => Change::PutDocument {
                 name,
                 revision,

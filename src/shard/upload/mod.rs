@@ -5,7 +5,8 @@
 //! them one piece of a body at a time and reads or sends the next one when that is done. So a transfer has one piece in memory, whatever
 //! the file's size, and a client that is too fast for the disk is not read.
 //!
-//! Slots have a queue and a thread of their own: who asks for many holds up no transfer. A transfer whose piece finds the queue
+//! Slots have a queue and a thread of their own: who asks for many holds up no transfer. Removed accounts are written down there, of each
+//! shard one at a time. A transfer whose piece finds the queue
 //! full waits for room.
 
 mod answer;
@@ -57,6 +58,8 @@ pub enum Done {
     /// By a number of [`Shard::upload_waits`].
     Piece(u64, Outcome),
     Discarded,
+    /// It is written down that an account was removed.
+    Forgotten,
 }
 
 /// The threads, and what waits for them.
@@ -212,7 +215,11 @@ fn bounds(config: &Config) -> Bounds {
         user_bytes_max: u.user_bytes_max,
         user_files_max: u.user_files_max,
         bytes_max: u.bytes_max,
-        keep_seconds: u.keep_days * 86_400,
+        // switched off: only what removed accounts have left goes
+        keep_seconds: match config.upload_host() {
+            Some(_) => u.keep_days * 86_400,
+            None => 0,
+        },
         slot_seconds: u.slot_seconds,
     }
 }
@@ -309,7 +316,7 @@ impl Files {
             }
             // full: told already
             let _ = gone.try_send(());
-            Done::Discarded
+            Done::Forgotten
         })
     }
 
@@ -323,12 +330,13 @@ impl Shard {
     /// What the slice has asked of the folder.
     pub(super) fn ask_for_slots(&self, slice: &mut Slice) {
         if let Some(files) = &self.files {
-            while let Some((owner, at)) = slice.fx.uploads_gone.pop() {
-                if !files.ask(self.own_inbox.clone(), files.forgets(owner, at)) {
-                    // with the next turn's
-                    slice.fx.uploads_gone.push((owner, at));
-                    break;
-                }
+            // one at a time: whoever asks for a slot does not wait behind all of them
+            if !self.upload_forgets.get()
+                && let Some(&(owner, at)) = slice.fx.uploads_gone.last()
+                && files.ask(self.own_inbox.clone(), files.forgets(owner, at))
+            {
+                slice.fx.uploads_gone.pop();
+                self.upload_forgets.set(true);
             }
         }
         for ask in std::mem::take(&mut slice.fx.slots) {
@@ -354,6 +362,7 @@ impl Shard {
                 self.slice.borrow_mut().slot_reserved(ticket, Some(answer));
             }
             Done::Discarded => {}
+            Done::Forgotten => self.upload_forgets.set(false),
             Done::Piece(number, outcome) => {
                 let waiting = self.upload_waits.borrow_mut().remove(&number);
                 if let Some(waiting) = waiting {

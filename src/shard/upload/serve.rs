@@ -19,7 +19,9 @@ const BROKEN: Refusal = (500, "the file cannot be written or read");
 /// Anything behind [`crate::xmpp::feature::upload::PATH`].
 pub async fn serve(exchange: &mut Exchange<'_>) -> Result<After, Gone> {
     let path = exchange.head.path.clone();
-    let done = match (parse_path(&path), &*exchange.head.method) {
+    let on = exchange.shard.slice.borrow().env.upload.is_some();
+    let file = parse_path(&path).filter(|_| on);
+    let done = match (file, &*exchange.head.method) {
         (None, _) => Err(NOTHING),
         (Some(file), "PUT") => put(exchange, file).await?,
         (Some(file), _) => get(exchange, file).await?,

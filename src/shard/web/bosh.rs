@@ -8,11 +8,13 @@
 //!
 //! Promise: stanzas of requests arrive once and in the order of their ids; an answer is kept until the client must have it and is
 //! sent again when it asks again; what an answer has carried counts as delivered when a later request says that it has arrived
-//! (section 9), and not before. A client that acknowledges (`ack`) says it with the next request. Of the others that with the id n says it of
-//! all answers up to the id n less those that may be open; so a request that waits behind an unconfirmed answer is answered
+//! (section 9), and not before. A client that acknowledges (`ack`) says it with the next request. The others say it by the ids that
+//! they have come to: the protocol bounds how many of their requests are open, not which, so an answer on a connection that stalls may be
+//! older than that number. Only those before a window of as many and [`SPARE`] more ids count as arrived; who lets an answer
+//! hang while he goes on beyond it may lose what it carried. A request that waits behind an unconfirmed answer is answered
 //! sooner ([`CONFIRM_MS`]), to hear the next one. The owner learns how many bytes of its stream have arrived by a number that both
-//! ends of the pair share. What is not confirmed when the session ends is delivered elsewhere or kept: nothing is lost, and a client
-//! without `ack` that dies within [`CONFIRM_MS`] of its last message gets that again.
+//! ends of the pair share. What is not confirmed when the session ends is delivered elsewhere or kept: nothing is lost but that, and
+//! a client without `ack` that dies before it has come to the end of the window gets its last messages again.
 //!
 //! Not offered: several streams in one session (XEP-0124 section 16: no client asks), keys (section 15: what TLS does better),
 //! answers by script (section 18).
@@ -54,6 +56,8 @@ const PROOF_BYTES: usize = 8;
 const RID_MAX: u64 = (1 << 53) - 1;
 /// Requests that the server holds open: one is enough to push (section 11).
 const HOLD_MAX: usize = 1;
+/// Ids beyond those of the requests that may be open whose answers may still be on their way, if the client does not acknowledge.
+const SPARE: u64 = 3;
 /// How long a request waits at most while it is not known whether the answers before it have arrived.
 const CONFIRM_MS: u64 = 5000;
 /// Bytes taken from the pair at once.
@@ -433,12 +437,14 @@ impl Session {
         setter: SlotSetter<Reply>,
     ) -> Option<&'static str> {
         let now_ms = shard.now_ms();
-        self.confirm(rid, &request);
-        let open = self.hold as u64 + 1;
+        // one that pauses or ends the session may be one more than may be open (sections 10 and 11)
+        let more = request.pause_ms.is_some() || request.terminate;
+        let unsure = self.hold as u64 + 1 + SPARE + u64::from(more);
+        self.confirm(rid, &request, unsure);
         while self
             .kept
             .front()
-            .is_some_and(|(kept, ..)| kept + open <= rid)
+            .is_some_and(|(kept, ..)| kept + unsure <= rid)
         {
             self.kept.pop_front();
         }
@@ -482,15 +488,12 @@ impl Session {
         None
     }
 
-    /// Which answers have arrived, as the request with this id says (section 9).
-    fn confirm(&mut self, rid: u64, request: &Request) {
+    /// Which answers have arrived, as the request with this id says (section 9); of the last `unsure` ids it does not say it by itself.
+    fn confirm(&mut self, rid: u64, request: &Request, unsure: u64) {
         if self.acks && request.ack.is_none() && !self.held.is_empty() {
             // it claims to have the answer to a request that has none: it only said that it would acknowledge
             self.acks = false;
         }
-        let open = self.hold as u64 + 1;
-        // one that pauses may be one more than may be open (section 12)
-        let unsure = open + u64::from(request.pause_ms.is_some());
         let through = match request.ack {
             Some(ack) if self.acks => ack.min(rid - 1),
             None if self.acks => rid - 1,

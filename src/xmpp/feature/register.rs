@@ -228,7 +228,6 @@ fn removed(slice: &mut Slice, name: &str) {
             )),
         );
     }
-    super::upload::account_removed(slice, name);
     slice.set_user(name, None);
 }
 

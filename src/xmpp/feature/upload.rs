@@ -11,6 +11,7 @@ use aws_lc_rs::{constant_time, hmac};
 use fnv::FnvHashMap;
 
 use super::{Feature, NONE, disco, ping, time};
+use crate::store::change::Id;
 use crate::store::upload::{self, Entry, Owner, Refused};
 use crate::xml::dom::Element;
 use crate::xml::view::View;
@@ -295,11 +296,12 @@ fn request(slice: &mut Slice, iq: Iq) {
     });
 }
 
-/// What the account has put goes with it.
-pub fn account_removed(slice: &mut Slice, name: &str) {
+/// What the account has put goes with it, up to the removal's own time: whoever reads that in the journal says the same.
+pub fn account_removed(slice: &mut Slice, name: &str, revision: Id) {
     if let Some(key) = &slice.env.upload_key {
         let owner = key.owner(name);
-        slice.fx.uploads_gone.push((owner, slice.now.unix));
+        let at = revision.unix_ms() / 1000;
+        slice.fx.uploads_gone.push((owner, at));
     }
 }
 
