@@ -139,6 +139,17 @@ pub struct Ledger {
     pub full: bool,
 }
 
+/// Messages of which no journal says yet, or none that was heard of, that
+#[derive(Default)]
+pub struct Marked {
+    /// they are done or dropped,
+    pub gone: FnvHashSet<u64>,
+    /// they are let in,
+    pub decided: FnvHashSet<u64>,
+    /// they are in no archive.
+    pub unarchived: FnvHashSet<u64>,
+}
+
 impl Ledger {
     /// `next_seq` and `last_id` (the highest of any shard) go on from what the journals hold.
     pub fn new(shard: u16, next_seq: u64, last_id: Id) -> Ledger {
@@ -265,22 +276,24 @@ impl Ledger {
         self.mark(now_ms);
     }
 
-    /// What no journal says yet, or none that was heard of: messages that are done or dropped, and decided ones.
-    pub fn marked(&self) -> (FnvHashSet<u64>, FnvHashSet<u64>) {
+    /// What no journal says yet, or none that was heard of.
+    pub fn marked(&self) -> Marked {
         let waiting = self.done.iter().chain(&self.dropped).map(|(_, id)| *id);
-        let (mut gone, mut decided) = (
-            waiting.collect::<FnvHashSet<_>>(),
-            self.decided.iter().copied().collect::<FnvHashSet<_>>(),
-        );
+        let mut marked = Marked {
+            gone: waiting.collect(),
+            decided: self.decided.iter().copied().collect(),
+            unarchived: self.unarchived.iter().map(|(_, id)| *id).collect(),
+        };
         let flying = self.flying.iter().flat_map(|(acts, ..)| &acts.entries);
         for entry in flying {
             match &entry.act {
-                Act::Done(ids) | Act::Dropped(ids) => gone.extend(ids),
-                Act::Decided(ids) => decided.extend(ids),
+                Act::Done(ids) | Act::Dropped(ids) => marked.gone.extend(ids),
+                Act::Decided(ids) => marked.decided.extend(ids),
+                Act::Unarchived(ids) => marked.unarchived.extend(ids.iter().map(|(_, id)| *id)),
                 _ => {}
             }
         }
-        (gone, decided)
+        marked
     }
 
     /// Marks do not wait any more.
@@ -422,5 +435,32 @@ impl Ledger {
             acts.strings.clear();
             self.spare.1 = Some(acts);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_known_from_when_they_are_made_until_their_group_is_durable() {
+        let mut ledger = Ledger::new(0, 1, Id(0));
+        let user: Rc<str> = "juliet".into();
+        ledger.dropped(&user, 1, 0);
+        ledger.decided(2, 0);
+        ledger.unarchived(&user, 3, 0);
+        let all = |ledger: &Ledger| {
+            let Marked {
+                gone,
+                decided,
+                unarchived,
+            } = ledger.marked();
+            [gone, decided, unarchived].map(|ids| ids.into_iter().collect::<Vec<_>>())
+        };
+        assert_eq!(all(&ledger), [[1], [2], [3]]);
+        assert!(ledger.seal().is_some());
+        assert_eq!(all(&ledger), [[1], [2], [3]], "on its way");
+        ledger.landed();
+        assert_eq!(all(&ledger), [[0; 0]; 3]);
     }
 }

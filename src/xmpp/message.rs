@@ -521,7 +521,7 @@ pub fn decide_missing(slice: &mut Slice, name: &str) {
     if undecided.is_empty() {
         return;
     }
-    let (gone, _) = slice.ledger.marked();
+    let gone = slice.ledger.marked().gone;
     let mut bytes = Vec::new();
     for (id, place) in undecided {
         let ms = slice.now.ms;

@@ -23,7 +23,7 @@ use super::feature::offline::Offline;
 use super::feature::{self, Hooks, Refusal, presence, retract, stable_id};
 use super::groups::Groups;
 use super::jid::Jid;
-use super::ledger::{Act, Acts, Entry, Ledger};
+use super::ledger::{Act, Acts, Entry, Ledger, Marked};
 use super::meta::{Kind, Meta};
 use super::pace::Pace;
 use super::regroup::Regrouping;
@@ -2257,16 +2257,19 @@ impl Slice {
         let by = format!("{name}@{}", self.env.domain);
         let mut offline = Offline::default();
         let mut undecided = Vec::new();
-        let (gone, decided) = match loaded.pending.is_empty() {
-            true => Default::default(),
+        let marked = match loaded.pending.is_empty() {
+            true => Marked::default(),
             false => self.ledger.marked(),
         };
-        for pending in std::mem::take(&mut loaded.pending) {
-            if gone.contains(&pending.id) {
+        for mut pending in std::mem::take(&mut loaded.pending) {
+            if marked.gone.contains(&pending.id) {
                 continue;
             }
-            if pending.what & Message::UNDECIDED != 0 && !decided.contains(&pending.id) {
+            if pending.what & Message::UNDECIDED != 0 && !marked.decided.contains(&pending.id) {
                 undecided.push(pending.clone());
+            }
+            if marked.unarchived.contains(&pending.id) {
+                pending.what &= !Message::ARCHIVE;
             }
             let meta = Meta::from_numbers(pending.kind, pending.flags);
             let stanza = stable_id::stamped(&self.env, &by, pending);
