@@ -13,7 +13,8 @@ Prosody: epoll, generational garbage collector, `tcp_backlog` 4096, `limits` off
   policy `true` into SQLite (its guide advises SQL for archives): a commit for each copy of a message.
 Both: chat rooms at rooms.localhost for up to 1,000 occupants (ejabberd's default is 200), with 20 messages of history and,
   where there is an archive, one of each room.
-Both: stream management with resumption for 10 minutes, carbons, ping, offline messages; an ECDSA P-256 certificate.
+Both: stream management with resumption for 10 minutes, carbons, ping, offline messages; an ECDSA P-256 certificate; WebSocket
+  (RFC 7395) on a port of its own.
 """
 import base64, hashlib, hmac, json, os, pathlib, re, resource, shutil, socket, sqlite3, subprocess, sys, time
 
@@ -94,7 +95,8 @@ class Peer(XmppServer):
     def __init__(self, folder, core, archive):
         many_files()
         self.folder, self.core, self.archive = folder, core, archive
-        self.ports = [free_port()]
+        self.ports = [free_port(), free_port()]
+        self.web = (self.ports[1], self.web_path)
         self.files = unpack(self.kind)
         self.key, self.chain = certificate(folder)
         self.prepare()
@@ -109,6 +111,7 @@ class Peer(XmppServer):
 
 class Ejabberd(Peer):
     kind = "ejabberd"
+    web_path = "/ws"
 
     def prepare(self):
         pem = self.folder / "both.pem"
@@ -144,6 +147,13 @@ listen:
     shaper: none
     access: all
     starttls: true
+  -
+    port: {self.ports[1]}
+    ip: "127.0.0.1"
+    module: ejabberd_http
+    backlog: 4096
+    request_handlers:
+      /ws: ejabberd_http_ws
 modules:
   mod_roster: {{}}
   mod_offline: {{}}
@@ -219,9 +229,10 @@ modules:
 
 class Prosody(Peer):
     kind = "prosody"
+    web_path = "/xmpp-websocket"
 
     def prepare(self):
-        modules = ["roster", "saslauth", "tls", "disco", "ping", "smacks", "carbons", "offline", *(["mam"] if self.archive else [])]
+        modules = ["roster", "saslauth", "tls", "disco", "ping", "smacks", "carbons", "offline", "websocket", *(["mam"] if self.archive else [])]
         archive = f"""
 sql = {{ driver = "SQLite3", database = "{self.folder}/prosody.sqlite" }}
 default_archive_policy = true
@@ -243,7 +254,9 @@ c2s_ports = {{ {self.ports[0]} }}
 c2s_direct_tls_ports = {{}}
 s2s_ports = {{}}
 component_ports = {{}}
-http_ports = {{}}
+http_ports = {{ {self.ports[1]} }}
+http_default_host = "localhost"
+consider_websocket_secure = true
 https_ports = {{}}
 modules_disabled = {{ "s2s", "limits" }}
 modules_enabled = {{ {", ".join(json.dumps(module) for module in modules)} }}

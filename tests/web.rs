@@ -1036,13 +1036,14 @@ fn a_body_that_trickles_is_cut() {
         ("limits.http_seconds_max", "1"),
         ("limits.http_bytes_per_second_min", "1000000"),
     ]);
+    // its time begins when it is accepted
+    let began = Instant::now();
     let mut socket = connect(blade.web);
     let head = format!("POST /bosh HTTP/1.1\r\nHost: x\r\n{PROXIED}Content-Length: 10000\r\n\r\n");
     socket.write_all(head.as_bytes()).unwrap();
     socket
         .set_read_timeout(Some(Duration::from_millis(50)))
         .unwrap();
-    let began = Instant::now();
     loop {
         assert!(began.elapsed() < WITHIN, "it goes on");
         if socket.write_all(b"x").is_err() {
