@@ -156,7 +156,7 @@ async def play(blade, folder, pictures):
             await asyncio.sleep(1)
             screen.do("type", "--delay", "20", f"At 2.51 ({place})")
             screen.do("key", "Return")
-        answers = {(await bob.wait(Message)).body for _ in range(4)}
+        answers = {(await bob.wait(Message)).body for _ in range(3)}
         print(f"heard by bob: {answers}", flush=True)
         await asyncio.sleep(2)
         screen.take(pictures / "4-answered.png")
