@@ -631,10 +631,7 @@ impl Shard {
             let Some(session) = slice.sessions.get(sid) else {
                 continue;
             };
-            let all_written = !session.dirty;
-            if let Some(Kind::Live(live)) = session.link.and_then(|link| links.get_mut(link))
-                && (all_written || live.transport.is_relayed())
-            {
+            if let Some(Kind::Live(live)) = session.link.and_then(|link| links.get_mut(link)) {
                 confirm(&mut slice, &mut live.transport, sid);
             }
             if slice.unconfirmed(sid) > 0 {
