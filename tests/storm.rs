@@ -220,6 +220,40 @@ fn live_messages_flow_while_many_log_in_again_and_again() {
 }
 
 #[test]
+fn who_says_something_and_is_gone_with_many_others_is_heard() {
+    const USERS: usize = 25;
+    const EACH: usize = 4;
+    let blade = client::blade(&[ONE]);
+    blade.add_user("bob", PASSWORD);
+    let mut bob = Client::online(&blade, "bob", "b");
+    let mut crowd = Vec::new();
+    for user in (0..USERS).map(|user| format!("user{user}")) {
+        blade.add_user(&user, PASSWORD);
+        for resource in 0..EACH {
+            crowd.push(Client::online(&blade, &user, &resource.to_string()));
+        }
+    }
+    for (number, one) in crowd.iter_mut().enumerate() {
+        one.send(&format!(
+            "<message type='chat' to='{}'><body>{number}</body></message>",
+            bob.jid
+        ));
+    }
+    drop(crowd);
+    let mut heard: Vec<usize> = (0..USERS * EACH)
+        .map(|_| bob.next_body().parse().unwrap())
+        .collect();
+    heard.sort();
+    assert_eq!(heard, (0..USERS * EACH).collect::<Vec<_>>());
+    wait_until("only bob is left", Duration::from_secs(20), || {
+        metric(&blade, "nitro_sessions{") == 1
+    });
+    wait_until("they went one by one", Duration::from_secs(20), || {
+        metric(&blade, "nitro_leaving_connections_max{") > 0
+    });
+}
+
+#[test]
 fn a_slow_handshake_and_a_trickling_client_do_not_hold_up_others() {
     let blade = client::blade(&[ONE, ("storm.logins_computing_max", "1")]);
     blade.add_user("alice", PASSWORD);

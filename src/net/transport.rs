@@ -97,6 +97,8 @@ pub struct Transport {
     /// Bytes as they go to the wire, from `sent` on. Owns no memory when all is sent.
     unsent: Vec<u8>,
     sent: usize,
+    /// Sending has failed.
+    broken: bool,
 }
 
 impl Transport {
@@ -109,6 +111,7 @@ impl Transport {
             relayed: None,
             unsent: Vec::new(),
             sent: 0,
+            broken: false,
         }
     }
 
@@ -339,6 +342,12 @@ impl Transport {
     ///
     /// Errors: the connection is broken; a TLS handshake is under way.
     pub fn write(&mut self, bytes: &[u8], scratch: &mut Scratch) -> io::Result<()> {
+        let written = self.try_write(bytes, scratch);
+        self.broken |= written.is_err();
+        written
+    }
+
+    fn try_write(&mut self, bytes: &[u8], scratch: &mut Scratch) -> io::Result<()> {
         let Some(web) = &mut self.web else {
             if let Some(relayed) = &mut self.relayed {
                 relayed.written += bytes.len() as u64;
@@ -374,14 +383,24 @@ impl Transport {
     /// Sends what waits; true when nothing waits any more. For every report that the socket is writable.
     pub fn flush(&mut self) -> io::Result<bool> {
         while self.pending() > 0 {
-            match taken(self.socket.send(&self.unsent[self.sent..]))? {
-                0 => return Ok(false),
-                taken => self.sent += taken,
+            match taken(self.socket.send(&self.unsent[self.sent..])) {
+                Ok(0) => return Ok(false),
+                Ok(taken) => self.sent += taken,
+                Err(error) => {
+                    self.broken = true;
+                    return Err(error);
+                }
             }
         }
         self.unsent = Vec::new();
         self.sent = 0;
         Ok(true)
+    }
+
+    /// [`write`](Self::write) or [`flush`](Self::flush) has failed: what they were given did not arrive. What the peer has sent may
+    /// still be read.
+    pub fn is_broken(&self) -> bool {
+        self.broken
     }
 
     /// Bytes, as they go to the wire, that the kernel has not taken yet.

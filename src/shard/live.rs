@@ -23,6 +23,8 @@ const CONGESTED_PAUSE: Duration = Duration::from_micros(100);
 const PRESENCES_PER_PLACE: usize = 2;
 /// Sessions that get in each turn what rooms say to many, however short a turn should be.
 const FANNED_MIN: usize = 4;
+/// Connections that have ended are taken leave of in each turn, however short a turn should be.
+const LEAVING_MIN: usize = 4;
 /// Reads of one connection in one turn.
 pub(super) const READS_MAX: usize = 4;
 /// How long a connection may take to hear its last words.
@@ -40,11 +42,13 @@ impl Shard {
             events.clear();
             self.turned();
             let busy = !self.unread.borrow().is_empty()
+                || !self.leaving.borrow().is_empty()
                 || rt::others_runnable()
                 || self.admission.is_wanted()
                 || self.slice.borrow().pace.waiting() > 0
                 || !self.slice.borrow().fx.fanned.is_empty()
-                || !self.slice.borrow().regrouping.is_empty();
+                || !self.slice.borrow().regrouping.is_empty()
+                || self.slice.borrow().overlay.is_behind();
             let commit = self.journal.wait(&self.slice.borrow());
             let mut slept = None;
             let harvested = match busy {
@@ -65,6 +69,7 @@ impl Shard {
                 self.ready(event);
                 self.breathe().await;
             }
+            self.slice.borrow_mut().overlay.forget_some();
             self.inbox_depth.saw(self.inbox.drain(&mut inbound) as u64);
             for message in inbound.drain(..) {
                 self.inbound(message);
@@ -87,6 +92,7 @@ impl Shard {
                 self.read(link, true);
                 self.breathe().await;
             }
+            self.leave();
             if !self.ways.borrow().congested() {
                 self.slice.borrow_mut().regroup_some();
             }
@@ -303,12 +309,48 @@ impl Shard {
             self.write_rest(link);
         }
         if (event.readable || event.closed) && !begins {
-            if self.ways.borrow().congested() {
+            if event.closed {
+                self.leaving.borrow_mut().push_back(link);
+            } else if self.ways.borrow().congested() {
                 self.unread.borrow_mut().push_back(link);
             } else {
-                self.read(link, event.closed);
+                self.read(link, false);
             }
         }
+    }
+
+    /// Reads connections that have ended, a few in a turn: whoever has lost a network or a blade has lost thousands at once, and
+    /// the others go on.
+    fn leave(&self) {
+        let waiting = self.leaving.borrow().len();
+        if waiting == 0 {
+            return;
+        }
+        self.leaving_depth.saw(waiting as u64);
+        let most = self.piece();
+        let began = Instant::now();
+        for left in 1..=waiting {
+            if self.ways.borrow().congested() {
+                return;
+            }
+            let Some(link) = self.leaving.borrow_mut().pop_front() else {
+                return;
+            };
+            self.read(link, true);
+            let broken = matches!(self.links.borrow_mut().get_mut(link),
+                Some(Kind::Live(live)) if live.transport.is_broken());
+            if broken {
+                self.lost(link);
+            }
+            if left >= LEAVING_MIN && began.elapsed() >= most {
+                return;
+            }
+        }
+    }
+
+    /// How long a turn may go on with what can be done in pieces.
+    fn piece(&self) -> Duration {
+        Duration::from_micros(self.config.borrow().storm.lag_us_target / 2)
     }
 
     /// Reads a live connection and hands its elements to the slice. `to_the_end`: until the kernel says that there is no
@@ -404,13 +446,22 @@ impl Shard {
             }
             Err(_) => {
                 drop(links);
-                self.lost(link);
+                self.broke(link);
             }
         }
     }
 
+    /// Writing has failed: what the peer has sent before is read first.
+    fn broke(&self, link: u64) {
+        self.leaving.borrow_mut().push_back(link);
+        if self.admission.asleep.replace(false) {
+            self.nudge();
+        }
+    }
+
     fn lost(&self, link: u64) {
-        if let Some(Kind::Live(mut live)) = self.links.borrow_mut().remove(link) {
+        let gone = self.links.borrow_mut().remove(link);
+        if let Some(Kind::Live(mut live)) = gone {
             let mut slice = self.slice.borrow_mut();
             if live.transport.is_relayed() {
                 confirm(&mut slice, &mut live.transport, live.session);
@@ -554,15 +605,15 @@ impl Shard {
         }
     }
 
-    /// Hands over what the session has to say; false: its connection broke.
-    fn write_out(&self, slice: &mut Slice, sid: SessionId) -> bool {
+    /// Hands over what the session has to say.
+    fn write_out(&self, slice: &mut Slice, sid: SessionId) {
         let Some((link, bytes)) = slice.take_out(sid) else {
-            return true;
+            return;
         };
         let sent = {
             let mut links = self.links.borrow_mut();
             match links.get_mut(link) {
-                Some(Kind::Live(live)) => {
+                Some(Kind::Live(live)) if !live.transport.is_broken() => {
                     let sent = live
                         .transport
                         .write(&bytes, &mut self.scratch.borrow_mut())
@@ -577,23 +628,13 @@ impl Shard {
         };
         slice.reuse(bytes);
         match sent {
-            Ok(0) => true,
+            Ok(0) => {}
             Ok(unsent) => {
                 if let Some(session) = slice.sessions.get_mut(sid) {
                     session.unsent = unsent;
                 }
-                true
             }
-            Err(_) => {
-                let gone = self.links.borrow_mut().remove(link);
-                if let Some(Kind::Live(mut live)) = gone {
-                    if live.transport.is_relayed() {
-                        confirm(slice, &mut live.transport, sid);
-                    }
-                    slice.link_lost(sid);
-                }
-                false
-            }
+            Err(_) => self.broke(link),
         }
     }
 
@@ -605,21 +646,16 @@ impl Shard {
             return;
         }
         self.fanned_depth.saw(slice.fx.fanned.len() as u64);
-        let most = Duration::from_micros(self.config.borrow().storm.lag_us_target / 2);
+        let most = self.piece();
         let began = Instant::now();
-        let mut broken = false;
         for written in 1.. {
             let Some(sid) = slice.next_fanned() else {
                 break;
             };
-            broken |= !self.write_out(&mut slice, sid);
+            self.write_out(&mut slice, sid);
             if written >= FANNED_MIN && began.elapsed() >= most {
                 break;
             }
-        }
-        drop(slice);
-        if broken {
-            self.flush();
         }
     }
 
@@ -746,6 +782,7 @@ fn confirm(slice: &mut Slice, transport: &mut Transport, sid: SessionId) {
         }
     } else if !is_dirty(slice, sid)
         && transport.pending() == 0
+        && !transport.is_broken()
         && transport.socket().unsent().is_ok_and(|bytes| bytes == 0)
     {
         slice.confirmed(sid);

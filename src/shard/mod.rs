@@ -188,6 +188,8 @@ pub struct Shard {
     knocks_moved: Cell<u64>,
     /// Live connections that have more to read than one turn allows, or bytes left from their login.
     unread: RefCell<VecDeque<u64>>,
+    /// Those whose peers have gone, still to be read to their end.
+    leaving: RefCell<VecDeque<u64>>,
     /// Log-ins that wait for a user to be loaded.
     waiting: RefCell<FnvHashMap<Box<str>, Vec<SlotSetter<()>>>>,
     started: Instant,
@@ -215,6 +217,7 @@ pub struct Shard {
     inbox_depth: HighWater,
     /// The most connections that waited to be read on.
     unread_depth: HighWater,
+    leaving_depth: HighWater,
     /// The most sessions that waited to be told what many are told.
     fanned_depth: HighWater,
     pages: figures::Pages,
@@ -383,6 +386,7 @@ impl Shard {
             logins_slowed: Cell::new(0),
             knocks_moved: Cell::new(0),
             unread: RefCell::default(),
+            leaving: RefCell::default(),
             waiting: RefCell::default(),
             started: parts.started,
             stopping: Cell::new(false),
@@ -400,6 +404,7 @@ impl Shard {
             lag: RefCell::new(LoopLag::new(parts.started.elapsed().as_micros() as u64)),
             inbox_depth: HighWater::default(),
             unread_depth: HighWater::default(),
+            leaving_depth: HighWater::default(),
             fanned_depth: HighWater::default(),
             pages: parts.pages,
             pages_waiting: RefCell::default(),
@@ -464,6 +469,7 @@ impl Shard {
             mesh_kept_max: ways.kept_most.get(slice.now.ms),
             inbox_max: self.inbox_depth.get(slice.now.ms),
             unread_max: self.unread_depth.get(slice.now.ms),
+            leaving_max: self.leaving_depth.get(slice.now.ms),
             journal_waiting_max: self.journal.waiting.get(slice.now.ms),
             cpu_us: rt::thread_cpu_us(),
             cache_hits: cache.hits,

@@ -166,6 +166,8 @@ pub struct Overlay {
     /// Messages that are not for their owner's archive after all; few, too.
     unarchived: FnvHashMap<u64, Position>,
     doubt: Doubt,
+    /// What SQL has and is not forgotten yet, a position for each journal.
+    behind: Vec<Position>,
     read_back: ReadBack,
     items: usize,
 }
@@ -178,6 +180,9 @@ struct Doubt {
     /// Journals of which SQL has not told yet what it has.
     journals: FnvHashSet<u16>,
 }
+
+/// Changes that are forgotten in one turn: 0.2 ms.
+const FORGET_AT_ONCE: usize = 500;
 
 /// How far back a document is sought that a newer one takes the place of.
 const SUPERSEDE_LOOKS: usize = 1024;
@@ -223,6 +228,7 @@ impl Overlay {
             decided: FnvHashMap::default(),
             unarchived: FnvHashMap::default(),
             doubt: Doubt::default(),
+            behind: Vec::new(),
             read_back,
             items: 0,
         }
@@ -317,21 +323,43 @@ impl Overlay {
         revision <= self.doubt.up_to && !self.doubt.journals.is_empty()
     }
 
-    /// SQL has everything of that journal up to `at`.
+    /// SQL has everything of that journal up to `at`: that is forgotten, the first piece now, the rest by [`Overlay::forget_some`].
+    /// What is still here meanwhile does no harm: SQL had it before this was told, too.
     pub fn drained(&mut self, at: Position) {
-        self.doubt.journals.remove(&at.journal);
-        let marks =
-            !self.gone.is_empty() || !self.decided.is_empty() || !self.unarchived.is_empty();
-        if marks && self.users.values().all(|user| user.held == 0) {
-            let stays = |mark: &Position| mark.journal != at.journal || mark.seq > at.seq;
-            self.gone.retain(|_, mark| stays(mark));
-            self.decided.retain(|_, mark| stays(mark));
-            self.unarchived.retain(|_, mark| stays(mark));
+        match self.behind.iter_mut().find(|b| b.journal == at.journal) {
+            Some(behind) => *behind = at,
+            None => self.behind.push(at),
         }
+        self.forget_some();
+    }
+
+    /// Is there something to forget?
+    pub fn is_behind(&self) -> bool {
+        !self.behind.is_empty()
+    }
+
+    /// Forgets a piece of what SQL has: one transaction's worth at once would keep a core for milliseconds.
+    pub fn forget_some(&mut self) {
+        let mut left = FORGET_AT_ONCE;
+        while let Some(at) = self.behind.last().copied() {
+            if !self.forget(at, &mut left) {
+                return;
+            }
+            self.behind.pop();
+            self.has_forgotten(at);
+        }
+    }
+
+    /// False: `left` was not enough.
+    fn forget(&mut self, at: Position, left: &mut usize) -> bool {
         let Some(order) = self.order.get_mut(&at.journal) else {
-            return;
+            return true;
         };
         while order.front().is_some_and(|(seq, _)| *seq <= at.seq) {
+            if *left == 0 {
+                return false;
+            }
+            *left -= 1;
             let Some((_, name)) = order.pop_front() else {
                 break;
             };
@@ -348,6 +376,20 @@ impl Overlay {
             if user.parts.is_empty() {
                 self.users.remove(&name);
             }
+        }
+        true
+    }
+
+    /// Nothing up to `at` is here any more, but what is held: what was said about it goes behind it.
+    fn has_forgotten(&mut self, at: Position) {
+        self.doubt.journals.remove(&at.journal);
+        let marks =
+            !self.gone.is_empty() || !self.decided.is_empty() || !self.unarchived.is_empty();
+        if marks && self.users.values().all(|user| user.held == 0) {
+            let stays = |mark: &Position| mark.journal != at.journal || mark.seq > at.seq;
+            self.gone.retain(|_, mark| stays(mark));
+            self.decided.retain(|_, mark| stays(mark));
+            self.unarchived.retain(|_, mark| stays(mark));
         }
     }
 
@@ -846,5 +888,28 @@ mod tests {
             seq: 201,
         });
         assert_eq!(newest(&overlay, "pep"), None);
+    }
+
+    #[test]
+    fn what_sql_has_is_forgotten_in_pieces_and_marks_go_last() {
+        let mut overlay = Overlay::new(Rc::new(|_, _| Ok(())));
+        let at = |seq| Position { journal: 0, seq };
+        let n = 2 * FORGET_AT_ONCE as u64 + 10;
+        for seq in 1..=n {
+            let name: Rc<str> = format!("user{seq}").into();
+            overlay.add(at(seq), &name, Item::Done(seq));
+        }
+        overlay.add_gone(at(1), n);
+        overlay.doubt(Id(n));
+        overlay.drained(at(n - 5));
+        assert_eq!(overlay.items(), n as usize - FORGET_AT_ONCE);
+        assert!(overlay.is_behind() && overlay.is_doubtful(n) && !overlay.gone.is_empty());
+        // told of more before that is done
+        overlay.drained(at(n - 1));
+        assert!(overlay.is_behind() && overlay.is_doubtful(n) && !overlay.gone.is_empty());
+        overlay.forget_some();
+        assert_eq!(overlay.items(), 1);
+        assert!(!overlay.is_behind() && !overlay.is_doubtful(n) && overlay.gone.is_empty());
+        assert_eq!(overlay.names().collect::<Vec<_>>(), [format!("user{n}")]);
     }
 }
