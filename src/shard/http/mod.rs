@@ -184,11 +184,14 @@ pub async fn serve_client(
 ) {
     let side = Side::Clients;
     let most = shard.config.borrow().web.connections_max;
+    let mut transport = Transport::plain(socket);
     let Some(place) = Place::take(&shard, most, side) else {
         shard.gauges.turned_away.one();
+        if !tls {
+            shard.close_transport(transport, BUSY);
+        }
         return;
     };
-    let mut transport = Transport::plain(socket);
     if tls && let Err(error) = transport.start_https(&shard.tls.borrow()) {
         tracing::error!(%error, "TLS cannot be started");
         return;
@@ -223,7 +226,7 @@ pub fn arrived(shard: Rc<Shard>, moved: MovedRequest) {
     let most = shard.config.borrow().web.connections_max;
     let Some(place) = Place::take(&shard, most, side) else {
         shard.gauges.turned_away.one();
-        return;
+        return shard.close_transport(moved.transport, BUSY);
     };
     let Some(mut conn) = Conn::new(&shard, moved.transport, moved.peer, side) else {
         return;

@@ -30,8 +30,11 @@ use super::{Files, Floors, JournalError, Name};
 pub(super) const SPARES_WANTED: usize = 2;
 /// So many recycled ones are kept; more are removed.
 const SPARES_MAX: usize = 4;
-/// A new segment is filled with zeros in such pieces, and synced after each, so that no commit waits long behind it.
-const FILL_BYTES: u64 = 4 << 20;
+/// A new segment is filled with zeros in such pieces: the kernel copies each without giving the core back (4 MiB took 5.2 ms of a
+/// shard's core), 64 KiB in 0.08 ms.
+const FILL_BYTES: u64 = 64 << 10;
+/// It is synced whenever so much is new, so that no commit waits long behind it.
+const FILL_SYNC_BYTES: u64 = 4 << 20;
 /// How many marks for drained positions a segment gets.
 const MARKS: u32 = 64;
 
@@ -391,8 +394,12 @@ impl Journal {
         while at < self.segment_bytes {
             let piece = (self.segment_bytes - at).min(zeros.len() as u64);
             write_full(&*file, &zeros[..piece as usize], at)?;
-            file.datasync()?;
             at += piece;
+            if at.is_multiple_of(FILL_SYNC_BYTES) || at == self.segment_bytes {
+                file.datasync()?;
+            }
+            // a shard that shares the core has waited long enough
+            std::thread::yield_now();
         }
         Ok(file)
     }
