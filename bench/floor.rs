@@ -9,9 +9,9 @@ use std::mem::MaybeUninit;
 use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
+use nitro::rt::thread_cpu_us;
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::net::SendFlags;
-use rustix::time::{ClockId, clock_gettime};
 
 const RECEIVERS: usize = 350;
 const BYTES: usize = 300;
@@ -21,11 +21,6 @@ fn pin(core: usize) {
     set.set(core);
     // on a machine with one core both share it
     let _ = rustix::thread::sched_setaffinity(None, &set);
-}
-
-fn cpu_us() -> f64 {
-    let used = clock_gettime(ClockId::ThreadCPUTime);
-    used.tv_sec as f64 * 1e6 + used.tv_nsec as f64 / 1e3
 }
 
 fn receive(mut sockets: Vec<TcpStream>) {
@@ -70,7 +65,7 @@ fn main() {
     let message = [b'x'; BYTES];
     let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
     let began = Instant::now();
-    let (before, mut bursts) = (cpu_us(), 0);
+    let (before, mut bursts) = (thread_cpu_us(), 0);
     while began.elapsed().as_secs_f64() < seconds {
         for socket in &senders {
             assert_eq!(rustix::net::send(socket, &message, flags), Ok(BYTES));
@@ -80,5 +75,5 @@ fn main() {
         std::thread::sleep(due.saturating_sub(began.elapsed()));
     }
     let sends = f64::from(bursts) * RECEIVERS as f64;
-    println!("{:.3}", (cpu_us() - before) / sends);
+    println!("{:.3}", (thread_cpu_us() - before) as f64 / sends);
 }

@@ -337,11 +337,6 @@ impl Shard {
                 return;
             };
             self.read(link, true);
-            let broken = matches!(self.links.borrow_mut().get_mut(link),
-                Some(Kind::Live(live)) if live.transport.is_broken());
-            if broken {
-                self.lost(link);
-            }
             if left >= LEAVING_MIN && began.elapsed() >= most {
                 return;
             }
@@ -395,8 +390,8 @@ impl Shard {
                     }
                 }
                 Ok(Read::HandshakeDone) => Ok(()),
-                Ok(Read::WouldBlock) => break,
-                Ok(Read::Eof) => Err(End::Lost),
+                Ok(Read::WouldBlock) if !live.transport.is_broken() => break,
+                Ok(Read::WouldBlock | Read::Eof) => Err(End::Lost),
                 Err(error) => {
                     tracing::debug!(%error, "a connection broke");
                     Err(End::Lost)
@@ -456,17 +451,6 @@ impl Shard {
         self.leaving.borrow_mut().push_back(link);
         if self.admission.asleep.replace(false) {
             self.nudge();
-        }
-    }
-
-    fn lost(&self, link: u64) {
-        let gone = self.links.borrow_mut().remove(link);
-        if let Some(Kind::Live(mut live)) = gone {
-            let mut slice = self.slice.borrow_mut();
-            if live.transport.is_relayed() {
-                confirm(&mut slice, &mut live.transport, live.session);
-            }
-            slice.link_lost(live.session);
         }
     }
 
