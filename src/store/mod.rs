@@ -6,6 +6,7 @@
 pub mod cache;
 pub mod change;
 pub mod drain;
+pub(crate) mod folder;
 pub mod journal;
 pub mod overlay;
 pub mod owners;

@@ -11,6 +11,7 @@ use std::io::{self, Write};
 use std::path::Path;
 
 use super::change::Id;
+use super::folder::sync_above;
 
 /// What stands in the file is told, and made true for this start.
 ///
@@ -27,7 +28,7 @@ pub fn since(path: &Path, shards: usize, last_id: Id) -> io::Result<Id> {
     writeln!(file, "{shards} {}", last_id.0)?;
     file.sync_all()?;
     fs::rename(&aside, path)?;
-    sync_folder(path)?;
+    sync_above(path)?;
     Ok(last_id)
 }
 
@@ -37,7 +38,7 @@ pub fn since(path: &Path, shards: usize, last_id: Id) -> io::Result<Id> {
 /// The file cannot be removed.
 pub fn forget(path: &Path) -> io::Result<()> {
     match fs::remove_file(path) {
-        Ok(()) => sync_folder(path),
+        Ok(()) => sync_above(path),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
     }
@@ -46,11 +47,6 @@ pub fn forget(path: &Path) -> io::Result<()> {
 fn parse(text: &str) -> Option<(usize, Id)> {
     let (shards, since) = text.trim_end().split_once(' ')?;
     Some((shards.parse().ok()?, Id(since.parse().ok()?)))
-}
-
-fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = path.parent().filter(|path| !path.as_os_str().is_empty());
-    fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 #[cfg(test)]

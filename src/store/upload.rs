@@ -23,6 +23,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use super::folder::{above, sync_above};
+
 /// Who a file belongs to, without saying it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Owner(pub [u8; 16]);
@@ -748,19 +750,16 @@ fn make_dir(dir: &Path) -> io::Result<()> {
     if dir.is_dir() {
         return Ok(());
     }
-    let above = dir.parent().filter(|above| !above.as_os_str().is_empty());
-    let above = above.unwrap_or(Path::new("."));
-    make_dir(above)?;
+    make_dir(above(dir))?;
     match DirBuilder::new().mode(0o700).create(dir) {
         // somebody else was faster
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && dir.is_dir() => {}
         other => other?,
     }
-    match File::open(above) {
-        Ok(above) => above.sync_all(),
+    match sync_above(dir) {
         // not ours, and only there to be gone through
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
-        Err(error) => Err(error),
+        synced => synced,
     }
 }
 

@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::store::folder::sync_above;
+
 /// One flat folder. A new name, a rename or a removal is durable after [`Disk::sync_dir`], bytes after
 /// [`DiskFile::datasync`].
 pub trait Disk: Send + Sync {
@@ -101,13 +103,11 @@ impl Folder {
     /// A sentence that names the folder.
     pub fn open(path: &Path) -> Result<Folder, String> {
         let shown = path.display();
-        let parent = path.parent().filter(|p| !p.as_os_str().is_empty());
-        let parent = parent.unwrap_or(Path::new("."));
         let made = DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(path)
-            .and_then(|()| File::open(parent)?.sync_all());
+            .and_then(|()| sync_above(path));
         made.map_err(|e| {
             format!("{shown}: the journal's folder cannot be made ({e}); run as the owner of its parent folder")
         })?;

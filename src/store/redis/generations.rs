@@ -26,6 +26,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::address::Address;
+use crate::store::folder::sync_above;
 use crate::store::ring::{Ring, SLOTS};
 
 /// What keys of an instance begin with, and the server that it was made for.
@@ -132,7 +133,7 @@ impl Generations {
     /// used again. Durable when it returns.
     pub fn forget(path: &Path) -> io::Result<()> {
         match fs::remove_file(path) {
-            Ok(()) => sync_folder(path),
+            Ok(()) => sync_above(path),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             Err(error) => Err(error),
         }
@@ -198,7 +199,7 @@ impl Generations {
         file.write_all(&serde_json::to_vec_pretty(&self.state)?)?;
         file.sync_all()?;
         fs::rename(&aside, &self.path)?;
-        sync_folder(&self.path)
+        sync_above(&self.path)
     }
 }
 
@@ -207,11 +208,6 @@ impl State {
         self.last_number = unix_us.max(self.last_number + 1);
         self.last_number
     }
-}
-
-fn sync_folder(path: &Path) -> io::Result<()> {
-    let folder = path.parent().filter(|path| !path.as_os_str().is_empty());
-    fs::File::open(folder.unwrap_or(Path::new(".")))?.sync_all()
 }
 
 impl Default for State {
