@@ -490,10 +490,11 @@ impl Priority {
         tried.join().unwrap_or(false)
     }
 
-    /// Of the calling thread: Linux keeps the nice value by thread.
+    /// Of the calling thread: Linux keeps priorities by thread.
     fn take(self) {
         let nice = match self {
             Priority::Normal => return,
+            Priority::First if is_realtime() => return,
             Priority::First => {
                 ask_for_slice(Priority::SLICE_FIRST);
                 Priority::NICE_FIRST
@@ -502,6 +503,18 @@ impl Priority {
         };
         // refused: the lag that is measured tells what came of it
         let _ = setpriority_process(None, nice);
+    }
+}
+
+/// Makes the calling thread a real-time one, if it may be. Others come behind it, whatever share of the core they are owed: threads
+/// of the kernel and other programs, which else keep it waiting for milliseconds. And its weight is none that the kernel
+/// takes from a server of the same session (`sched_autogroup`).
+#[allow(unsafe_code)]
+fn is_realtime() -> bool {
+    // SAFETY: a plain system call about the calling thread (0), which reads the parameter.
+    unsafe {
+        let param = libc::sched_param { sched_priority: 1 };
+        libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const param) == 0
     }
 }
 

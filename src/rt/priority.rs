@@ -5,12 +5,15 @@
 //! to four milliseconds on common kernels, which is what an acknowledgement then waits for. Since Linux 6.12 a thread may ask
 //! for shorter slices (EEVDF, `sched_attr.sched_runtime`): it gets no more of the core, but it gets it as soon as it wakes.
 
-use std::time::Duration;
+use std::cell::Cell;
+use std::time::{Duration, Instant};
 
 /// The slice of a thread that works for microseconds at a time; the kernel allows no shorter one.
 const PROMPT: Duration = Duration::from_micros(100);
 /// The slice of a shard: longer than that, shorter than what anybody has who did not ask.
 const SHARD: Duration = Duration::from_micros(400);
+/// How long a thread in the background works before it gives way; in it a shard may become late by as much.
+const STRETCH: Duration = Duration::from_micros(100);
 
 /// The calling thread wakes up for a moment, and others wait for what it does then: the journal's committer.
 pub fn be_prompt() {
@@ -28,6 +31,18 @@ pub fn step_back(nice: i32) {
     if !stepped_back {
         let error = std::io::Error::last_os_error();
         tracing::warn!(%error, "cannot lower a thread's priority");
+    }
+}
+
+/// The calling thread works in the background and may have run long enough: whoever else wants its core gets it. Without this the
+/// kernel lets it run until its clock ticks, four milliseconds on common kernels, and a shard's messages wait.
+pub fn give_way() {
+    thread_local! {
+        static LAST: Cell<Option<Instant>> = const { Cell::new(None) };
+    }
+    if LAST.get().is_none_or(|last| last.elapsed() >= STRETCH) {
+        std::thread::yield_now();
+        LAST.set(Some(Instant::now()));
     }
 }
 

@@ -14,7 +14,7 @@
 //!   drain goes on. Every statement has a deadline, every wait a bound.
 
 use std::collections::VecDeque;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
@@ -46,11 +46,11 @@ pub trait Source: Send {
         0
     }
 
-    /// Appends payloads of the records behind `seq`, in order, about `bytes_max` bytes but at least one record if there
+    /// Appends payloads of the records of the `wanted` numbers, in order, about `bytes_max` bytes but at least one record if there
     /// is one: `records` gets each one's number and its place in `bytes`.
-    fn read_after(
+    fn read(
         &mut self,
-        seq: u64,
+        wanted: RangeInclusive<u64>,
         bytes_max: usize,
         bytes: &mut Vec<u8>,
         records: &mut Vec<(u64, Range<usize>)>,
@@ -628,12 +628,11 @@ impl Feed {
         }
         let (mut bytes, mut found) = (Vec::new(), Vec::new());
         self.source
-            .read_after(self.read, READ_BYTES, &mut bytes, &mut found)
+            .read(self.read + 1..=limit, READ_BYTES, &mut bytes, &mut found)
             .map_err(|error| {
                 let journal = self.source.journal();
                 SqlError::lost(format!("journal {journal} cannot be read: {error}"))
             })?;
-        found.retain(|(seq, _)| *seq <= limit);
         let Some((last, _)) = found.last() else {
             return Ok(0);
         };
@@ -718,14 +717,14 @@ impl Source for super::journal::Reader {
         self.identity()
     }
 
-    fn read_after(
+    fn read(
         &mut self,
-        seq: u64,
+        wanted: RangeInclusive<u64>,
         bytes_max: usize,
         bytes: &mut Vec<u8>,
         records: &mut Vec<(u64, Range<usize>)>,
     ) -> Result<(), String> {
-        self.read_after(seq, bytes_max, bytes, records)
+        self.read(wanted, bytes_max, bytes, records)
             .map_err(|error| error.to_string())
     }
 

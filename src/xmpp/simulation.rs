@@ -803,11 +803,10 @@ impl Simulation {
             let at = self.positions.get(&key).copied().unwrap_or(0);
             reader.drained(at);
             let mut records = Vec::new();
-            if let Err(error) = reader.read_after(at, 1 << 20, &mut bytes, &mut records) {
+            let wanted = at + 1..=reader.committed();
+            if let Err(error) = reader.read(wanted, 1 << 20, &mut bytes, &mut records) {
                 failed = Some(error.to_string());
             }
-            let limit = reader.committed();
-            records.retain(|(seq, _)| *seq <= limit);
             feeds.push((key, VecDeque::from(records)));
         }
         if failed.is_some() {

@@ -3,7 +3,7 @@
 //! In: the position that SQL has. Out: the records behind it. Promise: only committed ones, whole, in order, each once
 //! for each time that it is asked for.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::Arc;
 
 use super::JournalError;
@@ -12,6 +12,7 @@ use super::scan::{Live, Window};
 use super::segments::Journal;
 use super::state::State;
 use super::writer::Keeper;
+use crate::rt::give_way;
 
 /// The reading end of a journal.
 pub struct Reader {
@@ -51,34 +52,44 @@ impl Reader {
         self.journal.state.committed_seq()
     }
 
-    /// Appends payloads to `bytes`, and for each its sequence number and range to `records`: those behind `seq`, until
-    /// `bytes_max` is reached, but at least one if there is one. Reads the file: not for a shard's thread.
+    /// Appends payloads to `bytes`, and for each its sequence number and range to `records`: those of the `wanted` numbers, until
+    /// `bytes_max` is reached, but at least one if there is one. Reads the file: not for a shard's thread. Who goes on
+    /// where he stopped reads each block about once.
     ///
     /// # Errors
     /// The disk cannot be read, or has changed what was written.
-    pub fn read_after(
+    pub fn read(
         &mut self,
-        seq: u64,
+        wanted: RangeInclusive<u64>,
         bytes_max: usize,
         bytes: &mut Vec<u8>,
         records: &mut Vec<(u64, Range<usize>)>,
     ) -> Result<(), JournalError> {
         let before = bytes.len();
-        let mut wanted = seq + 1;
-        while let Some((live, end, last_seq)) = self.segment(wanted) {
+        let (mut wanted, last) = wanted.into_inner();
+        while wanted <= last
+            && let Some((live, end, last_seq)) = self.segment(wanted)
+        {
             let mut at = match self.cursor {
                 Some((file, at, first)) if file == live.id && first <= wanted => at,
                 _ => BLOCK,
             };
             while at < end {
+                give_way();
                 let group = self.window.group(&live, at, end)?;
                 let (head, group) = group.map_err(|why| live.damaged(u64::from(at), why))?;
+                if head.first_seq > last {
+                    return Ok(());
+                }
                 if head.records > 0 {
                     self.cursor = Some((live.id, at, head.first_seq));
                 }
                 if head.next_seq() > wanted {
                     let first = wanted;
                     for record in Records::new(&head, group).skip_while(|r| r.seq < first) {
+                        if record.seq > last {
+                            return Ok(());
+                        }
                         let taken = bytes.len() - before;
                         if taken > 0 && taken + record.payload.len() > bytes_max {
                             return Ok(());

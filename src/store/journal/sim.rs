@@ -54,6 +54,7 @@ struct State {
     moves: Vec<(usize, Option<String>)>,
     /// Of the files together.
     bytes_max: u64,
+    bytes_read: u64,
     calls_left: Option<u64>,
     /// Handles of an earlier life do not work any more.
     life: u64,
@@ -92,6 +93,7 @@ impl SimDisk {
             durable_names: BTreeMap::new(),
             moves: Vec::new(),
             bytes_max: u64::MAX,
+            bytes_read: 0,
             calls_left: None,
             life: 0,
             failing: None,
@@ -114,6 +116,11 @@ impl SimDisk {
 
     pub fn set_bytes_max(&self, bytes: u64) {
         self.state().bytes_max = bytes;
+    }
+
+    /// By all reads so far.
+    pub fn bytes_read(&self) -> u64 {
+        self.state().bytes_read
     }
 
     pub fn set_failing(&self, failing: Option<Failing>) {
@@ -327,6 +334,7 @@ impl DiskFile for SimFile {
             read = 1 + state.random.below(read as u64 - 1) as usize;
         }
         into[..read].copy_from_slice(&bytes[from..from + read]);
+        state.bytes_read += read as u64;
         Ok(read)
     }
 

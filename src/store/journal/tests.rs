@@ -4,6 +4,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::disk::Folder;
+use super::format::BLOCK;
 use super::segments::CommitError;
 use super::sim::{Crash, Failing, SimDisk};
 use super::*;
@@ -153,7 +154,7 @@ fn what_was_committed_on_a_real_disk_is_replayed_read_and_drained() {
         bytes.clear();
         records.clear();
         reader
-            .read_after(after, 10_000, &mut bytes, &mut records)
+            .read(after + 1..=u64::MAX, 10_000, &mut bytes, &mut records)
             .unwrap();
         assert!(bytes.len() <= 10_000);
         for (seq, range) in &records {
@@ -213,6 +214,31 @@ fn is_a_prefix_in_whole_groups(found: &[(u16, u64, Vec<u8>)]) -> bool {
         n == *seq && *stanza == vec![n as u8; 150]
     };
     whole && (1..).zip(found).all(known)
+}
+
+/// A drain may read up to a limit, and commits go on meanwhile. Was: it began at the segment's first group each time.
+#[test]
+fn who_may_not_read_everything_goes_on_where_he_stopped() {
+    let disk = SimDisk::new(5);
+    let mut journals = open(Arc::new(disk.clone()), &options(8 << 20)).unwrap();
+    let bench = Bench::new(&mut journals, 0, 0);
+    let mut reader = journals.reader(0);
+    let steps = 300;
+    let (mut bytes, mut records) = (Vec::new(), Vec::new());
+    for _ in 0..3 {
+        bench.commit(&[b"ahead"]);
+    }
+    let before = disk.bytes_read();
+    for seq in 1..=steps {
+        bench.commit(&[b"one more"]);
+        reader
+            .read(seq..=seq, 10_000, &mut bytes, &mut records)
+            .unwrap();
+    }
+    let read: Vec<u64> = records.iter().map(|(seq, _)| *seq).collect();
+    assert_eq!(read, (1..=steps).collect::<Vec<_>>());
+    let blocks = (disk.bytes_read() - before) / u64::from(BLOCK);
+    assert!(blocks < steps * 8, "{blocks} blocks for {steps} groups");
 }
 
 #[test]
@@ -441,7 +467,7 @@ fn journals_of_all_shards_are_found_and_those_of_lost_shards_end_when_drained() 
     for reader in &mut readers {
         let (mut bytes, mut records) = (Vec::new(), Vec::new());
         reader
-            .read_after(0, usize::MAX, &mut bytes, &mut records)
+            .read(1..=u64::MAX, usize::MAX, &mut bytes, &mut records)
             .unwrap();
         let last = records.last().unwrap().0;
         assert_eq!(last, if reader.shard() == 0 { 4 } else { 3 });
@@ -493,7 +519,7 @@ fn nothing_is_told_before_the_sync_has_ended() {
     let mut reader = journals.reader(0);
     let (mut bytes, mut records) = (Vec::new(), Vec::new());
     reader
-        .read_after(0, usize::MAX, &mut bytes, &mut records)
+        .read(1..=u64::MAX, usize::MAX, &mut bytes, &mut records)
         .unwrap();
     assert_eq!(records.len(), 1);
     sim.set_failing(None);
@@ -808,7 +834,7 @@ fn a_repair_goes_on_behind_groups_segments_and_headers_that_are_gone() {
     let mut reader = Reader::new(journal, journals.keeper.clone());
     let (mut bytes, mut records) = (Vec::new(), Vec::new());
     reader
-        .read_after(0, usize::MAX, &mut bytes, &mut records)
+        .read(1..=u64::MAX, usize::MAX, &mut bytes, &mut records)
         .unwrap();
     let seqs: Vec<_> = records.iter().map(|r| r.0).collect();
     assert_eq!(seqs, [1, 3, 4, 5]);

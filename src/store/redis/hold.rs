@@ -4,7 +4,7 @@
 //! journal, and a wake-up of the drain when it grows. Promise: until every shard has told the ring what the last start
 //! left, whichever journal it stands in, nothing is drained.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
@@ -78,14 +78,14 @@ impl<S: Source> Source for Held<S> {
         self.journal.identity()
     }
 
-    fn read_after(
+    fn read(
         &mut self,
-        seq: u64,
+        wanted: RangeInclusive<u64>,
         bytes_max: usize,
         bytes: &mut Vec<u8>,
         records: &mut Vec<(u64, Range<usize>)>,
     ) -> Result<(), String> {
-        self.journal.read_after(seq, bytes_max, bytes, records)
+        self.journal.read(wanted, bytes_max, bytes, records)
     }
 
     fn limit(&self) -> u64 {

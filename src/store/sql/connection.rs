@@ -12,6 +12,10 @@ use sqlx::sqlite::{SqliteArguments, SqliteConnectOptions, SqliteConnection};
 use sqlx::{Arguments, ConnectOptions, Connection as _, Row as _, SqlSafeStr};
 
 use super::Counters;
+use crate::rt::give_way;
+
+/// Steps of SQLite's machine, a few microseconds, after which its thread may give way.
+const STEPS: i32 = 500;
 
 /// What kind of trouble it is, which says what to do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -267,7 +271,16 @@ impl Connection {
         self.live = None;
         let connected = async {
             Ok::<_, sqlx::Error>(match &self.options {
-                Options::Sqlite(options) => Live::Sqlite(options.connect().await?),
+                Options::Sqlite(options) => {
+                    let mut connection = options.connect().await?;
+                    let mut handle = connection.lock_handle().await?;
+                    handle.set_progress_handler(STEPS, || {
+                        give_way();
+                        true
+                    });
+                    drop(handle);
+                    Live::Sqlite(connection)
+                }
                 Options::MySql(options) => Live::MySql(options.connect().await?),
             })
         };
@@ -317,6 +330,7 @@ impl Connection {
         values: &[Value<'_>],
     ) -> Result<Vec<Row>, SqlError> {
         self.fits(values)?;
+        give_way();
         self.counters.statements.fetch_add(1, Relaxed);
         on_live!(
             self,
@@ -335,6 +349,7 @@ impl Connection {
         values: &[Value<'_>],
     ) -> Result<u64, SqlError> {
         self.fits(values)?;
+        give_way();
         self.counters.statements.fetch_add(1, Relaxed);
         on_live!(
             self,

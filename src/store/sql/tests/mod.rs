@@ -9,7 +9,7 @@ mod schema;
 #[path = "../../../../tests/servers/mod.rs"]
 mod servers;
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, Weak};
@@ -213,18 +213,18 @@ impl Source for ListSource {
         self.identity
     }
 
-    fn read_after(
+    fn read(
         &mut self,
-        seq: u64,
+        wanted: RangeInclusive<u64>,
         bytes_max: usize,
         bytes: &mut Vec<u8>,
         records: &mut Vec<(u64, Range<usize>)>,
     ) -> Result<(), String> {
         let all = self.journal.records.lock().unwrap();
-        for (n, payload) in all.iter().enumerate().skip(seq as usize) {
+        for (n, payload) in (1..).zip(&*all).filter(|(n, _)| wanted.contains(n)) {
             let begin = bytes.len();
             bytes.extend(payload);
-            records.push((n as u64 + 1, begin..bytes.len()));
+            records.push((n, begin..bytes.len()));
             if bytes.len() >= bytes_max {
                 break;
             }
