@@ -514,7 +514,11 @@ fn is_realtime() -> bool {
     // SAFETY: a plain system call about the calling thread (0), which reads the parameter.
     unsafe {
         let param = libc::sched_param { sched_priority: 1 };
-        libc::sched_setscheduler(0, libc::SCHED_RR | libc::SCHED_RESET_ON_FORK, &raw const param) == 0
+        libc::sched_setscheduler(
+            0,
+            libc::SCHED_RR | libc::SCHED_RESET_ON_FORK,
+            &raw const param,
+        ) == 0
     }
 }
 
