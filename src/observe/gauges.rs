@@ -97,7 +97,7 @@ snapshot! {
     /// look at nitro_messages_in_total.
     gauge unread_max = "nitro_unread_connections_max";
     /// The most connections that had ended and waited at once to be taken leave of, of the last minute. When it is high, a network
-    /// or a blade was lost: look at nitro_disconnects_total; the others' messages go on meanwhile.
+    /// or a blade was lost, or many have logged out at once: look at nitro_disconnects_total; the others' messages go on meanwhile.
     gauge leaving_max = "nitro_leaving_connections_max";
     /// The most acts (messages, changes) that waited at once for a commit of the journal, of the last minute. When it is high,
     /// look at nitro_journal_commit_seconds.

@@ -281,10 +281,8 @@ impl Shard {
                 }
                 Some(Kind::Closing { transport, .. }) => {
                     // room to write is news only for who has something to write
-                    let news = event.readable || event.closed || transport.pending() > 0;
-                    drop(links);
-                    if news {
-                        self.go_on_closing(link);
+                    if event.readable || event.closed || transport.pending() > 0 {
+                        self.leaving.borrow_mut().push_back(link);
                     }
                     false
                 }
@@ -319,17 +317,20 @@ impl Shard {
         }
     }
 
-    /// Reads connections that have ended, a few in a turn: whoever has lost a network or a blade has lost thousands at once, and
-    /// the others go on.
+    /// Reads connections that have ended and says farewell to those whose sessions have, a few in a turn: whoever has lost a network
+    /// or a blade has lost thousands at once, thousands log out at a time, and the others go on.
     fn leave(&self) {
         let waiting = self.leaving.borrow().len();
         if waiting == 0 {
             return;
         }
         self.leaving_depth.saw(waiting as u64);
-        let most = self.piece();
+        let target_us = self.config.borrow().storm.lag_us_target;
+        let spent_us = self.now_us().saturating_sub(self.turn_began_us.get());
+        let left = Duration::from_micros(target_us.saturating_sub(spent_us));
+        let most = self.piece().min(left);
         let began = Instant::now();
-        for left in 1..=waiting {
+        for taken in 1..=waiting {
             if self.ways.borrow().congested() {
                 return;
             }
@@ -337,7 +338,8 @@ impl Shard {
                 return;
             };
             self.read(link, true);
-            if left >= LEAVING_MIN && began.elapsed() >= most {
+            self.go_on_closing(link);
+            if taken >= LEAVING_MIN && began.elapsed() >= most {
                 return;
             }
         }
@@ -448,6 +450,10 @@ impl Shard {
 
     /// Writing has failed: what the peer has sent before is read first.
     fn broke(&self, link: u64) {
+        self.leaves(link);
+    }
+
+    fn leaves(&self, link: u64) {
         self.leaving.borrow_mut().push_back(link);
         if self.admission.asleep.replace(false) {
             self.nudge();
@@ -582,7 +588,7 @@ impl Shard {
         }
         drop(waiting);
         for end in closing {
-            self.begin_closing(end.link, &end.bytes);
+            self.begin_closing(end.link, end.bytes);
         }
         for end in ending {
             self.component_close(end.link, &end.bytes);
@@ -662,25 +668,24 @@ impl Shard {
 
     // ---- farewells ---------------------------------------------------------------------------------------------
 
-    fn begin_closing(&self, link: u64, bytes: &[u8]) {
-        let gone = self.links.borrow_mut().remove(link);
-        if let Some(Kind::Live(live)) = gone {
-            self.close_transport(live.transport, bytes);
+    /// A session has ended: its connection keeps its link, and hears `last` when [`Shard::leave`] comes to it.
+    fn begin_closing(&self, link: u64, last: Vec<u8>) {
+        let mut links = self.links.borrow_mut();
+        let Some(kind) = links.get_mut(link).filter(|k| matches!(k, Kind::Live(_))) else {
+            return;
+        };
+        if let Kind::Live(live) = std::mem::replace(kind, Kind::Inbox) {
+            *kind = closing(live.transport, last);
+            drop(links);
+            self.leaves(link);
         }
     }
 
     /// Says `last`, and lets a connection hear it: a socket that is closed with unread input would take it back. Its link is
     /// gone already.
-    pub(super) fn close_transport(&self, mut transport: Transport, last: &[u8]) {
-        let _ = transport.finish(last, &mut self.scratch.borrow_mut());
-        let until_ms = self.slice.borrow().now.ms + FAREWELL_MS;
+    pub(super) fn close_transport(&self, transport: Transport, last: &[u8]) {
         let mut links = self.links.borrow_mut();
-        let link = links.insert(Kind::Closing {
-            transport: Box::new(transport),
-            until_ms,
-            shut: false,
-            read: 0,
-        });
+        let link = links.insert(closing(transport, last));
         let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else {
             return;
         };
@@ -696,13 +701,18 @@ impl Shard {
         let mut links = self.links.borrow_mut();
         let Some(Kind::Closing {
             transport,
+            last,
+            until_ms,
             shut,
             read,
-            ..
         }) = links.get_mut(link)
         else {
             return;
         };
+        if let Some(last) = last.take() {
+            let _ = transport.finish(&last, &mut self.scratch.borrow_mut());
+            *until_ms = self.now_ms() + FAREWELL_MS;
+        }
         let over = loop {
             match transport.flush() {
                 Ok(true) if !*shut => {
@@ -747,6 +757,17 @@ impl Shard {
             )
         });
         !open && self.negotiating.get() == 0
+    }
+}
+
+/// A connection that is to hear `last` and has not heard it yet.
+fn closing(transport: Transport, last: impl Into<Box<[u8]>>) -> Kind {
+    Kind::Closing {
+        transport: Box::new(transport),
+        last: Some(last.into()),
+        until_ms: u64::MAX,
+        shut: false,
+        read: 0,
     }
 }
 

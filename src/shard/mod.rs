@@ -251,6 +251,9 @@ enum Kind {
     /// Says its last words.
     Closing {
         transport: Box<Transport>,
+        /// Its last words, until they are said.
+        last: Option<Box<[u8]>>,
+        /// How long it has to hear them, from then on.
         until_ms: u64,
         shut: bool,
         /// Bytes that were read away.
