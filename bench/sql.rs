@@ -2,7 +2,7 @@
 //! `cargo bench --bench sql`. `NITRO_BENCH_CORE=1` pins the lane, `NITRO_BENCH_DIR` names the disk that matters,
 //! `NITRO_BENCH_SQL='CREATE INDEX …'` tells what a change of the schema would cost.
 
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
@@ -368,18 +368,22 @@ impl Source for List {
         self.0.identity
     }
 
-    fn read_after(
+    fn read(
         &mut self,
-        seq: u64,
+        wanted: RangeInclusive<u64>,
         bytes_max: usize,
         bytes: &mut Vec<u8>,
         records: &mut Vec<(u64, Range<usize>)>,
     ) -> Result<(), String> {
         let all = self.0.records.lock().expect("nobody panics");
-        for (n, payload) in all.iter().enumerate().skip(seq as usize) {
+        let behind = *wanted.start() as usize - 1;
+        for (n, payload) in (1..).zip(&*all).skip(behind) {
+            if n > *wanted.end() {
+                break;
+            }
             let begin = bytes.len();
             bytes.extend(payload);
-            records.push((n as u64 + 1, begin..bytes.len()));
+            records.push((n, begin..bytes.len()));
             if bytes.len() >= bytes_max {
                 break;
             }
