@@ -494,7 +494,7 @@ impl Priority {
     fn take(self) {
         let nice = match self {
             Priority::Normal => return,
-            Priority::First if is_realtime() => return,
+            Priority::First if become_realtime() => return,
             Priority::First => {
                 ask_for_slice(Priority::SLICE_FIRST);
                 Priority::NICE_FIRST
@@ -506,11 +506,11 @@ impl Priority {
     }
 }
 
-/// Makes the calling thread a real-time one, if it may be. Others come behind it, whatever share of the core they are owed: threads
+/// Makes the calling thread a real-time one; false if it may not be one. Others come behind it, whatever share of the core they are owed: threads
 /// of the kernel and other programs, which else keep it waiting for milliseconds. And its weight is none that the kernel
 /// takes from a server of the same session (`sched_autogroup`).
 #[allow(unsafe_code)]
-fn is_realtime() -> bool {
+fn become_realtime() -> bool {
     // SAFETY: a plain system call about the calling thread (0), which reads the parameter.
     unsafe {
         let param = libc::sched_param { sched_priority: 1 };

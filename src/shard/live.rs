@@ -443,16 +443,12 @@ impl Shard {
             }
             Err(_) => {
                 drop(links);
-                self.broke(link);
+                self.leaves(link);
             }
         }
     }
 
-    /// Writing has failed: what the peer has sent before is read first.
-    fn broke(&self, link: u64) {
-        self.leaves(link);
-    }
-
+    /// Its session has ended, or writing has failed (what the peer has sent before is read first): [`Shard::leave`] comes to it.
     fn leaves(&self, link: u64) {
         self.leaving.borrow_mut().push_back(link);
         if self.admission.asleep.replace(false) {
@@ -624,7 +620,7 @@ impl Shard {
                     session.unsent = unsent;
                 }
             }
-            Err(_) => self.broke(link),
+            Err(_) => self.leaves(link),
         }
     }
 

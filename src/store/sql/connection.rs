@@ -208,9 +208,10 @@ pub(super) struct Connection {
     pub packet_max: usize,
 }
 
-/// Runs `$body` on whichever connection is live, within the deadline; what was under way when it passed is given up.
+/// Gives way, then runs `$body` on whichever connection is live, within the deadline; what was under way when it passed is given up.
 macro_rules! on_live {
     ($self:ident, $conn:ident, $args:ident, $values:ident, $body:expr, $wrap:ident) => {{
+        give_way();
         let deadline = $self.deadline;
         let done = match $self.live.as_mut() {
             None => return Err(SqlError::lost("there is no connection")),
@@ -330,7 +331,6 @@ impl Connection {
         values: &[Value<'_>],
     ) -> Result<Vec<Row>, SqlError> {
         self.fits(values)?;
-        give_way();
         self.counters.statements.fetch_add(1, Relaxed);
         on_live!(
             self,
@@ -349,7 +349,6 @@ impl Connection {
         values: &[Value<'_>],
     ) -> Result<u64, SqlError> {
         self.fits(values)?;
-        give_way();
         self.counters.statements.fetch_add(1, Relaxed);
         on_live!(
             self,
