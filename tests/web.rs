@@ -1056,7 +1056,7 @@ fn a_body_that_trickles_is_cut() {
             Err(_) => break,
         }
     }
-    assert!(began.elapsed() >= Duration::from_millis(900));
+    assert!(began.elapsed() >= Duration::from_secs(1));
 }
 
 #[test]

@@ -545,6 +545,11 @@ impl Shard {
         let _ = self.own_inbox.try_send(Inbound::Nudge);
     }
 
+    /// Where a peer's time begins: the clock read anew and rounded up, so that it is never cut short by the turn's age.
+    fn fresh_ms(&self) -> u64 {
+        self.now_us().div_ceil(1000)
+    }
+
     /// Monotonic milliseconds, as the clock was read last.
     fn now_ms(&self) -> u64 {
         self.slice.borrow().now.ms

@@ -186,7 +186,7 @@ impl Conn {
                 return Ok(None);
             }
         }
-        let deadline_ms = shard.now_ms() + head_ms;
+        let deadline_ms = shard.fresh_ms() + head_ms;
         loop {
             if let Some((head, taken)) = Head::parse(&self.unread, &limits)? {
                 self.unread.drain(..taken);
@@ -287,7 +287,7 @@ impl<'c> Exchange<'c> {
             answer_sent: 0,
             answered: false,
             continued: !head.expects_continue,
-            began_ms: shard.now_ms(),
+            began_ms: shard.fresh_ms(),
             cors: None,
             shard,
             conn,
@@ -419,7 +419,7 @@ impl<'c> Exchange<'c> {
     fn begin_with(&mut self, answer: &Answer, length: Option<u64>) -> Vec<u8> {
         self.answered = true;
         // an answer may have waited
-        self.began_ms = self.shard.now_ms();
+        self.began_ms = self.shard.fresh_ms();
         if self.body_left > UNWANTED_BYTES_MAX || !self.continued || self.shard.stopping.get() {
             self.head.keep_alive = false;
         }
