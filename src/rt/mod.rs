@@ -15,7 +15,7 @@ mod turn;
 pub use inbox::{Inbox, InboxSender, SendError, inbox};
 pub use local::{Notify, Slot, SlotSetter, slot};
 pub use mesh::{Mesh, MeshEnd, mesh};
-pub use priority::{be_prompt, give_way, step_back};
+pub use priority::{be_prompt, gently, give_way, step_back};
 pub use probe::{cores_online, probe, raise_open_files};
 pub use readiness::{Readiness, Ready};
 

@@ -14,6 +14,8 @@ const PROMPT: Duration = Duration::from_micros(100);
 const SHARD: Duration = Duration::from_micros(400);
 /// How long a thread in the background works before it gives way; in it a shard may become late by as much.
 const STRETCH: Duration = Duration::from_micros(100);
+/// Items of [`gently`] between two looks at the clock; a few microseconds' work.
+const LOOK_EVERY: usize = 16;
 
 /// The calling thread wakes up for a moment, and others wait for what it does then: the journal's committer.
 pub fn be_prompt() {
@@ -44,6 +46,16 @@ pub fn give_way() {
         std::thread::yield_now();
         LAST.set(Some(Instant::now()));
     }
+}
+
+/// The items of a loop over thousands, which takes turns with whoever wants the core: see [`give_way`].
+pub fn gently<T>(items: impl IntoIterator<Item = T>) -> impl Iterator<Item = T> {
+    items.into_iter().enumerate().map(|(n, item)| {
+        if n % LOOK_EVERY == 0 {
+            give_way();
+        }
+        item
+    })
 }
 
 /// The calling thread runs a shard.

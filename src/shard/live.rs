@@ -64,7 +64,9 @@ impl Shard {
             }
             self.clock();
             self.looked(slept, !events.is_empty());
-            self.turn_began_us.set(self.slice.borrow().now.us);
+            let now_us = self.slice.borrow().now.us;
+            self.turn_began_us.set(now_us);
+            self.flushed_us.set(now_us);
             for event in &events {
                 self.ready(event);
                 self.breathe().await;
@@ -199,12 +201,9 @@ impl Shard {
         self.read(link, to_the_end);
         if let Some(Kind::Live(live)) = self.links.borrow_mut().get_mut(link)
             && let Begins::Until { ms, .. } = live.begins
+            && now_ms >= ms
         {
-            let slice = self.slice.borrow();
-            let session = slice.sessions.get(live.session);
-            if now_ms >= ms || session.is_none_or(|session| session.presence.is_some()) {
-                live.begins = Begins::No;
-            }
+            live.begins = Begins::No;
         }
     }
 
@@ -228,11 +227,14 @@ impl Shard {
             && !self.upload_forgets.get()
     }
 
-    /// Lets others run if this turn has become long; what was decided so far goes out before.
+    /// Between two pieces of a turn that may become long: what was decided so far does not wait for its end, and others run if
+    /// their time has come.
     async fn breathe(&self) {
         if rt::need_preempt() {
             self.flush();
             rt::yield_now().await;
+        } else if self.now_us().saturating_sub(self.flushed_us.get()) >= self.piece_us() {
+            self.flush();
         }
     }
 
@@ -327,8 +329,8 @@ impl Shard {
         self.leaving_depth.saw(waiting as u64);
         let target_us = self.config.borrow().storm.lag_us_target;
         let spent_us = self.now_us().saturating_sub(self.turn_began_us.get());
-        let left = Duration::from_micros(target_us.saturating_sub(spent_us));
-        let most = self.piece().min(left);
+        let left_us = target_us.saturating_sub(spent_us);
+        let most = Duration::from_micros(self.piece_us().min(left_us));
         let began = Instant::now();
         for taken in 1..=waiting {
             if self.ways.borrow().congested() {
@@ -346,8 +348,8 @@ impl Shard {
     }
 
     /// How long a turn may go on with what can be done in pieces.
-    fn piece(&self) -> Duration {
-        Duration::from_micros(self.config.borrow().storm.lag_us_target / 2)
+    fn piece_us(&self) -> u64 {
+        self.config.borrow().storm.lag_us_target / 2
     }
 
     /// Reads a live connection and hands its elements to the slice. `to_the_end`: until the kernel says that there is no
@@ -525,6 +527,7 @@ impl Shard {
 
     /// Carries out what the slice has decided: output, farewells, requests, batches, jobs.
     pub(super) fn flush(&self) {
+        self.flushed_us.set(self.now_us());
         let mut slice = self.slice.borrow_mut();
         self.redis_hear(&mut slice);
         self.journal.hand_over(&mut slice);
@@ -632,7 +635,7 @@ impl Shard {
             return;
         }
         self.fanned_depth.saw(slice.fx.fanned.len() as u64);
-        let most = self.piece();
+        let most = Duration::from_micros(self.piece_us());
         let began = Instant::now();
         for written in 1.. {
             let Some(sid) = slice.next_fanned() else {

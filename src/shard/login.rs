@@ -115,8 +115,9 @@ const EXHAUSTED_PAUSE: Duration = Duration::from_millis(100);
 const HOLD_BACK_PIECE: Duration = Duration::from_millis(500);
 /// Accepts in one turn.
 const ACCEPTS_MAX: usize = 8;
-/// How long a session that sends no presence counts as one that begins.
-const BEGINS_MS: u64 = 5000;
+/// How long a session counts as one that begins: its client asks for its roster, its rooms and what it has missed, and may leave
+/// again at once.
+const BEGINS_MS: u64 = 2000;
 /// TLS alert, fatal, internal_error (RFC 8446 6.2): what can be said in the clear to who expects a handshake.
 const ALERT_INTERNAL_ERROR: [u8; 7] = [21, 3, 3, 0, 2, 2, 80];
 

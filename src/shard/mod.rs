@@ -199,6 +199,8 @@ pub struct Shard {
     admission: Admission<Box<login::Knock>>,
     /// When the turn of the live loop began that is at work; monotonic microseconds of the blade.
     turn_began_us: Cell<u64>,
+    /// When [`Shard::flush`] was called last, or when this turn began.
+    flushed_us: Cell<u64>,
     /// Connections that came from other shards.
     hand_overs: Cell<u64>,
     http_open: Cell<usize>,
@@ -292,7 +294,7 @@ struct LiveLink {
 enum Begins {
     /// Nothing.
     No,
-    /// It is read when there is a place: until its presence comes, or until `ms` of the monotonic clock.
+    /// It is read when there is a place: until `ms` of the monotonic clock.
     Until {
         ms: u64,
         queued: bool,
@@ -395,6 +397,7 @@ impl Shard {
             stopping: Cell::new(false),
             negotiating: Cell::new(0),
             admission: Admission::new(&config),
+            flushed_us: Cell::default(),
             turn_began_us: Cell::new(parts.started.elapsed().as_micros() as u64),
             hand_overs: Cell::new(0),
             http_open: Cell::new(0),

@@ -26,6 +26,7 @@ use super::change::ArchivedChange;
 use super::sql::purge::{Purge, Whose};
 use super::sql::{Ahead, Counters, Entry, Position, Sql, SqlError, Trouble};
 use crate::observe::Stage;
+use crate::rt::gently;
 
 const BACKOFF_MIN: Duration = Duration::from_millis(10);
 const BACKOFF_MAX: Duration = Duration::from_secs(1);
@@ -320,7 +321,7 @@ impl Drain {
 
     /// Applies a batch, or finds the record in it that is refused.
     async fn write(&mut self, sql: &mut Sql, batch: &[Place]) -> Result<(), SqlError> {
-        let entries: Vec<Entry<'_>> = batch.iter().map_while(|at| self.entry(*at)).collect();
+        let entries: Vec<Entry<'_>> = gently(batch).map_while(|at| self.entry(*at)).collect();
         let done = match entries.len() {
             // Not even the drain can read the first one.
             0 => Err(SqlError::refused("the record cannot be read")),
@@ -339,7 +340,7 @@ impl Drain {
                 self.lost = 0;
                 self.counters.rows.fetch_add(outcome.rows, Relaxed);
                 self.counters.skipped.fetch_add(outcome.skipped, Relaxed);
-                for id in &outcome.marked {
+                for id in gently(&outcome.marked) {
                     self.ahead.done.remove(id);
                     self.ahead.dropped.remove(id);
                     self.ahead.never_written.remove(id);
@@ -637,7 +638,7 @@ impl Feed {
             return Ok(0);
         };
         self.read = *last;
-        let records = found.into_iter().map(|(seq, place)| {
+        let records = gently(found).map(|(seq, place)| {
             let change = ArchivedChange::access(&bytes[place.clone()]);
             if let Ok(ArchivedChange::Marks(marks)) = change {
                 ahead

@@ -19,6 +19,7 @@ use super::connection::{Dialect, SqlError, Value};
 use super::read::meta;
 use super::statements::{self, ASK_MAX};
 use super::{Sql, peer_key};
+use crate::rt::{gently, give_way};
 use crate::store::change::{ArchivedChange, ArchivedMessage, ArchivedRetract, Id, Message};
 use crate::store::record::Record;
 use crate::store::tier::Retraction;
@@ -272,7 +273,7 @@ impl Sql {
         };
 
         let (mut archive, mut pending) = (Vec::new(), Vec::new());
-        for planned in &plan.messages {
+        for planned in gently(&plan.messages) {
             let message = planned.message;
             let id = message.id.to_native();
             let Some(owner) = owner(&message.owner, id) else {
@@ -292,7 +293,7 @@ impl Sql {
             }
         }
         let mut documents = Vec::new();
-        for ((name, key), (revision, value)) in &plan.documents {
+        for ((name, key), (revision, value)) in gently(&plan.documents) {
             if let Some(owner) = owner(name, *revision) {
                 documents.push((
                     owner,
@@ -303,7 +304,7 @@ impl Sql {
             }
         }
         let mut lasts = Vec::new();
-        for (name, (revision, at, status)) in &plan.lasts {
+        for (name, (revision, at, status)) in gently(&plan.lasts) {
             if let Some(owner) = owner(name, *revision) {
                 lasts.push((owner, *at, *status, *revision));
             }
@@ -422,9 +423,10 @@ impl Sql {
     }
 
     /// Remembers the accounts of these names.
-    async fn get_to_know(&mut self, mut names: FnvHashSet<&str>) -> Result<(), SqlError> {
-        names.retain(|name| !self.known.accounts.contains_key(*name));
-        let unknown: Vec<&str> = names.into_iter().collect();
+    async fn get_to_know(&mut self, names: FnvHashSet<&str>) -> Result<(), SqlError> {
+        let unknown: Vec<&str> = gently(names)
+            .filter(|name| !self.known.accounts.contains_key(*name))
+            .collect();
         let found = self.ask_accounts(&statements::FIND, &unknown).await?;
         self.known.accounts.extend(found);
         Ok(())
@@ -571,7 +573,7 @@ struct Planned<'a> {
 impl<'a> Plan<'a> {
     fn of(entries: &[Entry<'a>], ahead: &Ahead) -> Plan<'a> {
         let mut plan = Plan::default();
-        for entry in entries {
+        for entry in gently(entries) {
             let at = entry.at;
             let known = plan
                 .positions
@@ -657,11 +659,12 @@ impl<'a> Plan<'a> {
 
     /// Takes out what need not be written, and finds which marks concern rows.
     fn merge(&mut self, ahead: &Ahead) {
-        let done: FnvHashSet<u64> = self.done.iter().copied().collect();
-        let dropped: FnvHashSet<u64> = self.dropped.iter().copied().collect();
+        let done: FnvHashSet<u64> = gently(&self.done).copied().collect();
+        let dropped: FnvHashSet<u64> = gently(&self.dropped).copied().collect();
         // Of these nothing is in the database, or only the row in the archive.
         let mut here: FnvHashSet<u64> = FnvHashSet::default();
         self.messages.retain_mut(|planned| {
+            give_way();
             let id = planned.message.id.to_native();
             if dropped.contains(&id) || ahead.dropped.contains(&id) {
                 // An earlier life of this journal may have written it: then its mark deletes it.
@@ -682,7 +685,7 @@ impl<'a> Plan<'a> {
             .retain(|retract| !is_dropped(&retract.id.to_native()));
         let written = |id: &&u64| !here.contains(id) && !ahead.never_written.contains(id);
         self.dropped_rows = self.dropped.clone();
-        self.pending_rows = self.done.iter().filter(written).copied().collect();
+        self.pending_rows = gently(&self.done).filter(written).copied().collect();
         self.pending_rows.extend(&self.dropped);
     }
 
