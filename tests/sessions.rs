@@ -347,6 +347,59 @@ fn carbons_keep_the_order_of_a_conversation_even_for_an_inactive_client() {
     }
 }
 
+/// More than kernels hold for a peer that does not read, so much of it is on its way when the stream ends.
+#[test]
+fn who_logs_out_without_stream_management_while_messages_are_on_their_way_gets_each_once() {
+    const MESSAGES: usize = 80;
+    let blade = client::blade(&[]);
+    import(&blade, "u", 2, &[(0, 1)]);
+    for reads in [true, false] {
+        let mut alice = Client::online(&blade, "u0", "a");
+        alice.enable_resumption();
+        let mut bob = Client::online(&blade, "u1", "b");
+        let long = "x".repeat(8 << 10);
+        for n in 0..MESSAGES {
+            alice.send(&message(&bob.jid, &format!("{n} {long}")));
+        }
+        alice.ask_h();
+        bob.send("</stream:stream>");
+        let number = |message: &Element| {
+            let body = body(message).expect("a body");
+            let number = body.split(' ').next().unwrap();
+            number.parse::<usize>().unwrap()
+        };
+        let mut got = Vec::new();
+        while reads && let Ok(Some(item)) = bob.connection.next() {
+            match item {
+                Item::Element(element) if element.name == "message" => got.push(number(&element)),
+                Item::Element(_) => {}
+                _ => break,
+            }
+        }
+        if reads {
+            assert!(!got.is_empty(), "nothing was on its way");
+        }
+        // with unread bytes, if he has not read: the kernel resets the connection
+        drop(bob);
+        let mut bob = Client::online(&blade, "u1", "b");
+        while got.len() < MESSAGES {
+            got.push(number(&bob.find(|e| e.name == "message")));
+        }
+        bob.settle();
+        let more = bob
+            .connection
+            .unread()
+            .filter(|item| matches!(item, Item::Element(e) if e.name == "message"));
+        assert_eq!(more.count(), 0, "{reads}");
+        got.sort_unstable();
+        assert_eq!(got, (0..MESSAGES).collect::<Vec<_>>(), "{reads}");
+        for client in [&mut alice, &mut bob] {
+            client.send("</stream:stream>");
+            assert_eq!(client.ends(), None);
+        }
+    }
+}
+
 #[test]
 fn whoever_leaves_the_cache_between_log_in_and_binding_is_loaded_again() {
     const OTHERS: usize = 8_000;

@@ -484,9 +484,10 @@ impl Priority {
     /// Of who comes first; the kernel allows no shorter one.
     const SLICE_FIRST: Duration = Duration::from_micros(100);
 
-    /// Whether this process may raise the priority of its threads (root, CAP_SYS_NICE, `ulimit -e`).
+    /// Whether this process may put threads of its own before others (root, CAP_SYS_NICE, `ulimit -r`, `ulimit -e`).
     pub fn may_be_first() -> bool {
-        let tried = thread::spawn(|| setpriority_process(None, Priority::NICE_FIRST).is_ok());
+        let first = || setpriority_process(None, Priority::NICE_FIRST).is_ok();
+        let tried = thread::spawn(move || become_realtime() || first());
         tried.join().unwrap_or(false)
     }
 

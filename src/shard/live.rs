@@ -13,7 +13,7 @@ use crate::rt;
 use crate::xml::{FrameKind, Framer};
 use crate::xmpp::error::StreamError;
 use crate::xmpp::session::SessionId;
-use crate::xmpp::slice::{Computed, Slice};
+use crate::xmpp::slice::{Closing, Computed, Slice};
 
 /// How long the shard sleeps in its readiness set before it sleeps in the ring; timers may be late by as much.
 const NAP: Duration = Duration::from_millis(1);
@@ -212,6 +212,7 @@ impl Shard {
         let slice = self.slice.borrow();
         let durable = slice.ledger.waiting() == 0 || slice.ledger.is_flying();
         durable
+            && slice.fx.dirty.is_empty()
             && slice.fx.fanned.is_empty()
             && self.redis.as_ref().is_none_or(|redis| !redis.is_restless())
     }
@@ -587,7 +588,7 @@ impl Shard {
         }
         drop(waiting);
         for end in closing {
-            self.begin_closing(end.link, end.bytes);
+            self.begin_closing(end);
         }
         for end in ending {
             self.component_close(end.link, &end.bytes);
@@ -668,15 +669,25 @@ impl Shard {
     // ---- farewells ---------------------------------------------------------------------------------------------
 
     /// A session has ended: its connection keeps its link, and hears `last` when [`Shard::leave`] comes to it.
-    fn begin_closing(&self, link: u64, last: Vec<u8>) {
+    fn begin_closing(&self, end: Closing) {
+        let Closing {
+            link,
+            bytes,
+            mut left,
+        } = end;
         let mut links = self.links.borrow_mut();
-        let Some(kind) = links.get_mut(link).filter(|k| matches!(k, Kind::Live(_))) else {
-            return;
-        };
-        if let Kind::Live(live) = std::mem::replace(kind, Kind::Inbox) {
-            *kind = closing(live.transport, last);
+        let kind = links.get_mut(link).filter(|k| matches!(k, Kind::Live(_)));
+        if let Some(kind) = kind
+            && let Kind::Live(live) = std::mem::replace(kind, Kind::Inbox)
+        {
+            // over BOSH requests would tell what has arrived, and none will come
+            let decided_later = left.take_if(|_| !live.transport.is_relayed());
+            *kind = closing(live.transport, bytes, decided_later);
             drop(links);
             self.leaves(link);
+        }
+        if let Some(name) = left {
+            self.slice.borrow_mut().left(&name, Some(link), false);
         }
     }
 
@@ -684,7 +695,7 @@ impl Shard {
     /// gone already.
     pub(super) fn close_transport(&self, transport: Transport, last: &[u8]) {
         let mut links = self.links.borrow_mut();
-        let link = links.insert(closing(transport, last));
+        let link = links.insert(closing(transport, last, None));
         let Some(Kind::Closing { transport, .. }) = links.get_mut(link) else {
             return;
         };
@@ -703,7 +714,9 @@ impl Shard {
             last,
             until_ms,
             shut,
+            ended,
             read,
+            left,
         }) = links.get_mut(link)
         else {
             return;
@@ -712,6 +725,7 @@ impl Shard {
             let _ = transport.finish(&last, &mut self.scratch.borrow_mut());
             *until_ms = self.now_ms() + FAREWELL_MS;
         }
+        // in good order?
         let over = loop {
             match transport.flush() {
                 Ok(true) if !*shut => {
@@ -719,32 +733,56 @@ impl Shard {
                     *shut = true;
                 }
                 Ok(true) => {}
-                Ok(false) => break false,
-                Err(_) => break true,
+                Ok(false) => break None,
+                Err(_) => break Some(false),
             }
             match transport.socket().recv(&mut [0; 4 << 10]) {
-                Ok(0) => break true,
-                Ok(more) if *read + more > FAREWELL_BYTES_MAX => break true,
+                Ok(0) => {
+                    *ended = true;
+                    break Some(true);
+                }
+                Ok(more) if *read + more > FAREWELL_BYTES_MAX => break Some(false),
                 Ok(more) => *read += more,
-                Err(error) => break error.kind() != std::io::ErrorKind::WouldBlock,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => break None,
+                Err(_) => break Some(false),
             }
         };
-        if over {
-            links.remove(link);
+        let Some(in_order) = over else { return };
+        if in_order && left.is_some() && !has_all(transport) {
+            // its end and our last bytes have met on the way: [`Shard::end_closing`] looks again
+            return;
+        }
+        let left = left.take();
+        links.remove(link);
+        drop(links);
+        if let Some(name) = left {
+            self.slice.borrow_mut().left(&name, Some(link), in_order);
         }
     }
 
+    /// Ends the connections that have had their time, and decides what was on its way on those that have ended.
     pub(super) fn end_closing(&self, now_ms: u64) {
+        let mut slice = self.slice.borrow_mut();
         let mut links = self.links.borrow_mut();
-        let late: Vec<usize> = links
-            .slab
-            .iter()
-            .filter(|(_, l)| matches!(l.kind, Kind::Closing { until_ms, .. } if until_ms <= now_ms))
-            .map(|(slot, _)| slot)
-            .collect();
-        for slot in late {
-            links.slab.remove(slot);
-        }
+        links.slab.retain(|slot, link| {
+            let number = link.number(slot);
+            let Kind::Closing {
+                transport,
+                until_ms,
+                ended,
+                left,
+                ..
+            } = &mut link.kind
+            else {
+                return true;
+            };
+            let has_all = left.is_some() && has_all(transport);
+            let over = *until_ms <= now_ms || (*ended && has_all);
+            if over && let Some(name) = left.take() {
+                slice.left(&name, Some(number), has_all);
+            }
+            !over
+        });
     }
 
     fn all_closed(&self) -> bool {
@@ -760,13 +798,15 @@ impl Shard {
 }
 
 /// A connection that is to hear `last` and has not heard it yet.
-fn closing(transport: Transport, last: impl Into<Box<[u8]>>) -> Kind {
+fn closing(transport: Transport, last: impl Into<Box<[u8]>>, left: Option<Rc<str>>) -> Kind {
     Kind::Closing {
         transport: Box::new(transport),
         last: Some(last.into()),
         until_ms: u64::MAX,
         shut: false,
+        ended: false,
         read: 0,
+        left,
     }
 }
 
@@ -784,13 +824,14 @@ fn confirm(slice: &mut Slice, transport: &mut Transport, sid: SessionId) {
             0 => {}
             messages => slice.confirmed_first(sid, messages),
         }
-    } else if !is_dirty(slice, sid)
-        && transport.pending() == 0
-        && !transport.is_broken()
-        && transport.socket().unsent().is_ok_and(|bytes| bytes == 0)
-    {
+    } else if !is_dirty(slice, sid) && !transport.is_broken() && has_all(transport) {
         slice.confirmed(sid);
     }
+}
+
+/// The peer's kernel has all that was written.
+fn has_all(transport: &Transport) -> bool {
+    transport.pending() == 0 && transport.socket().unsent().is_ok_and(|bytes| bytes == 0)
 }
 
 /// Why reading ends.

@@ -258,8 +258,12 @@ enum Kind {
         /// How long it has to hear them, from then on.
         until_ms: u64,
         shut: bool,
+        /// Its peer has said that it sends no more.
+        ended: bool,
         /// Bytes that were read away.
         read: usize,
+        /// See [`slice::Closing::left`](crate::xmpp::slice::Closing).
+        left: Option<Rc<str>>,
     },
     Inbox,
     Mesh,
@@ -309,6 +313,13 @@ struct Links {
     generation: u32,
 }
 
+impl Link {
+    /// By what the rest of the shard knows it; `slot`: where it stands.
+    fn number(&self, slot: usize) -> u64 {
+        (u64::from(self.generation) << 32) | slot as u64
+    }
+}
+
 impl Links {
     fn insert(&mut self, kind: Kind) -> u64 {
         self.generation = self.generation.wrapping_add(1);
@@ -316,7 +327,7 @@ impl Links {
             generation: self.generation,
             kind,
         });
-        (u64::from(self.generation) << 32) | slot as u64
+        self.slab[slot].number(slot)
     }
 
     fn get_mut(&mut self, link: u64) -> Option<&mut Kind> {

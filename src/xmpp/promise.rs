@@ -405,6 +405,61 @@ fn without_stream_management_a_message_is_delivered_when_the_peer_has_it() {
 }
 
 #[test]
+fn what_is_on_its_way_when_the_last_session_ends_is_decided_by_the_end_of_its_connection() {
+    for taken in [true, false] {
+        let (mut w, alice, bob) = two(1);
+        let a = managed(&mut w, &alice, "a");
+        let b = w.online(&bob, "b");
+        w.confirms = false;
+        w.lefts = Some(Vec::new());
+        w.send(a, &chat(&bob, "1"));
+        assert_eq!(got(&mut w, b), ["1"]);
+        w.logout(b);
+        w.send(a, &chat(&bob, "2"));
+        let lefts = w.lefts.take().unwrap();
+        assert_eq!(lefts.len(), 1);
+        for (shard, name) in lefts {
+            w.slices[shard].left(&name, None, taken);
+        }
+        // nor after a crash, if its peer had it
+        w.advance(2_000);
+        w.crash(1);
+        let b = w.online_now(&bob, "b");
+        let mut heard = got(&mut w, b);
+        heard.retain(|one| one != "presence");
+        let all: &[&str] = if taken { &["2"] } else { &["1", "2"] };
+        assert_eq!(heard, all);
+    }
+}
+
+#[test]
+fn who_comes_back_before_the_end_of_his_connection_gets_what_was_on_its_way_in_order() {
+    let (mut w, alice, bob) = two(1);
+    let a = managed(&mut w, &alice, "a");
+    let old = w.online(&bob, "b");
+    w.confirms = false;
+    w.lefts = Some(Vec::new());
+    w.send(a, &chat(&bob, "1"));
+    w.logout(old);
+    w.send(a, &chat(&bob, "2"));
+    let b = w.online_now(&bob, "b");
+    w.send(a, &chat(&bob, "3"));
+    // too late: it has been sent again
+    w.slice_of(&bob).left(&bob, Some(old.link()), false);
+    let mut heard = got(&mut w, b);
+    heard.retain(|one| one != "presence");
+    assert_eq!(heard, ["1", "2", "3"]);
+
+    // another client of his is there and gets it at once
+    let c = w.online(&bob, "c");
+    w.take(c);
+    w.send(a, &chat(&bob, "4").replace("@localhost", "@localhost/b"));
+    w.logout(b);
+    assert_eq!(w.lefts.take().unwrap().len(), 1, "only the first");
+    assert!(got(&mut w, c).contains(&"4".to_owned()));
+}
+
+#[test]
 fn a_message_for_somebody_who_cannot_be_loaded_is_accepted_and_decided_when_he_can() {
     for exists in [true, false] {
         let (mut w, alice, bob) = two(2);

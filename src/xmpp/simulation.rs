@@ -743,6 +743,9 @@ impl Simulation {
         for closing in std::mem::take(&mut slice.fx.closing) {
             moved = true;
             let peer = self.peers.iter().position(|p| p.link == Some(closing.link));
+            if let Some(name) = closing.left {
+                self.world.slices[shard].left(&name, Some(closing.link), peer.is_some());
+            }
             if let Some(peer) = peer {
                 self.peers[peer].inbox.extend_from_slice(&closing.bytes);
                 self.read(peer);

@@ -20,6 +20,7 @@ use super::batch::{Batch, Item, Receipt};
 use super::component::{self, Components, Host};
 use super::error::{StanzaError, StreamError};
 use super::feature::offline::Offline;
+use super::feature::sm::Kept;
 use super::feature::{self, Hooks, Refusal, presence, retract, stable_id};
 use super::groups::Groups;
 use super::jid::Jid;
@@ -195,6 +196,8 @@ pub struct User {
     pub offline: Offline,
     /// Deliveries that sessions hold, and how many do; ids ascend.
     pub held: Vec<(u64, u16)>,
+    /// Of the last session, until the end of its connection, or until another one begins.
+    left: Option<Box<Left>>,
     /// The last log-out (XEP-0012).
     pub last: Option<Last>,
     /// What Redis says of messages that wait for him.
@@ -213,6 +216,7 @@ impl User {
             sessions: SmallVec::new(),
             offline,
             held: Vec::new(),
+            left: None,
             last: loaded.last,
             waits: Waits::default(),
             pep: loaded.index.map(feature::pep::Index::new),
@@ -294,6 +298,24 @@ pub enum Fate {
 pub struct Closing {
     pub link: u64,
     pub bytes: Vec<u8>,
+    /// Messages for this user are on their way on it: what becomes of them is to be told to [`Slice::left`].
+    pub left: Option<Rc<str>>,
+}
+
+impl Closing {
+    pub fn new(link: u64, bytes: Vec<u8>) -> Closing {
+        Closing {
+            link,
+            bytes,
+            left: None,
+        }
+    }
+}
+
+/// What a session without stream management may not have had when its client ended it: its connection can still bring it.
+pub struct Left {
+    link: u64,
+    kept: Kept,
 }
 
 /// What the shard has to carry out.
@@ -912,6 +934,7 @@ impl Slice {
         name: &str,
         make: impl FnOnce(SessionId) -> Session,
     ) -> Option<SessionId> {
+        self.left(name, None, false);
         let Some(Slot::Present(user)) = self.users.get_mut(name) else {
             return None;
         };
@@ -936,6 +959,8 @@ impl Slice {
         let Some(session) = self.sessions.get_mut(sid) else {
             return;
         };
+        let asked = error.is_none();
+        let mut closing = None;
         if let Some(link) = session.link.take() {
             self.counters.disconnects += 1;
             let reason = error.as_ref().map_or("closed by the client", |error| {
@@ -947,7 +972,7 @@ impl Slice {
                 Some(error) => error.write(&mut bytes),
                 None => bytes.extend_from_slice(b"</stream:stream>"),
             }
-            self.fx.closing.push(Closing { link, bytes });
+            closing = Some(Closing::new(link, bytes));
         } else if session.sm.is_some() {
             self.parked = self.parked.saturating_sub(1);
         }
@@ -969,8 +994,18 @@ impl Slice {
         }
         let mut left = Vec::new();
         if let Some(mut kept) = session.unconfirmed.take() {
-            left = kept.take_all();
+            // whoever else is there gets it before what comes behind it
+            let user = self.user_mut(&name).filter(|user| user.sessions.is_empty());
+            match (user, closing.as_mut().filter(|_| asked)) {
+                (Some(user), Some(closing)) => {
+                    let link = closing.link;
+                    user.left = Some(Box::new(Left { link, kept: *kept }));
+                    closing.left = Some(name.clone());
+                }
+                _ => left = kept.take_all(),
+            }
         }
+        self.fx.closing.extend(closing);
         if let Some(mut sm) = session.sm.take() {
             if sm.resume_ms > 0 {
                 self.remember_count(&sm.id, session.accept.h());
@@ -1063,7 +1098,7 @@ impl Slice {
             let Some(link) = session.link else { return };
             let mut bytes = Vec::new();
             StreamError::text("connection-timeout", "no answer to a ping").write(&mut bytes);
-            self.fx.closing.push(Closing { link, bytes });
+            self.fx.closing.push(Closing::new(link, bytes));
             return self.cut(sid, "no answer to a ping");
         }
         session.pinged = true;
@@ -1253,7 +1288,7 @@ impl Slice {
             } else if let Some(link) = session.link {
                 let mut bytes = Vec::new();
                 error.write(&mut bytes);
-                self.fx.closing.push(Closing { link, bytes });
+                self.fx.closing.push(Closing::new(link, bytes));
                 self.cut(sid, "the client does not read what it is sent");
             }
         }
@@ -2031,6 +2066,24 @@ impl Slice {
         let name = session.user.clone();
         for id in ids {
             self.taken(&name, id);
+        }
+    }
+
+    /// What was on its way to `name` when his last session ended: the peer of that connection (`None`: of any) has `taken` it,
+    /// or another client gets it.
+    pub fn left(&mut self, name: &str, link: Option<u64>, taken: bool) {
+        let Some(user) = self.user_mut(name) else {
+            return;
+        };
+        let this = |left: &mut Box<Left>| link.is_none_or(|link| link == left.link);
+        let Some(mut left) = user.left.take_if(this) else {
+            return;
+        };
+        if !taken {
+            return feature::sm::redirect(self, name, left.kept.take_all());
+        }
+        while let Some(id) = left.kept.pop() {
+            self.taken(name, id);
         }
     }
 

@@ -156,6 +156,8 @@ pub struct World {
     pub slots_held: bool,
     /// Peers without stream management have at once what they are sent.
     pub confirms: bool,
+    /// What is on its way when their sessions end is the test's to decide: (shard, user). `None`: as [`World::confirms`] says.
+    pub lefts: Option<Vec<(usize, Rc<str>)>>,
     clients: Vec<Connection>,
     components: Vec<ComponentEnd>,
 }
@@ -273,6 +275,7 @@ impl World {
             slots: Ok(()),
             slots_held: false,
             confirms: true,
+            lefts: None,
             clients: Vec::new(),
             components: Vec::new(),
         };
@@ -690,6 +693,11 @@ impl World {
                     let client = &mut self.clients[closing.link as usize];
                     client.out.extend_from_slice(&closing.bytes);
                     client.closed = true;
+                    match (closing.left, &mut self.lefts) {
+                        (None, _) => {}
+                        (Some(name), Some(lefts)) => lefts.push((from, name)),
+                        (Some(name), None) => slice.left(&name, None, self.confirms),
+                    }
                 }
                 slice.fx.loaded.clear();
                 moved |= self.write_to_components(from);

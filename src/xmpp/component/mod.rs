@@ -458,7 +458,7 @@ impl Slice {
             // the peer may have a part of a stanza already
             let bytes = [conn.begun(), &bytes].concat();
             let link = conn.link;
-            self.components.ending.push(Closing { link, bytes });
+            self.components.ending.push(Closing::new(link, bytes));
         }
         self.component_return(conn);
     }

@@ -16,7 +16,7 @@ use crate::xmpp::ledger::Act;
 use crate::xmpp::message;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::SessionId;
-use crate::xmpp::slice::Slice;
+use crate::xmpp::slice::{Closing, Slice};
 
 pub const NS: &str = "urn:xmpp:sm:3";
 
@@ -434,10 +434,7 @@ pub fn detach(slice: &mut Slice, sid: SessionId) {
     if let Some(link) = session.link {
         let mut bytes = Vec::new();
         StreamError::text("conflict", "resumed by another connection").write(&mut bytes);
-        slice
-            .fx
-            .closing
-            .push(crate::xmpp::slice::Closing { link, bytes });
+        slice.fx.closing.push(Closing::new(link, bytes));
         slice.cut(sid, "resumed by another connection");
     }
 }
@@ -492,10 +489,7 @@ pub fn resume(
         Some(old) => {
             let mut bytes = Vec::new();
             StreamError::text("conflict", "resumed by another connection").write(&mut bytes);
-            slice
-                .fx
-                .closing
-                .push(crate::xmpp::slice::Closing { link: old, bytes });
+            slice.fx.closing.push(Closing::new(old, bytes));
         }
     }
     session.heard_ms = ms;
