@@ -430,7 +430,7 @@ fn the_end_is_told_both_ways_after_all_that_was_said() {
     );
     assert_eq!(server.read(&mut scratch).unwrap(), Read::Eof);
     assert_eq!(server.read(&mut scratch).unwrap(), Read::Eof);
-    server.finish(b"bye", &mut scratch).unwrap();
+    assert!(server.finish(b"bye", &mut scratch).unwrap());
     assert!(server.write(b"too late", &mut scratch).is_err());
     server.socket().shutdown().unwrap();
     client.receive();
@@ -447,6 +447,34 @@ fn the_end_is_told_both_ways_after_all_that_was_said() {
         server.write(b"x", &mut scratch).unwrap_err().kind(),
         ErrorKind::BrokenPipe
     );
+}
+
+#[test]
+fn last_words_to_who_has_closed_his_websocket_count_as_not_said() {
+    let mut scratch = Scratch::new();
+    for closes in [false, true] {
+        let (mut server, mut client) = pair();
+        let limits = WebSocketLimits {
+            message_bytes_max: 1000,
+            fragments_max: 10,
+        };
+        server.start_websocket(limits, Vec::new());
+        let header = b"<?xml version='1.0'?><stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams'>";
+        server.write(header, &mut scratch).unwrap();
+        // RFC 6455 5.2: close, masked with zeros, status 1000
+        let close = [0x88, 0x82, 0, 0, 0, 0, 0x03, 0xe8];
+        client
+            .write_all(&close[..if closes { 8 } else { 0 }])
+            .unwrap();
+        let _ = server.read(&mut scratch);
+        let said = server.finish(b"<message xmlns='jabber:client'/>", &mut scratch);
+        assert_eq!(said.unwrap(), !closes);
+        server.socket().shutdown().unwrap();
+        let mut got = Vec::new();
+        client.read_to_end(&mut got).unwrap();
+        let got = String::from_utf8_lossy(&got);
+        assert_eq!(got.contains("<message"), !closes);
+    }
 }
 
 #[test]

@@ -410,8 +410,9 @@ impl Transport {
 
     /// Says `last` and that nothing more will come: TLS's close_notify, if a session stands. What the kernel does not take is
     /// pending like any other bytes. Shut the socket down when nothing is pending: all this and the end of the stream are one
-    /// packet then.
-    pub fn finish(&mut self, last: &[u8], scratch: &mut Scratch) -> io::Result<()> {
+    /// packet then. `false`: the peer has closed its WebSocket, or may not be written to any more, and `last` is not said.
+    pub fn finish(&mut self, last: &[u8], scratch: &mut Scratch) -> io::Result<bool> {
+        let mut said = !self.has_said_farewell();
         let mut framed = Vec::new();
         let mut last = last;
         if last.len() > CHUNK_BYTES {
@@ -422,6 +423,7 @@ impl Transport {
             // who may not be written to any more may still be told the end
             if web.encode(last, &mut framed).is_err() {
                 framed.clear();
+                said = false;
             }
             web.farewell(&mut framed);
             last = &framed;
@@ -430,7 +432,7 @@ impl Transport {
         out.clear();
         match &mut self.tls {
             None => out.extend_from_slice(last),
-            Some(tls) if tls.handshaking() => return Ok(()),
+            Some(tls) if tls.handshaking() => return Ok(false),
             Some(tls) => {
                 tls.prepend_held(out);
                 if !last.is_empty() {
@@ -440,14 +442,14 @@ impl Transport {
             }
         }
         if out.is_empty() {
-            return Ok(());
+            return Ok(said);
         }
         let taken = match self.pending() {
             0 => taken(self.socket.send_more(out))?,
             _ => 0,
         };
         keep(&mut self.unsent, &mut self.sent, &out[taken..]);
-        Ok(())
+        Ok(said)
     }
 
     /// Whether TLS was started and its handshake is not done.

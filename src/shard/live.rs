@@ -721,9 +721,13 @@ impl Shard {
         else {
             return;
         };
+        let mut decided = None;
         if let Some(last) = last.take() {
-            let _ = transport.finish(&last, &mut self.scratch.borrow_mut());
+            let said = transport.finish(&last, &mut self.scratch.borrow_mut());
             *until_ms = self.now_ms() + FAREWELL_MS;
+            if !matches!(said, Ok(true)) {
+                decided = left.take().map(|name| (name, false));
+            }
         }
         // in good order?
         let over = loop {
@@ -747,16 +751,16 @@ impl Shard {
                 Err(_) => break Some(false),
             }
         };
-        let Some(in_order) = over else { return };
-        if in_order && left.is_some() && !has_all(transport) {
-            // its end and our last bytes have met on the way: [`Shard::end_closing`] looks again
-            return;
+        // if its end and our last bytes have met on the way, [`Shard::end_closing`] looks again
+        if let Some(in_order) = over
+            && (left.is_none() || !in_order || has_all(transport))
+        {
+            decided = decided.or(left.take().map(|name| (name, in_order)));
+            links.remove(link);
         }
-        let left = left.take();
-        links.remove(link);
         drop(links);
-        if let Some(name) = left {
-            self.slice.borrow_mut().left(&name, Some(link), in_order);
+        if let Some((name, taken)) = decided {
+            self.slice.borrow_mut().left(&name, Some(link), taken);
         }
     }
 
