@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use blade::Blade;
 use client::connection::{Connection, Heard};
 use client::xml::{Element, Item};
-use client::{Client, body, ended, wait_until};
+use client::{Client, body, ended, number, wait_until};
 use nitro::xmpp::component::proof;
 
 const HOST: &str = "echo.localhost";
@@ -314,11 +314,6 @@ fn a_component_that_dies_under_load_loses_nothing_that_its_kernel_did_not_take()
     });
 }
 
-fn number(message: &Element) -> usize {
-    let text = body(message).unwrap();
-    text.split(' ').next().unwrap().parse().unwrap()
-}
-
 #[test]
 fn a_component_that_does_not_read_disturbs_nobody_and_is_cut_in_time() {
     let (blade, port) = start(&[
@@ -453,17 +448,9 @@ fn what_was_open_at_a_crash_reaches_the_component_when_it_comes_back() {
             metric(&blade, "nitro_component_stanzas_out_total") == sent
         });
     }
-    let unread = alice
-        .connection
-        .unread()
-        .filter(|item| matches!(item, Item::Element(e) if e.name == "message"));
-    assert_eq!(unread.count(), 0, "nothing was refused");
+    assert_eq!(alice.unread_messages(), 0, "nothing was refused");
     blade.kill();
-    let number = |e: &Element| {
-        let text = body(e).expect("a body");
-        text.split(' ').next().unwrap().parse::<u64>().unwrap()
-    };
-    let mut came: HashSet<u64> = HashSet::new();
+    let mut came = HashSet::new();
     while let Ok(Some(item)) = component.next() {
         if let Item::Element(e) = &item
             && e.name == "message"

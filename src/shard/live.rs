@@ -207,7 +207,8 @@ impl Shard {
         }
     }
 
-    /// Nothing waits for a commit that nobody else would tell of (marks wait for the next tick), or for a deadline of Redis.
+    /// Nothing waits to be written, for a commit that nobody else would tell of (marks wait for the next tick), or for a deadline of
+    /// Redis.
     fn may_sleep(&self) -> bool {
         let slice = self.slice.borrow();
         let durable = slice.ledger.waiting() == 0 || slice.ledger.is_flying();
@@ -234,7 +235,7 @@ impl Shard {
         if rt::need_preempt() {
             self.flush();
             rt::yield_now().await;
-        } else if self.now_us().saturating_sub(self.flushed_us.get()) >= self.piece_us() {
+        } else if self.now_us() >= self.flushed_us.get() + self.piece_us() {
             self.flush();
         }
     }
@@ -328,11 +329,8 @@ impl Shard {
             return;
         }
         self.leaving_depth.saw(waiting as u64);
-        let target_us = self.config.borrow().storm.lag_us_target;
-        let spent_us = self.now_us().saturating_sub(self.turn_began_us.get());
-        let left_us = target_us.saturating_sub(spent_us);
-        let most = Duration::from_micros(self.piece_us().min(left_us));
-        let began = Instant::now();
+        let turn_until_us = self.turn_began_us.get() + self.config.borrow().storm.lag_us_target;
+        let until_us = turn_until_us.min(self.now_us() + self.piece_us());
         for taken in 1..=waiting {
             if self.ways.borrow().congested() {
                 return;
@@ -342,13 +340,13 @@ impl Shard {
             };
             self.read(link, true);
             self.go_on_closing(link);
-            if taken >= LEAVING_MIN && began.elapsed() >= most {
+            if taken >= LEAVING_MIN && self.now_us() >= until_us {
                 return;
             }
         }
     }
 
-    /// How long a turn may go on with what can be done in pieces.
+    /// How long a turn may go on with what can be done in pieces; microseconds.
     fn piece_us(&self) -> u64 {
         self.config.borrow().storm.lag_us_target / 2
     }
@@ -636,14 +634,13 @@ impl Shard {
             return;
         }
         self.fanned_depth.saw(slice.fx.fanned.len() as u64);
-        let most = Duration::from_micros(self.piece_us());
-        let began = Instant::now();
+        let until_us = self.now_us() + self.piece_us();
         for written in 1.. {
             let Some(sid) = slice.next_fanned() else {
                 break;
             };
             self.write_out(&mut slice, sid);
-            if written >= FANNED_MIN && began.elapsed() >= most {
+            if written >= FANNED_MIN && self.now_us() >= until_us {
                 break;
             }
         }

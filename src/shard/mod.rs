@@ -262,7 +262,7 @@ enum Kind {
         ended: bool,
         /// Bytes that were read away.
         read: usize,
-        /// See [`slice::Closing::left`](crate::xmpp::slice::Closing).
+        /// See [`Closing::left`](crate::xmpp::slice::Closing::left).
         left: Option<Rc<str>>,
     },
     Inbox,
@@ -289,7 +289,7 @@ struct LiveLink {
     rest: Vec<u8>,
     session: SessionId,
     _pass: doors::Pass,
-    /// Until its client has asked for what clients ask for at their start it counts as a login.
+    /// For the first seconds it counts as a login.
     begins: Begins,
 }
 

@@ -34,6 +34,13 @@ fn got(w: &mut World, client: Client) -> Vec<String> {
         .collect()
 }
 
+/// The same without presence.
+fn said(w: &mut World, client: Client) -> Vec<String> {
+    let mut said = got(w, client);
+    said.retain(|one| one != "presence");
+    said
+}
+
 fn two(shards: usize) -> (World, String, String) {
     let mut w = World::new(shards);
     let (alice, bob) = (w.on(0, "alice"), w.on(shards - 1, "bob"));
@@ -378,8 +385,7 @@ fn what_an_expired_session_leaves_goes_where_it_belongs() {
         "{bounced:?}"
     );
     let b = w.online_now(&bob, "b");
-    let mut heard = got(&mut w, b);
-    heard.retain(|one| one != "presence");
+    let heard = said(&mut w, b);
     assert_eq!(
         heard,
         ["1", "2", "3"],
@@ -425,8 +431,7 @@ fn what_is_on_its_way_when_the_last_session_ends_is_decided_by_the_end_of_its_co
         w.advance(2_000);
         w.crash(1);
         let b = w.online_now(&bob, "b");
-        let mut heard = got(&mut w, b);
-        heard.retain(|one| one != "presence");
+        let heard = said(&mut w, b);
         let all: &[&str] = if taken { &["2"] } else { &["1", "2"] };
         assert_eq!(heard, all);
     }
@@ -446,8 +451,7 @@ fn who_comes_back_before_the_end_of_his_connection_gets_what_was_on_its_way_in_o
     w.send(a, &chat(&bob, "3"));
     // too late: it has been sent again
     w.slice_of(&bob).left(&bob, Some(old.link()), false);
-    let mut heard = got(&mut w, b);
-    heard.retain(|one| one != "presence");
+    let heard = said(&mut w, b);
     assert_eq!(heard, ["1", "2", "3"]);
 
     // another client of his is there and gets it at once

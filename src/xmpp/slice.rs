@@ -353,6 +353,13 @@ pub struct Effects {
 }
 
 impl Effects {
+    /// The connection hears `error` and ends.
+    pub fn close(&mut self, link: u64, error: &StreamError) {
+        let mut bytes = Vec::new();
+        error.write(&mut bytes);
+        self.closing.push(Closing::new(link, bytes));
+    }
+
     /// A message goes to sessions.
     pub fn delivered(&mut self, meta: Meta) {
         if let Some(read) = meta.read {
@@ -1096,9 +1103,8 @@ impl Slice {
         }
         if session.pinged {
             let Some(link) = session.link else { return };
-            let mut bytes = Vec::new();
-            StreamError::text("connection-timeout", "no answer to a ping").write(&mut bytes);
-            self.fx.closing.push(Closing::new(link, bytes));
+            let error = StreamError::text("connection-timeout", "no answer to a ping");
+            self.fx.close(link, &error);
             return self.cut(sid, "no answer to a ping");
         }
         session.pinged = true;
@@ -1286,9 +1292,7 @@ impl Slice {
                 // nothing more can be kept for it
                 self.end(sid, Some(error));
             } else if let Some(link) = session.link {
-                let mut bytes = Vec::new();
-                error.write(&mut bytes);
-                self.fx.closing.push(Closing::new(link, bytes));
+                self.fx.close(link, &error);
                 self.cut(sid, "the client does not read what it is sent");
             }
         }
@@ -2031,18 +2035,7 @@ impl Slice {
 
     /// The peer of a session without stream management has all that it was sent.
     pub fn confirmed(&mut self, sid: SessionId) {
-        let Some(session) = self.sessions.get_mut(sid) else {
-            return;
-        };
-        let name = session.user.clone();
-        for (_, _, id) in session
-            .unconfirmed
-            .take()
-            .map(|mut k| k.take_all())
-            .unwrap_or_default()
-        {
-            self.taken(&name, id);
-        }
+        self.confirmed_first(sid, usize::MAX);
     }
 
     /// Messages that the peer of a session without stream management may not have.

@@ -89,6 +89,15 @@ impl Client {
         assert_eq!(answer.attribute("type"), Some("result"), "{answer}");
     }
 
+    /// Messages that came while something else was looked for.
+    pub fn unread_messages(&self) -> usize {
+        let messages = self
+            .connection
+            .unread()
+            .filter(|item| matches!(item, Item::Element(e) if e.name == "message"));
+        messages.count()
+    }
+
     /// Enables stream management with resumption; the id for [`resume`].
     pub fn enable_resumption(&mut self) -> String {
         self.send(&format!("<enable xmlns='{SM}' resume='true'/>"));
@@ -157,6 +166,13 @@ pub fn h(element: &Element) -> u32 {
 
 pub fn body(message: &Element) -> Option<String> {
     message.child("body").map(|body| body.text.clone())
+}
+
+/// The number with which its body begins.
+pub fn number(message: &Element) -> usize {
+    let text = body(message).expect("a body");
+    let number = text.split(' ').next().unwrap_or_default();
+    number.parse().expect("a number")
 }
 
 /// Reads to the end of the connection; the condition of the last stream error.

@@ -16,7 +16,7 @@ use crate::xmpp::ledger::Act;
 use crate::xmpp::message;
 use crate::xmpp::meta::{Kind, Meta};
 use crate::xmpp::session::SessionId;
-use crate::xmpp::slice::{Closing, Slice};
+use crate::xmpp::slice::Slice;
 
 pub const NS: &str = "urn:xmpp:sm:3";
 
@@ -426,15 +426,18 @@ pub fn find(slice: &Slice, name: &str, previd: &str) -> Option<SessionId> {
     })
 }
 
+/// What the old connection of a session hears.
+fn resumed_elsewhere() -> StreamError {
+    StreamError::text("conflict", "resumed by another connection")
+}
+
 /// The client wants to resume: its old connection, if it still stands, is closed before anything else.
 pub fn detach(slice: &mut Slice, sid: SessionId) {
     let Some(session) = slice.sessions.get_mut(sid) else {
         return;
     };
     if let Some(link) = session.link {
-        let mut bytes = Vec::new();
-        StreamError::text("conflict", "resumed by another connection").write(&mut bytes);
-        slice.fx.closing.push(Closing::new(link, bytes));
+        slice.fx.close(link, &resumed_elsewhere());
         slice.cut(sid, "resumed by another connection");
     }
 }
@@ -486,11 +489,7 @@ pub fn resume(
     };
     match session.link.replace(link) {
         None => slice.parked = slice.parked.saturating_sub(1),
-        Some(old) => {
-            let mut bytes = Vec::new();
-            StreamError::text("conflict", "resumed by another connection").write(&mut bytes);
-            slice.fx.closing.push(Closing::new(old, bytes));
-        }
+        Some(old) => slice.fx.close(old, &resumed_elsewhere()),
     }
     session.heard_ms = ms;
     session.pinged = false;
